@@ -1,0 +1,72 @@
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+
+from uvit.config.model import KINDS, model_config_names, resolve_model_config
+from uvit.errors import UserError
+from uvit.model import UViTT2IModel
+
+
+def write(folder: Path, content: object) -> str:
+    path = folder / "mine.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def test_the_keys_are_the_arguments_of_the_model() -> None:
+    assert list(KINDS) == list(inspect.signature(UViTT2IModel).parameters)
+
+
+def test_all_published_names_are_shipped() -> None:
+    names = "small small_deep large huge gaint gaint2 850M".split()
+    assert {f"uvit_t2i_{name}" for name in names} <= set(model_config_names())
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("uvit_t2i_small_deep", "uvit_t2i_small_deep"),
+        ("config/uvit_t2i_small.json", "uvit_t2i_small"),
+        ("uvit_t2i_giant", "uvit_t2i_gaint"),
+        ("config/uvit_t2i_giant2.json", "uvit_t2i_gaint2"),
+    ],
+)
+def test_names_in_their_spellings(given: str, name: str) -> None:
+    assert resolve_model_config(given) == resolve_model_config(name)
+
+
+def test_a_file_goes_before_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "uvit_t2i_small.json").write_text('{"num_layers": 2, "sample_size": [16, 24], "_class_name": "X"}')
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model_config("uvit_t2i_small.json") == {"num_layers": 2, "sample_size": [16, 24]}
+    assert resolve_model_config("uvit_t2i_small")["num_layers"] == 12
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"--uvit_config_file uvit_t2i_smal: .*did you mean uvit_t2i_small\?.*uvit_t2i_850M"):
+        resolve_model_config("uvit_t2i_smal")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"num_layer": 12}, "'num_layer'; did you mean num_layers?"),
+        ({"banana": 12}, "'banana'; the keys are sample_size, "),
+        ({"num_layers": "12"}, 'num_layers is "12"; it must be a positive whole number'),
+        ({"num_layers": 0}, "num_layers is 0; it must be a positive whole number"),
+        ({"num_layers": True}, "num_layers is true; it must be a positive whole number"),
+        ({"mlp_ratio": None}, "mlp_ratio is null; it must be a positive number"),
+        ({"sample_size": [8]}, "sample_size is [8]; it must be [height, width]"),
+        ({"conv": 1}, "conv is 1; it must be true or false"),
+        ([1], "must map names to values, and holds list"),
+        ("{", "cannot be read as JSON"),
+    ],
+)
+def test_a_wrong_file_gets_one_sentence(tmp_path: Path, content: object, message: str) -> None:
+    path = write(tmp_path, content)
+    with pytest.raises(UserError) as error:
+        resolve_model_config(path)
+    assert str(error.value).startswith(f"--uvit_config_file {path}: ")
+    assert message in str(error.value)

@@ -1,0 +1,89 @@
+"""Images keep their values and places on the way between files, arrays and tensors."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from uvit import images
+
+
+def noise_image(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def test_every_pixel_value_survives_the_round_trip() -> None:
+    pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3).transpose(0, 3, 1, 2)
+    unit = images.to_unit(pixels)
+    assert unit.dtype == torch.float32
+    assert (unit.min(), unit.max()) == (-1, 1)
+    assert np.array_equal(images.to_uint8(unit).numpy(), pixels)
+    assert np.array_equal(np.asarray(images.to_pil(unit)[0]), pixels[0].transpose(1, 2, 0))
+
+
+def test_values_out_of_range_are_clamped() -> None:
+    assert images.to_uint8(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
+
+
+@settings(max_examples=30, deadline=None)
+@given(width=st.integers(8, 40), height=st.integers(8, 40))
+def test_to_pixels_takes_the_central_square(width: int, height: int) -> None:
+    image = noise_image(width, height)
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    wanted = np.asarray(image)[top : top + side, left : left + side].transpose(2, 0, 1)
+    assert np.array_equal(images.to_pixels(image, side), wanted)
+    scaled = images.to_pixels(image, 16)
+    assert scaled.shape == (3, 16, 16)
+    assert scaled.dtype == np.uint8
+
+
+def test_a_plain_colour_stays_plain_at_any_size() -> None:
+    pixels = images.to_pixels(Image.new("RGB", (50, 31), (10, 200, 30)), 16)
+    assert (pixels == np.array([10, 200, 30], dtype=np.uint8)[:, None, None]).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_becomes_white(mode: str) -> None:
+    image = Image.new("RGBA", (4, 4), (0, 0, 0, 0)).convert(mode)
+    if mode == "P":
+        image.info["transparency"] = image.getpixel((0, 0))
+    assert images.on_white(image).getpixel((1, 1)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "1", "I;16"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    assert images.to_pixels(Image.new(mode, (8, 8)), 8).shape == (3, 8, 8)
+
+
+def test_contact_sheet_places_images_in_rows() -> None:
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    sheet = images.contact_sheet([Image.new("RGB", (32, 32), colour) for colour in colours], columns=2, cell=32)
+    found = [colour for _, colour in sheet.getcolors(1 << 16) or []]
+    assert set(colours) <= set(found)
+    gap = 2
+    assert sheet.getpixel((gap + 5, gap + 5)) == colours[0]
+    assert sheet.getpixel((2 * gap + 32 + 5, gap + 5)) == colours[1]
+    assert sheet.getpixel((gap + 5, 2 * gap + 32 + 5)) == colours[2]
+
+
+def test_labels_make_the_sheet_taller_and_are_drawn() -> None:
+    pictures = [Image.new("RGB", (64, 64), "white")] * 2
+    plain = images.contact_sheet(pictures, columns=2, cell=64)
+    labelled = images.contact_sheet(pictures, ["a red circle", "a long label of very many words indeed"], columns=2, cell=64)
+    assert labelled.height > plain.height
+    assert labelled.width == plain.width
+    assert np.asarray(labelled).min() < 128, "no letter was drawn"
+
+
+def test_save_png_keeps_pixels_and_text(tmp_path: Path) -> None:
+    image, path = noise_image(9, 7), tmp_path / "new" / "picture.png"
+    images.save_png(image, path, {"prompt": "ein gelber Stern ★"})
+    with Image.open(path) as again:
+        assert np.array_equal(np.asarray(again), np.asarray(image))
+        assert again.text == {"prompt": "ein gelber Stern ★"}  # type: ignore[attr-defined]
+    assert [file.name for file in path.parent.iterdir()] == ["picture.png"]

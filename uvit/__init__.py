@@ -1,0 +1,22 @@
+"""uvit: train a text-to-image latent diffusion model with a U-ViT backbone from scratch.
+
+The public names load on first use, so that `import uvit` and `uvit --help` start without torch.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "UViTT2IModel": "uvit.model",
+    "UViTPipeline": "uvit.sample.pipeline",
+    "LDMTextToImageUViTPipeline": "uvit.sample.pipeline",
+}
+__all__ = ["LDMTextToImageUViTPipeline", "UViTPipeline", "UViTT2IModel", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'uvit' has no attribute {name!r}")

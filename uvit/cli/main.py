@@ -1,0 +1,116 @@
+"""`uvit COMMAND ...`: find the command, turn its arguments into a config, run it, and speak to the person.
+
+Exit status: 0 done, 2 a mistake of the user's (one sentence on stderr), 130 stopped by Ctrl-C, 143 by SIGTERM.
+"""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from uvit import __version__
+from uvit.cli.parse import parse, to_yaml
+from uvit.errors import UserError
+
+
+@dataclass(frozen=True)
+class Command:
+    summary: str
+    config: str  # module:dataclass, standard library only
+    run: str  # module:function that takes the config; imported when it runs
+    positional: tuple[str, ...] = ()  # fields that may be given without their flag, the last one any number of times
+
+
+COMMANDS = {
+    "autoencoder": Command(
+        "train a first stage (AutoencoderKL) of your own on a source of images",
+        "uvit.config.autoencoder:AutoencoderConfig",
+        "uvit.train.autoencoder:train_autoencoder",
+    ),
+    "tokenizer": Command(
+        "build a tokenizer from a source's captions",
+        "uvit.config.extract:TokenizerConfig",
+        "uvit.data.tokenizer:build_tokenizer",
+    ),
+    "extract": Command(
+        "encode captioned images into a feature store",
+        "uvit.config.extract:ExtractConfig",
+        "uvit.data.extract:extract",
+    ),
+    "train": Command(
+        "train a U-ViT on a feature store; run again to resume",
+        "uvit.config.train:TrainConfig",
+        "uvit.train.trainer:train",
+    ),
+    "sample": Command(
+        "draw images from prompts",
+        "uvit.config.sample:SampleConfig",
+        "uvit.sample.generate:sample",
+        positional=("prompts",),
+    ),
+    "convert": Command(
+        "turn a checkpoint into a pipeline folder",
+        "uvit.config.convert:ConvertConfig",
+        "uvit.convert.export:convert",
+        positional=("source", "dest"),
+    ),
+    "evaluate": Command(
+        "measure how often a model trained on the built-in shapes draws what the words ask for",
+        "uvit.config.evaluate:EvaluateConfig",
+        "uvit.evaluate.prompts:evaluate",
+        positional=("pipeline",),
+    ),
+    "bench": Command(
+        "time the training step, the forward pass and the loader, beside what the machine can do",
+        "uvit.config.bench:BenchConfig",
+        "uvit.bench.run:bench",
+    ),
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+    return (
+        f"uvit {__version__}: train a text-to-image latent diffusion model with a U-ViT backbone from scratch\n\n"
+        f"usage: uvit COMMAND [--flag value ...]\n\n{rows}\n\n"
+        "`uvit COMMAND --help` lists a command's flags; `--config FILE.yaml` reads them from a file."
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    name, *arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if name in ("-V", "--version"):
+        print(__version__)
+        return 0
+    try:
+        return _run(name, arguments)
+    except UserError as error:
+        print(f"uvit {name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nuvit {name}: stopped", file=sys.stderr)
+        return 130
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean `uvit {close[0]}`?" if close else f"the commands are {', '.join(COMMANDS)}"
+        raise UserError(f"there is no command {name!r}; {hint}")
+    command = COMMANDS[name]
+    config, print_config = parse(_load(command.config), arguments, prog=f"uvit {name}", positional=command.positional)
+    if print_config:
+        print(to_yaml(config), end="")
+        return 0
+    return _load(command.run)(config) or 0
+
+
+def _load(path: str):  # type: ignore[no-untyped-def]  # whatever the path names
+    module, name = path.split(":")
+    return getattr(importlib.import_module(module), name)

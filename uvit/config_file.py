@@ -1,0 +1,12 @@
+"""Configs as YAML, readable and read back."""
+
+import dataclasses
+from typing import Any
+
+import yaml
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved config, as a file that `--config` reads back to the same config."""
+    content = {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()}
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

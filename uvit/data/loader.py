@@ -1,0 +1,146 @@
+"""Features -> batches. Item j of the dataset is the j-th batch of the run, computed from (seed, sample counter) alone.
+
+So nothing has to be saved to resume, and which samples a step draws, with which caption, timestep and noise, depends on
+neither the number of workers, of processes nor of accumulation steps.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from uvit.data.features import Features
+from uvit.data.types import Batch
+from uvit.diffusion import CONTEXT_DROP_PROBABILITY, NUM_TIMESTEPS
+
+ORDER, DRAWS = 1, 2  # streams of random numbers that must not meet
+NUM_ROUNDS = 8
+
+
+def permute(positions: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of 0..size-1 keyed by (seed, epoch), at `positions`: without the memory of a shuffled list.
+
+    A Feistel network over the next power of four, walked until it lands below `size`. (B,) -> (B,) int64.
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
+    keys = np.random.Philox(key=[seed, ORDER], counter=[0, 0, 0, epoch]).random_raw(NUM_ROUNDS)
+    out = positions.astype(np.uint64)
+    outside = np.ones(len(out), dtype=bool)
+    while outside.any():
+        left, right = out[outside] >> shift, out[outside] & mask
+        for key in keys:
+            left, right = right, left ^ (_mix(right + key) & mask)
+        out[outside] = left << shift | right
+        outside = out >= size
+    return out.astype(np.int64)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser (Steele et al. 2014): every input bit reaches every output bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What is drawn for B samples."""
+
+    captions: np.ndarray  # (B,) in [0, 1): which of the captions
+    dropped: np.ndarray  # (B,) bool: the caption gives way to the empty one
+    timesteps: np.ndarray  # (B,) int64, labels 1..1000
+    posterior_noise: np.ndarray  # (B, C, h, w) float32
+    noise: np.ndarray  # (B, C, h, w) float32
+
+
+def draw(counters: np.ndarray, seed: int, latent_shape: tuple[int, ...], noise_offset: float = 0.0) -> Draws:
+    """All draws of the samples with these counters: each has a stretch of a Philox stream of its own."""
+    num_samples = len(counters)
+    uniform = np.empty((num_samples, 3))
+    posterior_noise = np.empty((num_samples, *latent_shape), dtype=np.float32)
+    noise = np.empty_like(posterior_noise)
+    bits = np.random.Philox(key=[seed, DRAWS])
+    generator = np.random.Generator(bits)
+    state = bits.state
+    for i, counter in enumerate(counters):
+        state["state"]["counter"][:] = (0, 0, 0, counter)
+        bits.state = state
+        generator.random(out=uniform[i])
+        generator.standard_normal(dtype=np.float32, out=posterior_noise[i])
+        generator.standard_normal(dtype=np.float32, out=noise[i])
+        if noise_offset:
+            noise[i] += noise_offset * generator.standard_normal((latent_shape[0], 1, 1), dtype=np.float32)
+    return Draws(
+        captions=uniform[:, 0],
+        dropped=uniform[:, 1] < CONTEXT_DROP_PROBABILITY,
+        timesteps=(uniform[:, 2] * NUM_TIMESTEPS).astype(np.int64) + 1,
+        posterior_noise=posterior_noise,
+        noise=noise,
+    )
+
+
+class Batches(Dataset[Batch]):
+    """Item j: samples j B .. (j+1) B - 1 of the run.
+
+    Args:
+        use_tokens: deliver token ids, to be encoded in training, instead of stored contexts.
+    """
+
+    def __init__(
+        self, features: Features, batch_size: int, seed: int, use_tokens: bool = False, noise_offset: float = 0.0
+    ):
+        self.features, self.batch_size, self.seed = features, batch_size, seed
+        self.use_tokens, self.noise_offset = use_tokens, noise_offset
+
+    def rows(self, counters: np.ndarray) -> np.ndarray:
+        """Which row of the features each sample is: each once an epoch, every epoch in another order."""
+        size = self.features.num_samples
+        epochs = counters // size
+        rows = np.empty_like(counters)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            rows[here] = permute(counters[here] % size, size, self.seed, int(epoch))
+        return rows
+
+    def __getitem__(self, index: int) -> Batch:
+        features = self.features
+        counters = np.arange(index * self.batch_size, (index + 1) * self.batch_size)
+        channels, height, width = features.moments_shape
+        draws = draw(counters, self.seed, (channels // 2, height, width), self.noise_offset)
+        read = features.read(self.rows(counters), draws.captions)
+        context, token_ids = None, None
+        if self.use_tokens:
+            assert read.token_ids is not None and features.empty_token_ids is not None
+            token_ids = read.token_ids.astype(np.int64)
+            token_ids[draws.dropped] = features.empty_token_ids
+        else:
+            assert read.context is not None and features.empty_context is not None
+            context = read.context
+            context[draws.dropped] = features.empty_context
+        return Batch(
+            moments=torch.from_numpy(read.moments),
+            context=None if context is None else torch.from_numpy(context),
+            token_ids=None if token_ids is None else torch.from_numpy(token_ids),
+            posterior_noise=torch.from_numpy(draws.posterior_noise),
+            noise=torch.from_numpy(draws.noise),
+            timesteps=torch.from_numpy(draws.timesteps),
+        )
+
+
+def load(batches: Batches, first: int, last: int, num_workers: int, device: torch.device) -> Iterator[Batch]:
+    """Items first..last-1, in order, read ahead by workers, on the device."""
+    num_workers = min(num_workers, last - first, os.cpu_count() or 1)
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(first, last),
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=4 if num_workers else None,
+    )
+    for batch in loader:
+        yield batch.to(device)

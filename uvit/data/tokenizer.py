@@ -1,0 +1,95 @@
+"""A tokenizer of one's own: byte-level BPE learnt from captions, in English, Chinese or anything else."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from uvit.config.extract import TokenizerConfig
+from uvit.data.sources import captions_of, open_source
+from uvit.errors import UserError
+
+PAD, START, END = "<|pad|>", "<|startoftext|>", "<|endoftext|>"
+SMALLEST_VOCABULARY = 256 + 3  # every byte, and the three above
+
+
+def train_tokenizer(
+    captions: Iterable[str], vocab_size: int, model_max_length: int = 77
+) -> PreTrainedTokenizerFast:
+    """Learn at most `vocab_size` tokens from captions; the same captions, in any order, give the same tokens.
+
+    Captions are lower-cased and put in Unicode's composed form; nothing is unknown: each byte is a token.
+    Raises UserError for a vocabulary that cannot hold the bytes.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(
+            f"--vocab_size {vocab_size}: must be at least {SMALLEST_VOCABULARY}, one for each byte and 3 more"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFC(),
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Strip(),
+        ]
+    )
+    # The prefix space makes a word the same token at the start of a caption as within it.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[PAD, START, END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{START} $A {END}",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (START, END)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=START,
+        eos_token=END,
+        pad_token=PAD,
+        model_max_length=model_max_length,
+    )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write the folder whole or not at all; the same tokenizer there already is left alone.
+
+    Raises UserError where something else is there.
+    """
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    tokenizer.save_pretrained(aside)
+    if not folder.exists():
+        aside.replace(folder)
+        return
+    same = _content(folder) == _content(aside)
+    shutil.rmtree(aside)
+    if not same:
+        raise UserError(
+            f"--output_dir {folder}: exists and is not this tokenizer; choose another folder or move it away"
+        )
+
+
+def _content(folder: Path) -> list[object]:
+    files = (folder / "tokenizer.json", folder / "tokenizer_config.json")
+    return [json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None for file in files]
+
+
+def build_tokenizer(config: TokenizerConfig) -> None:
+    """The command `uvit tokenizer`."""
+    source = open_source(config.source, config.split, config.image_folder)
+    tokenizer = train_tokenizer(captions_of(source), config.vocab_size, config.model_max_length)
+    folder = Path(config.output_dir)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(tokenizer, folder)
+    print(f"Tokenizer of {len(tokenizer):,} tokens from the captions of {len(source):,} pairs: {folder}")

@@ -1,0 +1,17 @@
+"""Which device to compute on."""
+
+import torch
+
+from uvit.errors import UserError
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is a GPU where there is one. Raises UserError for a device that this machine has not."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]}); try --device auto") from None
+    return device

@@ -1,0 +1,80 @@
+"""`uvit evaluate`: prompt accuracy on the built-in shapes, measured from the pixels alone."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from uvit.config.evaluate import EvaluateConfig
+from uvit.data.shapes import Scene, render, scenes
+from uvit.device import pick_device
+from uvit.evaluate.reader import ATTRIBUTES, CHANCE, read_scene
+from uvit.images import contact_sheet, save_png
+from uvit.sample.generate import generate
+from uvit.sample.pipeline import UViTPipeline
+
+NUM_WORDINGS = 4
+MAX_ON_SHEET = 24
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    """Draw every combination of the split in every wording, read the pictures, print and write what was right."""
+    pipeline = UViTPipeline.from_pretrained(config.pipeline).to(pick_device(config.device))
+    asked = [scene for scene in scenes(config.split) if isinstance(scene, Scene)]
+    wanted = [(scene, wording) for wording in range(NUM_WORDINGS) for scene in asked][: config.max_prompts]
+    prompts = [scene.captions()[wording] for scene, wording in wanted]
+    seeds = [config.seed + i for i in range(len(prompts))]
+    drawn = generate(
+        pipeline, prompts, seeds, config.batch_size, config.guidance_scale, config.num_inference_steps
+    )
+    progress = tqdm(drawn, total=len(prompts), unit="image", desc="evaluate", disable=config.disable_tqdm)
+    images = [image for _, _, _, image in progress]
+    results = accuracy([scene for scene, _ in wanted], images)
+
+    output_dir = Path(config.output_dir)
+    save_png(sheet([scene for scene, _ in wanted], prompts, images), output_dir / "contact_sheet.png")
+    facts = {**results, "num_prompts": len(prompts), "split": config.split, "guidance_scale": config.guidance_scale}
+    (output_dir / "results.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    print(table(results, len(prompts), config.split))
+    print(f"asked (left) and drawn (right): {output_dir / 'contact_sheet.png'}")
+
+
+def accuracy(asked: Sequence[Scene], images: Sequence[Image.Image]) -> dict[str, float]:
+    """Share of pictures that show what was asked, by attribute; over all `attributes`; and of whole `prompts`."""
+    right = [
+        [read[name] == getattr(scene, name) for name in ATTRIBUTES]
+        for scene, read in zip(asked, map(read_scene, images), strict=True)
+    ]
+    results = {name: sum(row[i] for row in right) / len(right) for i, name in enumerate(ATTRIBUTES)}
+    results["attributes"] = sum(results[name] for name in ATTRIBUTES) / len(ATTRIBUTES)
+    results["prompts"] = sum(all(row) for row in right) / len(right)
+    return results
+
+
+def chance() -> dict[str, float]:
+    """What guessing gets, by the same names."""
+    whole = 1.0
+    for value in CHANCE.values():
+        whole *= value
+    return {**CHANCE, "attributes": sum(CHANCE.values()) / len(CHANCE), "prompts": whole}
+
+
+def table(results: dict[str, float], num_prompts: int, split: str) -> str:
+    guess = chance()
+    names = {**{name: name for name in ATTRIBUTES}, "attributes": "all attributes", "prompts": "whole prompts"}
+    rows = [f"  {label:<15} {results[name]:>7.1%}   {guess[name]:>7.1%}" for name, label in names.items()]
+    return "\n".join([f"prompt accuracy on {num_prompts} {split} prompts", f"  {'':<15}   right    chance", *rows])
+
+
+def sheet(asked: Sequence[Scene], prompts: Sequence[str], images: Sequence[Image.Image]) -> Image.Image:
+    """What was asked beside what was drawn, with the prompt beneath."""
+    cells = []
+    for scene, image in list(zip(asked, images, strict=True))[:MAX_ON_SHEET]:
+        side = image.width
+        cell = Image.new("RGB", (2 * side + 1, side), (255, 255, 255))
+        cell.paste(render(scene, side), (0, 0))
+        cell.paste(image, (side + 1, 0))
+        cells.append(cell.resize((cell.width * 4, cell.height * 4), Image.Resampling.NEAREST))
+    return contact_sheet(cells, prompts[:MAX_ON_SHEET], columns=4, cell=240)

@@ -1,0 +1,62 @@
+"""Reads colour, shape, size, position and background back from the pixels of a picture of one shape.
+
+No model is involved: colours are compared with the palette, and the object's outline with the rendered outlines of all
+40 combinations of shape, size and position.
+"""
+
+import functools
+import itertools
+
+import numpy as np
+from PIL import Image
+
+from uvit.data.shapes import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, SIZES, Scene, render
+
+ATTRIBUTES = ("colour", "shape", "size", "position", "background")
+CHANCE = {
+    name: 1 / len(values)
+    for name, values in zip(ATTRIBUTES, (COLOURS, SHAPES, SIZES, POSITIONS, BACKGROUNDS), strict=True)
+}
+MAX_COLOUR_DISTANCE = 75.0  # in RGB, 0..255 a channel; the palette's colours are at least 95 apart
+MIN_OVERLAP = 0.6  # intersection over union of the object and the closest outline
+
+
+def read_scene(image: Image.Image) -> dict[str, str | None]:
+    """Attribute -> what the picture shows, or None where it shows nothing of the kind."""
+    pixels = np.asarray(image.convert("RGB")).astype(np.float64)                    # (R, R, 3)
+    read: dict[str, str | None] = dict.fromkeys(ATTRIBUTES)
+
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    ground = np.median(border, axis=0)
+    read["background"] = _closest(ground, BACKGROUNDS)
+    if read["background"] is None:
+        return read
+
+    distance = np.linalg.norm(pixels - ground, axis=-1)                             # (R, R)
+    inside = distance > 0.7 * np.quantile(distance, 0.98)
+    if distance.max() < MAX_COLOUR_DISTANCE:
+        return read
+    paint = np.median(pixels[inside], axis=0)
+    read["colour"] = _closest(paint, COLOURS)
+
+    direction = (paint - ground) / np.sum((paint - ground) ** 2)
+    coverage = np.clip((pixels - ground) @ direction, 0, 1)                         # (R, R), share of each pixel
+    keys, outlines = _outlines(image.width)
+    overlap = np.minimum(coverage, outlines).sum((1, 2)) / np.maximum(coverage, outlines).sum((1, 2))
+    if overlap.max() >= MIN_OVERLAP:
+        read["shape"], read["size"], read["position"] = keys[int(overlap.argmax())]
+    return read
+
+
+def _closest(colour: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str | None:
+    name = min(palette, key=lambda key: float(np.linalg.norm(colour - palette[key])))
+    return name if np.linalg.norm(colour - palette[name]) <= MAX_COLOUR_DISTANCE else None
+
+
+@functools.cache
+def _outlines(resolution: int) -> tuple[list[tuple[str, str, str]], np.ndarray]:
+    """All (shape, size, position) and the share of each pixel that they cover, (40, R, R)."""
+    keys = list(itertools.product(SHAPES, SIZES, POSITIONS))
+    red = np.array(COLOURS["red"], dtype=np.float64)
+    pictures = np.stack([np.asarray(render(Scene("red", *key, "black"), resolution)) for key in keys])
+    return keys, pictures @ red / (red @ red)

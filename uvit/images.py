@@ -1,0 +1,94 @@
+"""Images between files, arrays and tensors; sheets of them for people to look at."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from torch import Tensor
+
+
+def to_pixels(image: Image.Image, resolution: int) -> np.ndarray:
+    """Centre crop to a square, Lanczos to `resolution`: -> (3, R, R) uint8. Transparent parts become white."""
+    if image.mode != "RGB":
+        image = on_white(image)
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    box = (left, top, left + side, top + side)
+    if side == resolution:
+        image = image.crop(box)
+    else:
+        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """Any mode -> RGB, what is transparent on white."""
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+
+
+def to_unit(pixels: np.ndarray | Tensor) -> Tensor:
+    """uint8 0..255 -> float32 in [-1, 1], same shape."""
+    return torch.as_tensor(pixels).float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] -> uint8 0..255, rounded, same shape."""
+    return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1] -> B images."""
+    return [Image.fromarray(array) for array in to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def contact_sheet(
+    images: Sequence[Image.Image], labels: Sequence[str] | None = None, columns: int | None = None, cell: int = 128
+) -> Image.Image:
+    """Images in rows, each scaled to at most `cell` pixels, its label beneath it in as many lines as it needs (up to 4)."""
+    columns = columns or max(1, math.ceil(math.sqrt(len(images))))
+    rows = math.ceil(len(images) / columns)
+    font = ImageFont.load_default(max(10, cell // 11))
+    wrapped = [_wrap(label, font, cell) for label in labels] if labels else []
+    line_height = int(font.size * 1.25) if isinstance(font, ImageFont.FreeTypeFont) else 12
+    text_height = max((len(lines) for lines in wrapped), default=0) * line_height
+    gap = max(2, cell // 32)
+    sheet = Image.new("RGB", (columns * (cell + gap) + gap, rows * (cell + text_height + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, image in enumerate(images):
+        x, y = gap + (i % columns) * (cell + gap), gap + (i // columns) * (cell + text_height + gap)
+        scale = cell / max(image.size)
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        filter_ = Image.Resampling.NEAREST if scale >= 3 else Image.Resampling.LANCZOS
+        sheet.paste(image.convert("RGB").resize(size, filter_), (x, y))
+        for k, line in enumerate(wrapped[i] if labels else []):
+            draw.text((x, y + cell + k * line_height), line, fill="black", font=font)
+    return sheet
+
+
+def save_png(image: Image.Image, path: Path, text: Mapping[str, str] | None = None) -> None:
+    """Write a PNG, whole or not at all, with `text` in its metadata."""
+    info = PngImagePlugin.PngInfo()
+    for key, value in (text or {}).items():
+        info.add_itxt(key, value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    image.save(aside, format="PNG", pnginfo=info)
+    aside.replace(path)
+
+
+def _wrap(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, max_lines: int = 4) -> list[str]:
+    lines = [""]
+    for word in label.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines[:max_lines]

@@ -1,0 +1,204 @@
+"""The U-ViT of "All are Worth Words: A ViT Backbone for Diffusion Models" (Bao et al., CVPR 2023).
+
+Time, words and image patches are all tokens of one sequence; long skip connections join the blocks of the first half
+to those of the second, as in a U-Net. The model predicts what `uvit.diffusion` asks of it from noisy latents, the
+timestep label (1..1000) and the text encoder's context.
+
+Shapes in the margin: B batch, C latent channels, (H, W) latent size, p patch size, (h, w) = (H/p, W/p) patches,
+L = 1 + T + h w tokens (one for time, T for text), D width, N heads, d head dim.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+
+def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
+    """Sinusoidal embedding of the raw label, cosines first: (B,) -> (B, dim), float32."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=timestep.device, dtype=torch.float32) / half)
+    angles = timestep.float()[:, None] * frequencies                                             # (B, D/2)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)                                       # (B, D)
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, in_channels: int, dim: int, patch_size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)                                           # (B, h w, D), row-major
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, num_queries: int) -> Tensor:
+        """Every token is attended to; only the last `num_queries` tokens ask."""
+        B, L, D = x.shape
+        qkv = self.qkv(x).view(B, L, 3, self.num_heads, D // self.num_heads)                     # (B, L, 3, N, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)                                           # (B, N, L, d) each
+        x = F.scaled_dot_product_attention(q[:, :, -num_queries:], k, v)                         # (B, N, queries, d)
+        return self.proj(x.transpose(1, 2).reshape(B, num_queries, D))                           # (B, queries, D)
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block; those of the second half begin by taking in their long skip."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, skip: bool):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
+
+    def forward(self, x: Tensor, skip: Tensor | None = None, num_outputs: int | None = None) -> Tensor:
+        """(B, L, D) -> (B, L, D), or (B, num_outputs, D): only the last tokens, where only they are needed."""
+        num_outputs = num_outputs or x.shape[1]
+        if self.skip_linear is not None:
+            x = self.skip_linear(torch.cat([x, skip], dim=-1))                                   # (B, L, D)
+        x = x[:, -num_outputs:] + self.attn(self.norm1(x), num_outputs)
+        return x + self.mlp(self.norm2(x))
+
+
+class UViTT2IModel(ModelMixin, ConfigMixin):
+    """U-ViT for text-to-image latent diffusion.
+
+    Args:
+        sample_size: height and width of the latents, or a pair (height, width); smaller latents take the middle of
+            its position grid.
+        num_layers: blocks without the middle one: num_layers // 2 before it and as many after it.
+        clip_dim, num_text_tokens: width and length of the context.
+        conv: end with a 3x3 convolution.
+
+    The keys are those of the published JSON configs. Raises ValueError for sizes that do not fit together.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]  # noqa: RUF012 - diffusers reads it off the class
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        num_layers: int = 12,
+        num_attention_heads: int = 8,
+        attention_head_dim: int = 64,
+        mlp_ratio: float = 4,
+        qkv_bias: bool = False,
+        clip_dim: int = 768,
+        num_text_tokens: int = 77,
+        conv: bool = True,
+    ):
+        super().__init__()
+        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        if height % patch_size or width % patch_size:
+            raise ValueError(f"sample_size {height}x{width} is not a multiple of patch_size {patch_size}")
+        dim = num_attention_heads * attention_head_dim
+        self.patch_size = patch_size
+        self.grid = (height // patch_size, width // patch_size)
+        self.num_extra_tokens = 1 + num_text_tokens
+        self.gradient_checkpointing = False
+
+        def block(skip: bool = False) -> Block:
+            return Block(dim, num_attention_heads, mlp_ratio, qkv_bias, skip)
+
+        self.patch_embed = PatchEmbed(in_channels, dim, patch_size)
+        self.context_embed = nn.Linear(clip_dim, dim)
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.num_extra_tokens + self.grid[0] * self.grid[1], dim))
+        self.in_blocks = nn.ModuleList(block() for _ in range(num_layers // 2))
+        self.mid_block = block()
+        self.out_blocks = nn.ModuleList(block(skip=True) for _ in range(num_layers // 2))
+        self.norm = nn.LayerNorm(dim)
+        self.decoder_pred = nn.Linear(dim, patch_size**2 * in_channels)
+        self.final_layer = nn.Conv2d(in_channels, in_channels, 3, padding=1) if conv else nn.Identity()
+
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)  # cut at +-2 absolute, so the std is 0.02
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, latents: Tensor, timestep: Tensor | float, context: Tensor) -> Tensor:
+        """Predict epsilon, v or x_0, whatever the model was trained for.
+
+        Args:
+            latents: (B, C, H, W), the noisy latents x_n.
+            timestep: the label n in 1..1000, one for all or (B,).
+            context: (B, T, clip_dim), the text encoder's last hidden state.
+        Returns:
+            (B, C, H, W).
+        """
+        B, C, H, W = latents.shape
+        p, (h, w) = self.patch_size, self._patch_grid(H, W)
+        if context.shape[1] != self.num_extra_tokens - 1:
+            raise ValueError(f"context has {context.shape[1]} tokens; the model has {self.num_extra_tokens - 1}")
+        timestep = torch.as_tensor(timestep, device=latents.device).expand(B)
+
+        patches = self.patch_embed(latents)                                                      # (B, h w, D)
+        time = timestep_embedding(timestep, patches.shape[-1]).to(patches.dtype)[:, None]        # (B, 1, D)
+        x = torch.cat([time, self.context_embed(context), patches], dim=1)                       # (B, L, D)
+        x = x + self._positions(h, w)
+
+        skips = []
+        for block in self.in_blocks:
+            x = self._run(block, x)
+            skips.append(x)
+        x = self._run(self.mid_block, x)
+        *out_blocks, last_block = self.out_blocks
+        for block in out_blocks:
+            x = self._run(block, x, skips.pop())
+        x = self._run(last_block, x, skips.pop(), h * w)                                         # (B, h w, D)
+
+        x = self.decoder_pred(self.norm(x))                                                      # (B, h w, p p C)
+        x = x.view(B, h, w, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, H, W)
+        return self.final_layer(x)
+
+    def _patch_grid(self, H: int, W: int) -> tuple[int, int]:
+        p, (rows, columns) = self.patch_size, self.grid
+        if H % p or W % p:
+            raise ValueError(f"latents of {H}x{W} cannot be cut into patches of {p}x{p}")
+        if H // p > rows or W // p > columns:
+            raise ValueError(
+                f"latents of {H}x{W} need {H // p}x{W // p} positions; the model has {rows}x{columns} "
+                f"(sample_size {rows * p}x{columns * p})"
+            )
+        return H // p, W // p
+
+    def _positions(self, h: int, w: int) -> Tensor:
+        """Position embeddings of an h x w grid of patches: the middle of the trained grid. -> (1, 1 + T + h w, D)"""
+        rows, columns = self.grid
+        if (h, w) == self.grid:
+            return self.pos_embed
+        extra, patches = self.pos_embed.split([self.num_extra_tokens, rows * columns], dim=1)
+        top, left = (rows - h) // 2, (columns - w) // 2
+        patches = patches.unflatten(1, self.grid)[:, top : top + h, left : left + w].flatten(1, 2)
+        return torch.cat([extra, patches], dim=1)
+
+    def _run(self, block: nn.Module, *args: Tensor | int) -> Tensor:
+        """Run a block, keeping its activations for the backward pass or, with checkpointing, recomputing them."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(block, *args)
+        return block(*args)

@@ -1,0 +1,20 @@
+"""An exponential moving average of a model's parameters, in float32."""
+
+import copy
+
+import torch
+from torch import nn
+
+
+class EMA:
+    """Keeps `model`, a frozen float32 copy whose parameters follow: ema = decay ema + (1 - decay) parameter."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.model = copy.deepcopy(model).float().eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Once an optimizer step."""
+        averages, parameters = list(self.model.parameters()), list(model.parameters())
+        torch._foreach_lerp_(averages, parameters, 1 - self.decay)
