@@ -88,7 +88,9 @@ def test_target_recovers_x_0_and_noise(timesteps: torch.Tensor, kind: Prediction
 
 @few
 @given(timesteps=labels, kind=kinds, other=kinds, seed=seeds)
-def test_conversion_there_and_back(timesteps: torch.Tensor, kind: PredictionType, other: PredictionType, seed: int) -> None:
+def test_conversion_there_and_back(
+    timesteps: torch.Tensor, kind: PredictionType, other: PredictionType, seed: int
+) -> None:
     prediction, x_n = draws(seed)  # any prediction, not only a perfect one
     there = diffusion.convert_prediction(prediction, x_n, timesteps, kind, other)
     back = diffusion.convert_prediction(there, x_n, timesteps, other, kind)
@@ -102,7 +104,11 @@ def test_conversion_turns_one_target_into_the_other(
 ) -> None:
     x_0, noise = draws(seed)
     converted = diffusion.convert_prediction(
-        diffusion.target(x_0, noise, timesteps, kind), diffusion.add_noise(x_0, noise, timesteps), timesteps, kind, other
+        diffusion.target(x_0, noise, timesteps, kind),
+        diffusion.add_noise(x_0, noise, timesteps),
+        timesteps,
+        kind,
+        other,
     )
     torch.testing.assert_close(converted, diffusion.target(x_0, noise, timesteps, other), atol=1e-9, rtol=1e-9)
 
@@ -129,14 +135,16 @@ def test_a_perfect_predictor_samples_x_0_back(kind: PredictionType) -> None:
 def test_min_snr_loss_is_the_same_in_every_parametrisation(
     timesteps: torch.Tensor, kind: PredictionType, gamma: float, seed: int
 ) -> None:
-    """One network's guess of x_0, expressed in any way, has one min-SNR loss: min(SNR, gamma) (x_0 - guess)^2."""
+    """A guess of x_0, expressed in any way, has one min-SNR loss: min(SNR, gamma) (x_0 - guess)^2."""
     x_0, noise = draws(seed)
     guess = x_0 + draws(seed + 1)[0]
     x_n = diffusion.add_noise(x_0, noise, timesteps)
     prediction = diffusion.convert_prediction(guess, x_n, timesteps, "sample", kind)
     loss = diffusion.loss(prediction, x_0, noise, timesteps, kind, snr_gamma=gamma)
     weight = diffusion.log_snr(timesteps).exp().clamp(max=gamma)
-    torch.testing.assert_close(loss.double(), (weight * (guess - x_0).square().mean(dim=(1, 2, 3))).mean(), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(
+        loss.double(), (weight * (guess - x_0).square().mean(dim=(1, 2, 3))).mean(), rtol=1e-3, atol=1e-6
+    )
 
 
 @few

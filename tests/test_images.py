@@ -74,7 +74,9 @@ def test_contact_sheet_places_images_in_rows() -> None:
 def test_labels_make_the_sheet_taller_and_are_drawn() -> None:
     pictures = [Image.new("RGB", (64, 64), "white")] * 2
     plain = images.contact_sheet(pictures, columns=2, cell=64)
-    labelled = images.contact_sheet(pictures, ["a red circle", "a long label of very many words indeed"], columns=2, cell=64)
+    labelled = images.contact_sheet(
+        pictures, ["a red circle", "a long label of very many words indeed"], columns=2, cell=64
+    )
     assert labelled.height > plain.height
     assert labelled.width == plain.width
     assert np.asarray(labelled).min() < 128, "no letter was drawn"

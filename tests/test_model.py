@@ -25,7 +25,7 @@ TINY = {
 
 
 def load(name: str) -> tuple[UViTT2IModel, dict[str, torch.Tensor]]:
-    """The model with the fixture's weights; LayerNorms that the fixture has no weights for are 1 and 0, and frozen."""
+    """The model with the fixture's weights; LayerNorms that have none there are 1 and 0, and frozen."""
     with np.load(FIXTURES / f"{name}.npz", allow_pickle=False) as file:
         arrays = {key: torch.from_numpy(file[key]) for key in file.files}
     model = UViTT2IModel(**TINY)
@@ -66,7 +66,9 @@ def test_gradients_equal_the_fixture(name: str) -> None:
     wanted = {key.removeprefix("grad/"): value for key, value in arrays.items() if key.startswith("grad/")}
     assert len(wanted) >= 3
     for key, value in wanted.items():
-        torch.testing.assert_close(model.get_parameter(key).grad, value, atol=5e-7, rtol=0, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(
+            model.get_parameter(key).grad, value, atol=5e-7, rtol=0, msg=lambda m, k=key: f"{k}: {m}"
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from uvit.data.tokenizer import train_tokenizer
+from uvit.data.types import FeatureBatch
 
 CAPTIONS = [
     "a red circle on a blue background",
@@ -54,3 +56,33 @@ def tiny_text_encoder_folder(path: Path, num_tokens: int = 16, width: int = 32) 
     CLIPTextModel(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+class ArrayFeatures:
+    """Features held in arrays: row r's moments are all r, its context k is all r + k / 10."""
+
+    def __init__(self, num_samples: int, num_tokens: int, width: int, size: int):
+        rows = np.arange(num_samples, dtype=np.float32)
+        self.num_samples = num_samples
+        self.moments_shape = (8, size, size)
+        self.context_shape = (num_tokens, width)
+        self.num_tokens = num_tokens
+        self.latent_scale = 0.5
+        self.empty_context = np.full((num_tokens, width), -1, dtype=np.float32)
+        self.empty_token_ids = np.zeros(num_tokens, dtype=np.int64)
+        self.vae_name = self.text_encoder_name = self.tokenizer_name = None
+        self.moments = np.broadcast_to(rows[:, None, None, None], (num_samples, *self.moments_shape))
+
+    def read(self, rows: np.ndarray, caption_draws: np.ndarray) -> FeatureBatch:
+        which = np.floor(caption_draws * 3)
+        values = (rows + which / 10).astype(np.float32)
+        context = np.broadcast_to(values[:, None, None], (len(rows), *self.context_shape)).copy()
+        token_ids = np.broadcast_to((1 + rows % 7)[:, None], (len(rows), self.num_tokens)).copy()
+        return FeatureBatch(self.moments[rows].copy(), context, token_ids)
+
+    def captions(self, row: int) -> tuple[str, ...]:
+        return tuple(f"caption {k} of {row}" for k in range(3))
+
+
+def array_features(num_samples: int = 20, num_tokens: int = 3, width: int = 8, size: int = 4) -> ArrayFeatures:
+    return ArrayFeatures(num_samples, num_tokens, width, size)

@@ -36,9 +36,12 @@ class Checkpoint:
     def load(self, name: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """The tensors of one of its files, `weights`, `ema` or `optimizer`."""
         try:
-            return load_file(self.folder / f"{name}.safetensors", device=str(device))
+            tensors = load_file(self.folder / f"{name}.safetensors", device=str(device))
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{self.folder / name}.safetensors: cannot be read ({error}); use another checkpoint") from None
+            raise UserError(
+                f"{self.folder / name}.safetensors: cannot be read ({error}); use another checkpoint"
+            ) from None
+        return {key: tensor.clone() for key, tensor in tensors.items()}  # no longer mapped to the file
 
 
 def save(output_dir: Path, step: int, tensors: dict[str, dict[str, Tensor]], record: dict[str, Any]) -> Path:
@@ -110,7 +113,9 @@ def keep_latest(output_dir: Path, limit: int | None) -> None:
 def flatten_optimizer(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
     """The optimizer's state as tensors called `exp_avg/unet.pos_embed` and so on."""
     return {
-        f"{key}/{names[parameter]}": value for parameter, state in optimizer.state.items() for key, value in state.items()
+        f"{key}/{names[parameter]}": value
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
     }
 
 

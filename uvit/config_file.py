@@ -8,5 +8,7 @@ import yaml
 
 def to_yaml(config: Any) -> str:
     """The resolved config, as a file that `--config` reads back to the same config."""
-    content = {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()}
+    content = {
+        key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()
+    }
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

@@ -13,5 +13,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]}); try --device auto") from None
+        raise UserError(
+            f"--device {name}: cannot be used here ({str(error).splitlines()[0]}); try --device auto"
+        ) from None
     return device

@@ -14,7 +14,9 @@ from torch import Tensor
 
 NUM_TIMESTEPS = 1000
 BETA_START, BETA_END = 0.00085, 0.012
-LATENT_SCALE = 0.23010  # of the Stable Diffusion VAE's latents, as U-ViT scales them; a model stores the one it trained with
+LATENT_SCALE = (
+    0.23010  # of the Stable Diffusion VAE's latents, as U-ViT scales them; a model stores the one it trained with
+)
 CONTEXT_DROP_PROBABILITY = 0.1  # the caption gives way to the empty one, for guidance
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
@@ -33,7 +35,7 @@ def alphas_cumprod(device: torch.device | str = "cpu") -> Tensor:
 def log_snr(timesteps: Tensor) -> Tensor:
     """log(a_n^2 / s_n^2), (B,) float64, for labels in 1..1000; between whole labels it is interpolated linearly."""
     abar = alphas_cumprod(timesteps.device)[1:]
-    table = torch.log(abar) - torch.log1p(-abar)                                                 # index n - 1
+    table = torch.log(abar) - torch.log1p(-abar)  # index n - 1
     position = (timesteps.double() - 1).clamp(0, NUM_TIMESTEPS - 1)
     below = position.floor().long()
     above = (below + 1).clamp(max=NUM_TIMESTEPS - 1)
@@ -42,7 +44,7 @@ def log_snr(timesteps: Tensor) -> Tensor:
 
 def timestep_of_log_snr(value: Tensor) -> Tensor:
     """The label, a float in 1..1000, whose log-SNR is `value`: the inverse of `log_snr`."""
-    table = log_snr(torch.arange(NUM_TIMESTEPS, 0, -1, device=value.device))                     # rising
+    table = log_snr(torch.arange(NUM_TIMESTEPS, 0, -1, device=value.device))  # rising
     above = torch.searchsorted(table, value.double().contiguous()).clamp(1, NUM_TIMESTEPS - 1)
     low, high = table[above - 1], table[above]
     return NUM_TIMESTEPS - (above - 1 + ((value - low) / (high - low)).clamp(0, 1))

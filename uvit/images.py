@@ -51,7 +51,7 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 def contact_sheet(
     images: Sequence[Image.Image], labels: Sequence[str] | None = None, columns: int | None = None, cell: int = 128
 ) -> Image.Image:
-    """Images in rows, each scaled to at most `cell` pixels, its label beneath it in as many lines as it needs (up to 4)."""
+    """Images in rows, each scaled to at most `cell` pixels, its label beneath it in up to four lines."""
     columns = columns or max(1, math.ceil(math.sqrt(len(images))))
     rows = math.ceil(len(images) / columns)
     font = ImageFont.load_default(max(10, cell // 11))

@@ -31,7 +31,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)                                           # (B, h w, D), row-major
+        """Patches in rows, left to right."""
+        return self.proj(x).flatten(2).transpose(1, 2)                                           # (B, h w, D)
 
 
 class Attention(nn.Module):
@@ -75,6 +76,7 @@ class Block(nn.Module):
         """(B, L, D) -> (B, L, D), or (B, num_outputs, D): only the last tokens, where only they are needed."""
         num_outputs = num_outputs or x.shape[1]
         if self.skip_linear is not None:
+            assert skip is not None
             x = self.skip_linear(torch.cat([x, skip], dim=-1))                                   # (B, L, D)
         x = x[:, -num_outputs:] + self.attn(self.norm1(x), num_outputs)
         return x + self.mlp(self.norm2(x))

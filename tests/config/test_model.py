@@ -20,7 +20,7 @@ def test_the_keys_are_the_arguments_of_the_model() -> None:
 
 
 def test_all_published_names_are_shipped() -> None:
-    names = "small small_deep large huge gaint gaint2 850M".split()
+    names = ["small", "small_deep", "large", "huge", "gaint", "gaint2", "850M"]
     assert {f"uvit_t2i_{name}" for name in names} <= set(model_config_names())
 
 
@@ -45,7 +45,9 @@ def test_a_file_goes_before_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"--uvit_config_file uvit_t2i_smal: .*did you mean uvit_t2i_small\?.*uvit_t2i_850M"):
+    with pytest.raises(
+        UserError, match=r"--uvit_config_file uvit_t2i_smal: .*did you mean uvit_t2i_small\?.*uvit_t2i_850M"
+    ):
         resolve_model_config("uvit_t2i_smal")
 
 

@@ -1,128 +1,111 @@
-"""`uvit bench`: time the training step and the forward pass beside the machine's own matrix product.
+"""`uvit bench`: the training step, the forward pass and the loader, beside the machine's own matrix product.
 
-The yardstick is taken again before each measurement: on a shared machine the rate drifts by tens of per cent within a
-minute, and only the ratio of neighbours says something about the code.
+What is timed is what `uvit train` runs, on a feature store of random numbers. The yardstick is taken again
+between the measurements: on a shared machine the rate drifts by tens of per cent within a minute, and only
+the ratio of neighbours says something about the code.
 """
 
-import contextlib
+import itertools
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from uvit import diffusion
-from uvit.bench.flops import count_flops, random_inputs
+from uvit.bench.store import write_random_store
 from uvit.config.bench import BenchConfig
 from uvit.config.model import resolve_model_config
-from uvit.errors import UserError
+from uvit.config.train import TrainConfig
+from uvit.cost import count_flops
+from uvit.data.loader import Batches
 from uvit.model import UViTT2IModel
+from uvit.train.setup import Run, set_up
+from uvit.train.step import train_step
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LOADER_BATCH_SIZE = 32
+LOADER_PAIRS = 1024  # 137 MB at COCO's shapes
+NUM_WARM_UPS = 2  # the allocator needs two rounds to settle
+
+Job = Callable[[], object]
+Timing = tuple[float, float]  # seconds of a job, and of the matmul beside it
 
 
 def bench(config: BenchConfig) -> None:
-    """Measure and print the table."""
+    """Measure and print."""
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    device = _device(config.device)
-    model_config = resolve_model_config(config.uvit_config_file)
-    forward_flops, step_flops = count_flops(model_config, config.batch_size)
-    torch.manual_seed(0)
-    with device:
-        model = UViTT2IModel(**model_config)
-        forward, train_step = make_forward(model, config), make_train_step(model, config)
-        matmul = make_matmul(config)
+    with tempfile.TemporaryDirectory(prefix="uvit-bench-") as folder:
+        run = set_up_run(config, Path(folder))
+        print(describe(config, run))
+        matmul, forward, step = make_jobs(config, run)
+        timings = measure({"forward": forward, "training step": step}, matmul, config.steps, run.device)
+        forward_flops, step_flops = count_flops(resolve_model_config(config.uvit_config_file), config.batch_size)
+        work = {"forward": forward_flops, "training step": step_flops}
+        print(table(timings, work, 2 * config.matmul_size**3, config.batch_size))
+        if config.loader:
+            rate = loader_rate(run)
+            print(f"loader: {rate:,.0f} samples/s in one process, batches of {LOADER_BATCH_SIZE}, all drawn")
 
-    work = {"matmul": 2 * config.matmul_size**3, "forward": forward_flops, "training step": step_flops}
-    seconds = measure({"matmul": matmul, "forward": forward, "training step": train_step}, config.steps, device)
-    threads = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    print(
-        f"{config.uvit_config_file}: {sum(p.numel() for p in model.parameters()):,} parameters, batch "
-        f"{config.batch_size}, {config.precision}{', compiled' if config.compile else ''}, {device} ({threads}), "
-        f"medians of {config.steps} rounds, matmul {config.matmul_size}x{config.matmul_size}"
+
+def set_up_run(config: BenchConfig, folder: Path) -> Run:
+    """A training run on random features."""
+    with torch.device("meta"):
+        unet = UViTT2IModel(**resolve_model_config(config.uvit_config_file))
+    num_pairs = LOADER_PAIRS if config.loader else config.batch_size
+    return set_up(
+        TrainConfig(
+            feature_path=str(write_random_store(folder / "features", unet, num_pairs)),
+            output_dir=str(folder / "run"),
+            uvit_config_file=config.uvit_config_file,
+            per_device_train_batch_size=config.batch_size,
+            bf16=config.precision == "bf16",
+            fp16=config.precision == "fp16",
+            recompute=config.recompute,
+            compile=config.compile,
+            device=config.device,
+        ),
+        folder / "run",
     )
-    print(table(work, seconds, config.batch_size))
 
 
-def make_forward(model: UViTT2IModel, config: BenchConfig) -> Callable[[], object]:
-    """A forward pass without gradients, as sampling does it."""
-    run = torch.compile(model) if config.compile else model
-    inputs = random_inputs(model, config.batch_size)
+def make_jobs(config: BenchConfig, run: Run) -> tuple[Job, Job, Job]:
+    """(the yardstick in the precision's type, a forward pass as sampling does it, a training step)."""
+    size = (config.matmul_size, config.matmul_size)
+    left, right, product = (torch.randn(size, device=run.device).to(run.precision.dtype) for _ in range(3))
+    batch = run.batches[0].to(run.device)
+    assert batch.context is not None
+    latents, context = batch.noise, run.precision.cast(batch.context)
+    batches = itertools.repeat(batch)
 
     def forward() -> None:
-        with torch.no_grad(), _autocast(model.device, config):
-            run(*inputs)
+        with torch.no_grad(), run.precision.autocast():
+            run.precision.networks["unet"](latents, batch.timesteps, context)
 
-    return forward
-
-
-def make_train_step(model: UViTT2IModel, config: BenchConfig) -> Callable[[], object]:
-    """Forward, loss, backward, AdamW, EMA: what `uvit train` does to one batch that is already there."""
-    if config.recompute:
-        model.enable_gradient_checkpointing()
-    run = torch.compile(model) if config.compile else model
-    latents, timesteps, context = random_inputs(model, config.batch_size)
-    noise = torch.randn_like(latents)
-    parameters = list(model.parameters())
-    ema = [parameter.detach().clone() for parameter in parameters]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-4, betas=(0.9, 0.9), weight_decay=0.03, fused=True)
-    scaler = torch.amp.GradScaler(model.device.type, enabled=config.precision == "fp16")
-
-    def train_step() -> None:
-        noisy = diffusion.add_noise(latents, noise, timesteps)
-        with _autocast(model.device, config):
-            prediction = run(noisy, timesteps, context)
-        scaler.scale(diffusion.loss(prediction, latents, noise, timesteps)).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        torch._foreach_lerp_(ema, [parameter.detach() for parameter in parameters], 1e-4)
-
-    return train_step
+    return lambda: torch.mm(left, right, out=product), forward, lambda: train_step(run, batches)
 
 
-def make_matmul(config: BenchConfig) -> Callable[[], object]:
-    """The yardstick: a square matrix product, in the precision's type."""
-    dtype = DTYPES[config.precision]
-    left, right, product = (torch.randn(config.matmul_size, config.matmul_size).to(dtype) for _ in range(3))
-    return lambda: torch.mm(left, right, out=product)
-
-
-def measure(
-    jobs: dict[str, Callable[[], object]], rounds: int, device: torch.device
-) -> dict[str, list[tuple[float, float]]]:
-    """{name: [(seconds of the job, seconds of the matmul just before and after it, averaged), ...]}; one round warms up."""
-    matmul = jobs["matmul"]
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in jobs}
-    for round_ in tqdm(range(rounds + 1), desc="bench", leave=False):
-        before = _time(matmul, device)
+def measure(jobs: dict[str, Job], matmul: Job, rounds: int, device: torch.device) -> dict[str, list[Timing]]:
+    """{name: [(seconds, seconds of the matmul, the mean of those just before and after), ...]}."""
+    timings: dict[str, list[Timing]] = {name: [] for name in jobs}
+    for round_ in tqdm(range(-NUM_WARM_UPS, rounds), desc="bench", leave=False):
+        before = best_of(matmul, device)
         for name, job in jobs.items():
-            elapsed = _time(job, device)
-            after = _time(matmul, device)
-            if round_:
-                seconds[name].append((elapsed, (before + after) / 2))
+            elapsed = seconds(job, device)
+            after = best_of(matmul, device)
+            if round_ >= 0:
+                timings[name].append((elapsed, (before + after) / 2))
             before = after
-    return seconds
+    return timings
 
 
-def table(work: dict[str, int], seconds: dict[str, list[tuple[float, float]]], batch_size: int) -> str:
-    """Rows of median time and rate; the last column is the median of each round's own ratio to its matmul."""
-    lines = [f"{'':<14}{'ms':>10}{'samples/s':>11}{'GFLOP':>10}{'GFLOP/s':>10}{'of matmul':>11}"]
-    for name, flops in work.items():
-        median = statistics.median(elapsed for elapsed, _ in seconds[name])
-        ratio = statistics.median(
-            (flops / elapsed) / (work["matmul"] / yardstick) for elapsed, yardstick in seconds[name]
-        )
-        samples = "" if name == "matmul" else f"{batch_size / median:.2f}"
-        lines.append(
-            f"{name:<14}{median * 1e3:>10.1f}{samples:>11}{flops / 1e9:>10.1f}{flops / median / 1e9:>10.1f}{ratio:>11.1%}"
-        )
-    return "\n".join(lines)
+def best_of(job: Job, device: torch.device, times: int = 3) -> float:
+    return min(seconds(job, device) for _ in range(times))
 
 
-def _time(job: Callable[[], object], device: torch.device) -> float:
+def seconds(job: Job, device: torch.device) -> float:
     _synchronize(device)
     start = time.perf_counter()
     job()
@@ -130,22 +113,48 @@ def _time(job: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+def loader_rate(run: Run) -> float:
+    """Samples per second of the batches' own making, from a store in memory: the median of ten stretches."""
+    batches = Batches(run.features, LOADER_BATCH_SIZE, run.config.seed)
+    stretch = LOADER_PAIRS // LOADER_BATCH_SIZE
+
+    def epoch(number: int) -> None:
+        for index in range(number * stretch, (number + 1) * stretch):
+            batches[index]
+
+    epoch(0)
+    cpu = torch.device("cpu")
+    return LOADER_PAIRS / statistics.median(seconds(lambda i=i: epoch(i), cpu) for i in range(1, 11))  # type: ignore[misc]
+
+
+def describe(config: BenchConfig, run: Run) -> str:
+    cuda, num_threads = run.device.type == "cuda", torch.get_num_threads()
+    place = torch.cuda.get_device_name(run.device) if cuda else f"{num_threads} thread{'s'[: num_threads > 1]}"
+    options = [config.precision, *(name for name in ("compile", "recompute") if getattr(config, name))]
+    num_parameters, size = sum(p.numel() for p in run.networks.parameters()), config.matmul_size
+    return (
+        f"{config.uvit_config_file}: {num_parameters:,} parameters, batch {config.batch_size}, "
+        f"{', '.join(options)}; {run.device} ({place}), torch {torch.__version__}; "
+        f"medians of {config.steps}, beside the product of two {size}x{size} matrices"
+    )
+
+
+def table(timings: dict[str, list[Timing]], work: dict[str, int], matmul_flops: int, batch_size: int) -> str:
+    """Median time and rates; the last column is the median of each measurement's ratio to its own matmul."""
+    matmul = statistics.median(beside for rows in timings.values() for _, beside in rows)
+    lines = [f"{'':<14}{'ms':>10}{'samples/s':>11}{'GFLOP':>10}{'GFLOP/s':>10}{'of matmul':>11}"]
+    gflop = matmul_flops / 1e9
+    lines.append(f"{'matmul':<14}{matmul * 1e3:>10.1f}{'':>11}{gflop:>10.1f}{gflop / matmul:>10.1f}")
+    for name, rows in timings.items():
+        median = statistics.median(elapsed for elapsed, _ in rows)
+        ratio = statistics.median(work[name] / elapsed / (matmul_flops / beside) for elapsed, beside in rows)
+        lines.append(
+            f"{name:<14}{median * 1e3:>10.1f}{batch_size / median:>11.2f}{work[name] / 1e9:>10.1f}"
+            f"{work[name] / median / 1e9:>10.1f}{ratio:>11.1%}"
+        )
+    return "\n".join(lines)
+
+
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _autocast(device: torch.device, config: BenchConfig) -> contextlib.AbstractContextManager[object]:
-    return torch.autocast(device.type, DTYPES[config.precision], enabled=config.precision != "fp32")
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: is no device; say cpu, cuda or auto") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: there is no GPU that PyTorch {torch.__version__} can use; say cpu")
-    return device

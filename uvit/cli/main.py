@@ -1,6 +1,6 @@
 """`uvit COMMAND ...`: find the command, turn its arguments into a config, run it, and speak to the person.
 
-Exit status: 0 done, 2 a mistake of the user's (one sentence on stderr), 130 stopped by Ctrl-C, 143 by SIGTERM.
+Exit status: 0 done, 2 a mistake of the user's (one sentence on stderr), 130 stopped by Ctrl-C.
 """
 
 import difflib
@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from uvit import __version__
-from uvit.cli.parse import parse, to_yaml
+from uvit.cli.parse import parse
+from uvit.config_file import to_yaml
 from uvit.errors import UserError
 
 
@@ -73,7 +74,7 @@ def usage() -> str:
     width = max(map(len, COMMANDS))
     rows = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
     return (
-        f"uvit {__version__}: train a text-to-image latent diffusion model with a U-ViT backbone from scratch\n\n"
+        f"uvit {__version__}: train text-to-image latent diffusion models, with a U-ViT, from scratch\n\n"
         f"usage: uvit COMMAND [--flag value ...]\n\n{rows}\n\n"
         "`uvit COMMAND --help` lists a command's flags; `--config FILE.yaml` reads them from a file."
     )

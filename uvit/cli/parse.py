@@ -1,14 +1,17 @@
 """Arguments and files -> a config dataclass.
 
-Flags, booleans in their several spellings and `--config` files are first turned into one list of `--name value`; tyro
-reads that list, so one parser gives one meaning and one set of errors, wherever a value came from. Later wins.
+Flags, booleans in their several spellings and `--config` files are first turned into one mapping of names to
+values; tyro reads that, so one parser gives one meaning and one set of errors, wherever a value came from.
+Later wins.
 """
 
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import io
 import json
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -25,77 +28,81 @@ def parse(cls: type, arguments: Sequence[str], prog: str, positional: tuple[str,
 
     Raises UserError for an unknown flag, a value that does not fit or a file that cannot be read.
     """
-    import tyro
-
-    description = cls.__doc__ or ""
-    if positional:
-        description += f"\n\nWithout a flag: {' '.join(name.upper() for name in positional)}."
-    values = {} if {"-h", "--help"} & set(arguments) else collect(cls, arguments, positional)
-    print_config = bool(values.pop("print_config", False))
-    words = ["--help"] if not values and {"-h", "--help"} & set(arguments) else to_words(values)
-    complaint = io.StringIO()
+    if {"-h", "--help"} & set(arguments):
+        _tyro(cls, ["--help"], prog, positional)
+    values = collect(cls, arguments, positional)
+    print_config = values.pop("print_config", ["False"]) == ["True"]
+    missing = [f"--{field.name}" for field in dataclasses.fields(cls) if _required(field) and field.name not in values]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} must be given; `{prog} --help` lists all flags")
+    words, complaint = to_words(values), io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            config = tyro.cli(
-                cls,
-                args=words,
-                prog=prog,
-                description=description,
-                config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
-                use_underscores=True,
-                console_outputs=True,
-            )
+            return _tyro(cls, words, prog, positional), print_config
     except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise UserError(_sentence(complaint.getvalue())) from None
-    return config, print_config
+        raise _user_error(stop, complaint.getvalue(), cls, values) from None
+
+
+def _tyro(cls: type, words: list[str], prog: str, positional: tuple[str, ...]) -> Any:
+    import tyro
+
+    description = inspect.getdoc(cls) or ""
+    if positional:
+        description += f"\n\n{' and '.join(name.upper() for name in positional)} may be given without the flag's name."
+    description += (
+        "\n\nA True/False flag may stand alone (--flag) or be denied (--no_flag). --config FILE reads flags "
+        "from YAML or JSON; what comes later wins. --print_config shows the outcome and stops."
+    )
+    return tyro.cli(
+        cls,
+        args=words,
+        prog=prog,
+        description=description,
+        config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
+        use_underscores=True,
+    )
 
 
 def collect(cls: type, arguments: Sequence[str], positional: tuple[str, ...] = ()) -> dict[str, list[str]]:
     """`--name value ...` in all its spellings -> {name: values}; a `--config` file counts where it stands."""
-    kinds = {name: _kind(hint) for name, hint in typing.get_type_hints(cls).items()}
+    kinds = _kinds(cls) | {"config": "one", "print_config": "bool"}
     values: dict[str, list[str]] = {}
-    loose: list[str] = []
+    loose: list[str] = []  # words that no flag asked for
     words = list(arguments)
     while words:
         word = words.pop(0)
-        if not word.startswith("--") or word == "--":
-            loose.extend([word] if word != "--" else words)
-            if word == "--":
-                break
+        if word == "--":
+            loose += words
+            break
+        if not word.startswith("--"):
+            loose.append(word)
             continue
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
-        if name == "print_config":
-            values[name] = ["True"]
+        if name not in kinds and not equals and kinds.get(name.removeprefix("no_")) == "bool":
+            values[name.removeprefix("no_")] = ["False"]
             continue
-        if name == "config":
-            path = value if equals else _next(words, "config")
-            values |= collect_file(cls, Path(path))
-            continue
-        if name not in kinds and name.startswith("no_") and kinds.get(name[3:]) == "bool":
-            values[name[3:]] = ["False"]
-            continue
-        kind = _known(cls, kinds, name)
+        kind = _kind(kinds, name)
         if equals:
-            values[name] = [value]
+            items = [value]
         elif kind == "bool":
-            values[name] = [words.pop(0) if words and words[0].lower() in BOOLEANS else "True"]
+            items = [words.pop(0)] if words and words[0].lower() in BOOLEANS else ["True"]
         elif kind == "many":
-            values[name] = []
-            while words and not words[0].startswith("--"):
-                values[name].append(words.pop(0))
+            items = _take_while_values(words)
+        elif words and not words[0].startswith("--"):
+            items = [words.pop(0)]
         else:
-            values[name] = [_next(words, name)]
-        if kind == "bool":
-            values[name] = [BOOLEANS.get(values[name][0].lower(), values[name][0])]
+            raise UserError(f"--{name} needs a value")
+        if name == "config":
+            values |= collect_file(cls, Path(items[0]))
+        else:
+            values[name] = _spelled(kind, items)
     for name in positional:
         if loose:
-            many = kinds[name] == "many"
-            values[name], loose = (loose, []) if many else (loose[:1], loose[1:])
+            taken = len(loose) if kinds[name] == "many" else 1
+            values[name], loose = loose[:taken], loose[taken:]
     if loose:
-        raise UserError(f"{loose[0]!r} is not a flag; flags begin with --")
+        raise UserError(f"{loose[0]!r} belongs to no flag; flags begin with --, and a value follows its flag")
     return values
 
 
@@ -103,62 +110,99 @@ def collect_file(cls: type, path: Path) -> dict[str, list[str]]:
     """A YAML or JSON mapping of flags -> {name: values}."""
     import yaml
 
+    where = f"--config {path}: "
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: cannot be read ({error})") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{where}cannot be read ({reason})") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"--config {path}: is not valid {path.suffix[1:] or 'YAML'} ({' '.join(str(error).split())})") from None
+        kind = "JSON" if path.suffix == ".json" else "YAML"
+        raise UserError(f"{where}is not valid {kind} ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
-        raise UserError(f"--config {path}: must map flags to values, and holds {type(content).__name__}")
-    kinds = {name: _kind(hint) for name, hint in typing.get_type_hints(cls).items()}
+        raise UserError(f"{where}must map flags to values, and holds {type(content).__name__}")
+    kinds = _kinds(cls)
     values = {}
-    for name, value in content.items():
-        _known(cls, kinds, str(name), where=f"--config {path}: ")
-        values[str(name)] = [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        kind = _kind(kinds, name, where)
+        if isinstance(value, dict) or (isinstance(value, list) and kind != "many"):
+            raise UserError(f"{where}{name} holds a {type(value).__name__}; it takes one value")
+        values[name] = _spelled(kind, [str(item) for item in value] if isinstance(value, list) else [str(value)])
     return values
 
 
 def to_words(values: dict[str, list[str]]) -> list[str]:
-    """{name: values} -> arguments; `=` keeps a value that begins with a dash a value."""
+    """{name: values} -> arguments for tyro; `=` keeps a value that begins with a dash a value."""
     words = []
     for name, items in values.items():
+        dashed = next((item for item in items if item.startswith("-") and item != "-"), None)
+        if dashed and len(items) > 1:
+            raise UserError(f"--{name} {dashed}: where several values are given, none may begin with a dash")
         words += [f"--{name}={items[0]}"] if len(items) == 1 else [f"--{name}", *items]
     return words
 
 
-def to_yaml(config: Any) -> str:
-    """The resolved config, as a file that `--config` reads back to the same config."""
-    import yaml
-
-    content = {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()}
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-
-
-def _kind(hint: Any) -> str:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        hint = next(option for option in typing.get_args(hint) if option is not type(None))
-    return "bool" if hint is bool else "many" if typing.get_origin(hint) in (tuple, list) else "one"
+def _kinds(cls: type) -> dict[str, str]:
+    """{field: what its flag takes: "bool", "one" value or "many"}."""
+    return {
+        name: "bool" if hint is bool else "many" if typing.get_origin(hint) in (tuple, list) else "one"
+        for name, hint in _hints(cls).items()
+    }
 
 
-def _known(cls: type, kinds: dict[str, str], name: str, where: str = "") -> str:
+def _hints(cls: type) -> dict[str, Any]:
+    """{field: its type, without `| None`}."""
+    hints = typing.get_type_hints(cls)
+    for name, hint in hints.items():
+        if typing.get_origin(hint) in (typing.Union, types.UnionType):
+            hints[name] = next(option for option in typing.get_args(hint) if option is not type(None))
+    return hints
+
+
+def _kind(kinds: dict[str, str], name: str, where: str = "") -> str:
     if name not in kinds:
         close = difflib.get_close_matches(name, kinds, n=1)
-        hint = f"did you mean --{close[0]}?" if close else "see --help"
+        hint = f"did you mean --{close[0]}?" if close else "--help lists all flags"
         raise UserError(f"{where}there is no flag --{name}; {hint}")
     return kinds[name]
 
 
-def _next(words: list[str], name: str) -> str:
-    if not words or words[0].startswith("--"):
-        raise UserError(f"--{name} needs a value")
-    return words.pop(0)
+def _required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _sentence(complaint: str) -> str:
-    """tyro's boxed message as one line."""
-    text = " ".join(complaint.translate(str.maketrans("╭─╮│╰╯", "      ")).split())
-    return text.removeprefix("Parsing error ").split(" For full helptext")[0] or "the arguments could not be parsed"
+def _take_while_values(words: list[str]) -> list[str]:
+    items = []
+    while words and not words[0].startswith("--"):
+        items.append(words.pop(0))
+    return items
 
 
+def _spelled(kind: str, items: list[str]) -> list[str]:
+    """Booleans as tyro reads them."""
+    return [BOOLEANS.get(item.lower(), item) for item in items] if kind == "bool" else items
+
+
+def _user_error(stop: SystemExit, complaint: str, cls: type, values: dict[str, list[str]]) -> UserError:
+    """What was wrong when tyro gave up: the config's own check, or a value that is not of its flag's type."""
+    cause = stop.__context__
+    while cause is not None and not isinstance(cause, UserError):
+        cause = cause.__context__
+    if cause is not None:
+        return cause
+    flag = re.search(r"(?:Error parsing|for argument) '?--(\w+)", " ".join(complaint.translate(UNBOXED).split()))
+    if flag is None or flag[1] not in values:
+        return UserError(" ".join(complaint.translate(UNBOXED).split()) or "the arguments could not be parsed")
+    return UserError(f"--{flag[1]} {' '.join(values[flag[1]])}: must be {_wanted(_hints(cls)[flag[1]])}")
+
+
+UNBOXED = str.maketrans(dict.fromkeys("╭─╮│╰╯", " "))
+
+
+def _wanted(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return f"one of {', '.join(map(str, typing.get_args(hint)))}"
+    words = {bool: "True or False", int: "a whole number", float: "a number"}
+    return words.get(hint, f"of type {getattr(hint, '__name__', hint)}")

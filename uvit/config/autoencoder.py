@@ -11,7 +11,7 @@ class AutoencoderConfig:
     """Train a first stage, an AutoencoderKL, on the images of a source."""
 
     source: str
-    """Where the images are: shapes, shapes:two, a .tar, a COCO folder or captions file, a folder with metadata.jsonl."""
+    """The images: shapes, shapes:two, a .tar, a COCO folder or captions file, a folder with metadata.jsonl."""
     output_dir: str
     """The folder to write: opens with diffusers' AutoencoderKL and as --vae_name_or_path."""
     split: str = "train"

@@ -8,10 +8,10 @@ from uvit.errors import UserError
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Time the training step (forward, loss, backward, AdamW, EMA) and the forward pass of a U-ViT on random data.
+    """Time the training step, the forward pass and the loader of a U-ViT, on random features.
 
-    Beside each stands the machine's own rate for a large matrix product, taken between the same steps, so that a
-    machine that others use too is compared with itself at that moment. Figures are medians over the rounds.
+    Beside each stands the machine's own rate for a large matrix product, taken just before and after it, so
+    that a machine that others use too is compared with itself at that moment. Figures are medians.
     """
 
     uvit_config_file: str = "uvit_t2i_small"
@@ -19,13 +19,15 @@ class BenchConfig:
     batch_size: int = 4
     """Samples in a training step and in a forward pass."""
     steps: int = 5
-    """Rounds to measure: each a matrix product, a forward pass, a matrix product and a training step."""
+    """Forward passes and training steps to measure, after two of each to warm up."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """fp32, or automatic mixed precision over fp32 weights. The matrix product is taken in the same type."""
     compile: bool = False
     """Time the compiled model (torch.compile); compiling comes before the first round and is not counted."""
     recompute: bool = False
     """Recompute activations in the backward pass; the recomputation is time, and not counted as work."""
+    loader: bool = False
+    """Also time the loader on 1,024 pairs in a temporary folder (137 MB at the shipped configs' sizes)."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes the GPU where there is one."""
     num_threads: int = 0

@@ -33,9 +33,9 @@ def model_config_names() -> list[str]:
 def resolve_model_config(name_or_path: str) -> dict[str, Any]:
     """The arguments of `UViTT2IModel` that a name or a JSON file stands for.
 
-    A name is a shipped config's ("giant" serves for "gaint"); so is the file name of a path that is not there, because
-    command lines from elsewhere say `config/uvit_t2i_small.json`. Keys that begin with `_`, diffusers' own, are left
-    out. Raises UserError for anything else.
+    A name is a shipped config's ("giant" serves for "gaint"); so is the file name of a path that is not
+    there, because command lines from elsewhere say `config/uvit_t2i_small.json`. Keys that begin with `_`,
+    diffusers' own, are left out. Raises UserError for anything else.
     """
     path = Path(name_or_path)
     if not path.is_file():
@@ -68,7 +68,10 @@ def _check(path: Path, key: str, value: Any) -> None:
     if KINDS[key] == (bool,):
         fits, wanted = isinstance(value, bool), "true or false"
     elif isinstance(value, list) and list in KINDS[key]:
-        fits, wanted = len(value) == 2 and all(type(side) is int and side > 0 for side in value), "[height, width]"
+        fits, wanted = (
+            len(value) == 2 and all(type(side) is int and side > 0 for side in value),
+            "[height, width]",
+        )
     else:
         fits = type(value) in KINDS[key] and not isinstance(value, list) and value > 0
         wanted = "a positive number" if float in KINDS[key] else "a positive whole number"

@@ -20,7 +20,7 @@ class SampleConfig:
     output_dir: str = "samples"
     """Where the pictures go; new ones are numbered on from those that are there."""
     seed: int = 0
-    """Seed of the first image; the next has the next seed. An image depends on its own seed only."""
+    """Seed of the first image; the next has the next seed. The batch plays no part."""
     num_images_per_prompt: int = 1
     """Images of each prompt."""
     batch_size: int = 8
@@ -28,7 +28,7 @@ class SampleConfig:
     guidance_scale: float = 7.5
     """How much more the prompt counts than no prompt; 1 is no guidance, at half the cost."""
     num_inference_steps: int = 50
-    """Steps from noise to picture; the default scheduler needs no more than 15 to 25."""
+    """Steps from noise to picture; with the default scheduler 15 to 25 often do."""
     scheduler: Literal["dpmsolver++", "ddim", "unipc", "euler", "heun", "ddpm"] = "dpmsolver++"
     """The solver. heun calls the network twice a step; ddpm adds noise at each and wants many."""
     negative_prompt: str | None = None
@@ -50,8 +50,6 @@ class SampleConfig:
         if not 1 <= self.num_inference_steps <= 1000:
             raise UserError(f"--num_inference_steps {self.num_inference_steps}: must be in 1..1000")
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
-            raise UserError(
-                f"--guidance_scale {self.guidance_scale}: must be a number of at least 0; 1 is no guidance"
-            )
+            raise UserError(f"--guidance_scale {self.guidance_scale}: must be a number of at least 0; 1 is no guidance")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed {self.seed}: must be in 0..2^63-1")

@@ -78,7 +78,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     """Forward passes of one update; their loss is averaged."""
     dataloader_num_workers: int = 8
-    """Processes that read and draw batches; 0: the training process itself. More than the machine's cores are not started."""
+    """Processes that read and draw batches, at most one a core; 0: the training process itself."""
     seed: int = 1234
     """Seed of the weights and of everything that is drawn."""
 
@@ -208,7 +208,8 @@ class TrainConfig:
         for name in at_least_one.split():
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
-        for name in "learning_rate weight_decay adam_epsilon noise_offset warmup_steps min_lr dataloader_num_workers".split():
+        not_negative = "learning_rate weight_decay adam_epsilon noise_offset warmup_steps min_lr dataloader_num_workers"
+        for name in not_negative.split():
             if not getattr(self, name) >= 0:
                 raise UserError(f"--{name} {getattr(self, name)}: must not be negative")
         for name in ("adam_beta1", "adam_beta2", "ema_decay", "warmup_ratio"):
@@ -222,7 +223,8 @@ class TrainConfig:
             raise UserError(f"--save_total_limit {self.save_total_limit}: must be at least 1; leave it out to keep all")
         if self.image_logging_steps > 0 and self.image_logging_steps % self.logging_steps:
             raise UserError(
-                f"--image_logging_steps {self.image_logging_steps}: must be a multiple of --logging_steps {self.logging_steps}"
+                f"--image_logging_steps {self.image_logging_steps}: must be a multiple of --logging_steps "
+                f"{self.logging_steps}"
             )
         if self.bf16 and self.fp16:
             raise UserError("--bf16 and --fp16: choose one")
@@ -239,7 +241,9 @@ class TrainConfig:
                 raise UserError(f"--{name} {getattr(self, name)}: only 1 is possible, because {why}")
         for name in PARALLEL_NOT_YET:
             if getattr(self, name) != 1:
-                raise UserError(f"--{name} {getattr(self, name)}: training over several processes is not there yet; use 1")
+                raise UserError(
+                    f"--{name} {getattr(self, name)}: training over several processes is not there yet; use 1"
+                )
 
     def profiled_steps(self) -> tuple[int, int] | None:
         """(first, last) step that the profiler records."""
@@ -256,4 +260,8 @@ class TrainConfig:
     def not_needed(self) -> list[str]:
         """One sentence for each flag that was set and is not needed here."""
         default = {field.name: field.default for field in fields(self)}
-        return [f"--{name}: not needed here ({why})" for name, why in NOT_NEEDED.items() if getattr(self, name) != default[name]]
+        return [
+            f"--{name}: not needed here ({why})"
+            for name, why in NOT_NEEDED.items()
+            if getattr(self, name) != default[name]
+        ]

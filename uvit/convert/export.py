@@ -82,4 +82,6 @@ def known(name: str | None, flag: str) -> str:
 
 
 def load_part(network: nn.Module, weights: dict[str, Tensor], prefix: str) -> None:
-    network.load_state_dict({key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)})
+    network.load_state_dict(
+        {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    )

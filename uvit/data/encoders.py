@@ -22,6 +22,7 @@ from uvit.diffusion import LATENT_SCALE
 from uvit.errors import UserError
 
 STABLE_DIFFUSION_SCALE = 0.18215
+FIRST_STAGES = Path(__file__).parent.parent / "first_stages"  # those that ship with the package, known by name
 
 
 # Loading
@@ -30,19 +31,18 @@ STABLE_DIFFUSION_SCALE = 0.18215
 def load_vae(name_or_path: str) -> Any:
     """An AutoencoderKL from its folder, a pipeline folder or a hub id: float32, eval mode, frozen.
 
-    Only safetensors are read. Raises UserError where it cannot be had.
+    `shapes` is the first stage that ships for the built-in pictures. Only safetensors are read. Raises UserError where
+    it cannot be had.
     """
+    if (FIRST_STAGES / name_or_path).is_dir() and not Path(name_or_path).exists():
+        name_or_path = str(FIRST_STAGES / name_or_path)
 
     def load(place: str, **options: Any) -> Any:
         _check_class(place, options, "AutoencoderKL")
-        model, info = AutoencoderKL.from_pretrained(
-            place, use_safetensors=True, output_loading_info=True, **options
-        )
+        model, info = AutoencoderKL.from_pretrained(place, use_safetensors=True, output_loading_info=True, **options)
         return _whole(model, info["missing_keys"])
 
-    return _load(
-        load, name_or_path, ("vqvae", "vae"), "vae_name_or_path", "an AutoencoderKL with safetensors weights"
-    )
+    return _load(load, name_or_path, ("vqvae", "vae"), "vae_name_or_path", "an AutoencoderKL with safetensors weights")
 
 
 def load_text_encoder(name_or_path: str) -> Any:
@@ -51,15 +51,11 @@ def load_text_encoder(name_or_path: str) -> Any:
     def load(place: str, **options: Any) -> Any:
         config = AutoConfig.from_pretrained(place, **options)
         # A CLIP of both towers gives its text tower; the others have a class for this purpose.
-        cls: Any = (
-            CLIPTextModel if config.model_type in ("clip", "clip_text_model") else AutoModelForTextEncoding
-        )
+        cls: Any = CLIPTextModel if config.model_type in ("clip", "clip_text_model") else AutoModelForTextEncoding
         model, info = cls.from_pretrained(
             place, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
         )
-        return _whole(
-            model, [key for key in info["missing_keys"] if "pooler" not in key]
-        )  # the pooler is not used
+        return _whole(model, [key for key in info["missing_keys"] if "pooler" not in key])  # the pooler is not used
 
     return _load(
         load,
@@ -85,9 +81,7 @@ def load_tokenizer(name_or_path: str) -> Any:
     return _load(load, name_or_path, ("tokenizer",), "tokenizer_name", "a tokenizer with a padding token")
 
 
-def _load(
-    load: Callable[..., Any], name_or_path: str, subfolders: tuple[str, ...], flag: str, what: str
-) -> Any:
+def _load(load: Callable[..., Any], name_or_path: str, subfolders: tuple[str, ...], flag: str, what: str) -> Any:
     """Try the place itself, then a pipeline's subfolders; the first error is the one that tells."""
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
@@ -139,7 +133,7 @@ def _check_class(place: str, options: dict[str, Any], expected: str) -> None:
     if config.is_file():
         found = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
         if found != expected:
-            raise ValueError(f"its config.json is of {found}, not of {expected}")
+            raise ValueError(f"its config.json has _class_name {found!r}, not {expected!r}")
 
 
 def _whole(model: Any, missing: Sequence[str]) -> Any:
@@ -181,9 +175,7 @@ def encode_images(vae: Any, pixels: Tensor) -> Tensor:
     So bounded it fits float16, and a draw from the moments is the same.
     """
     posterior = vae.encode(pixels).latent_dist
-    return torch.cat(
-        [posterior.mean, posterior.logvar], dim=1
-    )  # diffusers clamps the log-variance to these bounds
+    return torch.cat([posterior.mean, posterior.logvar], dim=1)  # diffusers clamps the log-variance to these bounds
 
 
 def decode_latents(vae: Any, latents: Tensor, latent_scale: float) -> Tensor:
@@ -209,6 +201,4 @@ def encode_tokens(text_encoder: Any, token_ids: Tensor, pad_token_id: int) -> Te
     """
     if text_encoder.config.model_type.startswith("clip"):
         return text_encoder(input_ids=token_ids).last_hidden_state
-    return text_encoder(
-        input_ids=token_ids, attention_mask=(token_ids != pad_token_id).long()
-    ).last_hidden_state
+    return text_encoder(input_ids=token_ids, attention_mask=(token_ids != pad_token_id).long()).last_hidden_state

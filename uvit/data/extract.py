@@ -51,11 +51,9 @@ class Encoders:
     dtype: np.dtype  # of moments and contexts
     token_dtype: np.dtype | None  # None: token ids are not wanted
 
-    def images(self, pixels: Tensor) -> np.ndarray:
+    def images(self, pixels: np.ndarray) -> np.ndarray:
         """(B, 3, R, R) uint8 -> moments (B, 2 C, h, w)."""
-        return self._stored(
-            encode_images(self.vae, to_unit(pixels.to(self.device, non_blocking=True))), "moments"
-        )
+        return self._stored(encode_images(self.vae, to_unit(pixels).to(self.device)), "moments")
 
     def captions(self, captions: list[str]) -> tuple[np.ndarray | None, np.ndarray | None]:
         """c captions -> contexts (c, T, D), token ids (c, T); None for what is not wanted."""
@@ -76,12 +74,8 @@ class Encoders:
     def _stored(self, features: Tensor, what: str) -> np.ndarray:
         stored = features.to(getattr(torch, self.dtype.name))
         if not torch.isfinite(stored).all():
-            reason = (
-                "give --dtype float32" if torch.isfinite(features).all() else "the encoder itself gives them"
-            )
-            raise UserError(
-                f"--dtype {self.dtype.name}: some {what} come out infinite or not a number; {reason}"
-            )
+            reason = "give --dtype float32" if torch.isfinite(features).all() else "the encoder itself gives them"
+            raise UserError(f"--dtype {self.dtype.name}: some {what} come out infinite or not a number; {reason}")
         return stored.cpu().numpy()
 
 
@@ -100,15 +94,11 @@ def extract(config: ExtractConfig) -> None:
         text_encoder = load_text_encoder(config.text_encoder_name_or_path)
         positions = getattr(text_encoder.config, "max_position_embeddings", None)
         if positions and config.model_max_length > positions:
-            raise UserError(
-                f"--model_max_length {config.model_max_length}: the text encoder takes {positions} at most"
-            )
+            raise UserError(f"--model_max_length {config.model_max_length}: the text encoder takes {positions} at most")
     tokenizer = _tokenizer(config, source)
     latent_scale = config.latent_scale or latent_scale_of(vae)
     print(f"Latent scale {latent_scale:g}: {_scale_reason(config, vae, latent_scale)}.")
-    writer = StoreWriter(
-        Path(config.output_dir), _info(config, source, vae, text_encoder, tokenizer, latent_scale)
-    )
+    writer = StoreWriter(Path(config.output_dir), _info(config, source, vae, text_encoder, tokenizer, latent_scale))
     if writer.complete:
         print(f"{config.output_dir} is complete: {len(source):,} pairs.")
         return
@@ -142,9 +132,7 @@ def extract(config: ExtractConfig) -> None:
             for shard in range(first, writer.num_shards):
                 writer.write_shard(shard, encoded(-(-len(writer.rows(shard)) // config.batch_size)))
     except KeyboardInterrupt:
-        print(
-            f"Stopped after {writer.next_shard} of {writer.num_shards} shards; run the same command to go on."
-        )
+        print(f"Stopped after {writer.next_shard} of {writer.num_shards} shards; run the same command to go on.")
         raise
     contexts, token_ids = encoders.captions([""])
     writer.finish(None if contexts is None else contexts[0], None if token_ids is None else token_ids[0])
@@ -168,9 +156,7 @@ def _info(
     context_shape = (num_tokens, text_encoder.config.hidden_size) if text_encoder else None
     token_dtype = "uint16" if len(tokenizer) <= 2**16 else "int32"
     found_at = (
-        config.tokenizer_name
-        or config.text_encoder_name_or_path
-        or f"built from the captions of {config.source}"
+        config.tokenizer_name or config.text_encoder_name_or_path or f"built from the captions of {config.source}"
     )
     return StoreInfo(
         num_pairs=len(source),
@@ -243,15 +229,13 @@ class Decoded:
 
     ids: list[str]
     captions: list[tuple[str, ...]]
-    pixels: Tensor  # (B, 3, R, R) uint8
+    # Not a tensor: those come by file descriptor, and a Ctrl-C amid that makes the worker complain.
+    pixels: np.ndarray  # (B, 3, R, R) uint8
     error: UserError | None = None
-
-    def pin_memory(self) -> "Decoded":
-        return Decoded(self.ids, self.captions, self.pixels.pin_memory(), self.error)
 
 
 class _Batches(Dataset[Decoded]):
-    """Item i: the pairs of rows[i]. A mistake is handed over: raised in a worker, it would bring its traceback."""
+    """Item i: the pairs of rows[i]. A mistake is handed over; raised in a worker, it brings a traceback."""
 
     def __init__(self, source: Source, rows: list[range], resolution: int):
         self.source, self.rows, self.resolution = source, rows, resolution
@@ -263,16 +247,12 @@ class _Batches(Dataset[Decoded]):
         try:
             pairs = [self.source[row] for row in self.rows[index]]
         except UserError as error:
-            return Decoded([], [], torch.empty(0), error)
+            return Decoded([], [], np.empty(0), error)
         pixels = np.stack([to_pixels(pair.image, self.resolution) for pair in pairs])
-        return Decoded(
-            [pair.id for pair in pairs], [pair.captions for pair in pairs], torch.from_numpy(pixels)
-        )
+        return Decoded([pair.id for pair in pairs], [pair.captions for pair in pairs], pixels)
 
 
-def _decode(
-    config: ExtractConfig, source: Source, writer: StoreWriter, first_shard: int
-) -> Iterator[Decoded]:
+def _decode(config: ExtractConfig, source: Source, writer: StoreWriter, first_shard: int) -> Iterator[Decoded]:
     """The batches from that shard on, in order."""
     rows = [
         shard[start : start + config.batch_size]
@@ -283,7 +263,6 @@ def _decode(
         _Batches(source, rows, config.resolution),
         batch_size=None,
         num_workers=min(config.num_workers, len(rows)),
-        pin_memory=torch.cuda.is_available(),
         worker_init_fn=_leave_stopping_to_the_main_process,
     )
     for batch in loader:

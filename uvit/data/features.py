@@ -35,6 +35,7 @@ class Features(Protocol):
     context_shape: tuple[int, ...] | None  # (T, D); None where only token ids are stored
     num_tokens: int | None  # T
     latent_scale: float | None  # None: not known
+    resolution: int | None  # side of the images, in pixels; None: not known
     empty_context: np.ndarray | None  # (T, D), as stored
     empty_token_ids: np.ndarray | None  # (T,)
     vae_name: str | None  # where the encoders were found, for uvit.data.encoders to load
@@ -42,7 +43,10 @@ class Features(Protocol):
     tokenizer_name: str | None
 
     def read(self, rows: np.ndarray, caption_draws: np.ndarray) -> FeatureBatch:
-        """Samples `rows`, (B,) int64, each with the caption on which its draw, (B,) in [0, 1), falls; new arrays."""
+        """Samples `rows`, (B,) int64, each with the caption that its draw, (B,) in [0, 1), picks.
+
+        The arrays are the caller's to change.
+        """
         ...
 
     def captions(self, row: int) -> tuple[str, ...]:
@@ -67,9 +71,7 @@ def open_features(path: str | Path, split: str = "train") -> Features:
     if not folder.is_dir():
         raise UserError(f"--feature_path {folder}: no such folder; make one with `uvit extract`")
     if (folder / "settings.json").is_file():
-        raise UserError(
-            f"--feature_path {folder}: its extraction was not finished; run the same `uvit extract` again"
-        )
+        raise UserError(f"--feature_path {folder}: its extraction was not finished; run the same `uvit extract` again")
     if (folder / "0.npy").is_file():
         raise UserError(
             f"--feature_path {folder}: is part of a folder in the old layout; give {folder.absolute().parent}"
@@ -95,6 +97,7 @@ class FeatureStore:
             self.context_shape: tuple[int, ...] | None = tuple(context_shape) if context_shape else None
             self.num_tokens: int | None = int(self.manifest["num_tokens"])
             self.latent_scale: float | None = float(self.manifest["latent_scale"])
+            self.resolution: int | None = int(self.manifest["source"]["resolution"])
             self.vae_name = self._encoder("vae")
             self.text_encoder_name = self._encoder("text_encoder")
             self.tokenizer_name = self._encoder("tokenizer")
@@ -107,9 +110,7 @@ class FeatureStore:
                 raise
             raise self._error(f"manifest.json is damaged ({type(error).__name__}: {error})") from None
         if self.num_samples == 0 or sum(self._rows) != self.num_samples:
-            raise self._error(
-                f"manifest.json counts {self.num_samples} pairs, and {sum(self._rows)} in its shards"
-            )
+            raise self._error(f"manifest.json counts {self.num_samples} pairs, and {sum(self._rows)} in its shards")
         dtype = np.dtype(self.manifest["dtype"])
         self.empty_context: np.ndarray | None = None
         self.empty_token_ids: np.ndarray | None = None
@@ -117,16 +118,9 @@ class FeatureStore:
             self.empty_context = np.array(self._open("empty_context.npy", self.context_shape, dtype))
         if self.manifest["token_dtype"]:
             token_dtype = np.dtype(self.manifest["token_dtype"])
-            self.empty_token_ids = np.array(
-                self._open("empty_tokens.npy", (self.num_tokens or 0,), token_dtype)
-            )
-        counts = [
-            self._open(f"counts-{i:05d}.npy", (rows,), np.dtype(np.int32))
-            for i, rows in enumerate(self._rows)
-        ]
-        self._first_caption = np.concatenate(
-            [[0], np.cumsum(np.concatenate(counts), dtype=np.int64)]
-        )  # (pairs + 1,)
+            self.empty_token_ids = np.array(self._open("empty_tokens.npy", (self.num_tokens or 0,), token_dtype))
+        counts = [self._open(f"counts-{i:05d}.npy", (rows,), np.dtype(np.int32)) for i, rows in enumerate(self._rows)]
+        self._first_caption = np.concatenate([[0], np.cumsum(np.concatenate(counts), dtype=np.int64)])  # (pairs + 1,)
         if self._first_caption[-1] != sum(self._captions):
             raise self._error(
                 "its counts files and its manifest.json disagree on the number of captions; extract it again"
@@ -218,9 +212,7 @@ class FeatureStore:
         except (OSError, ValueError) as error:
             raise self._error(f"{name} cannot be read ({error})") from None
         if array.shape != shape or array.dtype != dtype:
-            raise self._error(
-                f"{name} holds {array.dtype} {array.shape}, and by manifest.json {dtype} {shape}"
-            )
+            raise self._error(f"{name} holds {array.dtype} {array.shape}, and by manifest.json {dtype} {shape}")
         return np.asarray(array)  # a plain view: indexing a memmap itself costs several times as much
 
     def _error(self, what: str) -> UserError:
@@ -278,11 +270,10 @@ class OldLayout:
         self.num_tokens: int | None = context.shape[0]
         empty = folder / "empty_context.npy"
         if not empty.is_file():
-            raise UserError(
-                f"--feature_path {folder}: has no empty_context.npy, the context of the empty caption"
-            )
+            raise UserError(f"--feature_path {folder}: has no empty_context.npy, the context of the empty caption")
         self.empty_context: np.ndarray | None = self._load(empty, context.shape).astype(context.dtype)
         self.empty_token_ids: np.ndarray | None = None
+        self.resolution: int | None = None
         self.latent_scale: float | None = None
         self.vae_name: str | None = None
         self.text_encoder_name: str | None = None
@@ -290,9 +281,7 @@ class OldLayout:
 
     def read(self, rows: np.ndarray, caption_draws: np.ndarray) -> FeatureBatch:
         """See Features."""
-        captions = np.minimum(
-            (caption_draws * self._num_captions[rows]).astype(np.int64), self._num_captions[rows] - 1
-        )
+        captions = np.minimum((caption_draws * self._num_captions[rows]).astype(np.int64), self._num_captions[rows] - 1)
         return FeatureBatch(
             moments=np.stack([self._load(self.folder / f"{i}.npy", self.moments_shape) for i in rows]),
             context=np.stack(

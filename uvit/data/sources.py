@@ -30,9 +30,7 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Pair: ...
 
 
-def open_source(
-    source: str, split: str = "train", image_folder: str | None = None, resolution: int = 256
-) -> Source:
+def open_source(source: str, split: str = "train", image_folder: str | None = None, resolution: int = 256) -> Source:
     """Find out what `source` is and read its index.
 
     Args:
@@ -44,9 +42,7 @@ def open_source(
     """
     path = Path(source).expanduser()
     if image_folder and path.suffix != ".json" and not (path / "annotations").is_dir():
-        raise UserError(
-            f"--image_folder {image_folder}: goes with a COCO source, which --source {source} is not"
-        )
+        raise UserError(f"--image_folder {image_folder}: goes with a COCO source, which --source {source} is not")
     if source == "shapes" or source.startswith("shapes:"):
         return _shapes(source, split, resolution)
     if path.is_dir():
@@ -72,9 +68,7 @@ def captions_of(source: Source) -> Iterator[str]:
         if isinstance(source, ShapesSource):
             yield from source.scenes[i].captions()
         else:
-            yield from (
-                source.captions(i) if isinstance(source, TarSource | FileSource) else source[i].captions
-            )
+            yield from (source.captions(i) if isinstance(source, TarSource | FileSource) else source[i].captions)
 
 
 def _shapes(source: str, split: str, resolution: int) -> Source:
@@ -82,9 +76,7 @@ def _shapes(source: str, split: str, resolution: int) -> Source:
         raise UserError(f"--source {source}: the built-in sources are shapes and shapes:two")
     if split not in ("train", "heldout"):
         raise UserError(f"--split {split}: shapes have the splits train and heldout")
-    return ShapesSource(
-        "heldout" if split == "heldout" else "train", resolution, 2 if source == "shapes:two" else 1
-    )
+    return ShapesSource("heldout" if split == "heldout" else "train", resolution, 2 if source == "shapes:two" else 1)
 
 
 # Files named by a list
@@ -139,18 +131,14 @@ def _coco(annotations: Path, image_folder: Path) -> Source:
         raise UserError(f"--source {annotations}: is not valid JSON ({error})") from None
     if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
         found = ", ".join(content) if isinstance(content, dict) else f"a {type(content).__name__}"
-        raise UserError(
-            f"--source {annotations}: must hold COCO's `images` and `annotations`, and holds {found}"
-        )
+        raise UserError(f"--source {annotations}: must hold COCO's `images` and `annotations`, and holds {found}")
     captions: dict[Any, list[str]] = {}
     try:
         for annotation in content["annotations"]:
             captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
         listed = [(image["id"], image["file_name"]) for image in content["images"]]
     except (KeyError, TypeError) as error:
-        raise UserError(
-            f"--source {annotations}: an image or annotation lacks {error}; are these captions?"
-        ) from None
+        raise UserError(f"--source {annotations}: an image or annotation lacks {error}; are these captions?") from None
     entries = [
         (str(id), image_folder / name, _clean(captions[id], str(id), annotations))
         for id, name in listed
@@ -167,7 +155,7 @@ def _metadata_folder(folder: Path, split: str) -> Source:
         if not metadata.is_file():
             found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
             raise UserError(
-                f"--source {folder}: has no metadata.jsonl, {split}/metadata.jsonl or annotations/, but {found}"
+                f"--source {folder}: holds {found}, and no metadata.jsonl, {split}/metadata.jsonl or annotations/"
             )
         if split != "train":
             raise UserError(f"--split {split}: {folder} has no {split}/metadata.jsonl")
@@ -189,9 +177,7 @@ def _checked(entries: list[tuple[str, Path, tuple[str, ...]]], index: Path) -> S
     if not entries:
         raise UserError(f"--source {index}: lists no image with a caption")
     if not entries[0][1].is_file():  # tells a wrong folder at once; the others are looked at when read
-        raise UserError(
-            f"--source {index}: its first image, {entries[0][1]}, does not exist; is the folder right?"
-        )
+        raise UserError(f"--source {index}: its first image, {entries[0][1]}, does not exist; is the folder right?")
     return FileSource(entries)
 
 
@@ -208,7 +194,7 @@ class _Member:
 
 
 class TarSource:
-    """A WebDataset tar: members of the same name up to its first dot are a pair, an image and a .txt or .json.
+    """A WebDataset tar: members of one name up to its first dot are a pair, an image and a .txt or .json.
 
     A .txt is one caption; in a .json, `caption` or `captions` counts. The headers are read once.
     """
@@ -295,8 +281,7 @@ def _caption_field(row: dict[str, Any], keys: tuple[str, ...], where: str) -> li
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(caption, str) for caption in values):
         raise UserError(
-            f"{where}: needs {' or '.join(keys)}, a string or a list of strings;"
-            f" found {', '.join(row) or 'nothing'}"
+            f"{where}: needs {' or '.join(keys)}, a string or a list of strings; found {', '.join(row) or 'nothing'}"
         )
     return values
 

@@ -67,9 +67,7 @@ class StoreWriter:
                     f" {settings.get(key)} here); give the same ones to go on, or another folder"
                 )
         elif any(path for path in folder.iterdir() if not path.name.startswith(".settings.json")):
-            raise UserError(
-                f"--output_dir {folder}: is not empty and no feature store; choose another folder"
-            )
+            raise UserError(f"--output_dir {folder}: is not empty and no feature store; choose another folder")
         else:
             _write_json(folder / "settings.json", settings)
 
@@ -95,9 +93,7 @@ class StoreWriter:
         if self.info.context_shape:
             arrays["contexts"] = _GrowingArray(self._path("contexts", shard), self.info.context_shape, dtype)
         if tokens:
-            arrays["tokens"] = _GrowingArray(
-                self._path("tokens", shard), (self.info.num_tokens,), np.dtype(tokens)
-            )
+            arrays["tokens"] = _GrowingArray(self._path("tokens", shard), (self.info.num_tokens,), np.dtype(tokens))
         counts = arrays["counts"] = _GrowingArray(self._path("counts", shard), (), np.dtype(np.int32))
         lines = []
         try:

@@ -17,9 +17,7 @@ PAD, START, END = "<|pad|>", "<|startoftext|>", "<|endoftext|>"
 SMALLEST_VOCABULARY = 256 + 3  # every byte, and the three above
 
 
-def train_tokenizer(
-    captions: Iterable[str], vocab_size: int, model_max_length: int = 77
-) -> PreTrainedTokenizerFast:
+def train_tokenizer(captions: Iterable[str], vocab_size: int, model_max_length: int = 77) -> PreTrainedTokenizerFast:
     """Learn at most `vocab_size` tokens from captions; the same captions, in any order, give the same tokens.
 
     Captions are lower-cased and put in Unicode's composed form; nothing is unknown: each byte is a token.

@@ -9,11 +9,9 @@ from tqdm import tqdm
 
 from uvit.config.evaluate import EvaluateConfig
 from uvit.data.shapes import Scene, render, scenes
-from uvit.device import pick_device
 from uvit.evaluate.reader import ATTRIBUTES, CHANCE, read_scene
 from uvit.images import contact_sheet, save_png
-from uvit.sample.generate import generate
-from uvit.sample.pipeline import UViTPipeline
+from uvit.sample.generate import generate, open_pipeline
 
 NUM_WORDINGS = 4
 MAX_ON_SHEET = 24
@@ -21,14 +19,12 @@ MAX_ON_SHEET = 24
 
 def evaluate(config: EvaluateConfig) -> None:
     """Draw every combination of the split in every wording, read the pictures, print and write what was right."""
-    pipeline = UViTPipeline.from_pretrained(config.pipeline).to(pick_device(config.device))
+    pipeline = open_pipeline(config.pipeline, config.device, disable_tqdm=config.disable_tqdm)
     asked = [scene for scene in scenes(config.split) if isinstance(scene, Scene)]
     wanted = [(scene, wording) for wording in range(NUM_WORDINGS) for scene in asked][: config.max_prompts]
     prompts = [scene.captions()[wording] for scene, wording in wanted]
     seeds = [config.seed + i for i in range(len(prompts))]
-    drawn = generate(
-        pipeline, prompts, seeds, config.batch_size, config.guidance_scale, config.num_inference_steps
-    )
+    drawn = generate(pipeline, prompts, seeds, config.batch_size, config.guidance_scale, config.num_inference_steps)
     progress = tqdm(drawn, total=len(prompts), unit="image", desc="evaluate", disable=config.disable_tqdm)
     images = [image for _, _, _, image in progress]
     results = accuracy([scene for scene, _ in wanted], images)

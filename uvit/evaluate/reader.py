@@ -23,7 +23,7 @@ MIN_OVERLAP = 0.6  # intersection over union of the object and the closest outli
 
 def read_scene(image: Image.Image) -> dict[str, str | None]:
     """Attribute -> what the picture shows, or None where it shows nothing of the kind."""
-    pixels = np.asarray(image.convert("RGB")).astype(np.float64)                    # (R, R, 3)
+    pixels = np.asarray(image.convert("RGB")).astype(np.float64)  # (R, R, 3)
     read: dict[str, str | None] = dict.fromkeys(ATTRIBUTES)
 
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
@@ -32,7 +32,7 @@ def read_scene(image: Image.Image) -> dict[str, str | None]:
     if read["background"] is None:
         return read
 
-    distance = np.linalg.norm(pixels - ground, axis=-1)                             # (R, R)
+    distance = np.linalg.norm(pixels - ground, axis=-1)  # (R, R)
     inside = distance > 0.7 * np.quantile(distance, 0.98)
     if distance.max() < MAX_COLOUR_DISTANCE:
         return read
@@ -40,11 +40,12 @@ def read_scene(image: Image.Image) -> dict[str, str | None]:
     read["colour"] = _closest(paint, COLOURS)
 
     direction = (paint - ground) / np.sum((paint - ground) ** 2)
-    coverage = np.clip((pixels - ground) @ direction, 0, 1)                         # (R, R), share of each pixel
+    coverage = np.clip((pixels - ground) @ direction, 0, 1)  # (R, R), share of each pixel
     keys, outlines = _outlines(image.width)
-    overlap = np.minimum(coverage, outlines).sum((1, 2)) / np.maximum(coverage, outlines).sum((1, 2))
-    if overlap.max() >= MIN_OVERLAP:
-        read["shape"], read["size"], read["position"] = keys[int(overlap.argmax())]
+    closest = int(np.square(coverage - outlines).sum((1, 2)).argmin())
+    drawn, rendered = coverage > 0.5, outlines[closest] > 0.5
+    if (drawn & rendered).sum() >= MIN_OVERLAP * (drawn | rendered).sum():
+        read["shape"], read["size"], read["position"] = keys[closest]
     return read
 
 

@@ -27,12 +27,8 @@ def save_pipeline(
     A pipeline folder that stands there is replaced. Raises UserError where something else does.
     """
     if folder.exists() and not is_replaceable(folder):
-        raise UserError(
-            f"{folder}: holds something that is not a pipeline; choose a folder that is new or empty"
-        )
-    pipeline = UViTPipeline(
-        vqvae, text_encoder, tokenizer, unet, build_scheduler(), latent_scale, prediction_type
-    )
+        raise UserError(f"{folder}: holds something that is not a pipeline; choose a folder that is new or empty")
+    pipeline = UViTPipeline(vqvae, text_encoder, tokenizer, unet, build_scheduler(), latent_scale, prediction_type)
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.with_name(f".{folder.name}.writing")
     replaced = folder.with_name(f".{folder.name}.replaced")

@@ -17,7 +17,7 @@ from uvit.device import pick_device
 from uvit.errors import UserError
 from uvit.images import contact_sheet, save_png
 from uvit.sample.pipeline import UViTPipeline
-from uvit.sample.schedulers import build_scheduler
+from uvit.sample.schedulers import DEFAULT_SCHEDULER, build_scheduler
 
 MAX_ON_SHEET = 400
 
@@ -53,7 +53,7 @@ def generate(
 def sample(config: SampleConfig) -> None:
     prompts = [prompt for prompt in read_prompts(config) for _ in range(config.num_images_per_prompt)]
     seeds = [config.seed + i for i in range(len(prompts))]
-    pipeline = open_pipeline(config)
+    pipeline = open_pipeline(config.pipeline, config.device, config.dtype, config.scheduler, config.disable_tqdm)
     output_dir = Path(config.output_dir)
     first = next_number(output_dir)
     settings = metadata(config)
@@ -99,24 +99,20 @@ def read_prompts(config: SampleConfig) -> list[str]:
     return prompts
 
 
-def open_pipeline(config: SampleConfig) -> UViTPipeline:
-    """The pipeline on its device, with the scheduler asked for."""
-    folder = Path(config.pipeline).expanduser()
+def open_pipeline(
+    path: str, device: str, dtype: str = "float32", scheduler: str = DEFAULT_SCHEDULER, disable_tqdm: bool = False
+) -> UViTPipeline:
+    """The pipeline of a folder, on its device, with the scheduler asked for. Raises UserError where there is none."""
+    folder = Path(path).expanduser()
     if not (folder / "model_index.json").is_file():
         problem = (
-            "has no model_index.json, so it is no pipeline folder"
-            if folder.is_dir()
-            else "there is no such folder"
+            "has no model_index.json, so it is no pipeline folder" if folder.is_dir() else "there is no such folder"
         )
-        raise UserError(
-            f"--pipeline {config.pipeline}: {problem}; give OUTPUT_DIR/pipeline of a finished training run"
-        )
-    device = pick_device(config.device)
-    if config.disable_tqdm:
-        diffusers_logging.disable_progress_bar()
-    pipeline = UViTPipeline.from_pretrained(folder).to(device, getattr(torch, config.dtype))
-    pipeline.scheduler = build_scheduler(config.scheduler)
-    pipeline.set_progress_bar_config(desc="denoising", leave=False, disable=config.disable_tqdm)
+        raise UserError(f"--pipeline {path}: {problem}; give OUTPUT_DIR/pipeline of a finished training run")
+    diffusers_logging.disable_progress_bar()
+    pipeline = UViTPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype)).to(pick_device(device))
+    pipeline.scheduler = build_scheduler(scheduler)
+    pipeline.set_progress_bar_config(desc="denoising", leave=False, disable=disable_tqdm)
     return pipeline
 
 
@@ -124,15 +120,13 @@ def metadata(config: SampleConfig) -> dict[str, str]:
     """What made the picture, under the flags' names; its prompt and seed come on top."""
     names = ("pipeline", "guidance_scale", "num_inference_steps", "scheduler", "negative_prompt", "dtype")
     values = asdict(config)
-    return {"software": f"uvit {__version__}"} | {
-        name: str(values[name]) for name in names if values[name] is not None
-    }
+    return {"software": f"uvit {__version__}"} | {name: str(values[name]) for name in names if values[name] is not None}
 
 
 def next_number(folder: Path) -> int:
     """One more than the highest number that a picture in the folder begins with, so none is overwritten."""
-    numbers = [int(path.name[:5]) for path in folder.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")]
-    return max(numbers, default=-1) + 1
+    matches = [re.match(r"(\d{5,})-", path.name) for path in folder.glob("*.png")]
+    return max((int(match[1]) for match in matches if match), default=-1) + 1
 
 
 def file_name(number: int, prompt: str) -> str:

@@ -25,8 +25,8 @@ StepCallback = Callable[["UViTPipeline", int, Tensor, dict[str, Tensor]], dict[s
 class UViTPipeline(DiffusionPipeline):
     """Images from prompts with a U-ViT.
 
-    The folder is laid out as published ones are: `unet/` holds the U-ViT and `vqvae/` the VAE. Two values of the
-    model's stand in model_index.json: `latent_scale`, the factor of its latents in training, and
+    The folder is laid out as published ones are: `unet/` holds the U-ViT and `vqvae/` the VAE. Two values of
+    the model stand in model_index.json: `latent_scale`, the factor of its latents in training, and
     `prediction_type`, what the network predicts, whatever the scheduler asks for.
     """
 
@@ -67,9 +67,7 @@ class UViTPipeline(DiffusionPipeline):
             cut = self.tokenizer(text, verbose=False).input_ids[num_tokens - 1 :]
             if len(cut) > 1:  # more than the closing token
                 rest = self.tokenizer.decode(cut, skip_special_tokens=True)
-                warnings.warn(
-                    f"the model reads {num_tokens} tokens; cut off: {rest!r} of {text!r}", stacklevel=3
-                )
+                warnings.warn(f"the model reads {num_tokens} tokens; cut off: {rest!r} of {text!r}", stacklevel=3)
         token_ids = tokenize(self.tokenizer, prompts, num_tokens).to(self._execution_device)
         return encode_tokens(self.text_encoder, token_ids, self.tokenizer.pad_token_id)
 
@@ -121,9 +119,7 @@ class UViTPipeline(DiffusionPipeline):
 
         def on_step(i: int, t: Tensor, latents: Tensor) -> Tensor:
             return (
-                callback_on_step_end(self, i, t, {"latents": latents})["latents"]
-                if callback_on_step_end
-                else latents
+                callback_on_step_end(self, i, t, {"latents": latents})["latents"] if callback_on_step_end else latents
             )
 
         latents = denoise(
@@ -139,7 +135,7 @@ class UViTPipeline(DiffusionPipeline):
             progress=self.progress_bar,
             on_step=on_step,
         )
-        images = latents if output_type == "latent" else self._decode(latents, output_type)
+        images: Any = latents if output_type == "latent" else self._decode(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -166,9 +162,7 @@ class UViTPipeline(DiffusionPipeline):
         if isinstance(generator, list) and len(generator) != shape[0]:
             raise ValueError(f"there are {len(generator)} generators for {shape[0]} images")
         if latents is None:
-            return randn_tensor(
-                shape, generator=generator, device=self._execution_device, dtype=torch.float32
-            )
+            return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
         if latents.shape != shape:
             raise ValueError(f"latents have shape {tuple(latents.shape)}; {shape} is needed")
         return latents.to(self._execution_device)

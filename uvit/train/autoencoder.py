@@ -4,6 +4,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from uvit.images import contact_sheet, save_png, to_pil, to_pixels, to_unit
 from uvit.train.ema import EMA
 
 NUM_WARMUP_STEPS = 100
+INITIAL_LOG_VARIANCE = -6.0
+REPORT_STEPS = 50
 HELD_OUT_SHARE, MAX_HELD_OUT, MAX_MEASURED = 20, 256, 2048  # one image in 20, for the PSNR; images for the latent scale
 
 
@@ -45,7 +48,7 @@ def load_images(source: Source, rows: np.ndarray, resolution: int) -> Tensor:
 
 def build(config: AutoencoderConfig) -> AutoencoderKL:
     num_levels = int(math.log2(config.factor)) + 1
-    return AutoencoderKL(
+    vae = AutoencoderKL(
         sample_size=config.resolution,
         latent_channels=config.latent_channels,
         block_out_channels=[config.channels] + [2 * config.channels] * (num_levels - 1),
@@ -54,6 +57,10 @@ def build(config: AutoencoderConfig) -> AutoencoderKL:
         layers_per_block=config.layers_per_block,
         norm_num_groups=8,
     )
+    # Begin almost without noise in the latents: with the standard deviation of 1 that fresh weights give, the first
+    # thousands of steps learn little else than to get rid of it.
+    torch.nn.init.constant_(vae.quant_conv.bias[config.latent_channels :], INITIAL_LOG_VARIANCE)
+    return vae
 
 
 def loss(vae: AutoencoderKL, images: Tensor, noise: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
@@ -71,7 +78,8 @@ def train_autoencoder(config: AutoencoderConfig) -> None:
     output_dir = Path(config.output_dir)
     if (output_dir / "config.json").exists() and not config.overwrite_output_dir:
         raise UserError(
-            f"--output_dir {output_dir}: holds an autoencoder already; choose another folder or pass --overwrite_output_dir"
+            f"--output_dir {output_dir}: holds an autoencoder already; choose another folder or pass "
+            "--overwrite_output_dir"
         )
     device = pick_device(config.device)
     source = open_source(config.source, config.split, config.image_folder, config.resolution)
@@ -84,7 +92,8 @@ def train_autoencoder(config: AutoencoderConfig) -> None:
     size = config.resolution // config.factor
     held_out_images = load_images(source, held_out, config.resolution)
     num_parameters = sum(p.numel() for p in vae.parameters())
-    print(f"first stage: {num_parameters:,} parameters, {len(rows):,} images, {config.latent_channels}x{size}x{size} latents")
+    latents = f"{config.latent_channels}x{size}x{size} latents"
+    print(f"first stage: {num_parameters:,} parameters, {len(rows):,} images, {latents}")
 
     batches = DataLoader(ImageBatches(source, rows, config), batch_size=None, num_workers=config.num_workers)
     progress = tqdm(batches, disable=config.disable_tqdm, unit="step", desc="autoencoder")
@@ -97,25 +106,37 @@ def train_autoencoder(config: AutoencoderConfig) -> None:
             noise = torch.randn(len(images), config.latent_channels, size, size, device=device, generator=generator)
             total, error = loss(vae, images, noise, config.kl_weight)
             if not torch.isfinite(total):
-                raise UserError(f"step {step}: the loss is {float(total)}; try a lower --learning_rate than {config.learning_rate}")
+                raise UserError(
+                    f"step {step}: the loss is {float(total)}; try a lower --learning_rate than {config.learning_rate}"
+                )
             optimizer.zero_grad()
             total.backward()
             torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
             optimizer.step()
             ema.update(vae)
             steps_done = step + 1
-            if steps_done % 50 == 0:
-                progress.set_postfix_str(f"PSNR {psnr_of(float(error)):.1f} dB", refresh=False)
+            if steps_done % REPORT_STEPS == 0:
+                report = f"PSNR {psnr_of(error.item()):.1f} dB"
+                progress.set_postfix_str(report, refresh=False)
+                if config.disable_tqdm:
+                    print(f"step {steps_done}/{config.max_steps}: {report}", flush=True)
             if config.preview_steps > 0 and steps_done % config.preview_steps == 0:
                 preview(ema.model, held_out_images, output_dir / "previews" / f"step-{steps_done:06d}.png")
     except KeyboardInterrupt:
         print(f"\nstopped after {steps_done} of {config.max_steps} steps; writing what was learnt so far")
 
-    measured = measure(ema.model, held_out_images, load_images(source, rows[:MAX_MEASURED], config.resolution))
-    preview(ema.model, held_out_images, output_dir / "previews" / "last.png")
-    ema.model.register_to_config(scaling_factor=measured["latent_scale"])
-    facts = {**measured, "steps": steps_done, "parameters": num_parameters, "source": config.source, "seed": config.seed}
-    write(ema.model, facts, output_dir)
+    averaged: Any = ema.model
+    measured = measure(averaged, held_out_images, load_images(source, rows[:MAX_MEASURED], config.resolution))
+    preview(averaged, held_out_images, output_dir / "previews" / "last.png")
+    averaged.register_to_config(scaling_factor=measured["latent_scale"])
+    facts = {
+        **measured,
+        "steps": steps_done,
+        "parameters": num_parameters,
+        "source": config.source,
+        "seed": config.seed,
+    }
+    write(averaged, facts, output_dir)
     print(
         f"PSNR {measured['psnr']:.2f} dB on {len(held_out)} images that it was not trained on, "
         f"latent scale {measured['latent_scale']:.4f}: {output_dir}"
@@ -173,7 +194,9 @@ def write(vae: AutoencoderKL, facts: dict[str, object], output_dir: Path) -> Non
     for new in sorted(aside.iterdir()):
         old = output_dir / new.name
         if old.exists():
-            kept = next(p for i in range(1, 10000) if not (p := old.with_name(f"{old.stem}.old{i}{old.suffix}")).exists())
+            kept = next(
+                p for i in range(1, 10000) if not (p := old.with_name(f"{old.stem}.old{i}{old.suffix}")).exists()
+            )
             old.replace(kept)
             print(f"{old} is now {kept.name}")
         new.replace(old)

@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class EMA:
@@ -16,5 +16,6 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Once an optimizer step."""
-        averages, parameters = list(self.model.parameters()), list(model.parameters())
+        averages: list[Tensor] = list(self.model.parameters())
+        parameters: list[Tensor] = list(model.parameters())
         torch._foreach_lerp_(averages, parameters, 1 - self.decay)

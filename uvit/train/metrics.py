@@ -82,7 +82,8 @@ class Metrics:
         """Steady-state samples/s: the median of the steps after the first tenth."""
         steady = self.seconds[len(self.seconds) // 10 :]
         median = float(np.median(steady)) if steady else float("nan")
-        return f"{self.samples_per_step / median:.1f} samples/s, {median * 1000:.1f} ms a step (median of {len(steady)} steps)"
+        rate = self.samples_per_step / median
+        return f"{rate:.1f} samples/s, {median * 1000:.1f} ms a step (median of {len(steady)} steps)"
 
     def close(self) -> None:
         self.progress.close()

@@ -9,9 +9,9 @@ from uvit.config.train import TrainConfig
 
 
 def learning_rate_factor(step: int, config: TrainConfig, max_steps: int) -> float:
-    """What the peak learning rate is multiplied with at optimizer step `step`, counted from 0: with a warm-up, 0 at first.
+    """What the peak learning rate is multiplied with at optimizer step `step`, counted from 0.
 
-    A pure function, so a resumed run needs no scheduler's state.
+    With a warm-up the first update has rate 0. A pure function, so a resumed run needs no scheduler's state.
     """
     kind = config.lr_scheduler_type
     if kind == "constant":

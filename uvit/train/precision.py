@@ -1,7 +1,7 @@
 """In which precision to compute: float32, or bfloat16 or float16 in one of two ways.
 
-O1: autocast over float32 weights. O2: a low-precision copy of the networks computes, and its gradients go to the float32
-masters, which the optimizer, the EMA and the checkpoints know alone. float16 scales its loss.
+O1: autocast over float32 weights. O2: a low-precision copy of the networks computes, and its gradients go to the
+float32 masters, which the optimizer, the EMA and the checkpoints know alone. float16 scales its loss.
 """
 
 import copy

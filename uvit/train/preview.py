@@ -42,10 +42,10 @@ def preview(run: Run, vae: AutoencoderKL) -> Image.Image:
     unet = run.averaged["unet"]
     if run.config.train_text_encoder:
         encoder = run.averaged["text_encoder"]
-        ids = np.concatenate([read.token_ids, run.features.empty_token_ids[None]]).astype(np.int64)  # type: ignore[list-item,index]
+        ids = np.concatenate([read.token_ids, run.features.empty_token_ids[None]]).astype(np.int64)  # type: ignore[index]
         contexts = encode_tokens(encoder, torch.from_numpy(ids).to(run.device), run.pad_token_id)
     else:
-        stored = np.concatenate([read.context, run.features.empty_context[None]])  # type: ignore[list-item,index]
+        stored = np.concatenate([read.context, run.features.empty_context[None]])  # type: ignore[index]
         contexts = torch.from_numpy(stored).to(run.device).float()
     context, empty_context = contexts[:-1], contexts[-1:]
     means = torch.from_numpy(read.moments).to(run.device).float().chunk(2, dim=1)[0]

@@ -57,12 +57,11 @@ class Run:
     def record(self) -> dict[str, Any]:
         """What a checkpoint says of itself: enough to resume, and to make a pipeline of it."""
         config, features = self.config, self.features
-        text_encoder = self.networks["text_encoder"] if "text_encoder" in self.networks else None
         pretrained = config.pretrained_model_name_or_path
         return {
             "samples": self.step * self.samples_per_step,
             "unet_config": model_config(self.networks["unet"]),
-            "text_encoder_config": json.loads(text_encoder.config.to_json_string()) if text_encoder else None,
+            "text_encoder_config": text_encoder_config(self.networks),
             "prediction_type": config.prediction_type,
             "latent_scale": self.latent_scale,
             "vae": pretrained or config.vae_name_or_path or features.vae_name,
@@ -75,7 +74,15 @@ class Run:
         }
 
 
-def model_config(unet: UViTT2IModel) -> dict[str, Any]:
+def text_encoder_config(networks: nn.ModuleDict) -> dict[str, Any] | None:
+    """Of the text encoder that is trained, if one is."""
+    if "text_encoder" not in networks:
+        return None
+    encoder: Any = networks["text_encoder"]
+    return json.loads(encoder.config.to_json_string())
+
+
+def model_config(unet: Any) -> dict[str, Any]:
     """The constructor's arguments, without what diffusers adds."""
     return {key: value for key, value in unet.config.items() if not key.startswith("_")}
 
@@ -95,11 +102,11 @@ def set_up(config: TrainConfig, output_dir: Path) -> Run:
     optimizer = build_optimizer(networks, config)
     ema = EMA(networks, config.ema_decay) if config.use_ema else None
     precision = Precision(config, networks, device)
-    for unet in {networks["unet"], precision.networks["unet"]}:
-        if config.recompute:
-            unet.enable_gradient_checkpointing()
-        if config.compile:
-            unet.compile()
+    worker: Any = precision.networks["unet"]
+    if config.recompute:
+        worker.enable_gradient_checkpointing()
+    if config.compile:
+        worker.compile()
     run = Run(
         config=config,
         output_dir=output_dir,
@@ -179,8 +186,8 @@ def check_features(config: TrainConfig, features: Features, unet: UViTT2IModel) 
     p = unet.patch_size
     if height % p or width % p or height // p > rows or width // p > columns:
         raise UserError(
-            f"--feature_path {path}: has latents of {height}x{width}, the model's sample_size is {rows * p}x{columns * p}; "
-            "choose another --uvit_config_file"
+            f"--feature_path {path}: has latents of {height}x{width}, the model's sample_size is "
+            f"{rows * p}x{columns * p}; choose another --uvit_config_file"
         )
     if config.train_text_encoder:
         num_tokens, what = features.num_tokens, "token ids"
@@ -204,6 +211,8 @@ def check_features(config: TrainConfig, features: Features, unet: UViTT2IModel) 
             f"{model.num_text_tokens}; extract with --model_max_length {model.num_text_tokens}"
         )
     if config.model_max_length not in (None, num_tokens):
-        raise UserError(f"--model_max_length {config.model_max_length}: the features have {num_tokens} tokens a caption")
+        raise UserError(
+            f"--model_max_length {config.model_max_length}: the features have {num_tokens} tokens a caption"
+        )
     if config.resolution is not None and features.resolution not in (None, config.resolution):
         raise UserError(f"--resolution {config.resolution}: the features were extracted at {features.resolution}")

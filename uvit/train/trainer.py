@@ -12,15 +12,15 @@ from types import FrameType
 import torch
 
 from uvit import checkpoint
-from uvit.config_file import to_yaml
 from uvit.config.train import TrainConfig
+from uvit.config_file import to_yaml
 from uvit.convert.export import export_checkpoint
 from uvit.data.loader import load
 from uvit.errors import UserError
 from uvit.train.estimate import describe
 from uvit.train.metrics import Metrics
 from uvit.train.preview import load_preview_vae, preview
-from uvit.train.setup import Run, model_config, set_up
+from uvit.train.setup import Run, set_up
 from uvit.train.step import StepResult, train_step
 
 
@@ -103,8 +103,9 @@ def not_finite(run: Run, count: int) -> str:
     last = checkpoint.latest(run.output_dir)
     saved = f"the last checkpoint is {last.folder}" if last else "there is no checkpoint yet"
     return (
-        f"the loss or gradient was not finite for {count} steps in a row, up to step {run.step}, and nothing was updated; "
-        f"{saved}. Try a lower --learning_rate than {run.config.learning_rate}, --max_grad_norm 1 or --bf16 instead of --fp16"
+        f"the loss or gradient was not finite for {count} steps in a row, up to step {run.step}, and nothing was "
+        f"updated; {saved}. Try a lower --learning_rate than {run.config.learning_rate}, --max_grad_norm 1 or --bf16 "
+        "instead of --fp16"
     )
 
 
@@ -129,7 +130,7 @@ def save(run: Run, metrics: Metrics) -> int:
 def resume(run: Run) -> None:
     """Put the run where its checkpoint was, if there is one."""
     name = run.config.resume_from_checkpoint
-    found = checkpoint.latest(run.output_dir) if name in (None, "latest") else checkpoint.read(Path(name))  # type: ignore[arg-type]
+    found = checkpoint.latest(run.output_dir) if name is None or name == "latest" else checkpoint.read(Path(name))
     if found is None:
         if name == "latest":
             raise UserError(f"--resume_from_checkpoint latest: there is no whole checkpoint in {run.output_dir}")
@@ -157,7 +158,9 @@ def check_same_run(run: Run, found: checkpoint.Checkpoint) -> None:
                 "pass --overwrite_output_dir to start afresh"
             )
     if bool(theirs["scaler"]) != bool(ours["scaler"]):
-        raise UserError(f"{found.folder}: was{'' if theirs['scaler'] else ' not'} trained with --fp16; go on so, or start afresh")
+        raise UserError(
+            f"{found.folder}: was{'' if theirs['scaler'] else ' not'} trained with --fp16; go on so, or start afresh"
+        )
     quiet = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "disable_tqdm"}
     before = theirs["config"]
     for key, value in dataclasses.asdict(run.config).items():

@@ -1,0 +1,116 @@
+"""The commands: found, explained, and their failures told as they should be."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import uvit
+from uvit.cli import main as cli
+from uvit.cli.main import COMMANDS, main
+
+LOADS_TORCH = "import sys; from uvit.cli.main import main; main({arguments}); sys.exit('torch' in sys.modules)"
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], [], ["--version"], ["bench", "--print_config"]])
+def test_no_torch_before_there_is_work(arguments: list[str]) -> None:
+    result = python(LOADS_TORCH.format(arguments=arguments))
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_importing_the_package_loads_no_torch_and_its_public_names_do() -> None:
+    result = python(
+        "import sys, uvit; assert 'torch' not in sys.modules;uvit.UViTT2IModel; sys.exit('torch' not in sys.modules)"
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    with pytest.raises(AttributeError, match="has no attribute 'banana'"):
+        uvit.banana  # noqa: B018
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text and command.summary in text for name, command in COMMANDS.items())
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{uvit.__version__}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_every_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert not stop.value.code
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(cli._load(COMMANDS[name].config)):
+        assert f"--{field.name}" in text
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_something_to_run(name: str) -> None:
+    command = COMMANDS[name]
+    assert callable(cli._load(command.run))
+    assert set(command.positional) <= {field.name for field in dataclasses.fields(cli._load(command.config))}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_typo_in_any_command_is_one_sentence_and_status_2(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--banana", "1"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == f"uvit {name}: error: there is no flag --banana; --help lists all flags\n"
+
+
+def test_a_wrong_command_is_one_sentence_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trian"]) == 2
+    assert "there is no command 'trian'; did you mean `uvit train`?" in capsys.readouterr().err
+    assert main(["banana"]) == 2
+    assert f"the commands are {', '.join(COMMANDS)}" in capsys.readouterr().err
+
+
+def test_no_traceback_for_users_from_outside() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "uvit",
+        "bench",
+        "--uvit_config_file",
+        "nowhere.json",
+        "--batch_size",
+        "1",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("uvit bench: error: --uvit_config_file nowhere.json: is neither a file nor ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str, arguments: list[str]) -> int:
+        raise ValueError("ours")
+
+    monkeypatch.setattr(cli, "_run", broken)
+    with pytest.raises(ValueError, match="ours"):
+        main(["bench"])
+
+
+def test_ctrl_c_is_status_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stopped(name: str, arguments: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", stopped)
+    assert main(["bench"]) == 130
+    assert capsys.readouterr().err == "\nuvit bench: stopped\n"
+
+
+def test_print_config_reads_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--batch_size", "3", "--compile", "--print_config"]) == 0
+    first = capsys.readouterr().out
+    (tmp_path / "config.yaml").write_text(first)
+    assert main(["bench", "--config", str(tmp_path / "config.yaml"), "--print_config"]) == 0
+    assert capsys.readouterr().out == first

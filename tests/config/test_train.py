@@ -1,0 +1,54 @@
+import pytest
+
+from uvit.config.train import TrainConfig
+from uvit.errors import UserError
+
+
+def config(**flags: object) -> TrainConfig:
+    return TrainConfig("features", "out", **flags)  # type: ignore[arg-type]
+
+
+def test_the_defaults_are_the_published_ones() -> None:
+    found = config()
+    assert (found.per_device_train_batch_size, found.gradient_accumulation_steps) == (32, 1)
+    assert (found.learning_rate, found.weight_decay, found.adam_epsilon) == (2e-4, 0.03, 1e-8)
+    assert (found.adam_beta1, found.adam_beta2, found.ema_decay) == (0.9, 0.9, 0.9999)
+    assert (found.max_steps, found.warmup_steps, found.lr_scheduler_type) == (
+        1_000_000,
+        5000,
+        "constant_with_warmup",
+    )
+    assert (found.max_grad_norm, found.seed, found.dataloader_num_workers) == (-1, 1234, 8)
+    assert (found.logging_steps, found.image_logging_steps, found.save_steps) == (50, 1000, 5000)
+    assert (found.prediction_type, found.num_inference_steps, found.use_ema) == ("epsilon", 50, True)
+    assert (found.uvit_config_file, found.fp16_opt_level) == ("uvit_t2i_small", "O1")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"max_steps": 0}, "--max_steps 0: must be at least 1"),
+        ({"learning_rate": -1.0}, "--learning_rate -1.0: must not be negative"),
+        ({"learning_rate": float("nan")}, "--learning_rate nan: must not be negative"),
+        ({"adam_beta2": 1.0}, "--adam_beta2 1.0: must be at least 0 and below 1"),
+        ({"snr_gamma": 0.0}, "--snr_gamma 0.0: must be above 0"),
+        ({"save_total_limit": 0}, "--save_total_limit 0: must be at least 1; leave it out to keep all"),
+        ({"image_logging_steps": 75}, "--image_logging_steps 75: must be a multiple of --logging_steps 50"),
+        ({"bf16": True, "fp16": True}, "--bf16 and --fp16: choose one"),
+        ({"do_train": False}, "--do_train False: there is nothing to do; --dry_run looks without training"),
+        ({"profiler_options": "5"}, "--profiler_options 5: must be two steps, such as 10,15"),
+        ({"profiler_options": "5,3"}, "--profiler_options 5,3: must be two steps, such as 10,15"),
+    ],
+)
+def test_contradictions_are_named(flags: dict[str, object], sentence: str) -> None:
+    with pytest.raises(UserError) as error:
+        config(**flags)
+    assert str(error.value) == sentence
+
+
+def test_what_looks_odd_and_is_right() -> None:
+    assert config(image_logging_steps=-1, logging_steps=7).image_logging_steps == -1
+    assert config(do_train=False, dry_run=True).dry_run
+    assert config(profiler_options="10,15").profiled_steps() == (10, 15)
+    assert config().profiled_steps() is None
+    assert config().not_needed() == []

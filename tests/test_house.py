@@ -1,0 +1,324 @@
+"""The house rules: what imports what, what is tested where, and that what we ship or write down runs."""
+
+import ast
+import dataclasses
+import importlib
+import re
+import shlex
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from uvit.cli.main import COMMANDS, _load
+from uvit.cli.parse import parse
+from uvit.config.model import resolve_model_config
+from uvit.config.train import NOT_NEEDED, PARALLEL_NEVER, PARALLEL_NOT_YET, TrainConfig
+from uvit.errors import UserError
+from uvit.model import UViTT2IModel
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "uvit"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+# From the ground up. A module imports from lower layers, or from its own package.
+LAYERS = [
+    ["uvit", "uvit.errors"],
+    ["uvit.config"],
+    ["uvit.model", "uvit.diffusion", "uvit.images", "uvit.device", "uvit.checkpoint", "uvit.config_file"],
+    ["uvit.data"],
+    ["uvit.sample"],
+    ["uvit.convert"],
+    ["uvit.data.extract", "uvit.train", "uvit.evaluate"],
+    ["uvit.bench"],
+    ["uvit.cli"],
+    ["uvit.__main__"],
+]
+PLACES = {name: layer for layer, names in enumerate(LAYERS) for name in names}
+
+# Modules with nothing of their own to test: plain records, and what every other test runs through.
+UNTESTED = {"uvit/__init__.py", "uvit/__main__.py", "uvit/config/convert.py", "uvit/data/types.py"}
+# Tests of no single module.
+TESTS_OF_THE_WHOLE = {"test_house.py", "test_docs.py", "test_demo.py", "test_story.py"}
+
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
+OPTIONAL: set[str] = set()
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = [module_name(path) for path in SOURCES]
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Modules that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole in MODULES else node.module
+
+
+def place(module: str) -> str:
+    """The entry of LAYERS that a module belongs to."""
+    while module not in PLACES:
+        module = module.rpartition(".")[0]
+    return module
+
+
+# The tree
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_imports_go_down_only(path: Path) -> None:
+    here = module_name(path)
+    assert place(here) != "uvit" or here == "uvit", f"{here}: name its layer in LAYERS"
+    for target in imports(path):
+        if target.split(".")[0] == "uvit" and place(target) != place(here):
+            assert PLACES[place(target)] < PLACES[place(here)], f"{here} imports {target}, which is not below it"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_base_dependencies_suffice(path: Path) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {re.match(r"[\w-]+", dependency)[0].lower() for dependency in project["dependencies"]}  # type: ignore[index]
+    for target in imports(path):
+        top = target.split(".")[0]
+        known = top in sys.stdlib_module_names or top == "uvit" or DISTRIBUTIONS.get(top, top) in declared | OPTIONAL
+        assert known, f"{path} imports {top}, which pyproject.toml does not name"
+    importlib.import_module(module_name(path))
+
+
+@pytest.mark.parametrize("folder", ["config", "cli"])
+def test_configs_need_the_standard_library_alone_and_the_command_line_no_torch(folder: str) -> None:
+    allowed = {"uvit"} if folder == "config" else {"uvit", "tyro", "yaml"}
+    for path in (PACKAGE / folder).glob("*.py"):
+        tops = {target.split(".")[0] for target in imports(path)}
+        assert tops <= sys.stdlib_module_names | allowed, path
+
+
+@pytest.mark.parametrize("name", ["model", "diffusion"])
+def test_the_mathematics_knows_no_files_flags_or_ranks(name: str) -> None:
+    tops = {target.split(".")[0] for target in imports(PACKAGE / f"{name}.py")}
+    assert tops <= {"math", "functools", "typing", "collections", "torch", "diffusers"}
+    assert "torch.distributed" not in (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
+
+
+def test_tests_mirror_the_tree() -> None:
+    wanted = set()
+    for path in SOURCES:
+        name = path.relative_to(ROOT).as_posix()
+        if name not in UNTESTED and path.read_text(encoding="utf-8").strip():
+            wanted.add(path.relative_to(PACKAGE).with_name(f"test_{path.name}").as_posix())
+    found = {path.relative_to(ROOT / "tests").as_posix() for path in (ROOT / "tests").rglob("test_*.py")}
+    assert wanted - found == set(), "modules without a test"
+    assert found - wanted - TESTS_OF_THE_WHOLE == set(), "tests without a module"
+
+
+def test_files_stay_short() -> None:
+    lengths = {module_name(path): len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES}
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
+
+
+def test_the_tree_speaks_of_itself_alone() -> None:
+    forbidden = re.compile(
+        r"(?<![\w.])/work/|/tmp/|pypi\.org|\bissues? #?\d|\bhelper [A-Z]\b|\b(TODO|FIXME|XXX)\b|"
+        r"DESIGN\.md|FACTS\.md|STYLE\.md|spec\.md|claude|anthropic|chatgpt|copilot",
+        re.IGNORECASE,
+    )
+    folders = [ROOT / name for name in ("uvit", "tests", "docs", "runs", "benchmarks", ".ci")]
+    paths = [path for path in ROOT.iterdir() if path.is_file()] + [
+        path for folder in folders for path in folder.rglob("*")
+    ]
+    text = {".py", ".md", ".sh", ".toml", ".yaml", ".json", ".txt", ".cff", ""}
+    for path in paths:
+        if path.is_file() and path.suffix in text and path != Path(__file__) and "__pycache__" not in path.parts:
+            found = forbidden.search(path.read_text(encoding="utf-8"))
+            assert found is None, f"{path}: {found[0]!r}"
+
+
+# Configs and flags
+
+
+def with_required(name: str) -> list[str]:
+    """Something for each flag that the command must be given."""
+    fields = dataclasses.fields(_load(COMMANDS[name].config))
+    return [f"--{field.name}=1" for field in fields if field.default is dataclasses.MISSING]
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "configs").rglob("*.*")), ids=lambda path: path.stem)
+def test_every_shipped_config_parses(path: Path) -> None:
+    """configs/model holds networks; configs/COMMAND what `uvit COMMAND --config` reads."""
+    kind = path.parent.name
+    if kind == "model":
+        with torch.device("meta"):
+            UViTT2IModel(**resolve_model_config(path.stem))
+        return
+    parse(_load(COMMANDS[kind].config), [*with_required(kind), "--config", str(path)], prog="uvit")
+
+
+def attributes_of(owner: str, tree: ast.AST) -> set[str]:
+    """X of every `owner.X` and `....owner.X`."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            value = node.value
+            name = value.id if isinstance(value, ast.Name) else value.attr if isinstance(value, ast.Attribute) else ""
+            if name == owner:
+                found.add(node.attr)
+    return found
+
+
+def config_reads() -> set[str]:
+    """What is read off configs: outside their files, or in a method of theirs that is called from outside."""
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
+    configs = {path for path in SOURCES if path.parent.name == "config"}
+    reads = set().union(*(attributes_of("config", trees[path]) for path in SOURCES if path not in configs))
+    for path in configs:
+        for node in ast.walk(trees[path]):
+            if isinstance(node, ast.FunctionDef) and node.name in reads:
+                reads |= attributes_of("self", node)
+    return reads
+
+
+# Flags that nothing reads because the config's own checks are all that they do.
+CHECKED_ONLY = {"train": {"do_train", "optim", *NOT_NEEDED, *PARALLEL_NEVER, *PARALLEL_NOT_YET}}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_flag_is_inert(name: str) -> None:
+    fields = {field.name for field in dataclasses.fields(_load(COMMANDS[name].config))}
+    assert fields - config_reads() - CHECKED_ONLY.get(name, set()) == set(), "flags that nothing reads"
+
+
+def test_flags_that_are_not_needed_say_why() -> None:
+    assert "not_needed" in config_reads(), "nobody shows the reasons"
+    for field in dataclasses.fields(TrainConfig):
+        if field.name in NOT_NEEDED:
+            other = not field.default if isinstance(field.default, bool) else 7
+            config = TrainConfig("features", "out", **{field.name: other})
+            assert config.not_needed() == [f"--{field.name}: not needed here ({NOT_NEEDED[field.name]})"]
+
+
+@pytest.mark.parametrize("name", [*PARALLEL_NEVER, *PARALLEL_NOT_YET])
+def test_degrees_other_than_one_are_refused_with_the_reason(name: str) -> None:
+    with pytest.raises(UserError, match=f"^--{name} 2: .* 1"):
+        TrainConfig("features", "out", **{name: 2})
+
+
+def test_every_flag_has_help_and_every_config_a_description() -> None:
+    for command in COMMANDS.values():
+        cls = _load(command.config)
+        tree = ast.parse((ROOT / f"{cls.__module__.replace('.', '/')}.py").read_text(encoding="utf-8"))
+        body = next(
+            node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == cls.__name__
+        ).body
+        assert ast.get_docstring(ast.parse(ast.unparse(body[0]))) is not None, cls
+        for node, after in zip(body, [*body[1:], None], strict=True):
+            if isinstance(node, ast.AnnAssign):
+                described = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                assert described, f"{cls.__name__}.{ast.unparse(node.target)} has no help"
+
+
+# What is written down
+
+
+README, README_ZH = ROOT / "README.md", ROOT / "README.zh-CN.md"
+DOCUMENTS = [README, README_ZH, *sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md"]
+SCRIPTS = sorted((ROOT / "runs").glob("*.sh"))
+
+
+def code_blocks(path: Path, languages: str = r"\w*") -> list[str]:
+    """Fenced blocks, without their comments, which are in the document's own language."""
+    blocks = re.findall(rf"^```(?:{languages})\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [re.sub(r"(^|\s)#.*$", "", block, flags=re.MULTILINE).rstrip() for block in blocks]
+
+
+def commands(script: str) -> Iterator[list[str]]:
+    """The arguments of every `uvit ...` in shell text; variables and `$(...)` become 1."""
+    script = script.replace("\\\n", " ")
+    arrays = dict(re.findall(r"(\w+)=\(([^)]*)\)", script))  # of several, the last
+    script = re.sub(r"\"\$\{(\w+)\[@\]\}\"", lambda found: arrays.get(found[1], ""), script).replace('"$@"', "")
+    script = re.sub(r"\$\([^()]*\)|\$\{[^}]*\}|\$\w+", "1", script)
+    for line in script.splitlines():
+        if not re.search(r"\buvit\s", line) or line.lstrip().startswith(("#", "echo", "say", "printf")):
+            continue
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        words = list(lexer)
+        while "uvit" in words:
+            words = words[words.index("uvit") + 1 :]
+            ends = [i for i, word in enumerate(words) if set(word) <= set("();<>|&") and word]
+            yield words[: ends[0]] if ends else words
+
+
+def here(word: str) -> str:
+    """A variable before a path that the repository has is the repository."""
+    return word[2:] if word.startswith("1/") and (ROOT / word[2:]).exists() else word
+
+
+def check_command(arguments: list[str]) -> None:
+    name, *rest = [here(word) for word in arguments] or ["--help"]
+    if name in ("--help", "--version", "COMMAND"):
+        return
+    assert name in COMMANDS, f"uvit {name}: no such command"
+    cls = _load(COMMANDS[name].config)
+    if "--help" not in rest:
+        parse(cls, rest, prog=f"uvit {name}", positional=COMMANDS[name].positional)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_in_documents_parse(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for block in code_blocks(path, "sh|bash"):
+        for arguments in commands(block):
+            check_command(arguments)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_commands_in_scripts_parse(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    found = list(commands(path.read_text(encoding="utf-8")))
+    assert found, "no command found: has the script another way of calling uvit?"
+    for arguments in found:
+        check_command(arguments)
+
+
+def test_commands_are_found_and_their_mistakes_too() -> None:
+    script = 'more=()\nmore=(--seed 3)\nnice uvit train --config "$RUN/a.yaml" \\\n'
+    script += ' --max_steps ${STEPS:-3} "${more[@]}" "$@" | tee log  # uvit banana\necho uvit x\n'
+    assert list(commands(script)) == [["train", "--config", "1/a.yaml", "--max_steps", "1", "--seed", "3"]]
+    assert list(commands("A=1 uvit sample 'a b' && uvit bench > log")) == [["sample", "a b"], ["bench"]]
+    with pytest.raises(UserError, match="--banana"):
+        check_command(["bench", "--banana"])
+    with pytest.raises(AssertionError, match="uvit banana"):
+        check_command(["banana"])
+
+
+def test_both_readmes_hold_the_same_code() -> None:
+    assert code_blocks(README) == code_blocks(README_ZH)
+    assert code_blocks(README), "a README without a command"
+
+
+def test_make_targets_in_documents_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    for path in DOCUMENTS:
+        for block in code_blocks(path, "sh|bash"):
+            assert set(re.findall(r"^make (\w+)", block, re.MULTILINE)) <= targets, path
+
+
+def test_links_in_documents_lead_somewhere() -> None:
+    for path in DOCUMENTS:
+        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text(encoding="utf-8")):
+            if "://" not in link:
+                assert (path.parent / link).exists(), f"{path.name}: {link}"

@@ -1,0 +1,83 @@
+"""A tiny feature store with contexts and token ids, made by the real commands, and runs on it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import tiny_text_encoder_folder, tiny_vae_folder
+from uvit.config.extract import ExtractConfig
+from uvit.config.train import TrainConfig
+from uvit.data.extract import extract
+
+TINY_MODEL = {
+    "sample_size": 4,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "clip_dim": 32,
+    "num_text_tokens": 16,
+}
+
+
+@pytest.fixture(scope="session")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("encoders")
+    return tiny_vae_folder(folder / "vae", factor=4), tiny_text_encoder_folder(folder / "text", num_tokens=16, width=32)
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory, encoders: tuple[Path, Path]) -> Path:
+    """72 pairs of 16x16 pixels: latents of 4x4, contexts of 16x32, token ids."""
+    folder = tmp_path_factory.mktemp("features") / "store"
+    vae, text_encoder = map(str, encoders)
+    extract(
+        ExtractConfig(
+            source="shapes",
+            split="heldout",
+            output_dir=str(folder),
+            vae_name_or_path=vae,
+            text_encoder_name_or_path=text_encoder,
+            text="both",
+            resolution=16,
+            model_max_length=16,
+            num_workers=0,
+            disable_tqdm=True,
+        )
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "tiny.json"
+    path.write_text(json.dumps(TINY_MODEL))
+    return path
+
+
+@pytest.fixture
+def tiny_config(store: Path, model_file: Path, tmp_path: Path) -> Any:
+    """A function: flags -> TrainConfig of a tiny run in tmp_path/run."""
+
+    def config(**flags: Any) -> TrainConfig:
+        values: dict[str, Any] = {
+            "feature_path": str(store),
+            "output_dir": str(tmp_path / "run"),
+            "uvit_config_file": str(model_file),
+            "per_device_train_batch_size": 4,
+            "max_steps": 6,
+            "warmup_steps": 2,
+            "learning_rate": 1e-3,
+            "logging_steps": 2,
+            "image_logging_steps": -1,
+            "save_steps": 3,
+            "dataloader_num_workers": 0,
+            "ema_decay": 0.9,
+            "report_to": "none",
+            "device": "cpu",
+            "disable_tqdm": True,
+        }
+        return TrainConfig(**(values | flags))
+
+    return config

@@ -1,0 +1,82 @@
+"""A first stage trained for a moment: it learns, measures itself, and opens where first stages open."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from uvit.config.autoencoder import AutoencoderConfig
+from uvit.data.encoders import encode_images, latent_scale_of, load_vae
+from uvit.data.sources import open_source
+from uvit.diffusion import draw_latents
+from uvit.errors import UserError
+from uvit.images import to_unit
+from uvit.train.autoencoder import build, load_images, measure, split_rows, train_autoencoder
+
+
+def config(folder: Path, **flags: Any) -> AutoencoderConfig:
+    values: dict[str, Any] = {
+        "source": "shapes",
+        "output_dir": str(folder),
+        "resolution": 16,
+        "factor": 4,
+        "channels": 8,
+        "max_steps": 150,
+        "learning_rate": 3e-3,
+        "batch_size": 4,
+        "ema_decay": 0.9,
+        "device": "cpu",
+        "disable_tqdm": True,
+    }
+    return AutoencoderConfig(**(values | flags))
+
+
+def test_train_measure_write_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "vae"
+    train_autoencoder(config(folder, preview_steps=20))
+    facts = json.loads((folder / "training.json").read_text())
+    assert facts["psnr"] > 10 and facts["steps"] == 150  # untrained it has 5 dB
+    assert (folder / "previews" / "step-000020.png").is_file() and (folder / "previews" / "last.png").is_file()
+    assert "PSNR" in capsys.readouterr().out
+
+    vae = load_vae(str(folder))
+    assert AutoencoderKL.from_pretrained(folder).config.scaling_factor == facts["latent_scale"]
+    assert latent_scale_of(vae) == facts["latent_scale"]
+    source = open_source("shapes", "train", None, 16)
+    _, rows = split_rows(len(source), 1234)
+    images = load_images(source, rows, 16)
+    moments = encode_images(vae, to_unit(images))
+    latents = draw_latents(moments, torch.randn(moments.shape[0], 4, 4, 4), facts["latent_scale"])
+    assert latents.std().item() == pytest.approx(1, abs=0.02)  # what the scale is for
+
+    with pytest.raises(UserError, match="--overwrite_output_dir"):
+        train_autoencoder(config(folder))
+    train_autoencoder(config(folder, overwrite_output_dir=True, max_steps=1))
+    assert (folder / "config.old1.json").is_file() and load_vae(str(folder))
+
+
+@pytest.mark.parametrize("factor", [4, 8])
+def test_the_factor_is_the_factor(factor: Any, tmp_path: Path) -> None:
+    vae = build(config(tmp_path, factor=factor, latent_channels=6))
+    moments = vae.encode(torch.zeros(1, 3, 16, 16)).latent_dist.parameters
+    assert moments.shape == (1, 12, 16 // factor, 16 // factor)
+
+
+def test_held_out_images_are_not_trained_on() -> None:
+    held_out, rows = split_rows(100, 0)
+    assert len(held_out) == 5 and not set(held_out) & set(rows) and len(rows) == 95
+    one, same = split_rows(1, 0)
+    assert list(one) == list(same) == [0]
+
+
+def test_measured_psnr_is_psnr(tmp_path: Path) -> None:
+    vae = build(config(tmp_path)).eval()
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, 3, 16, 16), dtype=np.uint8))
+    with torch.no_grad():
+        decoded = vae.decode(vae.encode(to_unit(images)).latent_dist.mean).sample.clamp(-1, 1)
+    error = ((decoded - to_unit(images)) / 2).square().mean().item()
+    assert measure(vae, images, images, batch_size=4)["psnr"] == pytest.approx(-10 * np.log10(error), rel=1e-5)

@@ -1,0 +1,181 @@
+"""A run, whole: what it writes, and that stopping and going on makes no difference."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from uvit import UViTPipeline, checkpoint
+from uvit.errors import UserError
+from uvit.train import trainer
+from uvit.train.trainer import train
+
+FILES = ("weights", "ema", "optimizer")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, as copies: load_file maps the file, which some tests change."""
+    files = {name: load_file(folder / f"{name}.safetensors") for name in FILES}
+    return {f"{name}/{key}": value.clone() for name, tensors in files.items() for key, value in tensors.items()}
+
+
+def same(one: Path, other: Path) -> bool:
+    a, b = weights(one), weights(other)
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+
+VARIANTS = {
+    "plain": {},
+    "accumulation": {"gradient_accumulation_steps": 2, "noise_offset": 0.1, "snr_gamma": 5.0},
+    "text encoder": {"train_text_encoder": True, "prediction_type": "v_prediction"},
+    "workers and bf16": {"bf16": True, "dataloader_num_workers": 2},
+    "float16 with masters": {"fp16": True, "fp16_opt_level": "O2"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(variant: str, tiny_config: Any, tmp_path: Path) -> None:
+    flags = VARIANTS[variant]
+    assert train(tiny_config(output_dir=str(tmp_path / "whole"), **flags)) == 0
+    assert train(tiny_config(output_dir=str(tmp_path / "parts"), max_steps=3, **flags)) == 0
+    assert train(tiny_config(output_dir=str(tmp_path / "parts"), **flags)) == 0
+    assert same(tmp_path / "parts" / "checkpoint-6", tmp_path / "whole" / "checkpoint-6")
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+    assert not same(tmp_path / "whole" / "checkpoint-3", tmp_path / "whole" / "checkpoint-6")
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(tiny_config: Any, tmp_path: Path) -> None:
+    config = tiny_config(max_steps=100_000, save_steps=100_000)
+    path = tmp_path / "config.yaml"
+    path.write_text(trainer.to_yaml(config))
+    command = [sys.executable, "-m", "uvit", "train", "--config", str(path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        while "step 4/" not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        said = process.stdout.read()
+        assert process.wait(60) == 128 + signal.SIGTERM
+    assert "run the same command again" in said
+    [stopped] = checkpoint.folders(tmp_path / "run")
+    step = checkpoint.read(stopped).step
+    assert train(tiny_config(max_steps=step + 1)) == 0
+    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, step + 2))
+
+
+def test_a_run_folder_has_what_it_should(tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config(image_logging_steps=4, num_inference_steps=2, report_to="tensorboard", train_text_encoder=True)
+    assert train(config) == 0
+    run = tmp_path / "run"
+    assert [path.name for path in checkpoint.folders(run)] == ["checkpoint-3", "checkpoint-6"]
+    assert yaml.safe_load((run / "config.yaml").read_text())["learning_rate"] == 1e-3
+    assert [path.name for path in (run / "previews").iterdir()] == ["step-00000004.png"]
+    assert list((run / "logs").glob("events.out.tfevents.*"))
+    record = checkpoint.read(run / "checkpoint-6").record
+    assert record["samples"] == 24 and record["latent_scale"] == 0.5 and record["config"]["seed"] == 1234
+    pipeline = UViTPipeline.from_pretrained(run / "pipeline")
+    assert pipeline.config.latent_scale == 0.5
+    ema = load_file(run / "checkpoint-6" / "ema.safetensors")
+    assert all(torch.equal(value, ema[f"unet.{key}"]) for key, value in pipeline.unet.state_dict().items())
+    assert all(torch.equal(v, ema[f"text_encoder.{k}"]) for k, v in pipeline.text_encoder.state_dict().items())
+    assert "uvit sample" in capsys.readouterr().out
+
+
+def test_only_the_latest_checkpoints_stay(tiny_config: Any, tmp_path: Path) -> None:
+    train(tiny_config(save_steps=1, save_total_limit=2))
+    assert [path.name for path in checkpoint.folders(tmp_path / "run")] == ["checkpoint-5", "checkpoint-6"]
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_a_half_written_checkpoint_is_passed_over(
+    tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny_config())
+    whole = weights(tmp_path / "run" / "checkpoint-6")
+    with (tmp_path / "run" / "checkpoint-6" / "ema.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    train(tiny_config())
+    said = capsys.readouterr().out
+    assert "passed over" in said and "ema.safetensors has 1000 bytes" in said and "checkpoint-3: step 3" in said
+    again = weights(tmp_path / "run" / "checkpoint-6")
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+
+
+def test_overwrite_keeps_what_was_there_under_another_name(
+    tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny_config())
+    train(tiny_config(overwrite_output_dir=True, seed=1))
+    assert "run.old1" in capsys.readouterr().out
+    assert not same(tmp_path / "run" / "checkpoint-6", tmp_path / "run.old1" / "checkpoint-6")
+
+
+def test_a_checkpoint_of_another_model_is_refused(tiny_config: Any, tmp_path: Path) -> None:
+    train(tiny_config())
+    other = json.loads(Path(tiny_config().uvit_config_file).read_text()) | {"num_layers": 4}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    with pytest.raises(UserError, match=r"unet_config.*--overwrite_output_dir"):
+        train(tiny_config(uvit_config_file=str(tmp_path / "other.json")))
+    with pytest.raises(UserError, match="latest: there is no whole checkpoint"):
+        train(tiny_config(output_dir=str(tmp_path / "new"), resume_from_checkpoint="latest"))
+
+
+def test_going_back_to_an_earlier_checkpoint(tiny_config: Any, tmp_path: Path) -> None:
+    train(tiny_config())
+    run = tmp_path / "run"
+    before = weights(run / "checkpoint-6")
+    train(tiny_config(resume_from_checkpoint=str(run / "checkpoint-3")))
+    after = weights(run / "checkpoint-6")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert [line["step"] for line in lines(run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_that_is_not_finite_ends_with_a_sentence(tiny_config: Any, tmp_path: Path) -> None:
+    config = tiny_config(learning_rate=1e30, warmup_steps=1, max_steps=50, max_nonfinite_steps=3)
+    with pytest.raises(UserError, match=r"not finite for 3 steps in a row.*checkpoint-3.*lower --learning_rate"):
+        train(config)
+    assert lines(tmp_path / "run")[-1]["loss"] is None
+
+
+def test_recompute_gives_the_same_weights(tiny_config: Any, tmp_path: Path) -> None:
+    train(tiny_config(output_dir=str(tmp_path / "kept")))
+    train(tiny_config(output_dir=str(tmp_path / "recomputed"), recompute=True))
+    assert same(tmp_path / "kept" / "checkpoint-6", tmp_path / "recomputed" / "checkpoint-6")
+
+
+def test_start_from_a_pipeline(tiny_config: Any, tmp_path: Path) -> None:
+    train(tiny_config())
+    pipeline = str(tmp_path / "run" / "pipeline")
+    train(tiny_config(output_dir=str(tmp_path / "next"), pretrained_model_name_or_path=pipeline, max_steps=1))
+    start = load_file(tmp_path / "next" / "checkpoint-1" / "weights.safetensors")  # the first update has LR 0
+    ema = load_file(tmp_path / "run" / "checkpoint-6" / "ema.safetensors")
+    assert all(torch.equal(start[key], ema[key]) for key in start)
+
+
+def test_the_profiler_writes_a_trace_and_the_benchmark_a_line(
+    tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny_config(profiler_options="1,2", benchmark=True))
+    assert (tmp_path / "run" / "logs" / "trace-1-2.json").stat().st_size > 1000
+    assert "samples/s" in capsys.readouterr().out.split("steady state")[1]
+
+
+def test_dry_run_trains_nothing(tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(tiny_config(dry_run=True)) == 0
+    said = capsys.readouterr().out
+    assert "parameters" in said and "GFLOP" in said and "steps an epoch" in said
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,71 @@
+"""Work and memory of a U-ViT, counted without doing the work or taking the memory."""
+
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from uvit.model import UViTT2IModel
+
+
+def count_flops(
+    model_config: dict[str, Any], batch_size: int = 1, size: tuple[int, int] | None = None
+) -> tuple[int, int]:
+    """FLOPs of matrix products, convolutions and attention in (a forward pass, a forward and backward pass).
+
+    A multiplication with its addition is 2. `size`: height and width of the latents, where not the model's own.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        unet, inputs = _fake(model_config, batch_size, size)
+        with FlopCounterMode(display=False) as forward:
+            prediction = unet(*inputs)
+        with FlopCounterMode(display=False) as backward:
+            prediction.sum().backward()
+    return forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()
+
+
+def activation_bytes(
+    model_config: dict[str, Any],
+    batch_size: int,
+    size: tuple[int, int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    recompute: bool = False,
+) -> int:
+    """Bytes that a forward pass keeps for its backward pass, in the kernels of a CPU; `dtype` is autocast's."""
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        unet, inputs = _fake(model_config, batch_size, size)
+        if recompute:
+            unet.enable_gradient_checkpointing()
+        parameters = {parameter.untyped_storage()._cdata for parameter in unet.parameters()}
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+        ):
+            unet(*inputs)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def _fake(
+    model_config: dict[str, Any], batch_size: int, size: tuple[int, int] | None
+) -> tuple[UViTT2IModel, tuple[torch.Tensor, ...]]:
+    """The model and inputs of it, all shape and no content; as on a CPU, whose attention kernel is fused."""
+    with torch.device("meta"):
+        unet = UViTT2IModel(**model_config).train()
+    for module in unet.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(torch.empty(parameter.shape)))
+    sizes: Any = unet.config
+    rows, columns = unet.grid
+    height, width = size or (rows * unet.patch_size, columns * unet.patch_size)
+    latents = torch.empty(batch_size, sizes.in_channels, height, width)
+    context = torch.empty(batch_size, sizes.num_text_tokens, sizes.clip_dim)
+    return unet, (latents, torch.ones(batch_size), context)
