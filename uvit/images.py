@@ -11,6 +11,9 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 
+SHEET_COLOUR = (232, 232, 236)  # of sheets; white pictures stand out from it
+
+
 def to_pixels(image: Image.Image, resolution: int) -> np.ndarray:
     """Centre crop to a square, Lanczos to `resolution`: -> (3, R, R) uint8. Transparent parts become white."""
     if image.mode != "RGB":
@@ -57,19 +60,26 @@ def contact_sheet(
     font = ImageFont.load_default(max(10, cell // 11))
     wrapped = [_wrap(label, font, cell) for label in labels] if labels else []
     line_height = int(font.size * 1.25) if isinstance(font, ImageFont.FreeTypeFont) else 12
+    scaled = [_fit(image, cell) for image in images]
+    height = max(image.height for image in scaled)
     text_height = max((len(lines) for lines in wrapped), default=0) * line_height
     gap = max(2, cell // 32)
-    sheet = Image.new("RGB", (columns * (cell + gap) + gap, rows * (cell + text_height + gap) + gap), "white")
+    sheet = Image.new("RGB", (columns * (cell + gap) + gap, rows * (height + text_height + gap) + gap), SHEET_COLOUR)
     draw = ImageDraw.Draw(sheet)
-    for i, image in enumerate(images):
-        x, y = gap + (i % columns) * (cell + gap), gap + (i // columns) * (cell + text_height + gap)
-        scale = cell / max(image.size)
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        filter_ = Image.Resampling.NEAREST if scale >= 3 else Image.Resampling.LANCZOS
-        sheet.paste(image.convert("RGB").resize(size, filter_), (x, y))
+    for i, image in enumerate(scaled):
+        x, y = gap + (i % columns) * (cell + gap), gap + (i // columns) * (height + text_height + gap)
+        sheet.paste(image, (x, y))
         for k, line in enumerate(wrapped[i] if labels else []):
-            draw.text((x, y + cell + k * line_height), line, fill="black", font=font)
+            draw.text((x, y + height + k * line_height), line, fill="black", font=font)
     return sheet
+
+
+def _fit(image: Image.Image, cell: int) -> Image.Image:
+    """RGB, its longer side `cell` pixels; small pictures keep their pixels visible."""
+    scale = cell / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    sharp = Image.Resampling.NEAREST if scale >= 3 else Image.Resampling.LANCZOS
+    return image.convert("RGB").resize(size, sharp)
 
 
 def save_png(image: Image.Image, path: Path, text: Mapping[str, str] | None = None) -> None:

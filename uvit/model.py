@@ -16,6 +16,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+INIT_STD = 0.02
+
 
 def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
     """Sinusoidal embedding of the raw label, cosines first: (B,) -> (B, dim), float32."""
@@ -136,10 +138,10 @@ class UViTT2IModel(ModelMixin, ConfigMixin):
         self.decoder_pred = nn.Linear(dim, patch_size**2 * in_channels)
         self.final_layer = nn.Conv2d(in_channels, in_channels, 3, padding=1) if conv else nn.Identity()
 
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)  # cut at +-2 absolute, so the std is 0.02
+        nn.init.trunc_normal_(self.pos_embed, std=INIT_STD)  # cut at +-2 absolute, so the std is 0.02
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=INIT_STD)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 

@@ -52,8 +52,8 @@ class ExtractConfig:
     """Pairs in each file of the store, which is also what a stopped extraction may have to do again."""
     num_workers: int = 2
     """Processes that decode images; 0 decodes in the main one."""
-    device: str | None = None
-    """Where the encoders run: cpu, cuda, cuda:1, ... Default: cuda where there is one."""
+    device: str = "auto"
+    """Where the encoders run: cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
     disable_tqdm: bool = False
     """Show no progress bar."""
 

@@ -6,7 +6,6 @@ stopped and gone on with writes the same bytes as one that was not.
 
 import hashlib
 import json
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -31,9 +30,11 @@ from uvit.data.encoders import (
     load_vae,
     tokenize,
 )
+from uvit.data.loader import leave_stopping_to_the_main_process
 from uvit.data.sources import Source, captions_of, open_source
 from uvit.data.store import EncodedPairs, StoreInfo, StoreWriter
 from uvit.data.tokenizer import save_tokenizer, train_tokenizer
+from uvit.device import pick_device
 from uvit.errors import UserError
 from uvit.images import to_pixels, to_unit
 
@@ -105,7 +106,7 @@ def extract(config: ExtractConfig) -> None:
     if config.text != "contexts":
         save_tokenizer(tokenizer, writer.folder / "tokenizer")
 
-    device = _device(config.device)
+    device = pick_device(config.device)
     encoders = Encoders(
         vae=vae.to(device),
         text_encoder=text_encoder.to(device) if text_encoder else None,
@@ -211,15 +212,6 @@ def _tokenizer(config: ExtractConfig, source: Source) -> Any:
     return train_tokenizer(captions_of(source), config.vocab_size or 8192, config.model_max_length)
 
 
-def _device(name: str | None) -> torch.device:
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]})") from None
-
-
 # Decoding
 
 
@@ -263,13 +255,9 @@ def _decode(config: ExtractConfig, source: Source, writer: StoreWriter, first_sh
         _Batches(source, rows, config.resolution),
         batch_size=None,
         num_workers=min(config.num_workers, len(rows)),
-        worker_init_fn=_leave_stopping_to_the_main_process,
+        worker_init_fn=leave_stopping_to_the_main_process,
     )
     for batch in loader:
         if batch.error:
             raise batch.error
         yield batch
-
-
-def _leave_stopping_to_the_main_process(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

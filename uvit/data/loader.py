@@ -5,6 +5,7 @@ neither the number of workers, of processes nor of accumulation steps.
 """
 
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -141,6 +142,13 @@ def load(batches: Batches, first: int, last: int, num_workers: int, device: torc
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if num_workers else None,
+        worker_init_fn=leave_stopping_to_the_main_process,
     )
     for batch in loader:
         yield batch.to(device)
+
+
+def leave_stopping_to_the_main_process(worker: int) -> None:
+    """In a worker: Ctrl-C reaches all processes of a terminal, and only the main one knows what to save."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from uvit.config.evaluate import EvaluateConfig
 from uvit.data.shapes import Scene, render, scenes
 from uvit.evaluate.reader import ATTRIBUTES, CHANCE, read_scene
-from uvit.images import contact_sheet, save_png
+from uvit.images import SHEET_COLOUR, contact_sheet, save_png
 from uvit.sample.generate import generate, open_pipeline
 
 NUM_WORDINGS = 4
@@ -69,8 +69,8 @@ def sheet(asked: Sequence[Scene], prompts: Sequence[str], images: Sequence[Image
     cells = []
     for scene, image in list(zip(asked, images, strict=True))[:MAX_ON_SHEET]:
         side = image.width
-        cell = Image.new("RGB", (2 * side + 1, side), (255, 255, 255))
+        cell = Image.new("RGB", (2 * side + 1, side), SHEET_COLOUR)
         cell.paste(render(scene, side), (0, 0))
         cell.paste(image, (side + 1, 0))
         cells.append(cell.resize((cell.width * 4, cell.height * 4), Image.Resampling.NEAREST))
-    return contact_sheet(cells, prompts[:MAX_ON_SHEET], columns=4, cell=240)
+    return contact_sheet(cells, prompts[:MAX_ON_SHEET], columns=6, cell=200)

@@ -66,10 +66,10 @@ def build(config: AutoencoderConfig) -> AutoencoderKL:
 def loss(vae: AutoencoderKL, images: Tensor, noise: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
     """(squared error + kl_weight KL, squared error); images (B, 3, R, R) in [-1, 1], noise like the latents."""
     moments = vae.quant_conv(vae.encoder(images))
-    mean, log_variance = moments.chunk(2, dim=1)
+    mean, log_variance = moments.float().chunk(2, dim=1)
     log_variance = log_variance.clamp(-30, 20)
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    error = (vae.decode(draw_latents(moments, noise, 1.0)).sample - images).square().mean()
+    error = (vae.decode(draw_latents(moments.float(), noise, 1.0)).sample.float() - images).square().mean()
     return error + kl_weight * kl, error
 
 
@@ -104,7 +104,8 @@ def train_autoencoder(config: AutoencoderConfig) -> None:
                 group["lr"] = config.learning_rate * lr_factor(step, config.max_steps)
             images = to_unit(pixels.to(device))
             noise = torch.randn(len(images), config.latent_channels, size, size, device=device, generator=generator)
-            total, error = loss(vae, images, noise, config.kl_weight)
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+                total, error = loss(vae, images, noise, config.kl_weight)
             if not torch.isfinite(total):
                 raise UserError(
                     f"step {step}: the loss is {float(total)}; try a lower --learning_rate than {config.learning_rate}"

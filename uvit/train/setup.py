@@ -18,7 +18,7 @@ from uvit.data.loader import Batches
 from uvit.device import pick_device
 from uvit.diffusion import LATENT_SCALE
 from uvit.errors import UserError
-from uvit.model import UViTT2IModel
+from uvit.model import INIT_STD, UViTT2IModel
 from uvit.train.ema import EMA
 from uvit.train.optim import build_optimizer
 from uvit.train.precision import Precision
@@ -134,12 +134,23 @@ def set_up(config: TrainConfig, output_dir: Path) -> Run:
 
 def build_unet(config: TrainConfig) -> UViTT2IModel:
     if config.pretrained_model_name_or_path is None:
-        return UViTT2IModel(**resolve_model_config(config.uvit_config_file))
+        unet = UViTT2IModel(**resolve_model_config(config.uvit_config_file))
+        rescale_initialisation(unet, config.weight_init_std, config.position_init_std)
+        return unet
     name = config.pretrained_model_name_or_path
     try:
         return UViTT2IModel.from_pretrained(name, subfolder="unet", use_safetensors=True)
     except OSError as error:
         raise UserError(f"--pretrained_model_name_or_path {name}: has no U-ViT in unet/ ({error})") from None
+
+
+@torch.no_grad()
+def rescale_initialisation(unet: UViTT2IModel, weight_std: float, position_std: float) -> None:
+    """Give fresh linear weights and position embeddings, both of std INIT_STD, these standard deviations."""
+    for module in unet.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.mul_(weight_std / INIT_STD)
+    unet.pos_embed.mul_(position_std / INIT_STD)
 
 
 def build_text_encoder(config: TrainConfig, features: Features, unet: UViTT2IModel) -> tuple[PreTrainedModel, int]:

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Real pictures, everything from scratch: first stage, tokenizer, text encoder and U-ViT, on two CPU cores in about an hour.
+#
+#   bash runs/emoji.sh emoji_noto_64.tar
+#
+# The tar (WebDataset layout) holds 1,911 Noto emoji of 64x64 pixels, each with its name; any captioned set of small
+# pictures does. docs/emoji.md shows what this drew. Stop it at any moment and run it again: it goes on.
+set -euo pipefail
+here=$(cd "$(dirname "$0")/.." && pwd)
+source=${1:?give the pictures: a WebDataset .tar or a folder with metadata.jsonl}
+out=${UVIT_EMOJI_DIR:-$here/output/emoji}
+
+if [ ! -e "$out/vae/config.json" ]; then
+    echo "== 1. First stage: 64x64 pixels <-> 16x16x4 latents"
+    uvit autoencoder --source "$source" --resolution 64 --factor 4 --channels 32 --batch_size 8 --max_steps 2400 \
+        --kl_weight 2e-4 --output_dir "$out/vae"
+fi
+
+echo "== 2. Encode"
+uvit extract --source "$source" --resolution 64 --vae_name_or_path "$out/vae" \
+    --text tokens --model_max_length 24 --output_dir "$out/features"
+
+echo "== 3. Train"
+uvit train --config "$here/uvit/configs/train/emoji.yaml" --feature_path "$out/features" --output_dir "$out/run"
+
+echo "== 4. Draw"
+uvit sample "an emoji of heavy black heart" "an emoji of black sun with rays" "an emoji of france flag" \
+    "an emoji of japan flag" "an emoji of germany flag" "an emoji of grinning face" "an emoji of crying face" \
+    "an emoji of cat face" "an emoji of red apple" "an emoji of full moon symbol" "an emoji of christmas tree" \
+    "an emoji of green heart" --num_images_per_prompt 4 --guidance_scale 3 --num_inference_steps 25 \
+    --pipeline "$out/run/pipeline" --output_dir "$out/samples"
