@@ -29,6 +29,7 @@ LAYERS = [
     ["uvit", "uvit.errors"],
     ["uvit.config"],
     ["uvit.model", "uvit.diffusion", "uvit.images", "uvit.device", "uvit.checkpoint", "uvit.config_file"],
+    ["uvit.cost"],
     ["uvit.data"],
     ["uvit.sample"],
     ["uvit.convert"],

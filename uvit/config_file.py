@@ -1,6 +1,8 @@
 """Configs as YAML, readable and read back."""
 
 import dataclasses
+import os
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -12,3 +14,10 @@ def to_yaml(config: Any) -> str:
         key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()
     }
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def write_yaml(config: Any, path: Path) -> None:
+    """Whole or not at all."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(to_yaml(config), encoding="utf-8")
+    aside.replace(path)

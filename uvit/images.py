@@ -10,7 +10,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
-
 SHEET_COLOUR = (232, 232, 236)  # of sheets; white pictures stand out from it
 
 

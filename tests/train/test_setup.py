@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.train.conftest import TINY_MODEL
 from uvit.errors import UserError
@@ -44,6 +45,18 @@ def test_the_seed_makes_the_weights(tiny_config: Any, tmp_path: Path) -> None:
     one, same, other = (set_up(tiny_config(seed=seed), tmp_path).networks.state_dict() for seed in (1, 1, 2))
     assert all((one[key] == same[key]).all() for key in one)
     assert any((one[key] != other[key]).any() for key in one)
+
+
+def test_a_wider_initialisation(tiny_config: Any, tmp_path: Path) -> None:
+    plain, wide = (
+        set_up(tiny_config(**flags), tmp_path).networks["unet"]
+        for flags in ({}, {"weight_init_std": 0.06, "position_init_std": 0.5})
+    )
+    torch.testing.assert_close(wide.mid_block.mlp.fc1.weight, 3 * plain.mid_block.mlp.fc1.weight)
+    torch.testing.assert_close(wide.pos_embed, 25 * plain.pos_embed)
+    assert torch.equal(wide.patch_embed.proj.weight, plain.patch_embed.proj.weight)
+    with pytest.raises(UserError, match="--weight_init_std and --position_init_std are for fresh weights"):
+        tiny_config(weight_init_std=0.06, pretrained_model_name_or_path="x")
 
 
 def test_the_text_encoder_is_made_for_the_model_and_the_tokenizer(tiny_config: Any, tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ import yaml
 from safetensors.torch import load_file
 
 from uvit import UViTPipeline, checkpoint
+from uvit.config_file import write_yaml
 from uvit.errors import UserError
-from uvit.train import trainer
 from uvit.train.trainer import train
 
 FILES = ("weights", "ema", "optimizer")
@@ -60,7 +60,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(variant: str, tin
 def test_sigterm_saves_and_the_same_command_goes_on(tiny_config: Any, tmp_path: Path) -> None:
     config = tiny_config(max_steps=100_000, save_steps=100_000)
     path = tmp_path / "config.yaml"
-    path.write_text(trainer.to_yaml(config))
+    write_yaml(config, path)
     command = [sys.executable, "-m", "uvit", "train", "--config", str(path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:

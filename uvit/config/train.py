@@ -219,7 +219,14 @@ class TrainConfig:
         for name in ("adam_beta1", "adam_beta2", "ema_decay", "warmup_ratio"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least 0 and below 1")
-        for name in ("snr_gamma", "num_train_epochs", "latent_scale", "num_cycles", "weight_init_std", "position_init_std"):
+        for name in (
+            "snr_gamma",
+            "num_train_epochs",
+            "latent_scale",
+            "num_cycles",
+            "weight_init_std",
+            "position_init_std",
+        ):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"--{name} {value}: must be above 0")

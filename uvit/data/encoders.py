@@ -100,7 +100,7 @@ def _load(load: Callable[..., Any], name_or_path: str, subfolders: tuple[str, ..
     errors = []
     for place in places:
         try:
-            with _quiet():
+            with quiet():
                 return load(name_or_path, **place)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             errors.append(" ".join(str(error).split())[:300])
@@ -108,8 +108,8 @@ def _load(load: Callable[..., Any], name_or_path: str, subfolders: tuple[str, ..
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """What the libraries would say while loading, this module checks and says in one sentence."""
+def quiet() -> Iterator[None]:
+    """Without the libraries' own messages and bars: what matters is checked, and said in one sentence."""
     loggers = (transformers_logging, diffusers_logging)
     levels = [logger.get_verbosity() for logger in loggers]
     bar = transformers_logging.is_progress_bar_enabled()

@@ -6,6 +6,7 @@ from typing import Any
 
 from diffusers import AutoencoderKL
 
+from uvit.data.encoders import quiet
 from uvit.diffusion import PredictionType
 from uvit.errors import UserError
 from uvit.model import UViTT2IModel
@@ -33,7 +34,8 @@ def save_pipeline(
     aside = folder.with_name(f".{folder.name}.writing")
     replaced = folder.with_name(f".{folder.name}.replaced")
     shutil.rmtree(aside, ignore_errors=True)
-    pipeline.save_pretrained(aside)
+    with quiet():
+        pipeline.save_pretrained(aside)
     if folder.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         folder.rename(replaced)

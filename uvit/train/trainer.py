@@ -13,7 +13,7 @@ import torch
 
 from uvit import checkpoint
 from uvit.config.train import TrainConfig
-from uvit.config_file import to_yaml
+from uvit.config_file import write_yaml
 from uvit.convert.export import export_checkpoint
 from uvit.data.loader import load
 from uvit.errors import UserError
@@ -37,7 +37,7 @@ def train(config: TrainConfig) -> int:
     run = set_up(config, output_dir)
     resume(run)
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "config.yaml").write_text(to_yaml(dataclasses.replace(config, overwrite_output_dir=False)), "utf-8")
+    write_yaml(dataclasses.replace(config, overwrite_output_dir=False), output_dir / "config.yaml")
     with stop_signals() as stop:
         status = train_to_the_end(run, stop)
     if status == 0:
