@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 source, goal = map(Path, sys.argv[1:])
-AutoencoderKL.from_pretrained(source, torch_dtype=torch.float16).save_pretrained(goal)
+AutoencoderKL.from_pretrained(source, dtype=torch.float16).save_pretrained(goal)
 config = json.loads((goal / "config.json").read_text())
 del config["_name_or_path"]
 (goal / "config.json").write_text(json.dumps(config, indent=2) + "\n")

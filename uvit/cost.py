@@ -16,12 +16,13 @@ def count_flops(
 
     A multiplication with its addition is 2. `size`: height and width of the latents, where not the model's own.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        unet, inputs = _fake(model_config, batch_size, size)
-        with FlopCounterMode(display=False) as forward:
-            prediction = unet(*inputs)
-        with FlopCounterMode(display=False) as backward:
-            prediction.sum().backward()
+    with torch.device("meta"):  # where attention is plain matrix products, which the counter knows
+        unet = UViTT2IModel(**model_config)
+        inputs = _inputs(unet, batch_size, size)
+    with FlopCounterMode(display=False) as forward:
+        prediction = unet(*inputs)
+    with FlopCounterMode(display=False) as backward:
+        prediction.sum().backward()
     return forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()
 
 
@@ -41,31 +42,28 @@ def activation_bytes(
             kept[storage._cdata] = storage
         return tensor
 
+    with torch.device("meta"):
+        unet = UViTT2IModel(**model_config).train()
+    if recompute:
+        unet.enable_gradient_checkpointing()
+    # All shape and no content, but on a CPU, whose attention kernel is fused; on the meta device it is not.
     with FakeTensorMode(allow_non_fake_inputs=True):
-        unet, inputs = _fake(model_config, batch_size, size)
-        if recompute:
-            unet.enable_gradient_checkpointing()
+        for module in unet.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, torch.nn.Parameter(torch.empty(parameter.shape)))
         parameters = {parameter.untyped_storage()._cdata for parameter in unet.parameters()}
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
         ):
-            unet(*inputs)
+            unet(*_inputs(unet, batch_size, size))
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def _fake(
-    model_config: dict[str, Any], batch_size: int, size: tuple[int, int] | None
-) -> tuple[UViTT2IModel, tuple[torch.Tensor, ...]]:
-    """The model and inputs of it, all shape and no content; as on a CPU, whose attention kernel is fused."""
-    with torch.device("meta"):
-        unet = UViTT2IModel(**model_config).train()
-    for module in unet.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, torch.nn.Parameter(torch.empty(parameter.shape)))
+def _inputs(unet: UViTT2IModel, batch_size: int, size: tuple[int, int] | None) -> tuple[torch.Tensor, ...]:
     sizes: Any = unet.config
     rows, columns = unet.grid
     height, width = size or (rows * unet.patch_size, columns * unet.patch_size)
     latents = torch.empty(batch_size, sizes.in_channels, height, width)
     context = torch.empty(batch_size, sizes.num_text_tokens, sizes.clip_dim)
-    return unet, (latents, torch.ones(batch_size), context)
+    return latents, torch.ones(batch_size), context

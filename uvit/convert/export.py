@@ -1,5 +1,6 @@
 """A training checkpoint -> a pipeline folder."""
 
+import json
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from uvit.data.encoders import load_text_encoder, load_tokenizer, load_vae
 from uvit.errors import UserError
 from uvit.model import UViTT2IModel
 from uvit.sample.export import save_pipeline
+
+SOURCE = "training.json"  # in a pipeline folder: which training it comes from
 
 
 def convert(config: ConvertConfig) -> None:
@@ -73,6 +76,16 @@ def export_checkpoint(
         prediction_type=record["prediction_type"],
         **parts,
     )
+    facts = {key: record[key] for key in ("step", "samples", "config", "versions")} | {"ema": use_ema and has_ema}
+    (goal / SOURCE).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def exported_step(folder: Path) -> int | None:
+    """The step of the checkpoint that a pipeline folder was made of, where it says so."""
+    try:
+        return json.loads((folder / SOURCE).read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def known(name: str | None, flag: str) -> str:

@@ -97,7 +97,7 @@ class FeatureStore:
             self.context_shape: tuple[int, ...] | None = tuple(context_shape) if context_shape else None
             self.num_tokens: int | None = int(self.manifest["num_tokens"])
             self.latent_scale: float | None = float(self.manifest["latent_scale"])
-            self.resolution: int | None = int(self.manifest["source"]["resolution"])
+            self.resolution: int | None = self.manifest["source"].get("resolution")
             self.vae_name = self._encoder("vae")
             self.text_encoder_name = self._encoder("text_encoder")
             self.tokenizer_name = self._encoder("tokenizer")

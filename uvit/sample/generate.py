@@ -7,12 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from tqdm import tqdm
 
 from uvit import __version__
 from uvit.config.sample import SampleConfig
+from uvit.data.encoders import quiet
 from uvit.device import pick_device
 from uvit.errors import UserError
 from uvit.images import contact_sheet, save_png
@@ -109,8 +109,8 @@ def open_pipeline(
             "has no model_index.json, so it is no pipeline folder" if folder.is_dir() else "there is no such folder"
         )
         raise UserError(f"--pipeline {path}: {problem}; give OUTPUT_DIR/pipeline of a finished training run")
-    diffusers_logging.disable_progress_bar()
-    pipeline = UViTPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype)).to(pick_device(device))
+    with quiet():
+        pipeline = UViTPipeline.from_pretrained(folder, dtype=getattr(torch, dtype)).to(pick_device(device))
     pipeline.scheduler = build_scheduler(scheduler)
     pipeline.set_progress_bar_config(desc="denoising", leave=False, disable=disable_tqdm)
     return pipeline

@@ -14,7 +14,7 @@ import torch
 from uvit import checkpoint
 from uvit.config.train import TrainConfig
 from uvit.config_file import write_yaml
-from uvit.convert.export import export_checkpoint
+from uvit.convert.export import export_checkpoint, exported_step
 from uvit.data.loader import load
 from uvit.errors import UserError
 from uvit.train.estimate import describe
@@ -38,8 +38,12 @@ def train(config: TrainConfig) -> int:
     resume(run)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_yaml(dataclasses.replace(config, overwrite_output_dir=False), output_dir / "config.yaml")
-    with stop_signals() as stop:
-        status = train_to_the_end(run, stop)
+    if run.step >= run.max_steps:
+        print(f"{output_dir}: all {run.max_steps} steps are done")
+        status = 0
+    else:
+        with stop_signals() as stop:
+            status = train_to_the_end(run, stop)
     if status == 0:
         write_pipeline(run)
     return status
@@ -47,9 +51,6 @@ def train(config: TrainConfig) -> int:
 
 def train_to_the_end(run: Run, stop: "Stop") -> int:
     config = run.config
-    if run.step >= run.max_steps:
-        print(f"{run.output_dir}: all {run.max_steps} steps are done")
-        return 0
     vae = load_preview_vae(run)
     metrics = Metrics(config, run.output_dir, run.step, run.max_steps, run.samples_per_step)
     accumulation = config.gradient_accumulation_steps
@@ -180,6 +181,9 @@ def write_pipeline(run: Run) -> None:
     """OUTPUT_DIR/pipeline from the last checkpoint; without the encoders, say how to do it later."""
     last = checkpoint.folders(run.output_dir)[-1]
     goal = run.output_dir / "pipeline"
+    if exported_step(goal) == run.step:
+        print(f"{goal} is there already")
+        return
     try:
         export_checkpoint(last, goal, replace=True)
         print(f'wrote {goal}; try: uvit sample --pipeline {goal} "..."')
