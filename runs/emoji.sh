@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Real pictures, everything from scratch: first stage, tokenizer, text encoder and U-ViT, on two CPU cores in about an hour.
+# Real pictures, everything from scratch: first stage, tokenizer, text encoder and U-ViT, on two CPU cores in under an hour.
 #
 #   bash runs/emoji.sh emoji_noto_64.tar
 #
@@ -12,8 +12,8 @@ out=${UVIT_EMOJI_DIR:-$here/output/emoji}
 
 if [ ! -e "$out/vae/config.json" ]; then
     echo "== 1. First stage: 64x64 pixels <-> 16x16x4 latents"
-    uvit autoencoder --source "$source" --resolution 64 --factor 4 --channels 32 --batch_size 8 --max_steps 2400 \
-        --kl_weight 2e-4 --output_dir "$out/vae"
+    uvit autoencoder --source "$source" --resolution 64 --factor 4 --channels 32 --batch_size 8 --max_steps 2000 \
+        --kl_weight 2e-3 --bf16 --output_dir "$out/vae"
 fi
 
 echo "== 2. Encode"

@@ -11,7 +11,7 @@ from uvit.train.metrics import Metrics, keep_lines
 
 
 def record(step: int, loss: float | None = 1.0) -> dict[str, Any]:
-    return {"step": step, "loss": loss, "grad_norm": loss, "lr": 1e-3, "skipped": 0, "seconds": 0.5}
+    return {"step": step, "loss": loss, "grad_norm": loss, "lr": 1e-3, "skipped": int(loss is None), "seconds": 0.5}
 
 
 def test_lines_after_the_checkpoint_are_cut(tmp_path: Path) -> None:
@@ -36,6 +36,6 @@ def test_console_and_board(tiny_config: Any, tmp_path: Path, capsys: pytest.Capt
     metrics.close()
     said = capsys.readouterr().out.splitlines()
     assert "step 2/10: loss 1.5000" in said[0] and "16.0 samples/s, 0:00:04 left" in said[0]
-    assert "loss 3.0000" in said[1]
+    assert "loss 3.0000" in said[1] and said[1].split(", ")[-2] == "1 skipped"
     assert "16.0 samples/s, 500.0 ms a step" in metrics.throughput()
     assert list((tmp_path / "logs").glob("events.*"))

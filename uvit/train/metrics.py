@@ -35,11 +35,13 @@ class Metrics:
         self.recent: deque[float] = deque(maxlen=max(config.logging_steps, 2))
         self.started = time.perf_counter()
         self.seconds: list[float] = []
+        self.skipped = 0
 
     def step(self, record: dict[str, Any]) -> None:
         """One optimizer step: step, samples, loss, grad_norm, lr, skipped, seconds."""
         self.file.write(json.dumps(record) + "\n")
         self.recent.append(record["seconds"])
+        self.skipped += record["skipped"]
         if self.config.benchmark:
             self.seconds.append(record["seconds"])
         if record["loss"] is not None:  # null: not finite, the update was skipped
@@ -52,8 +54,8 @@ class Metrics:
         grad_norm = float("nan") if record["grad_norm"] is None else record["grad_norm"]
         self.window.clear()
         line = f"loss {loss:.4f}, |grad| {grad_norm:.3g}, lr {record['lr']:.2e}, {rate:.1f} samples/s"
-        if record["skipped"]:
-            line += f", {record['skipped']} skipped"
+        if self.skipped:
+            line += f", {self.skipped} skipped"
         self.progress.set_postfix_str(line, refresh=False)
         if self.config.disable_tqdm:
             left = (self.max_steps - record["step"]) * self.samples_per_step / rate

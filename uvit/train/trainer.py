@@ -32,9 +32,9 @@ def train(config: TrainConfig) -> int:
     if config.dry_run:
         print(describe(set_up(config, output_dir)))
         return 0
+    run = set_up(config, output_dir)
     if config.overwrite_output_dir:
         set_aside(output_dir)
-    run = set_up(config, output_dir)
     resume(run)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_yaml(dataclasses.replace(config, overwrite_output_dir=False), output_dir / "config.yaml")
@@ -57,7 +57,7 @@ def train_to_the_end(run: Run, stop: "Stop") -> int:
     batches = load(
         run.batches, run.step * accumulation, run.max_steps * accumulation, config.dataloader_num_workers, run.device
     )
-    first_step, skipped_in_a_row, skipped = run.step, 0, 0
+    first_step, skipped_in_a_row = run.step, 0
     saved: int | None = None
     try:
         with profiler(config, metrics.folder) as profile:
@@ -67,8 +67,7 @@ def train_to_the_end(run: Run, stop: "Stop") -> int:
                 seconds = time.perf_counter() - started
 
                 skipped_in_a_row = 0 if result.finite else skipped_in_a_row + 1
-                skipped += not result.finite
-                metrics.step(record_of(run, result, skipped, seconds))
+                metrics.step(record_of(run, result, seconds))
                 if skipped_in_a_row == config.max_nonfinite_steps:
                     raise UserError(not_finite(run, skipped_in_a_row))
                 if vae and run.step % config.image_logging_steps == 0:
@@ -88,14 +87,14 @@ def train_to_the_end(run: Run, stop: "Stop") -> int:
     return 0
 
 
-def record_of(run: Run, result: StepResult, skipped: int, seconds: float) -> dict[str, float | int | None]:
+def record_of(run: Run, result: StepResult, seconds: float) -> dict[str, float | int | None]:
     return {
         "step": run.step,
         "samples": run.step * run.samples_per_step,
         "loss": result.loss if result.finite else None,
         "grad_norm": result.grad_norm if result.finite else None,
         "lr": result.lr,
-        "skipped": skipped,
+        "skipped": int(not result.finite),
         "seconds": round(seconds, 6),
     }
 
