@@ -15,7 +15,7 @@ help:  ## Show the targets
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: .venv/.ready  ## Pictures from words, from nothing: train on built-in shapes and draw (about 9 minutes, two CPU cores)
+demo: .venv/.ready  ## Pictures from words, from nothing: train on built-in shapes and draw (about 7 minutes, two CPU cores)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/demo.sh
 
 test: lint  ## Everything that CI runs: lint, types, tests

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What a narrow U-ViT needs in a short run: the demo's settings cut to 1,500 steps, beside each choice undone.
-# About 15 minutes on one core. Give the demo's features: bash benchmarks/narrow.sh output/demo/features
+# About 12 minutes on one core. Give the demo's features: bash benchmarks/narrow.sh output/demo/features
 set -euo pipefail
 export OMP_NUM_THREADS=1
 here=$(cd "$(dirname "$0")/.." && pwd)
@@ -16,6 +16,5 @@ run() {
 }
 run as_in_the_demo
 run v_prediction --prediction_type v_prediction
-run epsilon --prediction_type epsilon
 run narrow_weights --weight_init_std 0.02
 run narrow_positions --position_init_std 0.02

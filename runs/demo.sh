@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to pictures: the main job, end to end, on built-in data and two CPU cores.
 #
-#   bash runs/demo.sh          about 6 minutes; ends with prompt accuracy on combinations never trained on
+#   bash runs/demo.sh          about 7 minutes; ends with prompt accuracy on combinations never trained on
 #   bash runs/demo.sh --fast   the same steps in about a minute, too short to learn to draw
 #
 # Everything lands in output/demo (or $UVIT_DEMO_DIR). Stop it at any moment and run it again: it goes on.
