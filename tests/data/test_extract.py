@@ -155,14 +155,15 @@ def test_other_settings_are_refused(flags: dict[str, Any], change: dict[str, Any
 
 @pytest.mark.slow
 def test_stopped_by_ctrl_c_and_run_again(flags: dict[str, Any], tmp_path: Path) -> None:
-    flags |= {"source": "shapes", "text": "contexts", "num_workers": 1, "shard_size": 20}
+    # Two pictures at a time: long enough that the signal comes in time on a busy machine too.
+    flags |= {"source": "shapes", "text": "contexts", "num_workers": 1, "shard_size": 20, "batch_size": 2}
     command = [sys.executable, "-m", "uvit", "extract"]
     command += [f"--{name}={value}" for name, value in flags.items()]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "store" / "shard-00000.json").exists() and process.poll() is None:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "store" / "shard-00000.json").exists() and process.poll() is None:
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
     assert process.returncode == 130, f"it was not stopped: {err}"
     assert "run the same command to go on" in out
     assert "Traceback" not in err
