@@ -27,5 +27,5 @@ echo "== 4. Draw"
 uvit sample "an emoji of heavy black heart" "an emoji of black sun with rays" "an emoji of france flag" \
     "an emoji of japan flag" "an emoji of germany flag" "an emoji of grinning face" "an emoji of crying face" \
     "an emoji of cat face" "an emoji of red apple" "an emoji of full moon symbol" "an emoji of christmas tree" \
-    "an emoji of green heart" --num_images_per_prompt 4 --guidance_scale 3 --num_inference_steps 25 \
+    "an emoji of yellow heart" --num_images_per_prompt 4 --guidance_scale 6 --num_inference_steps 25 --columns 8 \
     --pipeline "$out/run/pipeline" --output_dir "$out/samples"

@@ -1,12 +1,7 @@
 """What is extracted is what the encoders say, whatever interrupts it, from any kind of source."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +14,9 @@ from uvit.config.extract import ExtractConfig
 from uvit.data import encoders
 from uvit.data.extract import extract
 from uvit.data.features import FeatureStore
+from uvit.data.shapes import ShapesSource
 from uvit.data.sources import open_source
+from uvit.data.types import Pair
 from uvit.diffusion import LATENT_SCALE
 from uvit.errors import UserError
 from uvit.images import to_pixels, to_unit
@@ -153,22 +150,27 @@ def test_other_settings_are_refused(flags: dict[str, Any], change: dict[str, Any
         run(flags | change)
 
 
-@pytest.mark.slow
-def test_stopped_by_ctrl_c_and_run_again(flags: dict[str, Any], tmp_path: Path) -> None:
-    # Two pictures at a time: long enough that the signal comes in time on a busy machine too.
-    flags |= {"source": "shapes", "text": "contexts", "num_workers": 1, "shard_size": 20, "batch_size": 2}
-    command = [sys.executable, "-m", "uvit", "extract"]
-    command += [f"--{name}={value}" for name, value in flags.items()]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        while not (tmp_path / "store" / "shard-00000.json").exists() and process.poll() is None:
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, f"it was not stopped: {err}"
-    assert "run the same command to go on" in out
-    assert "Traceback" not in err
+class Interrupted(ShapesSource):
+    """Ctrl-C while its 50th picture is decoded."""
+
+    def __getitem__(self, index: int) -> Pair:
+        if index == 50:
+            raise KeyboardInterrupt
+        return super().__getitem__(index)
+
+
+def test_stopped_by_ctrl_c_and_run_again(
+    flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags |= {"source": "shapes", "text": "contexts", "num_workers": 0, "shard_size": 20}
+    with monkeypatch.context() as patch:
+        patch.setattr("uvit.data.extract.open_source", lambda *_: Interrupted("train", flags["resolution"]))
+        with pytest.raises(KeyboardInterrupt):
+            run(flags)
+    assert "Stopped after 2 of 33 shards; run the same command to go on" in capsys.readouterr().out
     (tmp_path / "store" / ".moments-00005.npy.partial").write_text("what a kill may leave behind")
     run(flags)
+    assert "Going on after 40 of 648 pairs" in capsys.readouterr().out
     run(flags | {"output_dir": str(tmp_path / "whole")})
     assert contents(tmp_path / "store") == contents(tmp_path / "whole")
 
