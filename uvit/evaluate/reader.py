@@ -12,11 +12,14 @@ from PIL import Image
 
 from uvit.data.shapes import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, SIZES, Scene, render
 
-ATTRIBUTES = ("colour", "shape", "size", "position", "background")
 CHANCE = {
-    name: 1 / len(values)
-    for name, values in zip(ATTRIBUTES, (COLOURS, SHAPES, SIZES, POSITIONS, BACKGROUNDS), strict=True)
+    "colour": 1 / len(COLOURS),
+    "shape": 1 / len(SHAPES),
+    "size": 1 / len(SIZES),
+    "position": 1 / len(POSITIONS),
+    "background": 1 / len(BACKGROUNDS),
 }
+ATTRIBUTES = tuple(CHANCE)
 MAX_COLOUR_DISTANCE = 75.0  # in RGB, 0..255 a channel; the palette's colours are at least 95 apart
 MIN_OVERLAP = 0.6  # intersection over union of the object and the closest outline
 
