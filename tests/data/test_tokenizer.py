@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from tests.data.pictures import write_table, write_tar
 from tests.tiny import CAPTIONS
 from uvit.config.extract import TokenizerConfig
 from uvit.data.encoders import tokenize
@@ -62,7 +63,7 @@ def test_a_vocabulary_without_room_for_the_bytes() -> None:
 
 
 def test_the_command_writes_a_folder_that_transformers_opens(tmp_path: Path) -> None:
-    config = TokenizerConfig("shapes", str(tmp_path / "deep" / "tokenizer"), vocab_size=500, model_max_length=24)
+    config = TokenizerConfig(("shapes",), str(tmp_path / "deep" / "tokenizer"), vocab_size=500, model_max_length=24)
     build_tokenizer(config)
     opened = AutoTokenizer.from_pretrained(config.output_dir)
     assert opened.model_max_length == 24
@@ -76,4 +77,17 @@ def test_the_command_writes_a_folder_that_transformers_opens(tmp_path: Path) -> 
     build_tokenizer(config)  # the same again: nothing to do
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["tokenizer"]
     with pytest.raises(UserError, match="--output_dir"):
-        build_tokenizer(TokenizerConfig("shapes", config.output_dir, vocab_size=300))
+        build_tokenizer(TokenizerConfig(("shapes",), config.output_dir, vocab_size=300))
+
+
+def test_captions_by_column_and_none_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.png").touch()
+    path = write_table(tmp_path / "list.csv", [("a.png", "x" * 50, "red")] * 3, ("image", "alt", "text"))
+    config = TokenizerConfig((str(path),), str(tmp_path / "t"), caption_column="alt")
+    build_tokenizer(config)
+    assert "from 3 captions" in capsys.readouterr().out
+    tokenizer = AutoTokenizer.from_pretrained(config.output_dir)
+    assert len(tokenizer("x" * 32)["input_ids"]) < len(tokenizer("red")["input_ids"]) + 2
+    tar = write_tar(tmp_path / "0.tar", [("a.txt", b" "), ("a.png", b"")])
+    with pytest.raises(UserError, match=r"0\.tar: has no caption that can be used"):
+        build_tokenizer(TokenizerConfig((str(tar),), str(tmp_path / "none")))

@@ -9,9 +9,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+from tests.data.pictures import png
 from uvit.config.autoencoder import AutoencoderConfig
 from uvit.data.encoders import encode_images, latent_scale_of, load_vae
-from uvit.data.sources import open_source
+from uvit.data.sources import indexed, open_source
 from uvit.diffusion import draw_latents
 from uvit.errors import UserError
 from uvit.images import to_unit
@@ -20,7 +21,7 @@ from uvit.train.autoencoder import build, load_images, measure, split_rows, trai
 
 def config(folder: Path, **flags: Any) -> AutoencoderConfig:
     values: dict[str, Any] = {
-        "source": "shapes",
+        "source": ("shapes",),
         "output_dir": str(folder),
         "resolution": 16,
         "factor": 4,
@@ -39,7 +40,7 @@ def test_train_measure_write_open(tmp_path: Path, capsys: pytest.CaptureFixture[
     folder = tmp_path / "vae"
     train_autoencoder(config(folder, preview_steps=75))
     facts = json.loads((folder / "training.json").read_text())
-    source = open_source("shapes", "train", None, 16)
+    source = indexed(open_source("shapes", resolution=16), "--source shapes")
     held_out, rows = split_rows(len(source), 1234)
     images = load_images(source, rows, 16)
     untrained = measure(build(config(folder)), load_images(source, held_out, 16), images[:8])
@@ -81,3 +82,19 @@ def test_measured_psnr_is_psnr(tmp_path: Path) -> None:
         decoded = vae.decode(vae.encode(to_unit(images)).latent_dist.mean).sample.clamp(-1, 1)
     error = ((decoded - to_unit(images)) / 2).square().mean().item()
     assert measure(vae, images, images, batch_size=4)["psnr"] == pytest.approx(-10 * np.log10(error), rel=1e-5)
+
+
+def test_images_that_cannot_be_used_are_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(8):
+        (tmp_path / f"{number}.txt").write_text("red")
+        (tmp_path / f"{number}.png").write_bytes(png("red"))
+    source = indexed(open_source(str(tmp_path)), "--source")
+    (tmp_path / "3.png").write_bytes(png("red")[:-30])
+    assert load_images(source, np.array([2, 3, 4, 3]), 16).shape == (2, 3, 16, 16)
+    assert load_images(source, np.array([3]), 16).shape == (0, 3, 16, 16)
+    assert capsys.readouterr().err.count("the image of 3.png cannot be decoded") == 1
+    train_autoencoder(config(tmp_path / "vae", source=(str(tmp_path),), max_steps=8, batch_size=1))
+    for path in tmp_path.glob("*.png"):
+        path.write_bytes(b"broken")
+    with pytest.raises(UserError, match="none of its images can be used"):
+        train_autoencoder(config(tmp_path / "none", source=(str(tmp_path),)))

@@ -10,13 +10,13 @@ from uvit.errors import UserError
 class AutoencoderConfig:
     """Train a first stage, an AutoencoderKL, on the images of a source."""
 
-    source: str
+    source: tuple[str, ...]
     """The images: shapes, shapes:two, a .tar, a COCO folder or captions file, a folder with metadata.jsonl."""
     output_dir: str
     """The folder to write: opens with diffusers' AutoencoderKL and as --vae_name_or_path."""
     split: str = "train"
     """Which split of the source."""
-    image_folder: str | None = None
+    image_folder: tuple[str, ...] = ()
     """The images of a COCO captions file."""
     resolution: int = 64
     """Side of the square images, in pixels."""

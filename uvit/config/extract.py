@@ -1,5 +1,6 @@
 """Flags of `uvit extract` and `uvit tokenizer`."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +12,12 @@ def _at_least(flag: str, value: int | float | None, least: int) -> None:
         raise UserError(f"--{flag} {value}: must be at least {least}")
 
 
+def check_split(split: str) -> None:
+    """A split is the name of a folder."""
+    if not re.fullmatch(r"\w[\w.-]*", split):
+        raise UserError(f"--split {split}: must be a plain name, such as train or val")
+
+
 @dataclass(frozen=True)
 class ExtractConfig:
     """Encode captioned images into a feature store, so that training needs neither VAE nor text encoder.
@@ -18,11 +25,13 @@ class ExtractConfig:
     Stop it at any time: the same command goes on where it stopped.
     """
 
-    source: str
-    """Where the pairs are: `shapes` or `shapes:two` (built in), a WebDataset .tar, a COCO captions .json
-    (with --image_folder), a COCO root folder, or a folder with metadata.jsonl."""
+    source: tuple[str, ...]
+    """Where the pairs are, one place or several that follow one another: `shapes` or `shapes:two` (built in);
+    WebDataset .tar files, also as a{000..099}.tar and by URL; a COCO captions .json (with --image_folder) or a COCO
+    root folder; a folder with metadata.jsonl; a .csv, .tsv or .parquet list of image paths and captions; a Hugging
+    Face dataset, as a folder, .parquet files or hf:HUB_ID."""
     output_dir: str
-    """The feature store to write: a folder that is new, or holds the same extraction half done."""
+    """The feature store to write; the split becomes a folder in it. New, or with the same extraction half done."""
     vae_name_or_path: str
     """An AutoencoderKL: its folder, a pipeline folder or a hub id."""
     text_encoder_name_or_path: str | None = None
@@ -35,31 +44,65 @@ class ExtractConfig:
     vocab_size: int | None = None
     """Size of the tokenizer built from the captions (8192 where not given)."""
     split: str = "train"
-    """Which part of the source: shapes have `train` and `heldout`, folders what they are named."""
-    image_folder: str | None = None
-    """The images of a COCO captions file."""
+    """Which part of the source: shapes have `train` and `heldout`, folders what they are named. Also the name of the
+    split in the feature store."""
+    val_every: int | None = None
+    """Of a source without parts, let each so-manieth pair be --split val and the others --split train."""
+    image_folder: tuple[str, ...] = ()
+    """The images of COCO captions files or of lists: one folder, or one for each of them."""
+    image_column: str | None = None
+    """The images, or their paths, in a list or Hugging Face dataset. Default: the first of the usual names."""
+    caption_column: str | None = None
+    """The captions there: a string or a list of strings in each row. Default: the first of the usual names."""
+    streaming: bool = False
+    """Read a Hugging Face dataset as it comes over the network instead of downloading it first."""
+    on_error: Literal["skip", "stop"] = "skip"
+    """What to do about broken, tiny or missing images, empty captions and ids that come twice: leave them out and list
+    them in problems.jsonl beside the features, or stop."""
+    min_image_size: int = 16
+    """Images with a side of fewer pixels count as tiny."""
     resolution: int = 256
-    """Images are centre-cropped to a square and scaled to this many pixels a side."""
+    """Images are brought to a square of this many pixels a side."""
+    crop: Literal["center", "random", "pad", "stretch"] = "center"
+    """How an image becomes a square: its middle; a part that its id chooses; all of it, between white bars or
+    stretched."""
+    resize: Literal["lanczos", "bicubic", "bilinear", "box"] = "lanczos"
+    """The filter that scales."""
+    random_flip: bool = False
+    """Encode the mirrored image as well; training then draws one of the two at each visit."""
     model_max_length: int = 77
     """Captions are padded or cut to this many tokens."""
     latent_scale: float | None = None
     """Factor from VAE latents to the model's. Default: the VAE's own; 0.2301 for a Stable Diffusion VAE."""
     batch_size: int = 32
     """Images (and captions) encoded at a time."""
+    bf16: bool = False
+    """Encode in bfloat16 (autocast): faster on a GPU, a little less exact."""
+    fp16: bool = False
+    """Encode in float16 (autocast): faster on a GPU, a little less exact; some VAEs overflow."""
     dtype: Literal["float16", "float32"] = "float16"
     """In which moments and contexts are stored."""
     shard_size: int = 1024
-    """Pairs in each file of the store, which is also what a stopped extraction may have to do again."""
+    """Pairs in each file of the store."""
+    shard: str | None = None
+    """I/N: do only part I, from 0, of N, beside other processes or machines that do theirs; torchrun sets it."""
     num_workers: int = 2
-    """Processes that decode images; 0 decodes in the main one."""
+    """Processes that read and decode images; 0 does so in the main one."""
     device: str = "auto"
     """Where the encoders run: cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
     disable_tqdm: bool = False
     """Show no progress bar."""
 
     def __post_init__(self) -> None:
-        for flag in ("resolution", "model_max_length", "batch_size", "shard_size"):
+        for flag in ("resolution", "model_max_length", "batch_size", "shard_size", "min_image_size"):
             _at_least(flag, getattr(self, flag), 1)
+        _at_least("val_every", self.val_every, 2)
+        check_split(self.split)
+        if self.val_every is not None and self.split not in ("train", "val"):
+            raise UserError(f"--split {self.split}: --val_every {self.val_every} makes the splits train and val")
+        if self.bf16 and self.fp16:
+            raise UserError("--bf16 and --fp16: choose one")
+        self.part()
         _at_least("num_workers", self.num_workers, 0)
         if self.latent_scale is not None and not self.latent_scale > 0:
             raise UserError(f"--latent_scale {self.latent_scale}: must be above 0")
@@ -69,19 +112,30 @@ class ExtractConfig:
         if self.vocab_size is not None and (self.tokenizer_name or self.text_encoder_name_or_path):
             raise UserError(f"--vocab_size {self.vocab_size}: no tokenizer is built where --{given} has one")
 
+    def part(self) -> tuple[int, int] | None:
+        """(i, n): --shard i/n."""
+        if self.shard is None:
+            return None
+        match = re.fullmatch(r"(\d+)/(\d+)", self.shard)
+        if match is None or not int(match[1]) < int(match[2]):
+            raise UserError(f"--shard {self.shard}: must be I/N with I from 0 to N - 1, such as 0/4")
+        return int(match[1]), int(match[2])
+
 
 @dataclass(frozen=True)
 class TokenizerConfig:
     """Build a tokenizer (byte-level BPE, any language, lower-cased) from a source's captions."""
 
-    source: str
+    source: tuple[str, ...]
     """Where the captions are: a source as in `uvit extract`."""
     output_dir: str
     """The folder to write, which transformers' AutoTokenizer opens."""
     split: str = "train"
     """Which part of the source."""
-    image_folder: str | None = None
-    """The images of a COCO captions file."""
+    image_folder: tuple[str, ...] = ()
+    """The images of COCO captions files or of lists."""
+    caption_column: str | None = None
+    """The captions in a list or Hugging Face dataset."""
     vocab_size: int = 8192
     """Tokens at most; captions of few words need fewer."""
     model_max_length: int = 77

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 from PIL import Image, ImageDraw
 
-from uvit.data.types import Pair
+from uvit.data.types import Pair, Problem
 
 COLOURS = {
     "red": (220, 40, 40),
@@ -146,6 +146,12 @@ class ShapesSource:
     def __getitem__(self, index: int) -> Pair:
         scene = self.scenes[index]
         return Pair(f"{self.name}-{index:05d}", render(scene, self.resolution), scene.captions())
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self.scenes[index].captions()
+
+    def problems(self) -> list[Problem]:
+        return []
 
 
 def neighbours(scene: Scene) -> list[Scene]:

@@ -1,310 +1,234 @@
-"""Where pairs come from: built-in shapes, a WebDataset tar, COCO, or a folder with metadata.jsonl.
+"""Where pairs come from: what `--source` names is recognised, opened, joined and divided here.
 
-A source is opened by reading its index; images are decoded when a pair is asked for. All are picklable and
-hold no open files, so loader processes may share them.
+A source is opened by reading its index; images are decoded when a pair is asked for. All are picklable and hold no
+open files, so loader processes may share them.
 """
 
-import io
-import json
-import tarfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Sequence, Sized
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import cycle, groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Literal, cast
 
-from PIL import Image, ImageOps
-
+from uvit.data import huggingface, tars
+from uvit.data.coco import find_captions, open_coco
+from uvit.data.folders import has_captioned_images, open_folder
+from uvit.data.lists import LIST_SUFFIXES, lists_paths, open_list
 from uvit.data.shapes import ShapesSource
-from uvit.data.types import Pair
+from uvit.data.subset import AsStream, Divided, DividedStream, Joined, JoinedStream, Rows
+from uvit.data.types import Source, Stream
 from uvit.errors import UserError
-from uvit.images import on_white
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-KINDS = "shapes, shapes:two, a .tar, a COCO captions .json, a COCO folder, or a folder with metadata.jsonl"
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+KINDS = (
+    "shapes, shapes:two, .tar files, a COCO captions .json, a .jsonl, .csv, .tsv or .parquet list, hf:HUB_ID, or a "
+    "folder of one of these or of images, each with a .txt"
+)
 
-
-class Source(Protocol):
-    """Pairs in a fixed order."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Pair: ...
+Kind = Literal["shapes", "tars", "coco", "list", "images", "dataset"]
 
 
-def open_source(source: str, split: str = "train", image_folder: str | None = None, resolution: int = 256) -> Source:
-    """Find out what `source` is and read its index.
+@dataclass(frozen=True)
+class _Place:
+    """What one place of --source was recognised as."""
+
+    name: str  # as it was given
+    kind: Kind
+    files: tuple[str, ...]  # what to read
+    folder: Path | None = None  # of the images, where the place has its own; --image_folder is stronger
+    parts: str | None = None  # what its parts are, for people; None: it is one, `train`
+
+
+def open_source(
+    source: Sequence[str] | str,
+    split: str = "train",
+    image_folder: Sequence[str] = (),
+    resolution: int = 256,
+    *,
+    val_every: int | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    streaming: bool = False,
+) -> Source | Stream:
+    """Find out what each place of `source` is, read its index, and put one after the other.
 
     Args:
-        split: `train` or `heldout` of shapes; of folders, the part so named. Files have one part, `train`.
-        image_folder: the images of a COCO captions file.
+        split: `train` or `heldout` of shapes; of folders and data sets, the part so named.
+        image_folder: the images of COCO captions files and of lists: one folder for all, or one for each.
         resolution: at which shapes are drawn; other images keep their size.
+        val_every: of places without parts, each so-manieth pair is `val` and the others `train`.
+        image_column, caption_column: of lists and Hugging Face data sets, where the names are not the usual ones.
+        streaming: read Hugging Face data sets as they come.
 
     Raises UserError, naming the file and what was found in it, where there is nothing to read.
     """
-    path = Path(source).expanduser()
-    if image_folder and path.suffix != ".json" and not (path / "annotations").is_dir():
-        raise UserError(f"--image_folder {image_folder}: goes with a COCO source, which --source {source} is not")
-    if source == "shapes" or source.startswith("shapes:"):
-        return _shapes(source, split, resolution)
-    if path.is_dir():
-        if (path / "annotations").is_dir():
-            return _coco_folder(path, split, image_folder)
-        return _metadata_folder(path, split)
-    if not path.is_file():
-        raise UserError(f"--source {source}: no such file or folder; give {KINDS}")
-    if split != "train":
-        raise UserError(f"--split {split}: --source {source} is one file and has no parts; leave --split out")
-    if path.suffix == ".tar":
-        return TarSource(path)
-    if path.suffix == ".json":
-        if not image_folder:
-            raise UserError(f"--source {source}: needs --image_folder, the folder with its images")
-        return _coco(path, Path(image_folder).expanduser())
-    raise UserError(f"--source {source}: is a {path.suffix or 'nameless'} file; give {KINDS}")
+    names = [name for place in ([source] if isinstance(source, str) else source) for name in tars.expand(place)]
+    if not names:
+        raise UserError(f"--source: names nothing; give {KINDS}")
+    try:
+        places = [_recognise(name, split, val_every is not None, image_column, caption_column) for name in names]
+        _check_parts(places, split, val_every)
+        _check_flags(places, image_column, caption_column, streaming)
+        places = _with_folders(places, image_folder)
+        # A data set has its parts; to divide it means to divide the one for training.
+        open_dataset = partial(
+            huggingface.open_dataset,
+            split=split if val_every is None else "train",
+            image_column=image_column,
+            caption_column=caption_column,
+            streaming=streaming,
+        )
+        opened: list[Source | Stream] = []
+        for (kind, folder), group in groupby(places, key=lambda place: (place.kind, place.folder)):
+            files = [file for place in group for file in place.files]
+            if kind == "shapes":
+                opened += [_shapes(name, split, resolution) for name in files]
+            elif kind == "tars":
+                opened.append(tars.open_tars(files))
+            elif kind == "coco":  # files with one folder are about the same images
+                opened.append(open_coco([Path(file) for file in files], cast(Path, folder)))
+            elif kind == "list":
+                opened += [open_list(Path(file), folder, image_column, caption_column) for file in files]
+            elif kind == "images":
+                opened += [open_folder(Path(file)) for file in files]
+            else:
+                opened += [open_dataset(file) for file in files]
+    except OSError as error:
+        raise UserError(f"--source {error.filename or names[0]}: cannot be read ({error.strerror})") from None
+    whole = _join(opened)
+    if val_every is None:
+        return whole
+    rows = Rows(val_every, split)
+    if not isinstance(whole, Sized):
+        return DividedStream(whole, rows)
+    part = Divided(cast(Source, whole), rows)
+    if not len(part):
+        raise UserError(f"--val_every {val_every}: leaves --split {split} empty, of {len(whole)} pairs; give less")
+    return part
 
 
-def captions_of(source: Source) -> Iterator[str]:
-    """All captions in order, without drawing or decoding images."""
-    for i in range(len(source)):
-        if isinstance(source, ShapesSource):
-            yield from source.scenes[i].captions()
-        else:
-            yield from (source.captions(i) if isinstance(source, TarSource | FileSource) else source[i].captions)
+def indexed(source: Source | Stream, flag: str) -> Source:
+    """A source any pair of which can be had at once; `flag`, with its value, is what gave another."""
+    if isinstance(source, Sized):
+        return cast(Source, source)
+    raise UserError(f"{flag}: can only be read from beginning to end, and here any pair must be had; download it first")
 
 
-def _shapes(source: str, split: str, resolution: int) -> Source:
-    if source not in ("shapes", "shapes:two"):
-        raise UserError(f"--source {source}: the built-in sources are shapes and shapes:two")
+def captions_of(source: Source | Stream) -> Iterator[str]:
+    """All captions in order, without drawing or decoding images; those of pairs that cannot be used are left out."""
+    return AsStream(cast(Source, source)).all_captions() if isinstance(source, Sized) else source.all_captions()
+
+
+def _join(opened: list[Source | Stream]) -> Source | Stream:
+    if len(opened) == 1:
+        return opened[0]
+    if all(isinstance(source, Sized) for source in opened):
+        return Joined(cast(list[Source], opened))
+    return JoinedStream([AsStream(source) if isinstance(source, Sized) else source for source in opened])
+
+
+def _shapes(name: str, split: str, resolution: int) -> Source:
     if split not in ("train", "heldout"):
         raise UserError(f"--split {split}: shapes have the splits train and heldout")
-    return ShapesSource("heldout" if split == "heldout" else "train", resolution, 2 if source == "shapes:two" else 1)
+    return ShapesSource(split, resolution, 2 if name == "shapes:two" else 1)
 
 
-# Files named by a list
+# What a place is
 
 
-@dataclass(frozen=True)
-class FileSource:
-    """Image files and their captions: an entry is (id, image file, captions)."""
-
-    entries: list[tuple[str, Path, tuple[str, ...]]]
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        return self.entries[index][2]
-
-    def __getitem__(self, index: int) -> Pair:
-        id, path, captions = self.entries[index]
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise UserError(f"pair {id}: the image {path} cannot be read ({error.strerror})") from None
-        return Pair(id, _decode(data, id, path), captions)
-
-
-def _coco_folder(root: Path, split: str, image_folder: str | None) -> Source:
-    found = sorted((root / "annotations").glob("captions_*.json"))
-    matching = found if len(found) == 1 else [path for path in found if split in path.stem]
-    if len(matching) != 1:
-        names = ", ".join(path.name for path in found) or "no captions_*.json"
-        raise UserError(
-            f"--source {root}: --split {split} picks no single captions file of annotations/, which holds"
-            f" {names}; name another split, or give the file itself and --image_folder"
-        )
-    name = matching[0].stem.removeprefix("captions_")
-    if image_folder:
-        return _coco(matching[0], Path(image_folder).expanduser())
-    folders = [folder for folder in (root / name, root / "images" / name, root / "images") if folder.is_dir()]
-    if not folders:
-        raise UserError(
-            f"--source {root}: has neither {name}/ nor images/; name the images' folder with --image_folder"
-        )
-    return _coco(matching[0], folders[0])
+def _recognise(name: str, split: str, divided: bool, image_column: str | None, caption_column: str | None) -> _Place:
+    if name == "shapes" or name.startswith("shapes:"):
+        if name not in ("shapes", "shapes:two"):
+            raise UserError(f"--source {name}: the built-in sources are shapes and shapes:two")
+        return _Place(name, "shapes", (name,), parts="train and heldout")
+    if name.startswith("hf:"):
+        return _Place(name, "dataset", (name,), parts="its own")
+    if tars.is_remote(name):
+        return _Place(name, "tars", (name,))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _recognise_folder(name, path, split, divided)
+    if not path.is_file():
+        raise UserError(f"--source {name}: no such file or folder; give {KINDS}")
+    if re.search(r"\.(tar|tar\.\w+|tgz)$", path.name):
+        return _Place(name, "tars", (str(path),))
+    if path.name.endswith((".json", ".json.gz")):
+        return _Place(name, "coco", (str(path),))
+    if path.suffix == ".parquet" and not lists_paths(path, image_column, caption_column):
+        return _Place(name, "dataset", (str(path),))
+    if path.suffix in LIST_SUFFIXES:
+        return _Place(name, "list", (str(path),))
+    raise UserError(f"--source {name}: is a {path.suffix or 'nameless'} file; give {KINDS}")
 
 
-def _coco(annotations: Path, image_folder: Path) -> Source:
-    """Images in the file's order; those without captions are no pairs and left out."""
-    try:
-        content = json.loads(annotations.read_bytes())
-    except ValueError as error:
-        raise UserError(f"--source {annotations}: is not valid JSON ({error})") from None
-    if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
-        found = ", ".join(content) if isinstance(content, dict) else f"a {type(content).__name__}"
-        raise UserError(f"--source {annotations}: must hold COCO's `images` and `annotations`, and holds {found}")
-    captions: dict[Any, list[str]] = {}
-    try:
-        for annotation in content["annotations"]:
-            captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
-        listed = [(image["id"], image["file_name"]) for image in content["images"]]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"--source {annotations}: an image or annotation lacks {error}; are these captions?") from None
-    entries = [
-        (str(id), image_folder / name, _clean(captions[id], str(id), annotations))
-        for id, name in listed
-        if id in captions
-    ]
-    return _checked(entries, annotations)
+def _recognise_folder(name: str, path: Path, split: str, divided: bool) -> _Place:
+    if (path / "annotations").is_dir():
+        captions, folder, is_one_of_several = find_captions(path, "train" if divided else split)
+        return _Place(name, "coco", (str(captions),), folder, "its captions files" if is_one_of_several else None)
+    # Folders of parts come first. To divide a folder that has them would mix them, so then any is looked for.
+    inner = [path / part for part in dict.fromkeys([split, "train"] if divided else [split])]
+    bases: list[tuple[Path, str | None]] = [(base, f"{base.name}/") for base in inner if base.is_dir()] + [(path, None)]
+    for base, parts in bases:
+        for metadata in METADATA:
+            if (base / metadata).is_file():
+                return _Place(name, "list", (str(base / metadata),), parts=parts)
+    if huggingface.is_dataset(path):
+        return _Place(name, "dataset", (str(path),), parts="its own")
+    for base, parts in bases:
+        if found := sorted(base.glob("*.tar")):
+            return _Place(name, "tars", tuple(map(str, found)), parts=parts)
+    for base, parts in bases:
+        if has_captioned_images(base):
+            return _Place(name, "images", (str(base),), parts=parts)
+    found_names = sorted(inside.name for inside in path.iterdir())
+    shown = ", ".join(found_names[:5]) + (f" and {len(found_names) - 5} more" if len(found_names) > 5 else "")
+    raise UserError(
+        f"--source {name}: holds {shown or 'nothing'}, and no annotations/, {METADATA[0]}, {METADATA[1]}, data set, "
+        ".tar files or images, each with a .txt"
+    )
 
 
-def _metadata_folder(folder: Path, split: str) -> Source:
-    """Hugging Face's imagefolder: metadata.jsonl in the folder, or in a folder for each split."""
-    metadata = folder / split / "metadata.jsonl"
-    if not metadata.is_file():
-        metadata = folder / "metadata.jsonl"
-        if not metadata.is_file():
-            found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+# What goes with what
+
+
+def _check_parts(places: list[_Place], split: str, val_every: int | None) -> None:
+    for place in places:
+        if val_every is not None and place.parts and place.kind != "dataset":
             raise UserError(
-                f"--source {folder}: holds {found}, and no metadata.jsonl, {split}/metadata.jsonl or annotations/"
+                f"--val_every {val_every}: --source {place.name} has parts already, {place.parts}; name one by --split"
             )
-        if split != "train":
-            raise UserError(f"--split {split}: {folder} has no {split}/metadata.jsonl")
-    entries = []
-    for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        where = f"{metadata}, line {number}"
-        row = _json(line, where)
-        name = row.get("file_name")
-        if not isinstance(name, str):
-            raise UserError(f"{where}: has no file_name; found {', '.join(row) or 'nothing'}")
-        captions = _clean(_caption_field(row, ("text", "caption", "captions"), where), name, where)
-        entries.append((name, metadata.parent / name, captions))
-    return _checked(entries, metadata)
+        if val_every is None and not place.parts and split != "train":
+            raise UserError(
+                f"--split {split}: --source {place.name} has no such part; leave --split out, or let --val_every 100 "
+                "make every hundredth pair val"
+            )
 
 
-def _checked(entries: list[tuple[str, Path, tuple[str, ...]]], index: Path) -> Source:
-    if not entries:
-        raise UserError(f"--source {index}: lists no image with a caption")
-    if not entries[0][1].is_file():  # tells a wrong folder at once; the others are looked at when read
-        raise UserError(f"--source {index}: its first image, {entries[0][1]}, does not exist; is the folder right?")
-    return FileSource(entries)
+def _check_flags(places: list[_Place], image_column: str | None, caption_column: str | None, streaming: bool) -> None:
+    kinds, name = {place.kind for place in places}, places[0].name
+    for flag, value in (("image_column", image_column), ("caption_column", caption_column)):
+        if value is not None and not kinds & {"list", "dataset"}:
+            raise UserError(
+                f"--{flag} {value}: goes with a list or a Hugging Face data set; --source {name} is neither"
+            )
+    if streaming and "dataset" not in kinds:
+        raise UserError(f"--streaming: goes with a Hugging Face data set, which --source {name} is not")
 
 
-# WebDataset
-
-
-@dataclass(frozen=True)
-class _Member:
-    """Where a file lies in a tar."""
-
-    suffix: str
-    offset: int
-    size: int
-
-
-class TarSource:
-    """A WebDataset tar: members of one name up to its first dot are a pair, an image and a .txt or .json.
-
-    A .txt is one caption; in a .json, `caption` or `captions` counts. The headers are read once.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._pairs: list[tuple[str, _Member, _Member]] = []  # id, image, captions
-        for key, members in _tar_groups(path):
-            images = [member for member in members if member.suffix in IMAGE_SUFFIXES]
-            texts = [member for suffix in ("txt", "json") for member in members if member.suffix == suffix]
-            if len(images) != 1 or not texts:
-                found = ", ".join("." + member.suffix for member in members)
-                raise UserError(
-                    f"--source {path}: {key} must be an image and a .txt or .json of captions, and is {found}"
-                )
-            self._pairs.append((key, images[0], texts[0]))
-        if not self._pairs:
-            raise UserError(f"--source {path}: holds no files")
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        key, _, member = self._pairs[index]
-        where = f"{self.path}, {key}.{member.suffix}"
-        try:
-            text = self._read(member).decode()
-        except UnicodeDecodeError:
-            raise UserError(f"{where}: is not UTF-8 text") from None
-        if member.suffix == "txt":
-            return _clean([text], key, where)
-        return _clean(_caption_field(_json(text, where), ("caption", "captions"), where), key, where)
-
-    def __getitem__(self, index: int) -> Pair:
-        key, image, _ = self._pairs[index]
-        return Pair(key, _decode(self._read(image), key, self.path), self.captions(index))
-
-    def _read(self, member: _Member) -> bytes:
-        with self.path.open("rb") as file:
-            file.seek(member.offset)
-            return file.read(member.size)
-
-
-def _tar_groups(path: Path) -> Iterator[tuple[str, list[_Member]]]:
-    """(common name, members), in the tar's order."""
-    total = path.stat().st_size
-    key, members = "", list[_Member]()
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for info in tar:
-                if not info.isfile():
-                    continue
-                if info.offset_data + info.size > total:
-                    raise tarfile.ReadError(f"cut off in {info.name}")
-                folder, _, name = info.name.rpartition("/")
-                stem, _, suffix = name.partition(".")
-                if f"{folder}/{stem}".lstrip("/") != key:
-                    if members:
-                        yield key, members
-                    key, members = f"{folder}/{stem}".lstrip("/"), []
-                members.append(_Member(suffix.lower(), info.offset_data, info.size))
-    except tarfile.TarError as error:
-        raise UserError(f"--source {path}: is not a whole, uncompressed tar ({error})") from None
-    if members:
-        yield key, members
-
-
-# Captions and images
-
-
-def _json(text: str, where: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{where}: is not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{where}: must be a JSON object, and is a {type(content).__name__}")
-    return content
-
-
-def _caption_field(row: dict[str, Any], keys: tuple[str, ...], where: str) -> list[str]:
-    """The first of `keys` that is there: a caption, or a list of them."""
-    value = next((row[key] for key in keys if key in row), None)
-    values = [value] if isinstance(value, str) else value
-    if not isinstance(values, list) or not all(isinstance(caption, str) for caption in values):
+def _with_folders(places: list[_Place], given: Sequence[str]) -> list[_Place]:
+    """Places with the folder of their images, as far as they need one."""
+    takers = [place for place in places if place.kind in ("coco", "list")]
+    if given and not takers:
+        raise UserError(f"--image_folder {given[0]}: goes with COCO or a list, which --source {places[0].name} is not")
+    if len(given) not in (0, 1, len(takers)):
         raise UserError(
-            f"{where}: needs {' or '.join(keys)}, a string or a list of strings; found {', '.join(row) or 'nothing'}"
+            f"--image_folder: {len(given)} folders for {len(takers)} files of captions; give one, or one for each"
         )
-    return values
-
-
-def _clean(captions: Iterable[str], id: str, where: object) -> tuple[str, ...]:
-    cleaned = tuple(str(caption).strip() for caption in captions)
-    if not cleaned or not all(cleaned):
-        found = "an empty caption" if cleaned else "no caption"
-        raise UserError(f"{where}: pair {id} has {found}; write one or leave the pair out")
-    return cleaned
-
-
-def _decode(data: bytes, id: str, where: Path) -> Image.Image:
-    """Upright RGB, what is transparent on white."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return on_white(ImageOps.exif_transpose(image))
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-    ) as error:  # SyntaxError: a broken PNG
-        raise UserError(
-            f"pair {id}: its image in {where} cannot be decoded ({error}); mend it or leave the pair out"
-        ) from None
+    folders = cycle(Path(folder).expanduser() for folder in given)
+    placed = [replace(place, folder=next(folders, place.folder)) if place in takers else place for place in places]
+    for place in placed:
+        if place.kind == "coco" and place.folder is None:
+            raise UserError(f"--source {place.name}: needs --image_folder, the folder with its images")
+    return placed

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -85,9 +85,18 @@ def _content(folder: Path) -> list[object]:
 
 def build_tokenizer(config: TokenizerConfig) -> None:
     """The command `uvit tokenizer`."""
-    source = open_source(config.source, config.split, config.image_folder)
-    tokenizer = train_tokenizer(captions_of(source), config.vocab_size, config.model_max_length)
+    source = open_source(config.source, config.split, config.image_folder, caption_column=config.caption_column)
+    num_captions = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal num_captions
+        for num_captions, caption in enumerate(captions_of(source), start=1):  # noqa: B007
+            yield caption
+
+    tokenizer = train_tokenizer(counted(), config.vocab_size, config.model_max_length)
+    if not num_captions:
+        raise UserError(f"--source {config.source[0]}: has no caption that can be used")
     folder = Path(config.output_dir)
     folder.parent.mkdir(parents=True, exist_ok=True)
     save_tokenizer(tokenizer, folder)
-    print(f"Tokenizer of {len(tokenizer):,} tokens from the captions of {len(source):,} pairs: {folder}")
+    print(f"Tokenizer of {len(tokenizer):,} tokens from {num_captions:,} captions: {folder}")

@@ -1,8 +1,10 @@
 """`uvit autoencoder`: a first stage of one's own, for those who have none and want no download."""
 
+import functools
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from uvit.config.autoencoder import AutoencoderConfig
-from uvit.data.sources import Source, open_source
+from uvit.data.sources import indexed, open_source
+from uvit.data.types import PairError, Source
 from uvit.device import pick_device
 from uvit.diffusion import draw_latents
 from uvit.errors import UserError
@@ -42,8 +45,28 @@ class ImageBatches(Dataset[Tensor]):
 
 
 def load_images(source: Source, rows: np.ndarray, resolution: int) -> Tensor:
-    """-> (B, 3, R, R) uint8"""
-    return torch.from_numpy(np.stack([to_pixels(source[int(row)].image, resolution) for row in rows]))
+    """-> (B, 3, R, R) uint8, B at most the number of rows: what cannot be used is left out, and named on stderr."""
+    pixels = []
+    for row in rows:
+        try:
+            pixels.append(to_pixels(source[int(row)].image, resolution))
+        except PairError as error:
+            _report(error.problem.message)
+    return torch.from_numpy(np.array(pixels, np.uint8).reshape(-1, 3, resolution, resolution))
+
+
+def load_some_images(source: Source, rows: np.ndarray, resolution: int) -> Tensor:
+    """-> (B, 3, R, R) uint8, B at least 1"""
+    images = load_images(source, rows, resolution)
+    if not len(images):
+        raise UserError(f"--source: none of its images can be used, of {len(rows)} looked at; why is said above")
+    return images
+
+
+@functools.cache
+def _report(message: str) -> None:
+    """Once for each message, however often its image is drawn."""
+    print(f"left out: {message}", file=sys.stderr)
 
 
 def build(config: AutoencoderConfig) -> AutoencoderKL:
@@ -82,15 +105,20 @@ def train_autoencoder(config: AutoencoderConfig) -> None:
             "--overwrite_output_dir"
         )
     device = pick_device(config.device)
-    source = open_source(config.source, config.split, config.image_folder, config.resolution)
+    source = indexed(
+        open_source(config.source, config.split, config.image_folder, config.resolution),
+        f"--source {' '.join(config.source)}",
+    )
     held_out, rows = split_rows(len(source), config.seed)
+    while len(rows) > 1 and not len(load_images(source, held_out, config.resolution)):  # none of them can be used
+        held_out, rows = rows[:1], rows[1:]
     torch.manual_seed(config.seed)
     vae = build(config).to(device)
     ema = EMA(vae, config.ema_decay)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
     generator = torch.Generator(device).manual_seed(config.seed)
     size = config.resolution // config.factor
-    held_out_images = load_images(source, held_out, config.resolution)
+    held_out_images = load_some_images(source, held_out, config.resolution)
     num_parameters = sum(p.numel() for p in vae.parameters())
     latents = f"{config.latent_channels}x{size}x{size} latents"
     print(f"first stage: {num_parameters:,} parameters, {len(rows):,} images, {latents}")
@@ -100,6 +128,8 @@ def train_autoencoder(config: AutoencoderConfig) -> None:
     steps_done = 0
     try:
         for step, pixels in enumerate(progress):
+            if not len(pixels):  # all of its images are broken
+                continue
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * lr_factor(step, config.max_steps)
             images = to_unit(pixels.to(device))
@@ -127,7 +157,7 @@ def train_autoencoder(config: AutoencoderConfig) -> None:
         print(f"\nstopped after {steps_done} of {config.max_steps} steps; writing what was learnt so far")
 
     averaged: Any = ema.model
-    measured = measure(averaged, held_out_images, load_images(source, rows[:MAX_MEASURED], config.resolution))
+    measured = measure(averaged, held_out_images, load_some_images(source, rows[:MAX_MEASURED], config.resolution))
     preview(averaged, held_out_images, output_dir / "previews" / "last.png")
     averaged.register_to_config(scaling_factor=measured["latent_scale"])
     facts = {
@@ -139,7 +169,7 @@ def train_autoencoder(config: AutoencoderConfig) -> None:
     }
     write(averaged, facts, output_dir)
     print(
-        f"PSNR {measured['psnr']:.2f} dB on {len(held_out)} images that it was not trained on, "
+        f"PSNR {measured['psnr']:.2f} dB on {len(held_out_images)} images that it was not trained on, "
         f"latent scale {measured['latent_scale']:.4f}: {output_dir}"
     )
 
