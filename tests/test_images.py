@@ -11,6 +11,8 @@ from PIL import Image
 
 from uvit import images
 
+LEFTS = [0, 7, 4, 7, 7, 2, 6, 2]  # what sha256 of "0", "1", ... says
+
 
 def noise_image(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
@@ -42,9 +44,54 @@ def test_to_pixels_takes_the_central_square(width: int, height: int) -> None:
     assert scaled.dtype == np.uint8
 
 
-def test_a_plain_colour_stays_plain_at_any_size() -> None:
-    pixels = images.to_pixels(Image.new("RGB", (50, 31), (10, 200, 30)), 16)
+def test_the_central_square_with_lanczos_is_what_comes_unasked() -> None:
+    image = noise_image(50, 31)
+    scaled = image.resize((16, 16), Image.Resampling.LANCZOS, box=(9, 0, 40, 31))
+    assert np.array_equal(images.to_pixels(image, 16), np.asarray(scaled).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("crop", ["center", "random", "stretch"])
+@pytest.mark.parametrize("resize", images.FILTERS)
+def test_a_plain_colour_stays_plain_at_any_size(crop: str, resize: str) -> None:
+    pixels = images.to_pixels(Image.new("RGB", (50, 31), (10, 200, 30)), 16, crop, resize)
     assert (pixels == np.array([10, 200, 30], dtype=np.uint8)[:, None, None]).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(width=st.integers(8, 40), height=st.integers(8, 40), key=st.text(max_size=5))
+def test_a_random_square_lies_in_the_image_and_its_key_says_where(width: int, height: int, key: str) -> None:
+    image, side = noise_image(width, height), min(width, height)
+    pixels = images.to_pixels(image, side, "random", key=key)
+    array = np.asarray(image).transpose(2, 0, 1)
+    squares = [array[:, y : y + side, x : x + side] for y in range(height - side + 1) for x in range(width - side + 1)]
+    assert any(np.array_equal(pixels, square) for square in squares)
+    assert np.array_equal(pixels, images.to_pixels(image, side, "random", key=key))
+
+
+def test_random_squares_are_all_over_the_image_and_the_same_on_every_machine() -> None:
+    across = np.zeros((4, 12, 3), dtype=np.uint8)
+    across[:, :, 0] = np.arange(12)
+    image = Image.fromarray(across)
+    lefts = [int(images.to_pixels(image, 4, "random", key=str(i))[0, 0, 0]) for i in range(300)]
+    assert set(lefts) == set(range(9))
+    assert lefts[:8] == LEFTS
+
+
+def test_padding_shows_all_of_the_image_between_white_bars() -> None:
+    pixels = images.to_pixels(Image.new("RGB", (40, 20)), 16, "pad")
+    black = (pixels == 0).all(axis=0)
+    assert black[4:12].all()
+    assert (pixels[:, :4] == 255).all()
+    assert (pixels[:, 12:] == 255).all()
+    assert images.to_pixels(Image.new("RGB", (400, 1)), 16, "pad").min() == 0
+
+
+def test_stretching_shows_all_of_the_image() -> None:
+    image = Image.new("RGB", (40, 20))
+    image.paste((255, 255, 255), (20, 0, 40, 20))
+    pixels = images.to_pixels(image, 16, "stretch", "box")
+    assert (pixels[:, :, :8] == 0).all()
+    assert (pixels[:, :, 8:] == 255).all()
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])

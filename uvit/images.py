@@ -1,5 +1,6 @@
 """Images between files, arrays and tensors; sheets of them for people to look at."""
 
+import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -10,20 +11,43 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
+FILTERS = {
+    "lanczos": Image.Resampling.LANCZOS,
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "box": Image.Resampling.BOX,
+}
 SHEET_COLOUR = (232, 232, 236)  # of sheets; white pictures stand out from it
 
 
-def to_pixels(image: Image.Image, resolution: int) -> np.ndarray:
-    """Centre crop to a square, Lanczos to `resolution`: -> (3, R, R) uint8. Transparent parts become white."""
+def to_pixels(
+    image: Image.Image, resolution: int, crop: str = "center", resize: str = "lanczos", key: str = ""
+) -> np.ndarray:
+    """Any image as a square: -> (3, R, R) uint8. Transparent parts become white.
+
+    Args:
+        crop: `center` takes the middle square; `random` one that `key` chooses, the same on every machine; `pad` all
+            of the image, between white bars; `stretch` all of it, its proportions changed.
+        resize: the filter, one of FILTERS.
+    """
     if image.mode != "RGB":
         image = on_white(image)
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    box = (left, top, left + side, top + side)
-    if side == resolution:
-        image = image.crop(box)
+    side, square = min(image.size), (resolution, resolution)
+    if crop == "pad":
+        scale = resolution / max(image.size)
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        inner = image if image.size == size else image.resize(size, FILTERS[resize])
+        image = Image.new("RGB", square, "white")
+        image.paste(inner, ((resolution - size[0]) // 2, (resolution - size[1]) // 2))
+    elif crop == "stretch":
+        image = image if image.size == square else image.resize(square, FILTERS[resize])
     else:
-        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        if crop == "random":
+            number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
+            left, top = number % (image.width - side + 1), number % (image.height - side + 1)  # one of them is 0
+        box = (left, top, left + side, top + side)
+        image = image.crop(box) if side == resolution else image.resize(square, FILTERS[resize], box=box)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 

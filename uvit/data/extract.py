@@ -1,263 +1,285 @@
 """`uvit extract`: pairs -> feature store.
 
-Worker processes decode images while the encoders run; batches never cross shards, so that an extraction
-stopped and gone on with writes the same bytes as one that was not.
+Worker processes decode images, threads encode them, and one thread writes; batches pass from one to the next in order.
+What was written is committed every few seconds, so that a kill loses no more than that, and an extraction that was
+stopped and gone on with writes the same bytes as one that was not. Several processes share the shards without talking
+to one another: what lies in the folder tells each of them what is left.
 """
 
-import hashlib
+import contextlib
+import errno
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sized
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from uvit.config.extract import ExtractConfig
-from uvit.data.encoders import (
-    downsampling_of,
-    encode_images,
-    encode_tokens,
-    fingerprint,
-    latent_scale_of,
-    load_text_encoder,
-    load_tokenizer,
-    load_vae,
-    tokenize,
-)
-from uvit.data.loader import leave_stopping_to_the_main_process
-from uvit.data.sources import Source, captions_of, open_source
-from uvit.data.store import EncodedPairs, StoreInfo, StoreWriter
-from uvit.data.tokenizer import save_tokenizer, train_tokenizer
+from uvit.data.encode import Encoders, encode_in_order, encoding_threads
+from uvit.data.encoders import downsampling_of, latent_scale_of, load_text_encoder, load_vae
+from uvit.data.estimate import Progress, by_kind, check_disk, size
+from uvit.data.provenance import describe_store, find_tokenizer, scale_reason
+from uvit.data.shard import EncodedPairs, ShardWriter
+from uvit.data.sources import open_source
+from uvit.data.store import StoreWriter, refuse_earlier_layouts
+from uvit.data.tokenizer import save_tokenizer
+from uvit.data.types import Source, Stream
+from uvit.data.workers import Decoded, Plan, Reading, decode
 from uvit.device import pick_device
 from uvit.errors import UserError
-from uvit.images import to_pixels, to_unit
+
+COMMIT_SECONDS = 2.0  # the least between two commits, each of which waits for the disk
 
 
-@dataclass(frozen=True)
-class Encoders:
-    """What pairs are encoded with; no text encoder where contexts are not wanted."""
-
-    vae: Any
-    text_encoder: Any
-    tokenizer: Any
-    device: torch.device
-    num_tokens: int
-    batch_size: int
-    dtype: np.dtype  # of moments and contexts
-    token_dtype: np.dtype | None  # None: token ids are not wanted
-
-    def images(self, pixels: np.ndarray) -> np.ndarray:
-        """(B, 3, R, R) uint8 -> moments (B, 2 C, h, w)."""
-        return self._stored(encode_images(self.vae, to_unit(pixels).to(self.device)), "moments")
-
-    def captions(self, captions: list[str]) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """c captions -> contexts (c, T, D), token ids (c, T); None for what is not wanted."""
-        token_ids = tokenize(self.tokenizer, captions, self.num_tokens)
-        contexts = None
-        if self.text_encoder is not None:
-            parts = [
-                encode_tokens(self.text_encoder, part.to(self.device), self.tokenizer.pad_token_id)
-                for part in token_ids.split(self.batch_size)
-            ]
-            contexts = self._stored(torch.cat(parts), "contexts")
-        return contexts, token_ids.numpy().astype(self.token_dtype) if self.token_dtype is not None else None
-
-    def pairs(self, batch: "Decoded") -> EncodedPairs:
-        contexts, token_ids = self.captions([caption for captions in batch.captions for caption in captions])
-        return EncodedPairs(batch.ids, batch.captions, self.images(batch.pixels), contexts, token_ids)
-
-    def _stored(self, features: Tensor, what: str) -> np.ndarray:
-        stored = features.to(getattr(torch, self.dtype.name))
-        if not torch.isfinite(stored).all():
-            reason = "give --dtype float32" if torch.isfinite(features).all() else "the encoder itself gives them"
-            raise UserError(f"--dtype {self.dtype.name}: some {what} come out infinite or not a number; {reason}")
-        return stored.cpu().numpy()
-
-
-@torch.inference_mode()
 def extract(config: ExtractConfig) -> None:
     """The command `uvit extract`. Raises UserError for what cannot be read, encoded or written."""
-    source = open_source(config.source, config.split, config.image_folder, config.resolution)
+    part, num_parts = share_of(config)
+    folder = Path(config.output_dir).expanduser() / config.split
+    refuse_earlier_layouts(folder)
+    source = open_source(
+        config.source,
+        config.split,
+        config.image_folder,
+        config.resolution,
+        val_every=config.val_every,
+        image_column=config.image_column,
+        caption_column=config.caption_column,
+        streaming=config.streaming,
+    )
+    look_at_index(config, source)
+    with plain_errors(config):
+        vae, text_encoder = load_encoders(config)
+        tokenizer, tokenizer_record = find_tokenizer(config, source, folder)
+        latent_scale = config.latent_scale or latent_scale_of(vae)
+        print(f"Latent scale {latent_scale:g}: {scale_reason(config, vae, latent_scale)}.")
+        info = describe_store(config, source, vae, text_encoder, tokenizer, tokenizer_record, latent_scale)
+        writer = StoreWriter(folder, info)
+        if writer.complete:
+            say_what_is_there(folder)
+            return
+        if info.token_dtype:
+            with writer.alone():
+                if not (folder / "tokenizer").is_dir():  # the settings vouch for the one that is there
+                    save_tokenizer(tokenizer, folder / "tokenizer")
+        check_disk(source, writer)
+        device = device_of(config)
+        encoders = Encoders(
+            vae=vae.to(device),
+            text_encoder=text_encoder.to(device) if info.context_shape else None,
+            tokenizer=tokenizer,
+            device=device,
+            precision=torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32,
+            num_tokens=config.model_max_length,
+            batch_size=config.batch_size,
+            flip=config.random_flip,
+            dtype=np.dtype(config.dtype),
+            token_dtype=np.dtype(info.token_dtype) if info.token_dtype else None,
+            skip=config.on_error == "skip",
+        )
+        begun = {int(path.stem[-5:]) for name in ("shard-*.json", ".partial-*") for path in folder.glob(name)}
+        next_rows = {shard: writer.next_row(shard) for shard in begun}
+        encode_all(
+            config, source, writer, Plan(config.shard_size, config.batch_size, part, num_parts, next_rows), encoders
+        )
+
+
+def encode_all(
+    config: ExtractConfig, source: Source | Stream, writer: StoreWriter, plan: Plan, encoders: Encoders
+) -> None:
+    """All shards of this process; and what completes the store, if they were the last."""
+    reading = Reading(config.resolution, config.crop, config.resize, config.min_image_size, encoders.skip)
+    all_done = writer.num_shards is not None and all(map(writer.done, plan.shards(writer.num_shards)))
+    nothing = (batch for batch in list[Decoded]())
+    decoded = nothing if all_done else decode(source, plan, reading, config.num_workers)
+    total = plan.num_rows(len(source)) if isinstance(source, Sized) else None
+    done = plan.num_rows_done()
+    if done:
+        print(f"Going on after {done:,} of {f'{total:,}' if total is not None else '?'} pairs.")
+    progress = Progress(done, total, config.disable_tqdm)
+    with contextlib.closing(decoded), sigterm_as_exit(), encoding_threads(encoders) as (pool, at_once):
+        try:
+            write_all(writer, encode_in_order(encoders, decoded, pool, at_once), progress)
+        except (KeyboardInterrupt, SystemExit):
+            print(f"\nStopped after {progress.bar.n:,} pairs; run the same command to go on.")
+            raise
+        finally:
+            progress.bar.close()
+        assert writer.num_shards is not None
+        for shard in plan.shards(writer.num_shards):
+            if not writer.done(shard):  # all of its rows were dealt with before, or its stream ended
+                with writer.open_shard(shard) as opened:
+                    opened.finish()
+        left = sum(not writer.done(shard) for shard in range(writer.num_shards))
+        if left:
+            print(
+                f"This part is done. {left} of {writer.num_shards} shards are left to the other processes, the last of"
+                " which completes the store."
+            )
+            return
+        writer.finish(*encoders.empty())
+    say_what_is_there(writer.folder)
+
+
+def write_all(writer: StoreWriter, encoded: Iterator[tuple[Decoded, EncodedPairs]], progress: Progress) -> None:
+    """In a thread of its own; whatever stops this, what has reached the files is committed."""
+    with Writing(writer) as writing, ThreadPoolExecutor(1, "write") as pen:
+        under_way = deque[tuple[Decoded, Future[None]]]()
+
+        def wait_for_one() -> None:
+            batch, written = under_way.popleft()
+            written.result()
+            progress.add(len(batch.rows))
+
+        for batch, pairs in encoded:
+            if batch.num_source_pairs is not None:
+                under_way.append((batch, pen.submit(writer.end_stream, batch.num_source_pairs)))
+            else:
+                under_way.append((batch, pen.submit(writing.append, batch.rows, pairs)))
+            if len(under_way) > 2:
+                wait_for_one()
+        while under_way:
+            wait_for_one()
+
+
+class Writing:
+    """Puts batches into their shards, one after the other."""
+
+    def __init__(self, writer: StoreWriter):
+        self.writer = writer
+        self._shard: ShardWriter | None = None
+        self._committed = time.monotonic()
+
+    def append(self, rows: range, part: EncodedPairs) -> None:
+        number = rows.start // self.writer.info.shard_size
+        if self._shard is None or self._shard.number != number:
+            self.__exit__(None, None, None)
+            self._shard = self.writer.open_shard(number).__enter__()
+        if self._shard.next_row != rows.start:
+            raise UserError(
+                f"--output_dir {self.writer.folder}: another process has worked at shard {number} meanwhile"
+            )
+        self._shard.append(part, rows.stop)
+        if rows.stop == self.writer.rows(number).stop:
+            self._shard.finish()
+            self.__exit__(None, None, None)
+        elif time.monotonic() - self._committed >= COMMIT_SECONDS:
+            self._shard.commit()
+            self._committed = time.monotonic()
+
+    def __enter__(self) -> "Writing":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        shard, self._shard = self._shard, None
+        if shard:
+            shard.__exit__(kind, error, trace)
+
+
+# What is settled first
+
+
+def share_of(config: ExtractConfig) -> tuple[int, int]:
+    """(i, n): this process does shards i, i + n, ... Torchrun says so in the environment."""
+    given = config.part()
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_processes == 1:
+        return given or (0, 1)
+    if given:
+        raise UserError(
+            f"--shard {config.shard}: torchrun, which started {num_processes} processes, says itself which part each"
+            " does; leave one of the two out"
+        )
+    return int(os.environ["RANK"]), num_processes
+
+
+def device_of(config: ExtractConfig) -> torch.device:
+    """With `auto`, each of several processes of a machine takes a GPU of its own."""
+    if config.device == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        return pick_device(f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}")
+    return pick_device(config.device)
+
+
+def look_at_index(config: ExtractConfig, source: Source | Stream) -> None:
+    """Before any network is loaded: what is known to be wrong. Raises UserError if that is to stop."""
+    problems = cast(Source, source).problems() if isinstance(source, Sized) else []
+    if not problems:
+        return
+    if config.on_error == "stop":
+        raise UserError(
+            f"{problems[0].message} (the first of {len(problems):,} problems); --on_error skip leaves such pairs out"
+        )
+    print(f"Problems that the index shows: {by_kind(problems)}; what cannot be used is left out.")
+
+
+def load_encoders(config: ExtractConfig) -> tuple[Any, Any]:
+    """(VAE, text encoder or None). Raises UserError where the sizes asked for do not suit them."""
     vae = load_vae(config.vae_name_or_path)
     factor = downsampling_of(vae)
     if config.resolution % factor:
         raise UserError(
             f"--resolution {config.resolution}: must be a multiple of {factor}, by which the VAE scales down"
         )
-    text_encoder: Any = None
-    if config.text != "tokens" and config.text_encoder_name_or_path:
-        text_encoder = load_text_encoder(config.text_encoder_name_or_path)
-        positions = getattr(text_encoder.config, "max_position_embeddings", None)
-        if positions and config.model_max_length > positions:
-            raise UserError(f"--model_max_length {config.model_max_length}: the text encoder takes {positions} at most")
-    tokenizer = _tokenizer(config, source)
-    latent_scale = config.latent_scale or latent_scale_of(vae)
-    print(f"Latent scale {latent_scale:g}: {_scale_reason(config, vae, latent_scale)}.")
-    writer = StoreWriter(Path(config.output_dir), _info(config, source, vae, text_encoder, tokenizer, latent_scale))
-    if writer.complete:
-        print(f"{config.output_dir} is complete: {len(source):,} pairs.")
-        return
-    if config.text != "contexts":
-        save_tokenizer(tokenizer, writer.folder / "tokenizer")
+    if not config.text_encoder_name_or_path:
+        return vae, None
+    text_encoder = load_text_encoder(config.text_encoder_name_or_path)
+    positions = getattr(text_encoder.config, "max_position_embeddings", None)
+    if positions and config.model_max_length > positions:
+        raise UserError(f"--model_max_length {config.model_max_length}: the text encoder takes {positions} at most")
+    return vae, text_encoder
 
-    device = pick_device(config.device)
-    encoders = Encoders(
-        vae=vae.to(device),
-        text_encoder=text_encoder.to(device) if text_encoder else None,
-        tokenizer=tokenizer,
-        device=device,
-        num_tokens=config.model_max_length,
-        batch_size=config.batch_size,
-        dtype=np.dtype(config.dtype),
-        token_dtype=np.dtype(writer.info.token_dtype) if writer.info.token_dtype else None,
-    )
-    first = writer.next_shard
-    done = writer.rows(first).start if first < writer.num_shards else len(source)
-    if first:
-        print(f"Going on after {done:,} of {len(source):,} pairs.")
-    decoded = _decode(config, source, writer, first)
+
+# What may go wrong
+
+
+@contextlib.contextmanager
+def plain_errors(config: ExtractConfig) -> Iterator[None]:
+    """A full disk and a killed worker, in a sentence."""
     try:
-        with tqdm(total=len(source), initial=done, unit="pair", disable=config.disable_tqdm) as progress:
-
-            def encoded(num_batches: int) -> Iterator[EncodedPairs]:
-                for batch in islice(decoded, num_batches):
-                    yield encoders.pairs(batch)
-                    progress.update(len(batch.ids))
-
-            for shard in range(first, writer.num_shards):
-                writer.write_shard(shard, encoded(-(-len(writer.rows(shard)) // config.batch_size)))
-    except KeyboardInterrupt:
-        print(f"Stopped after {writer.next_shard} of {writer.num_shards} shards; run the same command to go on.")
-        raise
-    contexts, token_ids = encoders.captions([""])
-    writer.finish(None if contexts is None else contexts[0], None if token_ids is None else token_ids[0])
-    size = sum(path.stat().st_size for path in writer.folder.rglob("*") if path.is_file())
-    print(f"{len(source):,} pairs, {size / 2**20:,.1f} MiB: {config.output_dir}")
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"--output_dir {config.output_dir}: its disk is full; make room and run the same command to go on"
+        ) from None
+    except RuntimeError as error:  # the loader raises it wherever the main thread is then
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"--num_workers {config.num_workers}: a process that reads images was ended from outside, as systems do"
+            " that run out of memory; run the same command to go on, with fewer of them or a smaller --batch_size"
+        ) from None
 
 
-# What the store says of itself
+@contextlib.contextmanager
+def sigterm_as_exit() -> Iterator[None]:
+    """A polite kill ends like Ctrl-C, with everything committed; its status says what it was."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def _info(
-    config: ExtractConfig,
-    source: Source,
-    vae: Any,
-    text_encoder: Any,
-    tokenizer: Any,
-    latent_scale: float,
-) -> StoreInfo:
-    side = config.resolution // downsampling_of(vae)
-    num_tokens = config.model_max_length
-    context_shape = (num_tokens, text_encoder.config.hidden_size) if text_encoder else None
-    token_dtype = "uint16" if len(tokenizer) <= 2**16 else "int32"
-    found_at = (
-        config.tokenizer_name or config.text_encoder_name_or_path or f"built from the captions of {config.source}"
-    )
-    return StoreInfo(
-        num_pairs=len(source),
-        shard_size=config.shard_size,
-        dtype=config.dtype,
-        moments_shape=(2 * vae.config["latent_channels"], side, side),
-        context_shape=context_shape,
-        num_tokens=num_tokens,
-        token_dtype=token_dtype if config.text != "contexts" else None,
-        latent_scale=latent_scale,
-        source={
-            "source": _place(config.source),
-            "split": config.split,
-            "image_folder": _place(config.image_folder) if config.image_folder else None,
-            "resolution": config.resolution,
-        },
-        vae={"name": _place(config.vae_name_or_path), "sha256": fingerprint(vae)},
-        text_encoder={
-            "name": _place(config.text_encoder_name_or_path or ""),
-            "sha256": fingerprint(text_encoder),
-        }
-        if text_encoder
-        else None,
-        tokenizer={"name": _place(found_at), "sha256": _vocabulary_fingerprint(tokenizer)},
-    )
+# What is said at the end
 
 
-def _place(name_or_path: str) -> str:
-    """A local file or folder made absolute; hub ids and built-in names as they are."""
-    path = Path(name_or_path).expanduser()
-    return str(path.resolve()) if path.exists() else name_or_path
-
-
-def _vocabulary_fingerprint(tokenizer: Any) -> str:
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-
-
-def _scale_reason(config: ExtractConfig, vae: Any, latent_scale: float) -> str:
-    if config.latent_scale:
-        return "as --latent_scale says"
-    stored = vae.config["scaling_factor"]
-    if latent_scale == stored:
-        return "stored with the VAE"
-    return f"U-ViT's own for a Stable Diffusion VAE, which says {stored:g}"
-
-
-def _tokenizer(config: ExtractConfig, source: Source) -> Any:
-    if config.tokenizer_name:
-        return load_tokenizer(config.tokenizer_name)
-    if config.text_encoder_name_or_path:
-        return load_tokenizer(config.text_encoder_name_or_path)
-    return train_tokenizer(captions_of(source), config.vocab_size or 8192, config.model_max_length)
-
-
-# Decoding
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """B pairs, or the mistake that one of them holds."""
-
-    ids: list[str]
-    captions: list[tuple[str, ...]]
-    # Not a tensor: those come by file descriptor, and a Ctrl-C amid that makes the worker complain.
-    pixels: np.ndarray  # (B, 3, R, R) uint8
-    error: UserError | None = None
-
-
-class _Batches(Dataset[Decoded]):
-    """Item i: the pairs of rows[i]. A mistake is handed over; raised in a worker, it brings a traceback."""
-
-    def __init__(self, source: Source, rows: list[range], resolution: int):
-        self.source, self.rows, self.resolution = source, rows, resolution
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Decoded:
-        try:
-            pairs = [self.source[row] for row in self.rows[index]]
-        except UserError as error:
-            return Decoded([], [], np.empty(0), error)
-        pixels = np.stack([to_pixels(pair.image, self.resolution) for pair in pairs])
-        return Decoded([pair.id for pair in pairs], [pair.captions for pair in pairs], pixels)
-
-
-def _decode(config: ExtractConfig, source: Source, writer: StoreWriter, first_shard: int) -> Iterator[Decoded]:
-    """The batches from that shard on, in order."""
-    rows = [
-        shard[start : start + config.batch_size]
-        for shard in map(writer.rows, range(first_shard, writer.num_shards))
-        for start in range(0, len(shard), config.batch_size)
-    ]
-    loader = DataLoader(
-        _Batches(source, rows, config.resolution),
-        batch_size=None,
-        num_workers=min(config.num_workers, len(rows)),
-        worker_init_fn=leave_stopping_to_the_main_process,
-    )
-    for batch in loader:
-        if batch.error:
-            raise batch.error
-        yield batch
+def say_what_is_there(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    on_disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"{folder} is complete: {manifest['num_pairs']:,} pairs, {size(on_disk)}.")
+    if manifest["problems"]:
+        counts = ", ".join(f"{count:,} {kind}" for kind, count in manifest["problems"].items())
+        print(f"Problems: {counts}; {manifest['num_left_out']:,} pairs left out. See {folder / 'problems.jsonl'}.")

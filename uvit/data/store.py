@@ -1,211 +1,250 @@
-"""Writing a feature store, a shard at a time, so that it can be stopped anywhere and gone on with.
+"""Writing a feature store, any shard by any process, so that it can be stopped anywhere and gone on with.
 
-A shard's files are written aside and renamed, then `shard-0000i.json` records them: what has a record is
-whole. The manifest comes last. `settings.json` keeps what the extraction was told; a resumed one must be told
-the same.
+`settings.json` keeps what the extraction was told; whoever goes on or joins in must be told the same. Shards are
+independent of one another: `uvit.data.shard` writes them. The manifest comes last.
 """
 
-import hashlib
+import contextlib
+import fcntl
+import io
 import json
 import os
-from collections.abc import Iterable
+import secrets
+import shutil
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from uvit.data.features import FORMAT, VERSION
+from uvit.data.manifest import FORMAT, VERSION
+from uvit.data.shard import (
+    ArrayInfo,
+    EncodedPairs,
+    ShardWriter,
+    committed_row,
+    describe,
+    read_json,
+    record_name,
+    write_file,
+    write_json,
+)
 from uvit.errors import UserError
+
+__all__ = ["EncodedPairs", "ShardWriter", "StoreInfo", "StoreWriter"]
 
 
 @dataclass(frozen=True)
 class StoreInfo:
     """How features were made: the head of the manifest."""
 
-    num_pairs: int
-    shard_size: int  # pairs in each shard but the last
+    num_source_pairs: int | None  # None: a stream's, not known beforehand
+    shard_size: int  # source pairs in each shard but the last; what was left out of them is not stored
     dtype: str  # of moments and contexts: float16 or float32
     moments_shape: tuple[int, ...]  # (2 C, h, w)
+    flipped: bool  # moments of the mirrored images are stored as well
     context_shape: tuple[int, ...] | None  # (T, D); None: contexts are not stored
     num_tokens: int  # T
     token_dtype: str | None  # uint16 or int32; None: token ids are not stored
     latent_scale: float
-    source: dict[str, Any]
-    vae: dict[str, str]  # {"name": folder or hub id, "sha256": fingerprint}
+    split: str
+    source: dict[str, Any]  # where the pairs were and how images became squares
+    vae: dict[str, str] | None  # {"name": folder or hub id, "sha256": fingerprint}
     text_encoder: dict[str, str] | None
     tokenizer: dict[str, str] | None
 
-
-@dataclass(frozen=True)
-class EncodedPairs:
-    """Some pairs as features; their captions follow one another."""
-
-    ids: list[str]  # b
-    captions: list[tuple[str, ...]]  # b, in all c captions
-    moments: np.ndarray  # (b, 2 C, h, w)
-    contexts: np.ndarray | None  # (c, T, D)
-    token_ids: np.ndarray | None  # (c, T)
+    def arrays(self) -> dict[str, ArrayInfo]:
+        """What a shard holds."""
+        dtype = np.dtype(self.dtype)
+        arrays = {"moments": ArrayInfo(self.moments_shape, dtype)}
+        if self.flipped:
+            arrays["flipped"] = arrays["moments"]
+        if self.context_shape:
+            arrays["contexts"] = ArrayInfo(self.context_shape, dtype, per_caption=True)
+        if self.token_dtype:
+            arrays["tokens"] = ArrayInfo((self.num_tokens,), np.dtype(self.token_dtype), per_caption=True)
+        return {**arrays, "counts": ArrayInfo((), np.dtype(np.int32))}
 
 
 class StoreWriter:
-    """Raises UserError where the folder holds anything but this very extraction, half done or done."""
+    """Writes one split, into a folder that is named after it.
+
+    Raises UserError where the folder holds anything but this very extraction, half done or done.
+    """
 
     def __init__(self, folder: Path, info: StoreInfo):
         self.folder, self.info = folder, info
-        self.num_shards = -(-info.num_pairs // info.shard_size)
+        refuse_earlier_layouts(folder)
         settings = json.loads(json.dumps(asdict(info)))  # as it reads back: tuples are lists
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "settings.json").is_file():
-            there = _read(folder / "settings.json")
-            if differing := sorted(
-                key for key in settings.keys() | there.keys() if settings.get(key) != there.get(key)
-            ):
-                key = differing[0]
-                raise UserError(
-                    f"--output_dir {folder}: was begun with other settings ({key}: {there.get(key)} there,"
-                    f" {settings.get(key)} here); give the same ones to go on, or another folder"
-                )
-        elif any(path for path in folder.iterdir() if not path.name.startswith(".settings.json")):
-            raise UserError(f"--output_dir {folder}: is not empty and no feature store; choose another folder")
-        else:
-            _write_json(folder / "settings.json", settings)
+        place = folder / "settings.json"
+        if not place.is_file():
+            strangers = any(not path.name.startswith(".") for path in folder.iterdir())
+            if strangers and not place.is_file():  # another process may have begun in this instant
+                raise UserError(f"--output_dir {folder}: is not empty and no feature store; choose another folder")
+            _write_first(place, settings)
+        there = read_json(place)
+        if differing := difference(there, settings):
+            raise UserError(
+                f"--output_dir {folder}: was begun with other settings ({differing}); give the same ones to go on, or"
+                " another folder"
+            )
 
     @property
     def complete(self) -> bool:
         return (self.folder / "manifest.json").is_file()
 
     @property
-    def next_shard(self) -> int:
-        """The first shard that is not there yet; `num_shards` when all are."""
-        missing = (i for i in range(self.num_shards) if not (self.folder / f"shard-{i:05d}.json").is_file())
-        return next(missing, self.num_shards)
+    def num_source_pairs(self) -> int | None:
+        """None: a stream whose end nobody has reached yet."""
+        if self.info.num_source_pairs is not None:
+            return self.info.num_source_pairs
+        end = self.folder / "stream-end.json"
+        return read_json(end)["num_source_pairs"] if end.is_file() else None
+
+    @property
+    def num_shards(self) -> int | None:
+        """None where that is not known yet."""
+        pairs = self.num_source_pairs
+        return None if pairs is None else -(-pairs // self.info.shard_size)
 
     def rows(self, shard: int) -> range:
-        """The pairs of a shard."""
-        start = shard * self.info.shard_size
-        return range(start, min(start + self.info.shard_size, self.info.num_pairs))
+        """The source's rows that a shard deals with; of a stream whose end is not known, as if it were far."""
+        start, pairs = shard * self.info.shard_size, self.num_source_pairs
+        stop = start + self.info.shard_size
+        return range(start, stop if pairs is None else min(stop, pairs))
 
-    def write_shard(self, shard: int, parts: Iterable[EncodedPairs]) -> None:
-        """Write what `parts` yield, as they yield it."""
-        dtype, tokens = np.dtype(self.info.dtype), self.info.token_dtype
-        arrays = {"moments": _GrowingArray(self._path("moments", shard), self.info.moments_shape, dtype)}
-        if self.info.context_shape:
-            arrays["contexts"] = _GrowingArray(self._path("contexts", shard), self.info.context_shape, dtype)
-        if tokens:
-            arrays["tokens"] = _GrowingArray(self._path("tokens", shard), (self.info.num_tokens,), np.dtype(tokens))
-        counts = arrays["counts"] = _GrowingArray(self._path("counts", shard), (), np.dtype(np.int32))
-        lines = []
-        try:
-            for part in parts:
-                arrays["moments"].append(part.moments)
-                if part.contexts is not None:
-                    arrays["contexts"].append(part.contexts)
-                if part.token_ids is not None:
-                    arrays["tokens"].append(part.token_ids)
-                counts.append(np.array([len(captions) for captions in part.captions]))
-                for id, captions in zip(part.ids, part.captions, strict=True):
-                    lines.append(json.dumps({"id": id, "captions": captions}, ensure_ascii=False) + "\n")
-            assert counts.length == len(self.rows(shard))
-            for array in arrays.values():
-                array.finish()
-        finally:
-            for array in arrays.values():
-                array.file.close()
-        captions_file = self.folder / f"captions-{shard:05d}.jsonl"
-        _write(captions_file, "".join(lines).encode())
-        files = [*(array.path for array in arrays.values()), captions_file]
-        num_captions = sum(len(json.loads(line)["captions"]) for line in lines)
-        record = {"rows": counts.length, "captions": num_captions, "files": _describe(files)}
-        _write_json(self.folder / f"shard-{shard:05d}.json", record)
+    def done(self, shard: int) -> bool:
+        return (self.folder / record_name(shard)).is_file()
 
-    def finish(self, empty_context: np.ndarray | None, empty_token_ids: np.ndarray | None) -> None:
-        """Add the empty caption's features, (T, D) and (T,), and the manifest."""
+    def next_row(self, shard: int) -> int:
+        """The first source row of a shard that is not yet dealt with, as far as it is kept for good."""
+        rows = self.rows(shard)
+        if self.done(shard):
+            return rows.stop
+        row = committed_row(self.folder, shard, rows)
+        return rows.start if row is None else row
+
+    def open_shard(self, shard: int) -> ShardWriter:
+        """To be entered as a context; goes on after what was committed before."""
+        return ShardWriter(self.folder, shard, self.rows, self.info.arrays())
+
+    def end_stream(self, num_source_pairs: int) -> None:
+        """Record how many pairs the stream turned out to have. Raises UserError if it had another number before."""
+        _write_first(self.folder / "stream-end.json", {"num_source_pairs": num_source_pairs})
+        if self.num_source_pairs != num_source_pairs:
+            raise UserError(
+                f"--output_dir {self.folder}: the source had {self.num_source_pairs} pairs and now has"
+                f" {num_source_pairs}; give the same source, or another folder"
+            )
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """While no other process is in here for this store; waits for its turn."""
+        with (self.folder / "settings.json").open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def finish(
+        self, empty_context: np.ndarray | None, empty_token_ids: np.ndarray | None, num_shards: int | None = None
+    ) -> None:
+        """All shards are done: add the empty caption's features, (T, D) and (T,), the problems and the manifest.
+
+        Raises UserError where no pair is left.
+        """
+        number = self.num_shards if num_shards is None else num_shards
+        assert number is not None, "the end of the stream is not known"
+        shards = [read_json(self.folder / record_name(shard)) for shard in range(number)]
+        with self.alone():
+            if not self.complete:
+                self._finish(shards, empty_context, empty_token_ids)
+            for path in self.folder.glob(".*"):  # what kills left behind
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+
+    def _finish(
+        self, shards: list[dict[str, Any]], empty_context: np.ndarray | None, empty_token_ids: np.ndarray | None
+    ) -> None:
         files = []
+        problems = [problem for shard in shards for problem in shard.pop("problems")]
+        if problems:
+            lines = [json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems]
+            write_file(self.folder / "problems.jsonl", "".join(lines).encode())
+            files.append(self.folder / "problems.jsonl")
+        num_pairs = sum(shard["rows"] for shard in shards)
+        if not num_pairs:
+            raise UserError(
+                f"--source: all {len(problems)} pairs were left out, as {self.folder / 'problems.jsonl'} says"
+                if problems
+                else "--source: holds no pairs"
+            )
         for name, array in (("empty_context.npy", empty_context), ("empty_tokens.npy", empty_token_ids)):
             if array is not None:
-                path = self.folder / name
-                growing = _GrowingArray(path, array.shape[1:], array.dtype)
-                growing.append(array)
-                growing.finish()
-                files.append(path)
+                write_file(self.folder / name, _npy(array))
+                files.append(self.folder / name)
         files += sorted(path for path in (self.folder / "tokenizer").glob("*") if path.is_file())
-        shards = [_read(self.folder / f"shard-{i:05d}.json") for i in range(self.num_shards)]
         manifest = {
             "format": FORMAT,
             "version": VERSION,
             **asdict(self.info),
+            "num_pairs": num_pairs,
             "num_captions": sum(shard["captions"] for shard in shards),
-            "files": _describe(files, self.folder),
+            "problems": dict(sorted(Counter(problem["kind"] for problem in problems).items())),
+            "num_left_out": sum(problem["left_out"] for problem in problems),
+            "files": describe(files, self.folder),
             "shards": shards,
         }
-        _write_json(self.folder / "manifest.json", manifest)
-
-    def _path(self, kind: str, shard: int) -> Path:
-        return self.folder / f"{kind}-{shard:05d}.npy"
+        write_json(self.folder / "manifest.json", manifest)
 
 
-class _GrowingArray:
-    """An .npy whose length is known at the end: NumPy's header leaves room for the first axis to grow."""
-
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype):
-        self.path, self.shape, self.dtype = path, shape, dtype
-        self.aside = path.with_name(f".{path.name}.partial")
-        self.file: BinaryIO = self.aside.open("wb")
-        self.length = 0
-        self._write_header()
-
-    def append(self, items: np.ndarray) -> None:
-        """(n, *shape), of a type that fits."""
-        assert items.shape[1:] == self.shape, (items.shape, self.shape)
-        self.file.write(np.ascontiguousarray(items, dtype=self.dtype).data)
-        self.length += len(items)
-
-    def finish(self) -> None:
-        self.file.seek(0)
-        self._write_header()
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        self.aside.replace(self.path)
-
-    def _write_header(self) -> None:
-        header = {
-            "descr": np.lib.format.dtype_to_descr(self.dtype),
-            "fortran_order": False,
-            "shape": (self.length, *self.shape),
-        }
-        np.lib.format.write_array_header_1_0(self.file, header)
-
-
-def _describe(files: Iterable[Path], folder: Path | None = None) -> dict[str, dict[str, Any]]:
-    """{name: size and checksum}."""
-    described: dict[str, dict[str, Any]] = {}
-    for path in files:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        name = path.relative_to(folder).as_posix() if folder else path.name
-        described[name] = {"bytes": path.stat().st_size, "sha256": digest}
-    return described
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+def refuse_earlier_layouts(folder: Path) -> None:
+    """Raises UserError where the folder of a split lies in a store or a folder without splits of earlier versions."""
+    root = folder.parent
+    for name in ("manifest.json", "settings.json"):
+        if (root / name).is_file():
+            raise UserError(
+                f"--output_dir {root}: holds a feature store of an earlier version, which has no splits; choose another"
+                " folder (training still reads that one)"
+            )
+    if (folder / "0.npy").is_file() or (root / "empty_context.npy").is_file():
         raise UserError(
-            f"--output_dir {path.parent}: {path.name} is damaged; remove it to do that part again"
-        ) from None
+            f"--output_dir {root}: holds features in the old layout, a file for each array; choose another folder"
+            " (training still reads that one)"
+        )
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    _write(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+def difference(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """The first setting that differs, and how; empty where none does."""
+    for key in sorted(there.keys() | here.keys()):
+        a, b = there.get(key), here.get(key)
+        if a != b:
+            if isinstance(a, dict) and isinstance(b, dict):
+                return f"{key}: {difference(a, b)}"
+            return f"{key}: {a} there, {b} here"
+    return ""
 
 
-def _write(path: Path, data: bytes) -> None:
-    aside = path.with_name(f".{path.name}.partial")
-    with aside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+def _write_first(path: Path, content: dict[str, Any]) -> None:
+    """Write a file unless another process was first; it appears whole."""
+    if path.exists():
+        return
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    write_json(aside, content)
+    try:
+        os.link(aside, path)
+    except (FileExistsError, FileNotFoundError):  # the latter: tidied away by a process that has just finished
+        pass
+    except OSError:  # a file system without links
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _npy(array: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    np.lib.format.write_array(content, np.ascontiguousarray(array), allow_pickle=False)
+    return content.getvalue()
