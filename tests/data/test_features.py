@@ -1,8 +1,13 @@
 """What was written is what is read, from a store and from the old layout; damage is found on opening."""
 
+import hashlib
 import json
+import os
 import pickle
-from collections.abc import Iterator
+import resource
+import subprocess
+import sys
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +17,7 @@ from hypothesis import strategies as st
 
 from uvit.data.features import FeatureStore, open_features
 from uvit.data.store import EncodedPairs, StoreInfo, StoreWriter
+from uvit.data.types import Problem
 from uvit.errors import UserError
 
 NUM_PAIRS, SHARD_SIZE = 11, 4
@@ -20,45 +26,66 @@ NUM_CAPTIONS = [1 + i % 3 for i in range(NUM_PAIRS)]
 
 def info(**changes: object) -> StoreInfo:
     values: dict = {
-        "num_pairs": NUM_PAIRS,
+        "num_source_pairs": NUM_PAIRS,
         "shard_size": SHARD_SIZE,
         "dtype": "float16",
         "moments_shape": (8, 2, 2),
+        "flipped": False,
         "context_shape": (3, 5),
         "num_tokens": 3,
         "token_dtype": "uint16",
         "latent_scale": 0.5,
+        "split": "train",
         "source": {"source": "made up", "resolution": 16},
-        "vae": {"name": "a/vae", "sha256": "0"},
-        "text_encoder": {"name": "a/text_encoder", "sha256": "0"},
-        "tokenizer": {"name": "a/tokenizer", "sha256": "0"},
+        "vae": {"name": "a/vae", "sha256": "1"},
+        "text_encoder": {"name": "a/text_encoder", "sha256": "2"},
+        "tokenizer": {"name": "a/tokenizer", "sha256": "3"},
     }
     return StoreInfo(**(values | changes))
 
 
-def encoded(rows: range, what: StoreInfo) -> Iterator[EncodedPairs]:
-    """Row i holds i everywhere; its caption k holds 10 i + k."""
+def encoded(rows: range, what: StoreInfo, left_out: Container[int] = ()) -> Iterator[EncodedPairs]:
+    """A part for each row. Row i holds i everywhere, mirrored i + 0.5; its caption k holds 10 i + k."""
     for i in rows:
-        numbers = np.array([10 * i + k for k in range(NUM_CAPTIONS[i])])
+        kept = [] if i in left_out else [i]
+        numbers = np.array([10 * row + k for row in kept for k in range(NUM_CAPTIONS[row])])
+        moments = np.full((len(kept), *what.moments_shape), i)
         yield EncodedPairs(
-            ids=[f"pair-{i}"],
-            captions=[tuple(f"caption {n}\u2028" for n in numbers)],
-            moments=np.full((1, *what.moments_shape), i),
+            ids=[f"pair-{row}" for row in kept],
+            captions=[tuple(f"caption {n}\u2028" for n in numbers)] * len(kept),
+            moments=moments,
+            flipped=moments + 0.5 if what.flipped else None,
             contexts=np.broadcast_to(numbers[:, None, None], (len(numbers), *what.context_shape))
             if what.context_shape
             else None,
             token_ids=np.broadcast_to(numbers[:, None], (len(numbers), what.num_tokens)) if what.token_dtype else None,
+            problems=() if kept else (Problem(f"pair-{i}", "broken image", f"pair-{i} is made up"),),
         )
 
 
-def write_store(folder: Path, what: StoreInfo) -> Path:
+def write_store(folder: Path, what: StoreInfo, left_out: Container[int] = ()) -> Path:
+    """A split's folder, written whole."""
     writer = StoreWriter(folder, what)
-    for shard in range(writer.num_shards):
-        writer.write_shard(shard, encoded(writer.rows(shard), what))
+    for number in range(-(-NUM_PAIRS // what.shard_size)):
+        with writer.open_shard(number) as shard:
+            rows = writer.rows(number)
+            for row, part in zip(rows, encoded(rows, what, left_out), strict=True):
+                shard.append(part, next_row=row + 1)
+            shard.finish()
     writer.finish(
         np.full(what.context_shape, -1, np.float16) if what.context_shape else None,
         np.full(what.num_tokens, 65535, what.token_dtype) if what.token_dtype else None,
     )
+    return folder
+
+
+def as_version_1(folder: Path) -> Path:
+    """What the first version wrote into a manifest, of a store that is written now."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for key in ("num_source_pairs", "split", "flipped", "problems", "num_left_out"):
+        del manifest[key]
+    path.write_text(json.dumps(manifest | {"version": 1}))
     return folder
 
 
@@ -143,7 +170,7 @@ def test_a_copy_in_another_process_reads_the_same(folder: Path) -> None:
     assert len(data) < 5000  # no array goes along
     before, after = features.read(rows, draws), pickle.loads(data).read(rows, draws)
     np.testing.assert_array_equal(before.moments, after.moments)
-    np.testing.assert_array_equal(before.context, after.context)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(before.context, after.context)
 
 
 def test_a_store_knows_captions_encoders_and_scale(store: Path) -> None:
@@ -152,6 +179,7 @@ def test_a_store_knows_captions_encoders_and_scale(store: Path) -> None:
     assert features.captions(10) == ("caption 100\u2028", "caption 101\u2028")
     assert (features.latent_scale, features.resolution) == (0.5, 16)
     assert (features.vae_name, features.text_encoder_name) == ("a/vae", "a/text_encoder")
+    assert (features.vae_sha256, features.text_encoder_sha256) == ("1", "2")
     assert features.tokenizer_name == "a/tokenizer"
     assert features.empty_token_ids is not None
     assert features.empty_token_ids.tolist() == [65535] * 3
@@ -166,6 +194,105 @@ def test_token_ids_alone_and_contexts_alone(tmp_path: Path) -> None:
     contexts = open_features(write_store(tmp_path / "c", info(token_dtype=None)))
     assert contexts.empty_token_ids is None
     assert contexts.read(rows, draws).token_ids is None
+
+
+def test_the_mirrored_image_is_read_where_the_draw_says_so(tmp_path: Path) -> None:
+    features = open_features(write_store(tmp_path / "store", info(flipped=True)))
+    assert features.flipped
+    rows = np.arange(NUM_PAIRS)
+    flip_draws = np.where(rows % 2, 0.49, 0.5)
+    batch = features.read(rows, np.zeros(NUM_PAIRS), flip_draws)
+    assert (batch.moments == (rows + rows % 2 / 2)[:, None, None, None]).all()
+    assert batch.context is not None
+    assert (batch.context == 10 * rows[:, None, None]).all()
+    assert (features.read(rows, np.zeros(NUM_PAIRS)).moments == rows[:, None, None, None]).all()
+
+
+@pytest.mark.parametrize("left_out", [{0, 1, 2, 3}, {4, 5, 6, 7}, {8, 9, 10}, {0, 5, 10}])
+def test_pairs_left_out_and_shards_without_any(tmp_path: Path, left_out: set[int]) -> None:
+    features = FeatureStore(write_store(tmp_path / "store", info(flipped=True), left_out))
+    kept = np.array([row for row in range(NUM_PAIRS) if row not in left_out])
+    assert features.num_samples == len(kept)
+    rows = np.arange(len(kept))
+    batch = features.read(rows, np.full(len(rows), 0.99), np.zeros(len(rows)))
+    assert (batch.moments == kept[:, None, None, None] + 0.5).all()
+    last = [10 * row + NUM_CAPTIONS[row] - 1 for row in kept]
+    assert batch.context is not None
+    assert (batch.context == np.array(last)[:, None, None]).all()
+    assert [features.ids(int(row)) for row in rows] == [f"pair-{row}" for row in kept]
+
+
+def test_a_store_lists_its_files(store: Path) -> None:
+    files = FeatureStore(store).files()
+    there = {path.relative_to(store).as_posix() for path in store.rglob("*") if path.is_file()}
+    records = {"manifest.json", "settings.json", *(f"shard-{i:05d}.json" for i in range(3))}
+    assert set(files) == there - records
+    for name, described in files.items():
+        assert described["bytes"] == (store / name).stat().st_size
+        assert described["sha256"] == hashlib.sha256((store / name).read_bytes()).hexdigest()
+
+
+def test_version_1_is_still_read(tmp_path: Path) -> None:
+    folder = as_version_1(write_store(tmp_path / "store", info()))
+    features = open_features(folder)
+    assert (features.num_samples, features.flipped, features.vae_sha256) == (NUM_PAIRS, False, "1")
+    assert (features.read(np.array([7]), np.zeros(1)).moments == 7).all()
+    with pytest.raises(UserError, match="version 1, which has no splits"):
+        open_features(folder, "val")
+
+
+def test_splits_lie_side_by_side(tmp_path: Path) -> None:
+    write_store(tmp_path / "train", info())
+    write_store(tmp_path / "val", info(split="val"), left_out={3})
+    assert open_features(tmp_path).num_samples == NUM_PAIRS
+    assert open_features(tmp_path, "val").num_samples == NUM_PAIRS - 1
+    assert open_features(tmp_path / "val", "val").num_samples == NUM_PAIRS - 1
+    with pytest.raises(UserError, match=r"--eval_path .*val: is the split val, and train is wanted"):
+        open_features(tmp_path / "val", flag="eval_path")
+    with pytest.raises(UserError, match="no split heldout, only train, val"):
+        open_features(tmp_path, "heldout")
+    StoreWriter(tmp_path / "heldout", info(split="heldout"))
+    with pytest.raises(UserError, match="heldout: its extraction was not finished"):
+        open_features(tmp_path, "heldout")
+
+
+def test_the_old_layout_has_splits_and_no_mirrored_images(old_layout: Path) -> None:
+    features = open_features(old_layout)
+    assert (features.flipped, features.vae_sha256, features.text_encoder_sha256) == (False, None, None)
+    with pytest.raises(UserError, match="no split val, only train"):
+        open_features(old_layout, "val")
+
+
+def test_more_files_than_a_process_may_have_open(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", info(shard_size=1, flipped=True))
+    assert len(list(store.glob("*-000*.npy"))) == 5 * NUM_PAIRS
+    code = f"""
+import resource, numpy as np
+from uvit.data.features import open_features
+resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
+features = open_features({str(store)!r})
+rows = np.arange({NUM_PAIRS})
+for _ in range(2):
+    assert (features.read(rows, rows / 100, rows / 10).moments.mean((1, 2, 3)) == rows + (rows < 5) / 2).all()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory of a process from /proc")
+def test_memory_does_not_grow_with_what_was_read(tmp_path: Path) -> None:
+    """Positioned reads leave the files in the system's cache, which is not the process's: maps would count as its."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    features = open_features(write_store(tmp_path / "store", info(context_shape=(3, 200_000))))
+    size = sum(path.stat().st_size for path in (tmp_path / "store").glob("contexts-*"))
+    features.read(np.array([0]), np.zeros(1))
+    before = resident()
+    for draw in (0.0, 0.5, 0.99):
+        for row in range(NUM_PAIRS):
+            features.read(np.array([row]), np.array([draw]))
+    assert resident() - before < size / 4
 
 
 def test_the_files_are_plain_npy_that_numpy_opens(store: Path) -> None:
@@ -202,11 +329,14 @@ def test_a_file_of_another_shape(damaged: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"version": 2}, "format is version 2, this uvit reads 1"),
+        ({"version": 3}, "format is version 3, this uvit reads 1 to 2; update uvit"),
         ({"format": "else"}, "not a feature store's"),
-        ({"num_pairs": 12}, "counts 12 pairs, and 11 in its shards"),
-        ({"shards": None}, "manifest.json is damaged"),
-        ({"moments_shape": [8, 4, 4]}, "moments-00000"),
+        ({"num_pairs": 12}, "num_pairs is 12, and its shards have 11"),
+        ({"shards": None}, "manifest.json is damaged: shards is NoneType, must be list"),
+        ({"moments_shape": [8, 4, 4]}, r"moments-00000\.npy holds"),
+        ({"dtype": "float32"}, r"moments-00000\.npy holds float16 .* float32"),
+        ({"token_dtype": "int32"}, r"tokens-00000\.npy holds uint16 .* int32"),
+        ({"flipped": True}, r"does not list flipped-00000\.npy"),
     ],
 )
 def test_a_manifest_that_does_not_fit(damaged: Path, change: dict, says: str) -> None:
@@ -216,14 +346,53 @@ def test_a_manifest_that_does_not_fit(damaged: Path, change: dict, says: str) ->
         FeatureStore(damaged)
 
 
+def test_a_file_that_does_not_fit_its_header(damaged: Path) -> None:
+    path = damaged / "moments-00001.npy"
+    path.write_bytes(path.read_bytes()[:-64])
+    manifest = json.loads((damaged / "manifest.json").read_text())
+    manifest["shards"][1]["files"][path.name]["bytes"] -= 64
+    (damaged / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"moments-00001\.npy has \d+ bytes, not \d+"):
+        open_features(damaged)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"\x93NUMPY\x01\x00\x10\x00{'shape': (((((,\n"])
+def test_a_file_that_is_no_npy(damaged: Path, content: bytes) -> None:
+    path = damaged / "contexts-00002.npy"
+    size = path.stat().st_size
+    path.write_bytes(content.ljust(size, b"\0"))
+    with pytest.raises(UserError, match=r"contexts-00002\.npy cannot be read"):
+        open_features(damaged)
+
+
+def test_counts_that_disagree_with_the_manifest(damaged: Path) -> None:
+    for counts in ([1, 2, 3, 2], [1, 2, 4, 0], [1, 2, 5, -1]):
+        np.save(damaged / "counts-00000.npy", np.array(counts, np.int32))
+        with pytest.raises(UserError, match=r"counts-00000\.npy and manifest\.json disagree"):
+            open_features(damaged)
+
+
+def test_a_file_cut_short_while_it_is_being_read(damaged: Path) -> None:
+    features = open_features(damaged)
+    os.truncate(damaged / "moments-00000.npy", 150)
+    with pytest.raises(UserError, match=r"--feature_path .*moments-00000\.npy has become shorter"):
+        features.read(np.arange(4), np.zeros(4))
+
+
+def test_a_store_without_pairs(damaged: Path) -> None:
+    manifest = json.loads((damaged / "manifest.json").read_text())
+    (damaged / "manifest.json").write_text(json.dumps(manifest | {"num_pairs": 0, "num_captions": 0, "shards": []}))
+    with pytest.raises(UserError, match="holds no pairs"):
+        open_features(damaged)
+
+
 def test_folders_that_are_no_features(tmp_path: Path, store: Path, old_layout: Path) -> None:
     StoreWriter(tmp_path / "begun", info())
     for path, split, says in [
         (tmp_path / "nowhere", "train", "no such folder"),
-        (tmp_path, "train", "neither manifest.json nor train/0.npy"),
+        (tmp_path, "train", "nor manifest.json nor train/0.npy"),
         (tmp_path / "begun", "train", "was not finished"),
-        (store, "val", "has no splits"),
-        (old_layout, "val", "nor val/0.npy"),
+        (store, "val", "is the split train, and val is wanted"),
         (old_layout / "train", "train", f"give {old_layout}"),
     ]:
         with pytest.raises(UserError, match=says):

@@ -1,5 +1,7 @@
 """A batch is a function of (seed, sample counter): who reads it, and in what portions, makes no difference."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny import array_features
-from uvit.data.loader import Batches, draw, load, permute
+from uvit.data.loader import Batches, draw, draw_flips, load, permute
 
 
 @settings(max_examples=60, deadline=None)
@@ -35,7 +37,7 @@ def test_the_order_has_no_pattern() -> None:
 def samples(batches: Batches, first: int, last: int, num_workers: int = 0) -> list[tuple[torch.Tensor, ...]]:
     """Every sample of items first..last-1: all tensors of each."""
     out = []
-    for batch in load(batches, first, last, num_workers, torch.device("cpu")):
+    for batch in load(batches, range(first, last), num_workers, torch.device("cpu")):
         fields = (batch.moments, batch.context, batch.posterior_noise, batch.noise, batch.timesteps)
         out += list(zip(*(field for field in fields if field is not None), strict=True))
     return out
@@ -101,3 +103,64 @@ def test_dropped_captions_are_the_empty_one() -> None:
     assert context is not None and features.empty_context is not None
     is_empty = (context.numpy() == features.empty_context).all(axis=(1, 2))
     assert np.array_equal(is_empty, dropped) and 5 < dropped.sum() < 40
+
+
+# Mirrored images
+
+
+def test_draws_are_what_they_always_were() -> None:
+    """Frozen: whoever resumes a run after an update must see the same samples."""
+    assert permute(np.arange(10), 10, 7, 3).tolist() == [9, 4, 1, 6, 8, 0, 2, 5, 3, 7]
+    draws = draw(np.array([0, 1, 12_345_678]), 7, (1, 1, 2), noise_offset=0.5)
+    assert draws.captions.tolist() == [0.36654848046680033, 0.41057189984767406, 0.3623913498760153]
+    assert draws.dropped.tolist() == [False, True, False]
+    assert draws.timesteps.tolist() == [848, 921, 380]
+    posterior_noise = [0.9038419723510742, -0.3937721848487854, -0.4142695665359497]
+    posterior_noise += [0.24358691275119781, 0.719606876373291, -0.9249201416969299]
+    noise = [1.0277419090270996, -0.20545898377895355, -1.113846778869629]
+    noise += [1.385039210319519, -0.5444176197052002, -0.7174884080886841]
+    np.testing.assert_allclose(draws.posterior_noise.ravel(), posterior_noise, rtol=1e-6)
+    np.testing.assert_allclose(draws.noise.ravel(), noise, rtol=1e-6)
+    assert draw_flips(np.array([0, 1, 12_345_678]), 7).tolist() == [
+        0.4821286018761155,
+        0.20846739571851047,
+        0.3020521886851666,
+    ]
+
+
+def test_mirrored_images_come_half_of_the_time_and_change_no_other_draw() -> None:
+    plain, flipped = (
+        Batches(array_features(num_samples=2000, flipped=flip), 2000, seed=5)[1] for flip in (False, True)
+    )
+    is_mirrored = flipped.moments.sum((1, 2, 3)) < 0
+    assert is_mirrored.float().mean() == pytest.approx(0.5, abs=0.05)  # over four standard errors
+    assert torch.equal(flipped.moments.abs(), plain.moments)
+    assert plain.context is not None and flipped.context is not None
+    for name in ("context", "posterior_noise", "noise", "timesteps"):
+        assert torch.equal(getattr(flipped, name), getattr(plain, name))
+
+
+def test_flips_are_drawn_anew_at_each_visit_and_do_not_go_with_other_draws() -> None:
+    counters = np.arange(20_000)
+    flips, draws = draw_flips(counters, 3), draw(counters, 3, (1, 1, 1))
+    assert flips.min() >= 0 and flips.max() < 1
+    assert flips.mean() == pytest.approx(0.5, abs=0.01)
+    for other in (draws.captions, draws.timesteps, draws.dropped, draw_flips(counters, 4), np.roll(flips, 1)):
+        assert abs(np.corrcoef(flips, other)[0, 1]) < 0.03
+
+
+def test_memory_stays_flat_over_an_epoch() -> None:
+    batches = Batches(array_features(num_samples=4000, size=16), 20, seed=5)
+    batches[0]
+    tracemalloc.start()
+    try:
+        for index in range(5):
+            batches[index]
+        held, peak = tracemalloc.get_traced_memory()
+        for index in range(200):
+            batches[index]
+        held_after, peak_after = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held_after - held < 20_000
+    assert peak_after < 1.1 * peak

@@ -1,8 +1,9 @@
 """Features on disk, read a batch at a time: the feature store, and the old layout of one file for each array.
 
-A store is a folder: `manifest.json` says what there is, and shard i holds
+A split of a store is a folder: `manifest.json` says what there is, and shard i holds
 
     moments-0000i.npy     (rows, 2 C, h, w)
+    flipped-0000i.npy     the same of the mirrored images, where they were wanted
     contexts-0000i.npy    (captions, T, D), and/or tokens-0000i.npy (captions, T)
     counts-0000i.npy      (rows,) int32, the number of captions of each pair
     captions-0000i.jsonl  a line for each pair: its id and captions
@@ -14,6 +15,7 @@ Shapes: B batch, C latent channels, (h, w) latent size, T text tokens, D width o
 
 import functools
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -21,17 +23,18 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from uvit.data.arrays import OpenFiles, Place, ShardedArray, as_bytes, read_header, read_places
+from uvit.data.manifest import read_manifest
 from uvit.data.types import FeatureBatch
 from uvit.errors import UserError
 
-FORMAT, VERSION = "uvit features", 1
-
 
 class Features(Protocol):
-    """Moments, and contexts or token ids, of a data set."""
+    """Moments, and contexts or token ids, of a data set. Picklable."""
 
     num_samples: int
     moments_shape: tuple[int, ...]  # (2 C, h, w)
+    flipped: bool  # the mirrored images' moments are there too
     context_shape: tuple[int, ...] | None  # (T, D); None where only token ids are stored
     num_tokens: int | None  # T
     latent_scale: float | None  # None: not known
@@ -39,12 +42,15 @@ class Features(Protocol):
     empty_context: np.ndarray | None  # (T, D), as stored
     empty_token_ids: np.ndarray | None  # (T,)
     vae_name: str | None  # where the encoders were found, for uvit.data.encoders to load
+    vae_sha256: str | None  # their fingerprints; None: not known
     text_encoder_name: str | None
+    text_encoder_sha256: str | None
     tokenizer_name: str | None
 
-    def read(self, rows: np.ndarray, caption_draws: np.ndarray) -> FeatureBatch:
+    def read(self, rows: np.ndarray, caption_draws: np.ndarray, flip_draws: np.ndarray | None = None) -> FeatureBatch:
         """Samples `rows`, (B,) int64, each with the caption that its draw, (B,) in [0, 1), picks.
 
+        Where `flip_draws`, (B,) in [0, 1), are below a half, with the mirrored image's moments: only where `flipped`.
         The arrays are the caller's to change.
         """
         ...
@@ -54,30 +60,34 @@ class Features(Protocol):
         ...
 
 
-def open_features(path: str | Path, split: str = "train") -> Features:
-    """A feature store, or a folder in the old layout, of which `split` is read.
+def open_features(path: str | Path, split: str = "train", flag: str = "feature_path") -> Features:
+    """A split of a feature store, by its own folder or the one above, or of a folder in the old layout.
 
-    Raises UserError where it is neither, or is damaged.
+    Raises UserError, naming `flag`, where there is none, or it is damaged.
     """
     folder = Path(path).expanduser()
+    if (folder / split / "manifest.json").is_file():
+        return FeatureStore(folder / split, flag)
     if (folder / "manifest.json").is_file():
-        if split != "train":
-            raise UserError(
-                f"--feature_path {folder}: a feature store has no splits; extract {split} into one of its own"
-            )
-        return FeatureStore(folder)
+        store = FeatureStore(folder, flag)
+        if split != (store.split or "train"):
+            what = f"is the split {store.split}" if store.split else "is of version 1, which has no splits"
+            raise UserError(f"--{flag} {folder}: {what}, and {split} is wanted; give the folder that holds {split}/")
+        return store
     if (folder / split / "0.npy").is_file():
-        return OldLayout(folder, split)
+        return OldLayout(folder, split, flag)
     if not folder.is_dir():
-        raise UserError(f"--feature_path {folder}: no such folder; make one with `uvit extract`")
-    if (folder / "settings.json").is_file():
-        raise UserError(f"--feature_path {folder}: its extraction was not finished; run the same `uvit extract` again")
+        raise UserError(f"--{flag} {folder}: no such folder; make one with `uvit extract`")
+    for begun in (folder / split, folder):
+        if (begun / "settings.json").is_file():
+            raise UserError(f"--{flag} {begun}: its extraction was not finished; run the same `uvit extract` again")
     if (folder / "0.npy").is_file():
-        raise UserError(
-            f"--feature_path {folder}: is part of a folder in the old layout; give {folder.absolute().parent}"
-        )
+        raise UserError(f"--{flag} {folder}: is part of a folder in the old layout; give {folder.absolute().parent}")
+    if splits := sorted(path.parent.name for name in ("manifest.json", "0.npy") for path in folder.glob(f"*/{name}")):
+        raise UserError(f"--{flag} {folder}: has no split {split}, only {', '.join(splits)}; `uvit extract` adds one")
     raise UserError(
-        f"--feature_path {folder}: has neither manifest.json nor {split}/0.npy; `uvit extract` makes features"
+        f"--{flag} {folder}: has neither {split}/manifest.json nor manifest.json nor {split}/0.npy;"
+        " `uvit extract` makes features"
     )
 
 
@@ -85,150 +95,140 @@ def open_features(path: str | Path, split: str = "train") -> Features:
 
 
 class FeatureStore:
-    """A feature store, memory-mapped. May be pickled: the copy maps the files again."""
+    """One split of a feature store. Opening it looks at every file's size and header; a pickled copy opens it anew."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder.absolute()
-        self.manifest = self._read_manifest()
-        try:
-            self.num_samples = int(self.manifest["num_pairs"])
-            self.moments_shape: tuple[int, ...] = tuple(self.manifest["moments_shape"])
-            context_shape = self.manifest["context_shape"]
-            self.context_shape: tuple[int, ...] | None = tuple(context_shape) if context_shape else None
-            self.num_tokens: int | None = int(self.manifest["num_tokens"])
-            self.latent_scale: float | None = float(self.manifest["latent_scale"])
-            self.resolution: int | None = self.manifest["source"].get("resolution")
-            self.vae_name = self._encoder("vae")
-            self.text_encoder_name = self._encoder("text_encoder")
-            self.tokenizer_name = self._encoder("tokenizer")
-            self._rows = [int(shard["rows"]) for shard in self.manifest["shards"]]
-            self._captions = [int(shard["captions"]) for shard in self.manifest["shards"]]
-            self._kinds = self._stored_kinds()
-            self._check_sizes()
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise self._error(f"manifest.json is damaged ({type(error).__name__}: {error})") from None
-        if self.num_samples == 0 or sum(self._rows) != self.num_samples:
-            raise self._error(f"manifest.json counts {self.num_samples} pairs, and {sum(self._rows)} in its shards")
-        dtype = np.dtype(self.manifest["dtype"])
-        self.empty_context: np.ndarray | None = None
-        self.empty_token_ids: np.ndarray | None = None
+    def __init__(self, folder: Path, flag: str = "feature_path"):
+        self.folder, self.flag = folder.absolute(), flag
+        manifest = read_manifest(self.folder, self._error)
+        self.manifest: dict[str, Any] = manifest.fields
+        self.split = manifest.split
+        self.num_samples = manifest.num_pairs
+        self.moments_shape = manifest.moments_shape
+        self.flipped = manifest.flipped
+        self.context_shape = manifest.context_shape
+        self.num_tokens: int | None = manifest.num_tokens
+        self.latent_scale: float | None = manifest.latent_scale
+        self.resolution = manifest.resolution
+        self.vae_name, self.vae_sha256 = (manifest.encoder("vae", key) for key in ("name", "sha256"))
+        self.text_encoder_name, self.text_encoder_sha256 = (
+            manifest.encoder("text_encoder", key) for key in ("name", "sha256")
+        )
+        own_tokenizer = self.folder / "tokenizer"
+        self.tokenizer_name = str(own_tokenizer) if own_tokenizer.is_dir() else manifest.encoder("tokenizer", "name")
+        if self.num_samples == 0:
+            raise self._error("holds no pairs; extract it again")
+        self._files = manifest.files
+        self._check_sizes()
+        self._open_files = OpenFiles(self.folder)
+        dtype, token_dtype = np.dtype(manifest.dtype), np.dtype(manifest.token_dtype or np.uint16)
+        rows, captions = manifest.rows, manifest.captions
+        self._moments = self._array("moments", rows, self.moments_shape, dtype)
+        self._flipped = self._array("flipped", rows, self.moments_shape, dtype) if self.flipped else None
+        self._contexts = self._tokens = self.empty_context = self.empty_token_ids = None
         if self.context_shape:
-            self.empty_context = np.array(self._open("empty_context.npy", self.context_shape, dtype))
-        if self.manifest["token_dtype"]:
-            token_dtype = np.dtype(self.manifest["token_dtype"])
-            self.empty_token_ids = np.array(self._open("empty_tokens.npy", (self.num_tokens or 0,), token_dtype))
-        counts = [self._open(f"counts-{i:05d}.npy", (rows,), np.dtype(np.int32)) for i, rows in enumerate(self._rows)]
+            self._contexts = self._array("contexts", captions, self.context_shape, dtype)
+            self.empty_context = self._load("empty_context.npy", self.context_shape, dtype)
+        if manifest.token_dtype:
+            shape = (manifest.num_tokens,)
+            self._tokens = self._array("tokens", captions, shape, token_dtype)
+            self.empty_token_ids = self._load("empty_tokens.npy", shape, token_dtype)
+        counts = [self._load(f"counts-{i:05d}.npy", (n,), np.dtype(np.int32)) for i, n in enumerate(rows)]
+        for i, (count, num_captions) in enumerate(zip(counts, captions, strict=True)):
+            if (count < 1).any() or count.sum() != num_captions:
+                raise self._error(
+                    f"counts-{i:05d}.npy and manifest.json disagree on the number of captions; extract it again"
+                )
         self._first_caption = np.concatenate([[0], np.cumsum(np.concatenate(counts), dtype=np.int64)])  # (pairs + 1,)
-        if self._first_caption[-1] != sum(self._captions):
-            raise self._error(
-                "its counts files and its manifest.json disagree on the number of captions; extract it again"
-            )
-        self._first_row_of_shard = np.cumsum([0, *self._rows[:-1]])
-        self._first_caption_of_shard = np.cumsum([0, *self._captions[:-1]])
-        _ = self._arrays  # a damaged file shows now
 
-    def read(self, rows: np.ndarray, caption_draws: np.ndarray) -> FeatureBatch:
-        """See Features."""
+    def read(self, rows: np.ndarray, caption_draws: np.ndarray, flip_draws: np.ndarray | None = None) -> FeatureBatch:
+        """See Features. Raises UserError where a file can no longer be read."""
         first, end = self._first_caption[rows], self._first_caption[rows + 1]
         captions = np.minimum(first + (caption_draws * (end - first)).astype(np.int64), end - 1)
-        return FeatureBatch(
-            moments=_gather(self._arrays["moments"], self._first_row_of_shard, rows),
-            context=_gather(self._arrays["contexts"], self._first_caption_of_shard, captions)
-            if "contexts" in self._kinds
-            else None,
-            token_ids=_gather(self._arrays["tokens"], self._first_caption_of_shard, captions)
-            if "tokens" in self._kinds
-            else None,
-        )
+        moments = self._moments.empty(len(rows))
+        places = self._moments.places(rows, moments)
+        if flip_draws is not None:
+            assert self._flipped is not None, "mirrored images were not stored"
+            mirrored = self._flipped.places(rows, moments)
+            places = [
+                flipped if draw < 0.5 else plain
+                for plain, flipped, draw in zip(places, mirrored, flip_draws.tolist(), strict=True)
+            ]
+        context, token_ids = None, None
+        if self._contexts is not None:
+            context = self._contexts.empty(len(rows))
+            places += self._contexts.places(captions, context)
+        if self._tokens is not None:
+            token_ids = self._tokens.empty(len(rows))
+            places += self._tokens.places(captions, token_ids)
+        try:
+            read_places(self._open_files, places)
+        except (OSError, EOFError) as error:
+            raise self._error(f"{error}; copy it again, or extract it again") from None
+        return FeatureBatch(moments, context, token_ids)
 
     def captions(self, row: int) -> tuple[str, ...]:
         """See Features."""
-        shard = int(np.searchsorted(self._first_row_of_shard, row, side="right")) - 1
-        line = _lines(self.folder / f"captions-{shard:05d}.jsonl")[row - int(self._first_row_of_shard[shard])]
-        return tuple(json.loads(line)["captions"])
+        return tuple(self._line(row)["captions"])
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_arrays"}
+    def ids(self, row: int) -> str:
+        """What the source calls a pair."""
+        return self._line(row)["id"]
 
-    @functools.cached_property
-    def _arrays(self) -> dict[str, list[np.ndarray]]:
-        """The shards' arrays of each kind, mapped once in a process."""
-        return {
-            kind: [
-                self._open(f"{kind}-{i:05d}.npy", ((rows if kind == "moments" else captions), *shape), dtype)
-                for i, (rows, captions) in enumerate(zip(self._rows, self._captions, strict=True))
-            ]
-            for kind, (shape, dtype) in self._kinds.items()
-        }
+    def files(self) -> dict[str, dict[str, Any]]:
+        """{name within the folder: {"bytes", "sha256"}}, all but the manifest itself."""
+        return self._files
 
-    def _stored_kinds(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        dtype = np.dtype(self.manifest["dtype"])
-        kinds = {"moments": (self.moments_shape, dtype)}
-        if self.context_shape:
-            kinds["contexts"] = (self.context_shape, dtype)
-        if self.manifest["token_dtype"]:
-            kinds["tokens"] = ((int(self.manifest["num_tokens"]),), np.dtype(self.manifest["token_dtype"]))
-        return kinds
+    def __reduce__(self) -> tuple[type["FeatureStore"], tuple[Path, str]]:
+        return FeatureStore, (self.folder, self.flag)
 
-    def _encoder(self, name: str) -> str | None:
-        """Its name; `tokenizer` may be the store's own folder of that name."""
-        if name == "tokenizer" and (self.folder / "tokenizer").is_dir():
-            return str(self.folder / "tokenizer")
-        return self.manifest[name]["name"] if self.manifest[name] else None
-
-    def _read_manifest(self) -> dict[str, Any]:
-        try:
-            manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise self._error(f"manifest.json cannot be read ({error})") from None
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise self._error("manifest.json is not a feature store's")
-        version = manifest.get("version")
-        if version != VERSION:
-            raise self._error(
-                f"its format is version {version}, this uvit reads {VERSION}; update uvit, or extract again"
-            )
-        return manifest
+    def _line(self, row: int) -> dict[str, Any]:
+        shard, place = self._moments.find(row)
+        return json.loads(_lines(self.folder / f"captions-{shard:05d}.jsonl")[place])
 
     def _check_sizes(self) -> None:
-        files = dict(self.manifest["files"])
-        for shard in self.manifest["shards"]:
-            files |= shard["files"]
-        for name, expected in files.items():
+        for name, expected in self._files.items():
             try:
-                size = os.stat(self.folder / name).st_size  # noqa: PTH116 - half the time of Path.stat
-            except OSError:
+                size = os.stat(f"{self.folder}/{name}").st_size  # noqa: PTH116 - half the time of Path.stat
+            except (OSError, ValueError):  # ValueError: a name that no file can have
                 raise self._error(f"{name} is missing; copy the whole folder, or extract it again") from None
             if size != expected["bytes"]:
                 raise self._error(
                     f"{name} has {size} bytes, not {expected['bytes']}; copy it again, or extract it again"
                 )
 
-    def _open(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    def _array(self, kind: str, lengths: list[int], shape: tuple[int, ...], dtype: np.dtype) -> ShardedArray:
+        """The shards' arrays of one kind, each of them checked."""
+        names = [f"{kind}-{i:05d}.npy" for i in range(len(lengths))]
+        offsets = [self._header(name, (n, *shape), dtype) for name, n in zip(names, lengths, strict=True)]
+        return ShardedArray(names, lengths, offsets, shape, dtype)
+
+    def _load(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        offset = self._header(name, shape, dtype)
+        array = np.empty(shape, dtype)
+        read_places(self._open_files, [Place(name, offset, as_bytes(array))])
+        return array
+
+    def _header(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> int:
+        """Where an array's data begin, if it is one of this shape."""
+        if name not in self._files:
+            raise self._error(f"manifest.json is damaged: it does not list {name}; copy it again, or extract again")
         try:
-            array = np.load(self.folder / name, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise self._error(f"{name} cannot be read ({error})") from None
-        if array.shape != shape or array.dtype != dtype:
-            raise self._error(f"{name} holds {array.dtype} {array.shape}, and by manifest.json {dtype} {shape}")
-        return np.asarray(array)  # a plain view: indexing a memmap itself costs several times as much
+            header = read_header(self._open_files, name)
+        except (OSError, ValueError, EOFError) as error:
+            raise self._error(f"{name} cannot be read ({error}); copy it again, or extract it again") from None
+        if (header.shape, header.dtype, header.fortran_order) != (shape, dtype, False):
+            order = " in Fortran order" if header.fortran_order else ""
+            raise self._error(
+                f"{name} holds {header.dtype} {header.shape}{order}, and by manifest.json {dtype} {shape};"
+                " extract it again"
+            )
+        expected, num_bytes = header.offset + math.prod(shape) * dtype.itemsize, self._files[name]["bytes"]
+        if num_bytes != expected:
+            raise self._error(f"{name} has {num_bytes} bytes, not {expected}; copy it again, or extract it again")
+        return header.offset
 
     def _error(self, what: str) -> UserError:
-        return UserError(f"--feature_path {self.folder}: {what}")
-
-
-def _gather(shards: list[np.ndarray], first: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Items `indices` of arrays that follow one another, (B,) -> (B, ...).
-
-    A copy for each item measures faster than fancy indexing a shard at a time, which copies everything twice.
-    """
-    out = np.empty((len(indices), *shards[0].shape[1:]), shards[0].dtype)
-    shard = np.searchsorted(first, indices, side="right") - 1
-    for i, (s, j) in enumerate(zip(shard.tolist(), (indices - first[shard]).tolist(), strict=True)):
-        out[i] = shards[s][j]
-    return out
+        return UserError(f"--{self.flag} {self.folder}: {what}")
 
 
 @functools.lru_cache(maxsize=8)
@@ -245,8 +245,8 @@ class OldLayout:
     It keeps neither captions, nor encoders' names, nor a latent scale.
     """
 
-    def __init__(self, folder: Path, split: str = "train"):
-        self.folder = folder / split
+    def __init__(self, folder: Path, split: str = "train", flag: str = "feature_path"):
+        self.folder, self.flag = folder / split, flag
         numbers = [0] * sum(1 for _ in self.folder.glob("*_0.npy"))
         pattern = re.compile(r"(\d+)(?:_(\d+))?\.npy")
         self.num_samples = 0
@@ -260,7 +260,7 @@ class OldLayout:
                 numbers[int(match[1])] += 1
         if len(numbers) != self.num_samples:
             raise UserError(
-                f"--feature_path {folder}: {split}/ has {self.num_samples} moments, {len(numbers)} contexts;"
+                f"--{flag} {folder}: {split}/ has {self.num_samples} moments, {len(numbers)} contexts;"
                 " there must be i.npy and i_0.npy for each i"
             )
         self._num_captions = np.array(numbers)  # (pairs,)
@@ -270,17 +270,21 @@ class OldLayout:
         self.num_tokens: int | None = context.shape[0]
         empty = folder / "empty_context.npy"
         if not empty.is_file():
-            raise UserError(f"--feature_path {folder}: has no empty_context.npy, the context of the empty caption")
+            raise UserError(f"--{flag} {folder}: has no empty_context.npy, the context of the empty caption")
         self.empty_context: np.ndarray | None = self._load(empty, context.shape).astype(context.dtype)
         self.empty_token_ids: np.ndarray | None = None
         self.resolution: int | None = None
         self.latent_scale: float | None = None
+        self.flipped = False
         self.vae_name: str | None = None
+        self.vae_sha256: str | None = None
         self.text_encoder_name: str | None = None
+        self.text_encoder_sha256: str | None = None
         self.tokenizer_name: str | None = None
 
-    def read(self, rows: np.ndarray, caption_draws: np.ndarray) -> FeatureBatch:
+    def read(self, rows: np.ndarray, caption_draws: np.ndarray, flip_draws: np.ndarray | None = None) -> FeatureBatch:
         """See Features."""
+        assert flip_draws is None, "the old layout has no mirrored images"
         captions = np.minimum((caption_draws * self._num_captions[rows]).astype(np.int64), self._num_captions[rows] - 1)
         return FeatureBatch(
             moments=np.stack([self._load(self.folder / f"{i}.npy", self.moments_shape) for i in rows]),
@@ -301,7 +305,7 @@ class OldLayout:
         try:
             array = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"--feature_path: {path} cannot be read as an array ({error})") from None
+            raise UserError(f"--{self.flag}: {path} cannot be read as an array ({error})") from None
         if shape is not None and array.shape != shape:
-            raise UserError(f"--feature_path: {path} has shape {array.shape}, and the others have {shape}")
+            raise UserError(f"--{self.flag}: {path} has shape {array.shape}, and the others have {shape}")
         return array

@@ -17,7 +17,7 @@ from uvit.data.features import Features
 from uvit.data.types import Batch
 from uvit.diffusion import CONTEXT_DROP_PROBABILITY, NUM_TIMESTEPS
 
-ORDER, DRAWS = 1, 2  # streams of random numbers that must not meet
+ORDER, DRAWS, FLIPS = 1, 2, 3  # streams of random numbers that must not meet
 NUM_ROUNDS = 8
 
 
@@ -64,12 +64,7 @@ def draw(counters: np.ndarray, seed: int, latent_shape: tuple[int, ...], noise_o
     uniform = np.empty((num_samples, 3))
     posterior_noise = np.empty((num_samples, *latent_shape), dtype=np.float32)
     noise = np.empty_like(posterior_noise)
-    bits = np.random.Philox(key=[seed, DRAWS])
-    generator = np.random.Generator(bits)
-    state = bits.state
-    for i, counter in enumerate(counters):
-        state["state"]["counter"][:] = (0, 0, 0, counter)
-        bits.state = state
+    for i, generator in enumerate(_generators(counters, seed, DRAWS)):
         generator.random(out=uniform[i])
         generator.standard_normal(dtype=np.float32, out=posterior_noise[i])
         generator.standard_normal(dtype=np.float32, out=noise[i])
@@ -84,8 +79,24 @@ def draw(counters: np.ndarray, seed: int, latent_shape: tuple[int, ...], noise_o
     )
 
 
+def draw_flips(counters: np.ndarray, seed: int) -> np.ndarray:
+    """(B,) in [0, 1): whether an image or its mirror image is taken. Of their own stream: the draws above stay."""
+    return np.array([generator.random() for generator in _generators(counters, seed, FLIPS)])
+
+
+def _generators(counters: np.ndarray, seed: int, stream: int) -> Iterator[np.random.Generator]:
+    """One generator, at the beginning of each sample's stretch of a stream in turn."""
+    bits = np.random.Philox(key=[seed, stream])
+    generator = np.random.Generator(bits)
+    state = bits.state
+    for counter in counters:
+        state["state"]["counter"][:] = (0, 0, 0, counter)
+        bits.state = state
+        yield generator
+
+
 class Batches(Dataset[Batch]):
-    """Item j: samples j B .. (j+1) B - 1 of the run.
+    """Item j: samples j B .. (j+1) B - 1 of the run, counted from `first_sample`, which may be set at any time.
 
     Args:
         use_tokens: deliver token ids, to be encoded in training, instead of stored contexts.
@@ -96,6 +107,7 @@ class Batches(Dataset[Batch]):
     ):
         self.features, self.batch_size, self.seed = features, batch_size, seed
         self.use_tokens, self.noise_offset = use_tokens, noise_offset
+        self.first_sample = 0
 
     def rows(self, counters: np.ndarray) -> np.ndarray:
         """Which row of the features each sample is: each once an epoch, every epoch in another order."""
@@ -109,10 +121,11 @@ class Batches(Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         features = self.features
-        counters = np.arange(index * self.batch_size, (index + 1) * self.batch_size)
+        counters = self.first_sample + np.arange(index * self.batch_size, (index + 1) * self.batch_size)
         channels, height, width = features.moments_shape
         draws = draw(counters, self.seed, (channels // 2, height, width), self.noise_offset)
-        read = features.read(self.rows(counters), draws.captions)
+        flips = draw_flips(counters, self.seed) if features.flipped else None
+        read = features.read(self.rows(counters), draws.captions, flips)
         context, token_ids = None, None
         if self.use_tokens:
             assert read.token_ids is not None and features.empty_token_ids is not None
@@ -132,13 +145,13 @@ class Batches(Dataset[Batch]):
         )
 
 
-def load(batches: Batches, first: int, last: int, num_workers: int, device: torch.device) -> Iterator[Batch]:
-    """Items first..last-1, in order, read ahead by workers, on the device."""
-    num_workers = min(num_workers, last - first, os.cpu_count() or 1)
+def load(batches: Batches, items: range, num_workers: int, device: torch.device) -> Iterator[Batch]:
+    """These items, in order, read ahead by workers, on the device."""
+    num_workers = min(num_workers, len(items), os.cpu_count() or 1)
     loader = DataLoader(
         batches,
         batch_size=None,
-        sampler=range(first, last),
+        sampler=items,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if num_workers else None,

@@ -1,0 +1,101 @@
+"""Items come from the files that hold them, whatever is in memory and however few files may be open."""
+
+import gc
+import os
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from uvit.data import arrays
+from uvit.data.arrays import Header, OpenFiles, Place, ShardedArray, as_bytes, read_header, read_places
+
+LENGTHS = [0, 3, 0, 0, 2, 4, 0]
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> list[np.ndarray]:
+    random = np.random.default_rng(0)
+    parts = [random.standard_normal((length, 5, 1000)).astype(np.float16) for length in LENGTHS]
+    for i, part in enumerate(parts):
+        np.save(tmp_path / f"{i}.npy", part)
+    return parts
+
+
+def sharded(folder: Path) -> tuple[OpenFiles, ShardedArray]:
+    files, names = OpenFiles(folder), [f"{i}.npy" for i in range(len(LENGTHS))]
+    offsets = [read_header(files, name).offset for name in names]
+    return files, ShardedArray(names, LENGTHS, offsets, (5, 1000), np.dtype(np.float16))
+
+
+@pytest.mark.parametrize("nowait", [arrays.NOWAIT, None])
+@pytest.mark.parametrize("cold", [False, True])
+def test_items_of_arrays_in_many_files(
+    tmp_path: Path, parts: list[np.ndarray], cold: bool, nowait: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arrays, "NOWAIT", nowait)
+    files, array = sharded(tmp_path)
+    if cold:
+        if not hasattr(os, "posix_fadvise"):
+            pytest.skip("this system cannot be told to forget a file")
+        for name in array.names:
+            descriptor = files.open(name).descriptor
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    items = np.array([8, 0, 0, 4, 3, 2, 7])
+    out = array.empty(len(items))
+    read_places(files, array.places(items, out))
+    np.testing.assert_array_equal(out, np.concatenate(parts)[items])
+    assert [array.find(int(item)) for item in items] == [(5, 3), (1, 0), (1, 0), (4, 1), (4, 0), (1, 2), (5, 2)]
+
+
+def test_few_files_stay_open_and_none_after_the_last_use(tmp_path: Path, parts: list[np.ndarray]) -> None:
+    _, array = sharded(tmp_path)
+    gc.collect()
+    before = len(os.listdir("/dev/fd"))  # noqa: PTH208
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (8, hard))
+    files = OpenFiles(tmp_path)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    for item in [0, 8, 3, 1, 4, 6]:
+        read_places(files, array.places(np.array([item]), array.empty(1)))
+        assert len(os.listdir("/dev/fd")) <= before + 2  # noqa: PTH208
+    del files
+    assert len(os.listdir("/dev/fd")) == before  # noqa: PTH208
+
+
+def test_a_file_that_has_become_shorter(tmp_path: Path, parts: list[np.ndarray]) -> None:
+    files, array = sharded(tmp_path)
+    os.truncate(tmp_path / "5.npy", (tmp_path / "5.npy").stat().st_size - 1)
+    out = array.empty(1)
+    read_places(files, array.places(np.array([7]), out))
+    assert (out == parts[5][2]).all()
+    with pytest.raises(EOFError, match=r"5\.npy has become shorter"):
+        read_places(files, array.places(np.array([8]), out))
+
+
+def test_a_file_that_is_gone_and_a_folder(tmp_path: Path) -> None:
+    out = np.empty(3)
+    with pytest.raises(FileNotFoundError, match=r"gone\.npy"):
+        read_places(OpenFiles(tmp_path), [Place("gone.npy", 0, as_bytes(out))])
+    (tmp_path / "folder.npy").mkdir()
+    with pytest.raises(IsADirectoryError):
+        read_places(OpenFiles(tmp_path), [Place("folder.npy", 0, as_bytes(out))])
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0)])
+def test_headers(tmp_path: Path, version: tuple[int, int]) -> None:
+    array = np.asfortranarray(np.arange(6, dtype=np.int32).reshape(2, 3))
+    with (tmp_path / "x.npy").open("wb") as file:
+        np.lib.format.write_array(file, array, version)
+    assert read_header(OpenFiles(tmp_path), "x.npy") == Header((2, 3), np.dtype(np.int32), True, 128)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x93NUMPY\x01\x00", b"\x93NUMPY\x01\x00\x08\x00{'a': ((", b"\x93NUMPY\x07\x00\x01\x00\x00\x00\n"]
+)
+def test_what_is_no_header(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.npy").write_bytes(content)
+    with pytest.raises(ValueError):
+        read_header(OpenFiles(tmp_path), "x.npy")
