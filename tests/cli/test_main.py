@@ -73,6 +73,19 @@ def test_a_wrong_command_is_one_sentence_and_status_2(capsys: pytest.CaptureFixt
     assert f"the commands are {', '.join(COMMANDS)}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arguments", [["features"], ["features", "--help"]])
+def test_a_group_of_commands_lists_them(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "  features merge " in text
+    assert "autoencoder" not in text
+
+
+def test_a_wrong_command_of_a_group(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["features", "verfy"]) == 2
+    assert "did you mean `uvit features verify`?" in capsys.readouterr().err
+
+
 def test_no_traceback_for_users_from_outside() -> None:
     command = [
         sys.executable,

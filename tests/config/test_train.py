@@ -20,6 +20,7 @@ def test_the_defaults_are_the_published_ones() -> None:
     )
     assert (found.max_grad_norm, found.seed, found.dataloader_num_workers) == (-1, 1234, 8)
     assert (found.logging_steps, found.image_logging_steps, found.save_steps) == (50, 1000, 5000)
+    assert (found.validation_split, found.eval_steps, found.num_validation_samples) == ("val", 5000, 256)
     assert (found.prediction_type, found.num_inference_steps, found.use_ema) == ("epsilon", 50, True)
     assert (found.uvit_config_file, found.fp16_opt_level) == ("uvit_t2i_small", "O1")
 
@@ -36,6 +37,12 @@ def test_the_defaults_are_the_published_ones() -> None:
         ({"image_logging_steps": 75}, "--image_logging_steps 75: must be a multiple of --logging_steps 50"),
         ({"bf16": True, "fp16": True}, "--bf16 and --fp16: choose one"),
         ({"do_train": False}, "--do_train False: there is nothing to do; --dry_run looks without training"),
+        ({"eval_steps": 0}, "--eval_steps 0: must be at least 1; -1 never validates"),
+        ({"num_validation_samples": 0}, "--num_validation_samples 0: must be at least 1"),
+        (
+            {"eval_steps": -1, "validation_feature_path": "x"},
+            "--validation_feature_path x: --eval_steps -1 never looks at it; choose one",
+        ),
         ({"profiler_options": "5"}, "--profiler_options 5: must be two steps, such as 10,15"),
         ({"profiler_options": "5,3"}, "--profiler_options 5,3: must be two steps, such as 10,15"),
     ],
@@ -52,3 +59,6 @@ def test_what_looks_odd_and_is_right() -> None:
     assert config(profiler_options="10,15").profiled_steps() == (10, 15)
     assert config().profiled_steps() is None
     assert config().not_needed() == []
+    assert config(eval_steps=-1).eval_steps == -1
+    [sentence] = config(do_eval=True).not_needed()
+    assert "validation runs whenever there is a validation split" in sentence

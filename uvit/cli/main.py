@@ -40,6 +40,42 @@ COMMANDS = {
         "uvit.config.extract:ExtractConfig",
         "uvit.data.extract:extract",
     ),
+    "features info": Command(
+        "say what a feature store, or a folder in the old layout, holds",
+        "uvit.config.features:FeaturesInfoConfig",
+        "uvit.features.info:info",
+        positional=("path",),
+    ),
+    "features verify": Command(
+        "read every byte of a feature store and compare it with its checksums",
+        "uvit.config.features:FeaturesVerifyConfig",
+        "uvit.features.verify:verify",
+        positional=("path",),
+    ),
+    "features import": Command(
+        "turn features in the old layout into a feature store",
+        "uvit.config.features:FeaturesImportConfig",
+        "uvit.features.old_layout:import_",
+        positional=("path",),
+    ),
+    "features export": Command(
+        "turn a feature store into the old layout",
+        "uvit.config.features:FeaturesExportConfig",
+        "uvit.features.old_layout:export",
+        positional=("path",),
+    ),
+    "features merge": Command(
+        "make one feature store of several",
+        "uvit.config.features:FeaturesMergeConfig",
+        "uvit.features.merge:merge",
+        positional=("paths",),
+    ),
+    "features sample": Command(
+        "show a few pairs of a feature store as a picture",
+        "uvit.config.features:FeaturesSampleConfig",
+        "uvit.features.sample:sample",
+        positional=("path",),
+    ),
     "train": Command(
         "train a U-ViT on a feature store; run again to resume",
         "uvit.config.train:TrainConfig",
@@ -71,12 +107,14 @@ COMMANDS = {
 }
 
 
-def usage() -> str:
-    width = max(map(len, COMMANDS))
-    rows = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+def usage(group: str = "") -> str:
+    """The commands, or those of a group such as `features`."""
+    named = {name: command for name, command in COMMANDS.items() if name.startswith(group)}
+    width = max(map(len, named))
+    rows = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in named.items())
     return (
         f"uvit {__version__}: train text-to-image latent diffusion models, with a U-ViT, from scratch\n\n"
-        f"usage: uvit COMMAND [--flag value ...]\n\n{rows}\n\n"
+        f"usage: uvit {group}COMMAND [--flag value ...]\n\n{rows}\n\n"
         "`uvit COMMAND --help` lists a command's flags; `--config FILE.yaml` reads them from a file."
     )
 
@@ -90,10 +128,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name in ("-V", "--version"):
         print(__version__)
         return 0
+    if any(command.startswith(f"{name} ") for command in COMMANDS):  # a group of commands
+        if not arguments or arguments[0] in ("-h", "--help", "help"):
+            print(usage(f"{name} "))
+            return 0
+        name = f"{name} {arguments.pop(0)}"
     try:
         return _run(name, arguments)
     except UserError as error:
-        print(f"uvit {name}: error: {error}", file=sys.stderr)
+        sentence = " ".join(str(error).split())  # a file's name or a flag's value may hold line breaks
+        print(f"uvit {name}: error: {sentence}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nuvit {name}: stopped", file=sys.stderr)
