@@ -40,17 +40,17 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool):
         super().__init__()
-        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, num_queries: int) -> Tensor:
         """Every token is attended to; only the last `num_queries` tokens ask."""
-        B, L, D = x.shape
-        qkv = self.qkv(x).view(B, L, 3, self.num_heads, D // self.num_heads)                     # (B, L, 3, N, d)
+        B, L, _ = x.shape
+        qkv = self.qkv(x).view(B, L, 3, -1, self.head_dim)                                       # (B, L, 3, N, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)                                           # (B, N, L, d) each
         x = F.scaled_dot_product_attention(q[:, :, -num_queries:], k, v)                         # (B, N, queries, d)
-        return self.proj(x.transpose(1, 2).reshape(B, num_queries, D))                           # (B, queries, D)
+        return self.proj(x.transpose(1, 2).flatten(2))                                           # (B, queries, D)
 
 
 class Mlp(nn.Module):

@@ -1,0 +1,139 @@
+"""What each process of a spawned world finds about its layout, for the tests to judge."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from uvit.distributed import ops, state
+from uvit.distributed.mesh import World
+from uvit.distributed.parallelize import parallelize
+from uvit.model import UViTT2IModel
+
+
+def check(world: World, unet: UViTT2IModel, inputs: tuple[Tensor, Tensor, Tensor]) -> dict[str, Any]:
+    whole = {name: parameter.detach().clone() for name, parameter in unet.named_parameters()}
+    parallelize(unet, world)
+    return {
+        "place": [world.data_rank, world.num_data_ranks, world.tp_rank, world.is_main],
+        "held": {name: ops.local(parameter).numel() for name, parameter in unet.named_parameters()},
+        "inner": inner_widths(unet, inputs),
+        "forward_alone": forward_alone(unet, inputs),
+        "numbers": numbers(world),
+        "unused": unused(world),
+        "infinite": infinite(world, unet, inputs),
+        "full": alike(state.full(dict(unet.named_parameters()), world), whole),
+        "loaded": loaded(world, unet, whole),
+        "replicas": replicas(world, unet),
+    }
+
+
+def alike(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
+    """Names of tensors that are not bit for bit alike or not in both."""
+    return [
+        name
+        for name in found.keys() | wanted.keys()
+        if name not in found or name not in wanted or not torch.equal(found[name], wanted[name])
+    ]
+
+
+def inner_widths(unet: UViTT2IModel, inputs: tuple[Tensor, Tensor, Tensor]) -> dict[str, list[int]]:
+    """Shapes of what qkv and fc1 put out in this process."""
+    shapes: dict[str, list[int]] = {}
+    block: Any = unet.mid_block
+    handles = [
+        module.register_forward_hook(lambda _, __, output, name=name: shapes.update({name: list(output.shape)}))
+        for name, module in (("qkv", block.attn.qkv), ("fc1", block.mlp.fc1))
+    ]
+    with torch.no_grad():
+        unet(*inputs)
+    for handle in handles:
+        handle.remove()
+    return shapes
+
+
+def forward_alone(unet: UViTT2IModel, inputs: tuple[Tensor, Tensor, Tensor]) -> bool:
+    """Whether a forward without a backward leaves the parameters as they were."""
+    before = [(id(parameter), ops.local(parameter).shape) for parameter in unet.parameters()]
+    with torch.no_grad():
+        unet(*inputs)
+    return before == [(id(parameter), ops.local(parameter).shape) for parameter in unet.parameters()]
+
+
+def numbers(world: World) -> dict[str, Any]:
+    return {
+        "mean": ops.mean_over_data(torch.tensor(float(world.data_rank)), world).item(),
+        "any": [ops.any_of(world.rank == 1, world), ops.any_of(False, world)],
+        "all": [ops.all_of(world.rank == 1, world), ops.all_of(True, world)],
+        "from_main": ops.from_main({"rank": world.rank}, world),
+    }
+
+
+def unused(world: World) -> list[float | None]:
+    """Gradients over replicas of a parameter that a loss uses and of one that it does not."""
+    if world.degrees.dp == 1 or world.degrees.shard > 1:
+        return []
+    network = nn.ParameterDict({name: nn.Parameter(torch.ones(1)) for name in ("used", "unused")})
+    gradients = ops.GradientAverage(network, world)
+    gradients.microbatch(last=True)
+    (network["used"] * world.data_rank).sum().backward()
+    gradients.finish()
+    grads = [network[name].grad for name in ("used", "unused")]
+    return [None if grad is None else grad.item() for grad in grads]
+
+
+def infinite(world: World, unet: UViTT2IModel, inputs: tuple[Tensor, Tensor, Tensor]) -> list[bool]:
+    """Whether the norm is finite: as it is, and where something in the last process alone is not."""
+    last = world.rank == world.size - 1
+    gradients = ops.GradientAverage(unet, world)
+    found = []
+    for scale in (1.0, torch.inf if last and world.degrees.dp > 1 else 1.0):
+        gradients.microbatch(last=True)
+        (unet(*inputs).square().mean() * scale).backward()
+        gradients.finish()
+        grad = unet.get_parameter("mid_block.mlp.fc1.weight").grad
+        assert grad is not None
+        if found and last and world.degrees.dp == 1:  # replicas would have shared it
+            ops.local(grad).view(-1)[0] = torch.inf
+        found.append(bool(ops.grad_norm(unet.parameters(), world).isfinite()))
+        unet.zero_grad()
+    return found
+
+
+def loaded(world: World, unet: UViTT2IModel, whole: dict[str, Tensor]) -> list[str]:
+    """Load other weights as a checkpoint does: each process the block that it holds. -> names that came out wrong."""
+    other = {name: tensor + 1 for name, tensor in whole.items()}
+    names = dict(unet.named_parameters())
+    before = {name: ops.local(parameter).clone() for name, parameter in names.items()}
+    target = state.canonical(names, world)
+    wrong = [name for name, tensor in target.items() if tensor.shape != whole[name].shape]
+    with torch.no_grad():
+        for name, tensor in target.items():
+            block = other[name]
+            if isinstance(tensor, DTensor):
+                shape, offsets = compute_local_shape_and_global_offset(
+                    tensor.shape, tensor.device_mesh, tensor.placements
+                )
+                block = block[tuple(slice(o, o + n) for o, n in zip(offsets, shape, strict=True))]
+            ops.local(tensor).copy_(block)
+    state.load_canonical(names, target, world)
+    wrong += alike(state.full(names, world), other) if world.is_main else state.full(names, world).keys()
+    for name, parameter in names.items():
+        ops.local(parameter).copy_(before[name])
+    return wrong
+
+
+def replicas(world: World, unet: UViTT2IModel) -> list[list[str]]:
+    """Tensors found to differ: at first; after the last process changed one bit of pos_embed; then of qkv too."""
+    tensors = {
+        name: ops.local(p).clone() if not isinstance(p, DTensor) else p.detach() for name, p in unet.named_parameters()
+    }
+    found = [ops.differing_replicas(tensors, world)]
+    for name in ("pos_embed", "mid_block.attn.qkv.weight"):
+        if world.rank == world.size - 1:
+            bits = ops.local(tensors[name]).view(-1).view(torch.int32)
+            bits[0] ^= 1
+        found.append(ops.differing_replicas(tensors, world))
+    return found

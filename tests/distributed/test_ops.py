@@ -1,0 +1,87 @@
+"""Gradients, norms, flags and replicas, over processes and in one."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.distributed.conftest import OF_FOUR, OF_TWO, Worlds
+from uvit.distributed import ops
+from uvit.distributed.mesh import World
+
+LAYOUTS = [*OF_TWO, *OF_FOUR]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_numbers_and_flags_agree_in_all_processes(worlds: Worlds, layout: str) -> None:
+    dp, shard, _ = map(int, layout.split("x"))
+    wanted = {
+        "mean": (dp * shard - 1) / 2,
+        "any": [True, False],
+        "all": [False, True],
+        "from_main": {"rank": 0},
+    }
+    assert all(found["numbers"] == wanted for found in worlds.checks(layout))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_gradient_that_is_not_finite_in_one_process_is_known_to_all(worlds: Worlds, layout: str) -> None:
+    assert all(found["infinite"] == [True, False] for found in worlds.checks(layout))
+
+
+@pytest.mark.parametrize("layout", ["2x1x1", "2x1x2"])
+def test_parameters_without_a_gradient_stay_without(worlds: Worlds, layout: str) -> None:
+    assert all(found["unused"] == [0.5, None] for found in worlds.checks(layout))
+
+
+@pytest.mark.parametrize(
+    ("layout", "wanted"),
+    [
+        ("2x1x1", [[], ["pos_embed"], ["pos_embed", "mid_block.attn.qkv.weight"]]),
+        ("1x2x1", [[], [], []]),  # all parts, no replica
+        ("1x1x2", [[], ["pos_embed"], ["pos_embed"]]),
+        ("2x1x2", [[], ["pos_embed"], ["pos_embed", "mid_block.attn.qkv.weight"]]),
+        ("1x2x2", [[], ["pos_embed"], ["pos_embed"]]),
+        ("2x2x1", [[], ["pos_embed"], ["pos_embed", "mid_block.attn.qkv.weight"]]),
+    ],
+)
+def test_a_bit_that_differs_between_replicas_is_found_everywhere(
+    worlds: Worlds, layout: str, wanted: list[list[str]]
+) -> None:
+    assert all(found["replicas"] == wanted for found in worlds.checks(layout))
+
+
+def test_in_a_world_of_one_nothing_is_asked_of_others(alone: World) -> None:
+    assert ops.mean_over_data(torch.tensor(3.0), alone).item() == 3
+    assert [ops.any_of(True, alone), ops.any_of(False, alone)] == [True, False]
+    assert [ops.all_of(True, alone), ops.all_of(False, alone)] == [True, False]
+    assert ops.from_main("x", alone) == "x"
+    assert ops.differing_replicas({"x": torch.zeros(2)}, alone) == []
+    ops.barrier(alone)
+
+
+def test_norm_and_clipping_are_torch_s(alone: World) -> None:
+    torch.manual_seed(0)
+    ours, theirs = ([nn.Parameter(torch.zeros(n)) for n in (3, 40)] for _ in range(2))
+    for parameter, other in zip(ours, theirs, strict=True):
+        parameter.grad = torch.randn(parameter.shape)
+        other.grad = parameter.grad.clone()
+    norm = ops.grad_norm([*ours, nn.Parameter(torch.zeros(1))], alone)
+    ops.clip_gradients(ours, 0.5, norm)
+    assert norm == torch.nn.utils.clip_grad_norm_(theirs, 0.5)
+    for parameter, other in zip(ours, theirs, strict=True):
+        assert torch.equal(parameter.grad, other.grad)  # type: ignore[arg-type]
+    ops.clip_gradients(ours, 100.0, ops.grad_norm(ours, alone))
+    assert torch.equal(ours[0].grad, theirs[0].grad)  # type: ignore[arg-type]
+
+
+def test_plain_parameters_are_one_fused_group() -> None:
+    parameters = [nn.Parameter(torch.zeros(n)) for n in (3, 40)]
+    (group,) = ops.fused_groups(parameters)
+    assert [id(parameter) for parameter in group] == [id(parameter) for parameter in parameters]
+
+
+def test_digests_tell_bits_apart() -> None:
+    zeros = torch.zeros(3, 5)
+    assert ops.digest(zeros) == ops.digest(zeros.clone())
+    assert ops.digest(zeros) != ops.digest(-zeros)
+    assert 0 <= ops.digest(zeros.bfloat16()) < 2**63

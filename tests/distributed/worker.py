@@ -1,0 +1,144 @@
+"""One process of a spawned world.
+
+It trains a tiny U-ViT in each of the layouts (degrees such as 2x1x1) and cases and checks each layout. The main process
+leaves in a folder what training came to, and every process what it found. `train` is also what the tests run in a world
+of one, to compare with.
+"""
+
+import copy
+import json
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tests.distributed.checks import check
+from uvit.distributed import mesh, ops, state
+from uvit.distributed.mesh import Degrees, World
+from uvit.distributed.parallelize import parallelize
+from uvit.model import UViTT2IModel
+
+STEPS = 8
+GLOBAL_BATCH = 8
+LEARNING_RATE = 1e-3
+TINY = {
+    "sample_size": 8,
+    "num_layers": 4,
+    "num_attention_heads": 4,
+    "attention_head_dim": 16,
+    "clip_dim": 24,
+    "num_text_tokens": 7,
+}
+# Arguments of `train`.
+CASES: dict[str, dict[str, bool | int | float]] = {
+    "plain": {},
+    "bf16": {"bf16": True},
+    "copy": {"low_precision_copy": True},
+    "all": {"recompute": True, "num_microbatches": 2, "max_norm": 0.1},
+}
+
+
+def tiny() -> UViTT2IModel:
+    torch.manual_seed(0)
+    return UViTT2IModel(**TINY).train()
+
+
+def microbatch(step: int, index: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Microbatch `index` of the `count` that step `step` is made of: latents, timesteps, context, target."""
+    generator = torch.Generator().manual_seed(step)
+    latents = torch.randn(GLOBAL_BATCH, 4, 8, 8, generator=generator)
+    timesteps = torch.randint(1, 1001, (GLOBAL_BATCH,), generator=generator)
+    context = torch.randn(GLOBAL_BATCH, 7, 24, generator=generator)
+    target = latents.roll(1, -1) * 0.5 + context.mean() * 0.1
+    latents, timesteps, context, target = (part.chunk(count)[index] for part in (latents, timesteps, context, target))
+    return latents, timesteps, context, target
+
+
+def locals_of(network: nn.Module) -> list[Tensor]:
+    return [ops.local(parameter) for parameter in network.parameters()]
+
+
+def train(
+    world: World,
+    *,
+    recompute: bool = False,
+    num_microbatches: int = 1,
+    bf16: bool = False,
+    low_precision_copy: bool = False,
+    max_norm: float = 0.0,
+) -> dict[str, Tensor]:
+    """8 AdamW steps -> in the main process losses, grad norms and the whole weights, average and moments, by name.
+
+    bf16: autocast. low_precision_copy: a bfloat16 copy computes, and its gradients go to the float32 weights.
+    """
+    unet = tiny()
+    average = copy.deepcopy(unet).requires_grad_(False)
+    computes = copy.deepcopy(unet).bfloat16() if low_precision_copy else unet
+    for network in [unet, average] + [computes] * low_precision_copy:
+        parallelize(network, world, recompute=recompute)
+    groups = [{"params": group} for group in ops.fused_groups(unet.parameters())]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.9), weight_decay=0.03, fused=True)
+    gradients = ops.GradientAverage(computes, world, bucket_bytes=100_000)
+    losses, norms = [], []
+    for step in range(STEPS):
+        loss = torch.zeros(())
+        for i in range(num_microbatches):
+            gradients.microbatch(last=i == num_microbatches - 1)
+            index, count = i * world.num_data_ranks + world.data_rank, num_microbatches * world.num_data_ranks
+            latents, timesteps, context, target = microbatch(step, index, count)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                dtype = next(computes.parameters()).dtype
+                prediction = computes(latents.to(dtype), timesteps, context.to(dtype))
+            share = F.mse_loss(prediction.float(), target) / num_microbatches
+            share.backward()
+            loss += share.detach()
+        gradients.finish()
+        if low_precision_copy:
+            for master, parameter in zip(unet.parameters(), computes.parameters(), strict=True):
+                master.grad, parameter.grad = parameter.grad.float(), None
+        norm = ops.grad_norm(unet.parameters(), world)
+        if max_norm:
+            ops.clip_gradients(unet.parameters(), max_norm, norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_lerp_(locals_of(average), locals_of(unet), 0.1)
+            if low_precision_copy:
+                torch._foreach_copy_(locals_of(computes), locals_of(unet))
+        losses.append(ops.mean_over_data(loss, world))
+        norms.append(norm)
+    names = {parameter: name for name, parameter in unet.named_parameters()}
+    moments = {f"exp_avg_sq/{names[p]}": values["exp_avg_sq"] for p, values in optimizer.state.items()}
+    trained = {
+        f"{kind}/{name}": p
+        for kind, network in (("unet", unet), ("ema", average))
+        for name, p in network.named_parameters()
+    }
+    differing = torch.tensor(float(len(ops.differing_replicas(trained, world))))  # 0: no replica has drifted
+    results = {}
+    if world.is_main:
+        results = {"losses": torch.stack(losses), "norms": torch.stack(norms), "differing": differing}
+    results |= state.full(dict(unet.named_parameters()), world)
+    results |= state.full({f"ema/{name}": p for name, p in average.named_parameters()}, world)
+    return results | state.full(moments, world)
+
+
+def run(rank: int, size: int, port: int, folder: Path, layouts: dict[str, list[str]]) -> None:
+    """As torchrun would start it."""
+    torch.set_num_threads(1)
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in places.items()})
+    world = None
+    for layout, cases in layouts.items():
+        world = mesh.start(Degrees(*map(int, layout.split("x"))), "cpu")
+        for case in cases:
+            results = train(world, **CASES[case])  # type: ignore[arg-type]
+            if world.is_main:
+                save_file(results, folder / f"{layout}-{case}.safetensors")
+        found = check(world, tiny(), microbatch(0, 0, 1)[:3])
+        (folder / f"{layout}-{rank}.json").write_text(json.dumps(found))
+    assert world is not None
+    mesh.stop(world)

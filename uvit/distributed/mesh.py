@@ -1,0 +1,127 @@
+"""The processes of a run and the grid that they form.
+
+Three axes: `dp` (replicas) x `shard` (fully sharded data parallel) x `tp` (tensor parallel), tp innermost, so that the
+processes that talk most are neighbours. The processes of a tp group read the same data.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from uvit.device import pick_device
+from uvit.errors import UserError
+
+AXES = ("dp", "shard", "tp")
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """How many processes there are along each axis."""
+
+    dp: int = 1
+    shard: int = 1
+    tp: int = 1
+
+    @property
+    def product(self) -> int:
+        return self.dp * self.shard * self.tp
+
+    def __str__(self) -> str:
+        return (
+            f"--dp_degree {self.dp} x --sharding_parallel_degree {self.shard} x --tensor_parallel_degree {self.tp} = "
+            f"{self.product}"
+        )
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among `size` processes; a world of one has no mesh and uses no torch.distributed."""
+
+    rank: int
+    size: int
+    degrees: Degrees
+    device: torch.device
+    mesh: DeviceMesh | None
+
+    @property
+    def parallel(self) -> bool:
+        return self.mesh is not None
+
+    @property
+    def is_main(self) -> bool:
+        """The one that speaks, logs and writes."""
+        return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the data this process reads, of `num_data_ranks`."""
+        return self.rank // self.degrees.tp
+
+    @property
+    def tp_rank(self) -> int:
+        """Which part of each block this process computes."""
+        return self.rank % self.degrees.tp
+
+    @property
+    def num_data_ranks(self) -> int:
+        return self.degrees.dp * self.degrees.shard
+
+    def axes(self, *names: str) -> list[str]:
+        """Those of the axes (all of them, where none is named) along which there is more than one process."""
+        return [name for name in names or AXES if getattr(self.degrees, name) > 1]
+
+    def group(self, axis: str) -> dist.ProcessGroup:
+        """The processes that differ from this one along one axis alone."""
+        assert self.mesh is not None
+        return self.mesh.get_group(axis)
+
+
+def alone(device: str = "auto") -> World:
+    """The world of a single process."""
+    return World(0, 1, Degrees(), pick_device(device), None)
+
+
+def start(degrees: Degrees, device: str = "auto") -> World:
+    """Join the processes that torchrun started, if it did. Raises UserError where their number is not the degrees'."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    check_degrees(degrees, size, launched="WORLD_SIZE" in os.environ)
+    chosen = pick_device(device)
+    if size == 1:
+        return World(rank, size, degrees, chosen, None)
+    if chosen.type == "cuda" and chosen.index is None:
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(chosen)
+    if not dist.is_initialized():  # a process may lay out its mesh more than once
+        # Objects and flags on the CPU go by gloo, whatever the tensors go by.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    mesh = init_device_mesh(chosen.type, (degrees.dp, degrees.shard, degrees.tp), mesh_dim_names=AXES)
+    return World(rank, size, degrees, chosen, mesh)
+
+
+def stop(world: World) -> None:
+    """Leave the others; at the end of the process."""
+    if world.parallel:
+        dist.destroy_process_group()
+
+
+def check_degrees(degrees: Degrees, size: int, launched: bool) -> None:
+    for name, value in zip(
+        ("dp_degree", "sharding_parallel_degree", "tensor_parallel_degree"),
+        (degrees.dp, degrees.shard, degrees.tp),
+        strict=True,
+    ):
+        if value < 1:
+            raise UserError(f"--{name} {value}: must be 1 or more")
+    if degrees.product == size:
+        return
+    there = "there is 1 process" if size == 1 else f"there are {size} processes"
+    command = f"start them with torchrun --nproc_per_node {degrees.product} -m uvit train ..."
+    if degrees.product == 1:
+        command = "start one without torchrun"
+    rest = degrees.shard * degrees.tp
+    if not launched or size % rest:
+        raise UserError(f"{degrees}, but {there}; {command}")
+    raise UserError(f"{degrees}, but {there}; pass --dp_degree {size // rest}, or {command}")

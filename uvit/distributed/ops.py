@@ -1,0 +1,223 @@
+"""What the processes of a run tell one another: gradients, norms, flags. In a world of one nothing is sent.
+
+Every process must call these at the same point of the program.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from uvit.distributed.mesh import World
+
+T = TypeVar("T")
+
+BUCKET_BYTES = 25 * 2**20  # gradients sent at a time: few enough calls, and early enough to hide behind the backward
+
+
+@torch.no_grad()
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds, in the same memory and free of autograd; all of a plain one."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    assert not any(placement.is_partial() for placement in tensor.placements), "a sum that was not carried out"
+    return tensor.to_local().detach()
+
+
+def cut_axes(tensor: Tensor) -> tuple[str, ...]:
+    """The axes of the mesh along which a tensor is cut into parts; along the others it is replicated."""
+    if not isinstance(tensor, DTensor):
+        return ()
+    names = tensor.device_mesh.mesh_dim_names or ()
+    return tuple(name for name, p in zip(names, tensor.placements, strict=True) if not p.is_replicate())
+
+
+def fused_groups(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Parameters that one fused or foreach kernel takes together: plain tensors, or DTensors of one mesh."""
+    groups: dict[object, list[Tensor]] = {}
+    for parameter in parameters:
+        key = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        groups.setdefault(key, []).append(parameter)
+    return list(groups.values())
+
+
+# Gradients
+
+
+class GradientAverage:
+    """Averages gradients over the data ranks, during the backward of a step's last microbatch.
+
+        for i in range(accumulation_steps):
+            average.microbatch(last=i == accumulation_steps - 1)
+            loss.backward()
+        average.finish()
+
+    Fully sharded networks do it by themselves and are only told when. For replicas, buckets of gradients are summed as
+    soon as they are whole, while the backward goes on. A parameter must have a gradient in all processes or in none.
+    """
+
+    def __init__(self, networks: nn.Module, world: World, bucket_bytes: int = BUCKET_BYTES):
+        self.world = world
+        self.sharded = [module for module in networks.modules() if isinstance(module, FSDPModule)]
+        self.buckets: list[list[nn.Parameter]] = []
+        self.missing: list[int] = []  # gradients that each bucket waits for
+        self.last = False
+        self.sent: list[tuple[list[Tensor], Tensor, dist.Work]] = []
+        if world.degrees.dp > 1 and not self.sharded:
+            self._hook([p for p in networks.parameters() if p.requires_grad], bucket_bytes)
+
+    def _hook(self, parameters: list[nn.Parameter], bucket_bytes: int) -> None:
+        filled = bucket_bytes
+        for parameter in reversed(parameters):  # about the order in which a backward comes by
+            size = local(parameter).nbytes
+            if filled + size > bucket_bytes or parameter.dtype != self.buckets[-1][0].dtype:
+                self.buckets.append([])
+                filled = 0
+            filled += size
+            self.buckets[-1].append(parameter)
+            parameter.register_post_accumulate_grad_hook(self._ready(len(self.buckets) - 1))
+
+    def _ready(self, bucket: int) -> Callable[[Tensor], None]:
+        def hook(_: Tensor) -> None:
+            if self.last:
+                self.missing[bucket] -= 1
+                # In the order of the buckets, the same in every process.
+                while len(self.sent) < len(self.buckets) and not self.missing[len(self.sent)]:
+                    self._send()
+
+        return hook
+
+    @torch.no_grad()
+    def _send(self) -> None:
+        parameters = self.buckets[len(self.sent)]
+        grads = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        if not grads:
+            grads = [torch.zeros(1, device=self.world.device)]
+        flat = torch.cat([grad.flatten() for grad in grads])
+        flat.div_(self.world.degrees.dp)  # first, so that a sum of float16 does not overflow where the mean would not
+        work = dist.all_reduce(flat, group=self.world.group("dp"), async_op=True)
+        assert work is not None
+        self.sent.append((grads, flat, work))
+
+    def microbatch(self, last: bool) -> None:
+        """Before each backward."""
+        self.last = last
+        self.missing = [len(bucket) for bucket in self.buckets]
+        for module in self.sharded:
+            module.set_requires_gradient_sync(last, recurse=False)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """After the last backward: every gradient is now the mean over the data ranks."""
+        while len(self.sent) < len(self.buckets):  # those with parameters that have no gradient
+            self._send()
+        for grads, flat, work in self.sent:
+            work.wait()
+            parts = flat.split([grad.numel() for grad in grads])
+            torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
+        self.sent = []
+        self.last = False
+
+
+@torch.no_grad()
+def grad_norm(parameters: Iterable[Tensor], world: World) -> Tensor:
+    """The 2-norm of all gradients together, the same in every process: a 0-d tensor.
+
+    Call it after the gradients are averaged: replicas are taken to have the same ones, and nothing is summed over `dp`.
+    A part that is not finite in one process then makes it so in all. torch's own cannot take several meshes.
+    """
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not world.parallel:
+        return torch.nn.utils.get_total_norm(grads)
+    # Sums of squares by the axes along which the gradients are cut. Along `dp` nothing is cut: it only replicates.
+    parts: dict[tuple[str, ...], list[Tensor]] = {(): [], ("shard",): [], ("tp",): [], ("shard", "tp"): []}
+    for grad in grads:
+        parts[cut_axes(grad)].append(local(grad))
+    kinds = list(parts)
+    squares = torch.stack([torch.nn.utils.get_total_norm(some).square().to(world.device) for some in parts.values()])
+    for axis in world.axes("shard", "tp"):
+        cut = torch.tensor([axis in kind for kind in kinds], device=world.device)
+        total = squares.clone()
+        dist.all_reduce(total, group=world.group(axis))
+        squares = torch.where(cut, total, squares)
+    return squares.sum().sqrt()
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float, norm: Tensor) -> None:
+    """Scale all gradients down so that their norm, which is `norm`, is at most `max_norm`."""
+    grads = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+
+
+# Numbers, flags, objects
+
+
+def mean_over_data(value: Tensor, world: World) -> Tensor:
+    """The mean of a tensor over the data ranks, such as of a loss."""
+    value = value.detach().clone()
+    for axis in world.axes("dp", "shard"):
+        dist.all_reduce(value, group=world.group(axis))
+    return value / world.num_data_ranks if world.num_data_ranks > 1 else value
+
+
+def any_of(flag: bool, world: World) -> bool:
+    """Whether the flag is set in any process."""
+    if not world.parallel:
+        return flag
+    value = torch.tensor(int(flag), device=world.device)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def all_of(flag: bool, world: World) -> bool:
+    """Whether the flag is set in every process."""
+    return not any_of(not flag, world)
+
+
+def barrier(world: World) -> None:
+    """Wait for all."""
+    any_of(False, world)
+
+
+def from_main(value: T, world: World) -> T:
+    """The main process's value, in every process."""
+    if not world.parallel:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    return values[0]
+
+
+# Replicas
+
+
+def differing_replicas(tensors: Mapping[str, Tensor], world: World) -> list[str]:
+    """The names of tensors that differ, in any bit, between processes that should hold the same; none: all is well.
+
+    Reads every byte: for now and then, not for every step.
+    """
+    if not world.parallel:
+        return []
+    names = list(tensors)
+    digests = torch.tensor([digest(tensors[name]) for name in names], device=world.device)
+    differs = torch.zeros_like(digests)
+    for axis in world.axes():
+        lowest, highest = digests.clone(), digests.clone()
+        dist.all_reduce(lowest, dist.ReduceOp.MIN, group=world.group(axis))
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=world.group(axis))
+        replicated = torch.tensor([axis not in cut_axes(tensors[name]) for name in names], device=world.device)
+        differs |= ((lowest != highest) & replicated).long()
+    dist.all_reduce(differs, dist.ReduceOp.MAX)
+    return [name for name, found in zip(names, differs.tolist(), strict=True) if found]
+
+
+def digest(tensor: Tensor) -> int:
+    """63 bits that tell the bytes of this process's part from others."""
+    raw = local(tensor).cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return int.from_bytes(hashlib.sha256(raw.data).digest()[:8], "little") >> 1

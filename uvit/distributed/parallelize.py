@@ -1,0 +1,111 @@
+"""Spread a U-ViT over the processes, from outside: tensor parallel, activation checkpointing, compile, fully sharded.
+
+Every process calls this with the same weights, before the optimizer is made. Copies that follow the weights (the EMA's,
+float32 masters) are made before it and go through it too: what they hold is then laid out alike, and updates are local.
+Plain replication (`dp` alone) changes nothing here: `ops.GradientAverage` is all it takes.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from uvit.distributed.mesh import World
+from uvit.errors import UserError
+from uvit.model import Attention, Block, UViTT2IModel
+
+
+def parallelize(unet: UViTT2IModel, world: World, *, recompute: bool = False, compile: bool = False) -> None:
+    """In place. Raises UserError where the sizes of the network do not divide by the degrees."""
+    blocks: list[Block] = [*unet.in_blocks, unet.mid_block, *unet.out_blocks]
+    check_sizes(blocks[0], world)
+    if world.degrees.tp > 1:
+        for block in blocks:
+            split_block(block, world)
+    if recompute:
+        unet.enable_gradient_checkpointing()
+    if compile:
+        # Gathering the parameters of a block breaks a graph: sharded blocks are compiled one by one.
+        for module in blocks if world.degrees.shard > 1 else [unet]:
+            module.compile()
+    shard(unet, world, blocks)
+
+
+def check_sizes(block: Block, world: World) -> None:
+    tp, shard = world.degrees.tp, world.degrees.shard
+    width, hidden = block.mlp.fc1.in_features, block.mlp.fc1.out_features
+    num_heads = width // block.attn.head_dim
+    if num_heads % tp or hidden % tp:
+        raise UserError(
+            f"--tensor_parallel_degree {tp}: does not divide the network's {num_heads} heads and its MLPs' width of "
+            f"{hidden}; choose a degree that divides both"
+        )
+    if tp > 1 and block.attn.qkv.bias is not None:
+        raise UserError(f"--tensor_parallel_degree {tp}: is not there for networks with qkv_bias; use 1")
+    if tp > 1 and (width % shard or hidden // tp % shard):
+        raise UserError(
+            f"--sharding_parallel_degree {shard}: does not divide the network's width {width} and its MLPs' width "
+            f"{hidden} / {tp} (--tensor_parallel_degree); choose a degree that divides both"
+        )
+
+
+# Tensor parallel
+
+
+def split_block(block: Block, world: World) -> None:
+    """Give this process 1/tp of a block's heads and of its MLP's hidden units; all else is replicated over tp.
+
+    Inputs and outputs of attention and MLP are whole; what is between them exists in part only.
+    """
+    assert world.mesh is not None
+    order_by_rank(block.attn, world.degrees.tp)
+    parallelize_module(
+        block,
+        world.mesh["tp"],
+        {
+            "attn.qkv": ColwiseParallel(),
+            "attn.proj": RowwiseParallel(),
+            "mlp.fc1": ColwiseParallel(),
+            "mlp.fc2": RowwiseParallel(),
+        },
+        src_data_rank=None,  # all have the same weights: each takes its part of its own
+    )
+
+
+@torch.no_grad()
+def order_by_rank(attention: Attention, tp: int) -> None:
+    """Reorder qkv's rows from (q|k|v) x heads to ranks x (q|k|v) x heads of the rank.
+
+    Cut into tp pieces, the rows as published would give the first rank queries and the last one values alone.
+    """
+    weight = attention.qkv.weight
+    weight.copy_(weight.unflatten(0, (3, tp, -1)).transpose(0, 1).flatten(0, 2).clone())
+
+
+# Fully sharded
+
+
+def shard(module: nn.Module, world: World, blocks: Iterable[nn.Module] = ()) -> None:
+    """Keep 1/shard of a network in each process; a block is gathered where it is used, all outside of blocks at once.
+
+    Does nothing where the degree is 1. With replicas as well, the gradients are averaged over both axes.
+    """
+    size = world.degrees.shard
+    if size == 1:
+        return
+    assert world.mesh is not None
+    mesh = world.mesh["dp", "shard"] if world.degrees.dp > 1 else world.mesh["shard"]
+
+    def dim_to_cut(parameter: nn.Parameter) -> Shard:
+        """The first one that tensor parallelism has left whole and that divides evenly, or else the first."""
+        cut = {p.dim for p in parameter.placements if isinstance(p, Shard)} if isinstance(parameter, DTensor) else set()
+        even = [dim for dim, length in enumerate(parameter.shape) if dim not in cut and length % size == 0]
+        return Shard(even[0] if even else 0)
+
+    for part in [*blocks, module]:
+        # A forward without a backward (previews, validation) must not leave the root gathered: the optimizer, the EMA
+        # and checkpoints want the shards.
+        fully_shard(part, mesh=mesh, shard_placement_fn=dim_to_cut, reshard_after_forward=True)
