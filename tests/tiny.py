@@ -19,10 +19,10 @@ CAPTIONS = [
 ]
 
 
-def tiny_vae_folder(path: Path, factor: int = 4, scaling_factor: float = 0.5) -> Path:
+def tiny_vae_folder(path: Path, factor: int = 4, scaling_factor: float = 0.5, seed: int = 0) -> Path:
     """An AutoencoderKL with random weights that scales images down by `factor`, a power of two."""
     levels = factor.bit_length()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     vae: Any = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
@@ -38,10 +38,10 @@ def tiny_vae_folder(path: Path, factor: int = 4, scaling_factor: float = 0.5) ->
     return path
 
 
-def tiny_text_encoder_folder(path: Path, num_tokens: int = 16, width: int = 32) -> Path:
+def tiny_text_encoder_folder(path: Path, num_tokens: int = 16, width: int = 32, seed: int = 0) -> Path:
     """A CLIPTextModel with random weights, and a tokenizer in the same folder."""
     tokenizer = train_tokenizer(CAPTIONS * 2, 320, num_tokens)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -59,30 +59,38 @@ def tiny_text_encoder_folder(path: Path, num_tokens: int = 16, width: int = 32) 
 
 
 class ArrayFeatures:
-    """Features held in arrays: row r's moments are all r, its context k is all r + k / 10."""
+    """Features held in arrays: row r's moments are all r, the mirrored ones all -r, its context k is all r + k / 10."""
 
-    def __init__(self, num_samples: int, num_tokens: int, width: int, size: int):
+    def __init__(self, num_samples: int, num_tokens: int, width: int, size: int, flipped: bool = False):
         rows = np.arange(num_samples, dtype=np.float32)
         self.num_samples = num_samples
         self.moments_shape = (8, size, size)
         self.context_shape = (num_tokens, width)
         self.num_tokens = num_tokens
         self.latent_scale = 0.5
+        self.resolution = None
+        self.flipped = flipped
         self.empty_context = np.full((num_tokens, width), -1, dtype=np.float32)
         self.empty_token_ids = np.zeros(num_tokens, dtype=np.int64)
         self.vae_name = self.text_encoder_name = self.tokenizer_name = None
+        self.vae_sha256 = self.text_encoder_sha256 = None
         self.moments = np.broadcast_to(rows[:, None, None, None], (num_samples, *self.moments_shape))
 
-    def read(self, rows: np.ndarray, caption_draws: np.ndarray) -> FeatureBatch:
+    def read(self, rows: np.ndarray, caption_draws: np.ndarray, flip_draws: np.ndarray | None = None) -> FeatureBatch:
         which = np.floor(caption_draws * 3)
         values = (rows + which / 10).astype(np.float32)
         context = np.broadcast_to(values[:, None, None], (len(rows), *self.context_shape)).copy()
         token_ids = np.broadcast_to((1 + rows % 7)[:, None], (len(rows), self.num_tokens)).copy()
-        return FeatureBatch(self.moments[rows].copy(), context, token_ids)
+        moments = self.moments[rows].copy()
+        if flip_draws is not None:
+            moments[flip_draws < 0.5] *= -1
+        return FeatureBatch(moments, context, token_ids)
 
     def captions(self, row: int) -> tuple[str, ...]:
         return tuple(f"caption {k} of {row}" for k in range(3))
 
 
-def array_features(num_samples: int = 20, num_tokens: int = 3, width: int = 8, size: int = 4) -> ArrayFeatures:
-    return ArrayFeatures(num_samples, num_tokens, width, size)
+def array_features(
+    num_samples: int = 20, num_tokens: int = 3, width: int = 8, size: int = 4, flipped: bool = False
+) -> ArrayFeatures:
+    return ArrayFeatures(num_samples, num_tokens, width, size, flipped)

@@ -1,12 +1,34 @@
 """Work and memory of a U-ViT, counted without doing the work or taking the memory."""
 
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from uvit.model import UViTT2IModel
+
+
+def hollow_unet(model_config: dict[str, Any], tp: int = 1) -> UViTT2IModel:
+    """A U-ViT of shapes alone. `tp`: with the part of each block that one of so many tensor parallel processes has."""
+    with torch.device("meta"):
+        unet = UViTT2IModel(**model_config).train()
+        for block in [*unet.in_blocks, unet.mid_block, *unet.out_blocks] if tp > 1 else []:
+            attention, mlp = block.attn, block.mlp
+            dim, hidden = mlp.fc1.in_features, mlp.fc1.out_features
+            attention.qkv = nn.Linear(dim, 3 * dim // tp, bias=attention.qkv.bias is not None)
+            attention.proj = nn.Linear(dim // tp, dim)
+            mlp.fc1, mlp.fc2 = nn.Linear(dim, hidden // tp), nn.Linear(hidden // tp, dim)
+    return unet
+
+
+# Work
 
 
 def count_flops(
@@ -16,8 +38,8 @@ def count_flops(
 
     A multiplication with its addition is 2. `size`: height and width of the latents, where not the model's own.
     """
-    with torch.device("meta"):  # where attention is plain matrix products, which the counter knows
-        unet = UViTT2IModel(**model_config)
+    unet = hollow_unet(model_config)  # on the meta device attention is plain matrix products, which the counter knows
+    with torch.device("meta"):
         inputs = _inputs(unet, batch_size, size)
     with FlopCounterMode(display=False) as forward:
         prediction = unet(*inputs)
@@ -26,41 +48,120 @@ def count_flops(
     return forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()
 
 
-def activation_bytes(
+# Memory
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Bytes alive after each operation of a forward and backward pass, besides the weights."""
+
+    activations: list[int]  # what the backward needs, and what is in the making
+    gradients: list[int]  # of weights, made so far
+    kept: int  # by the forward for the backward
+
+    def fullest(self, gradient_weight: float = 1.0) -> tuple[int, int]:
+        """-> (activations, gradients) at the moment when most is alive, each byte of gradients counted so often."""
+        moments = zip(self.activations, self.gradients, strict=True)
+        return max(moments, key=lambda moment: moment[0] + gradient_weight * moment[1])
+
+
+def trace_step(
     model_config: dict[str, Any],
     batch_size: int,
     size: tuple[int, int] | None = None,
+    *,
     dtype: torch.dtype = torch.float32,
+    autocast: torch.dtype = torch.float32,
     recompute: bool = False,
-) -> int:
-    """Bytes that a forward pass keeps for its backward pass, in the kernels of a CPU; `dtype` is autocast's."""
-    kept: dict[int, torch.UntypedStorage] = {}
+    tp: int = 1,
+    encode: tuple[nn.Module, Callable[[Tensor], Tensor]] | None = None,
+) -> Trace:
+    """What a training step's forward and backward keep, in the kernels of a CPU.
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
-            kept[storage._cdata] = storage
-        return tensor
-
-    with torch.device("meta"):
-        unet = UViTT2IModel(**model_config).train()
+    Args:
+        size: height and width of the latents, where not the model's own.
+        dtype, autocast: of the weights that compute, and of autocast (float32: none).
+        encode: a text encoder that is trained as well, on the meta device, and what turns token ids into context
+            with it. It is changed.
+    """
+    unet = hollow_unet(model_config, tp)
     if recompute:
         unet.enable_gradient_checkpointing()
+    networks = nn.ModuleList([unet, encode[0]] if encode else [unet]).train()
     # All shape and no content, but on a CPU, whose attention kernel is fused; on the meta device it is not.
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in unet.modules():
+        for module in networks.modules():
             for name, parameter in module.named_parameters(recurse=False):
-                setattr(module, name, torch.nn.Parameter(torch.empty(parameter.shape)))
-        parameters = {parameter.untyped_storage()._cdata for parameter in unet.parameters()}
-        with (
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-            torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
-        ):
-            unet(*_inputs(unet, batch_size, size))
-    return sum(storage.nbytes() for storage in kept.values())
+                setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype)))
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+
+        def compute() -> Tensor:
+            latents, timesteps, context = _inputs(unet, batch_size, size)
+            with torch.autocast("cpu", autocast, enabled=autocast != torch.float32):
+                if encode:
+                    context = encode[1](torch.zeros(context.shape[:2], dtype=torch.int64))
+                return unet(latents.to(dtype), timesteps, context.to(dtype)).float().square().mean()
+
+        return trace(networks, compute)
 
 
-def _inputs(unet: UViTT2IModel, batch_size: int, size: tuple[int, int] | None) -> tuple[torch.Tensor, ...]:
+def trace(networks: nn.Module, compute: Callable[[], Tensor]) -> Trace:
+    """Follow the memory of `compute() -> loss` and its backward."""
+    gradients = 0
+
+    def count(parameter: Tensor) -> None:
+        nonlocal gradients
+        assert parameter.grad is not None
+        gradients += parameter.grad.nbytes
+
+    handles = [parameter.register_post_accumulate_grad_hook(count) for parameter in networks.parameters()]
+    moments: list[tuple[int, int]] = []
+    with Alive(
+        [*networks.parameters(), *networks.buffers()], lambda alive: moments.append((alive, gradients))
+    ) as alive:
+        loss = compute()
+        kept = alive.bytes
+        loss.backward()
+        del loss
+    moments.append((alive.bytes, gradients))
+    for handle in handles:
+        handle.remove()
+    return Trace([alive - grads for alive, grads in moments], [grads for _, grads in moments], kept)
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of all storages that operations make, as long as they live; calls `after` with that."""
+
+    def __init__(self, known: list[Tensor], after: Callable[[int], None]):
+        """known: not to count."""
+        super().__init__()
+        self.bytes = 0
+        self.after = after
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._watch(leaf.untyped_storage())
+        self.after(self.bytes)
+        return result
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known:
+            return
+        self.known.add(key)
+        self.bytes += size
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.bytes -= size
+
+
+def _inputs(unet: UViTT2IModel, batch_size: int, size: tuple[int, int] | None) -> tuple[Tensor, Tensor, Tensor]:
     sizes: Any = unet.config
     rows, columns = unet.grid
     height, width = size or (rows * unet.patch_size, columns * unet.patch_size)

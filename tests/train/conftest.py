@@ -1,6 +1,8 @@
 """A tiny feature store with contexts and token ids, made by the real commands, and runs on it."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +31,45 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory, encoders: tuple[Path, Path]) -> Path:
-    """72 pairs of 16x16 pixels: latents of 4x4, contexts of 16x32, token ids."""
+    """Pairs of 16x16 pixels, 648 in train/ and 72 in heldout/: latents of 4x4, contexts of 16x32, token ids."""
     folder = tmp_path_factory.mktemp("features") / "store"
     vae, text_encoder = map(str, encoders)
-    extract(
-        ExtractConfig(
-            source="shapes",
-            split="heldout",
-            output_dir=str(folder),
-            vae_name_or_path=vae,
-            text_encoder_name_or_path=text_encoder,
-            text="both",
-            resolution=16,
-            model_max_length=16,
-            num_workers=0,
-            disable_tqdm=True,
+    for split in ("train", "heldout"):
+        extract(
+            ExtractConfig(
+                source=("shapes",),
+                split=split,
+                output_dir=str(folder),
+                vae_name_or_path=vae,
+                text_encoder_name_or_path=text_encoder,
+                text="both",
+                resolution=16,
+                model_max_length=16,
+                num_workers=0,
+                disable_tqdm=True,
+            )
         )
-    )
     return folder
+
+
+@pytest.fixture
+def edited_store(store: Path, tmp_path: Path) -> Callable[..., str]:
+    """A function: fields -> a copy of the store whose manifests say so, all of them or those of one split."""
+
+    def edit(split: str = "*", **fields: Any) -> str:
+        copy = tmp_path / f"store{len(list(tmp_path.glob('store*')))}"
+        shutil.copytree(store, copy)
+        for path in copy.glob(f"{split}/manifest.json"):
+            path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+        return str(copy)
+
+    return edit
+
+
+@pytest.fixture
+def token_store(edited_store: Callable[..., str]) -> str:
+    """The same without contexts."""
+    return edited_store(context_shape=None)
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,22 @@
-"""metrics.jsonl has each step once, whatever happened; throughput and time left are what they say."""
+"""metrics.jsonl has each step once, whatever happened; throughput, waiting and time left are what they say."""
 
 import json
+import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from uvit.errors import UserError
-from uvit.train.metrics import Metrics, keep_lines
+from uvit.train.metrics import Metrics, Timed, advice, keep_lines
+from uvit.train.validate import TIMESTEPS
 
 
-def record(step: int, loss: float | None = 1.0) -> dict[str, Any]:
-    return {"step": step, "loss": loss, "grad_norm": loss, "lr": 1e-3, "skipped": int(loss is None), "seconds": 0.5}
+def record(step: int, loss: float | None = 1.0, data_seconds: float = 0.0) -> dict[str, Any]:
+    values = {"step": step, "loss": loss, "grad_norm": loss, "lr": 1e-3, "skipped": int(loss is None), "seconds": 0.5}
+    return values | {"data_seconds": data_seconds}
 
 
 def test_lines_after_the_checkpoint_are_cut(tmp_path: Path) -> None:
@@ -37,5 +42,80 @@ def test_console_and_board(tiny_config: Any, tmp_path: Path, capsys: pytest.Capt
     said = capsys.readouterr().out.splitlines()
     assert "step 2/10: loss 1.5000" in said[0] and "16.0 samples/s, 0:00:04 left" in said[0]
     assert "loss 3.0000" in said[1] and said[1].split(", ")[-2] == "1 skipped"
-    assert "16.0 samples/s, 500.0 ms a step" in metrics.throughput()
+    assert "16.0 samples/s, 500.0 ms a step" in metrics.throughput() and "0% waiting for data" in metrics.throughput()
+    assert "waiting" not in "".join(said)
     assert list((tmp_path / "logs").glob("events.*"))
+
+
+def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows: {tag: [(step, value), ...]}."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_a_validation_is_told_everywhere(tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = Metrics(tiny_config(report_to="tensorboard"), tmp_path, 0, 10, samples_per_step=8)
+    losses = [i / 10 for i in range(8)]
+    metrics.step(record(1) | {"val_loss": 0.35, "val_loss_raw": 0.5, "val_losses": losses})
+    metrics.step(record(2))
+    metrics.step(record(3) | {"val_loss": None, "val_loss_raw": None, "val_losses": [None] * 8})
+    metrics.close()
+    assert ", val 0.3500 at step 1" in capsys.readouterr().out
+    path = tmp_path / "logs" / "metrics.jsonl"
+    assert json.loads(path.read_text().splitlines()[0])["val_losses"] == losses
+    shown = points(tmp_path / "logs")
+    assert shown["val/loss"] == [(1, pytest.approx(0.35))] and shown["val/loss_raw"] == [(1, pytest.approx(0.5))]
+    for label, loss in zip(TIMESTEPS, losses, strict=True):
+        assert shown[f"val/loss_t{label}"] == [(1, pytest.approx(loss))]
+    assert len(keep_lines(path, 2)) == 2
+    assert '"val_loss": 0.35' in path.read_text()
+
+
+def test_waiting_is_shown_and_much_of_it_warned_of_once(
+    tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Windows of two steps that wait for 40%, 4%, 10%, 30% and 50% of the time; the first may, the workers start."""
+    config = tiny_config(report_to="tensorboard", benchmark=True)
+    metrics = Metrics(config, tmp_path, 0, 10, samples_per_step=8)
+    shares = [0.4, 0.04, 0.1, 0.3, 0.5]
+    for window, share in enumerate(shares):
+        metrics.step(record(2 * window + 1, data_seconds=share))  # seconds: 0.5 a step, so a window takes 1
+        metrics.step(record(2 * window + 2))
+    metrics.close()
+    said = capsys.readouterr().out.splitlines()
+    assert [f"{share:.0%} waiting for data" in line for share, line in zip(shares[:3], said[:3], strict=True)] == [
+        True,
+        False,
+        True,
+    ]
+    assert "30% waiting for data" in said[3] and "--dataloader_num_workers" not in "".join(said[:4])
+    assert said[4].startswith("30% of the last steps") and "features on a local disk" in said[4]
+    assert "50% waiting for data" in said[5] and len(said) == 6
+    assert points(tmp_path / "logs")["train/data_share"] == [
+        (2 * window + 2, pytest.approx(share)) for window, share in enumerate(shares)
+    ]
+    assert "21% waiting for data" in metrics.throughput()  # 0.94 of 4.5 s: the first tenth, a step, is left out
+
+
+def test_advice_is_what_can_be_done(tiny_config: Any) -> None:
+    cores = os.cpu_count()
+    assert f"more --dataloader_num_workers (now 0 of {cores} cores)" in advice(tiny_config(), old_layout=False)
+    assert "num_workers" not in advice(tiny_config(dataloader_num_workers=10_000), old_layout=False)
+    assert "uvit features import" not in advice(tiny_config(), old_layout=False)
+    assert "uvit features import" in advice(tiny_config(), old_layout=True)
+
+
+def test_waiting_is_measured() -> None:
+    def slow() -> Iterator[Any]:
+        for i in range(3):
+            time.sleep(0.02)
+            yield i
+
+    batches: Any = Timed(slow())
+    assert (next(batches), next(batches)) == (0, 1)
+    assert batches.seconds() >= 0.04
+    assert batches.seconds() == 0
+    assert list(batches) == [2]

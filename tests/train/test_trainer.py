@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def same(one: Path, other: Path) -> bool:
 
 def lines(run: Path) -> list[dict[str, Any]]:
     records = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+    times = ("seconds", "data_seconds")
+    return [{key: value for key, value in record.items() if key not in times} for record in records]
 
 
 VARIANTS = {
@@ -43,6 +45,7 @@ VARIANTS = {
     "text encoder": {"train_text_encoder": True, "prediction_type": "v_prediction"},
     "workers and bf16": {"bf16": True, "dataloader_num_workers": 2},
     "float16 with masters": {"fp16": True, "fp16_opt_level": "O2"},
+    "validation": {"validation_split": "heldout", "eval_steps": 3, "train_text_encoder": True},
 }
 
 
@@ -55,6 +58,33 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(variant: str, tin
     assert same(tmp_path / "parts" / "checkpoint-6", tmp_path / "whole" / "checkpoint-6")
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
     assert not same(tmp_path / "whole" / "checkpoint-3", tmp_path / "whole" / "checkpoint-6")
+
+
+def test_token_ids_and_a_frozen_encoder_resume_as_well(tiny_config: Any, token_store: str, tmp_path: Path) -> None:
+    for name, max_steps in {"whole": (6,), "parts": (3, 6)}.items():
+        for steps in max_steps:
+            config = tiny_config(output_dir=str(tmp_path / name), feature_path=token_store, max_steps=steps)
+            assert train(config) == 0
+    assert same(tmp_path / "parts" / "checkpoint-6", tmp_path / "whole" / "checkpoint-6")
+
+
+def test_validation_every_so_often_and_at_the_end_makes_no_difference_to_training(
+    tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    validated = {"validation_split": "heldout", "eval_steps": 4, "num_validation_samples": 8}
+    assert train(tiny_config(output_dir=str(tmp_path / "with"), **validated)) == 0
+    assert [line["step"] for line in lines(tmp_path / "with") if "val_loss" in line] == [4, 6]
+    said = capsys.readouterr().out
+    assert f", val {lines(tmp_path / 'with')[5]['val_loss']:.4f} at step 6" in said
+    assert train(tiny_config(output_dir=str(tmp_path / "without"), **(validated | {"eval_steps": -1}))) == 0
+    assert not any("val_loss" in line for line in lines(tmp_path / "without"))
+    assert same(tmp_path / "with" / "checkpoint-6", tmp_path / "without" / "checkpoint-6")
+
+
+def test_waiting_for_data_is_part_of_a_step(tiny_config: Any, tmp_path: Path) -> None:
+    train(tiny_config())
+    records = [json.loads(line) for line in (tmp_path / "run" / "logs" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < record["data_seconds"] < record["seconds"] for record in records)
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(tiny_config: Any, tmp_path: Path) -> None:
@@ -134,6 +164,29 @@ def test_a_checkpoint_of_another_model_is_refused(tiny_config: Any, tmp_path: Pa
         train(tiny_config(output_dir=str(tmp_path / "new"), resume_from_checkpoint="latest"))
 
 
+@pytest.mark.parametrize(
+    ("field", "what"), [("vae", "VAE"), ("text_encoder", "text encoder"), ("tokenizer", "tokenizer")]
+)
+def test_going_on_with_features_by_another_encoder_is_refused(
+    field: str, what: str, tiny_config: Any, edited_store: Callable[..., str], tmp_path: Path
+) -> None:
+    train(tiny_config(max_steps=1))
+    other = edited_store(**{field: {"name": "elsewhere", "sha256": "0123456789abcdef"}})
+    message = f"--feature_path {other}: was made by another {what} than .*checkpoint-1 .*and 0123456789ab"
+    with pytest.raises(UserError, match=message):
+        train(tiny_config(feature_path=other))
+    with pytest.raises(UserError, match="checkpoint-1"):
+        train(tiny_config(feature_path=other, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1")))
+
+
+def test_a_checkpoint_that_names_no_fingerprints_is_gone_on_with(tiny_config: Any, tmp_path: Path) -> None:
+    train(tiny_config(max_steps=3))
+    path = tmp_path / "run" / "checkpoint-3" / "uvit.json"
+    record = {key: value for key, value in json.loads(path.read_text()).items() if not key.endswith("_sha256")}
+    path.write_text(json.dumps(record))
+    assert train(tiny_config()) == 0
+
+
 def test_going_back_to_an_earlier_checkpoint(tiny_config: Any, tmp_path: Path) -> None:
     train(tiny_config())
     run = tmp_path / "run"
@@ -171,7 +224,8 @@ def test_the_profiler_writes_a_trace_and_the_benchmark_a_line(
 ) -> None:
     train(tiny_config(profiler_options="1,2", benchmark=True))
     assert (tmp_path / "run" / "logs" / "trace-1-2.json").stat().st_size > 1000
-    assert "samples/s" in capsys.readouterr().out.split("steady state")[1]
+    last = capsys.readouterr().out.split("steady state")[1]
+    assert "samples/s" in last and "% waiting for data" in last
 
 
 def test_dry_run_trains_nothing(tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ from typing import Literal
 from uvit.errors import UserError
 
 NOT_NEEDED = {
-    "do_eval": "there is no evaluation inside training yet; `uvit evaluate` and `uvit sample` look at a finished one",
+    "do_eval": "validation runs whenever there is a validation split",
     "only_save_updated_model": "a checkpoint holds what a resume needs, and the pipeline folder only the weights",
     "ignore_data_skip": "resuming skips no data: a batch is computed from the step's number",
     "to_static": "there is no static graph; --compile does what it was for",
@@ -16,7 +16,6 @@ NOT_NEEDED = {
     "shuffle_every_n_samples": "every epoch is a full permutation of the data",
     "enable_xformers_memory_efficient_attention": "attention is memory-efficient anyway",
 }
-PARALLEL_NOT_YET = ("dp_degree", "sharding_parallel_degree", "tensor_parallel_degree")
 PARALLEL_NEVER = {
     "pipeline_parallel_degree": "the long skips tie first blocks to last ones, so stages would wait for one another",
     "sep_parallel_degree": "a sequence of 334 tokens is too short to be worth splitting",
@@ -48,7 +47,8 @@ class TrainConfig:
     vae_name_or_path: str | None = None
     """The VAE that made the features, for previews and the final pipeline; the store usually knows it."""
     text_encoder_name_or_path: str | None = None
-    """The text encoder that made the contexts, for the final pipeline; the store usually knows it."""
+    """The text encoder that made the contexts or encodes token ids as they come, also for the final pipeline; the
+    store usually knows it."""
     tokenizer_name: str | None = None
     """The text encoder's tokenizer; the store usually knows it."""
     model_max_length: int | None = None
@@ -142,6 +142,17 @@ class TrainConfig:
     compile: bool = False
     """torch.compile the U-ViT; the first step takes minutes."""
 
+    # Validation
+    validation_feature_path: str | None = None
+    """Features to validate on; without it those of --validation_split in --feature_path, where there are any."""
+    validation_split: str = "val"
+    """The split to validate on."""
+    eval_steps: int = 5000
+    """Steps between validations, and one at the end; -1: never. Each is the loss on the same pairs, noise and
+    timesteps, in every run."""
+    num_validation_samples: int = 256
+    """Pairs that a validation looks at, where there are so many."""
+
     # What a person sees
     logging_steps: int = 50
     """Steps between lines on the console and points in TensorBoard; logs/metrics.jsonl has every step."""
@@ -172,11 +183,11 @@ class TrainConfig:
 
     # More than one process
     dp_degree: int = 1
-    """Replicas. More than 1 is refused for now."""
+    """Replicas, each with its share of the data. The product of the three degrees is the number of processes."""
     sharding_parallel_degree: int = 1
-    """Shards of weights and optimizer. More than 1 is refused for now."""
+    """Processes that share the data, and keep 1/N of weights, gradients, optimizer and EMA each (FSDP2)."""
     tensor_parallel_degree: int = 1
-    """Ways to split each layer. More than 1 is refused for now."""
+    """Processes that split the attention heads and MLPs of each block, on the same data."""
     pipeline_parallel_degree: int = 1
     """Only 1: the long skips leave nothing to gain."""
     sep_parallel_degree: int = 1
@@ -207,7 +218,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         at_least_one = (
             "per_device_train_batch_size gradient_accumulation_steps max_steps logging_steps save_steps "
-            "num_inference_steps max_nonfinite_steps text_encoder_layers"
+            "num_inference_steps max_nonfinite_steps text_encoder_layers num_validation_samples "
+            "dp_degree sharding_parallel_degree tensor_parallel_degree"
         )
         for name in at_least_one.split():
             if getattr(self, name) < 1:
@@ -232,6 +244,13 @@ class TrainConfig:
                 raise UserError(f"--{name} {value}: must be above 0")
         if self.save_total_limit is not None and self.save_total_limit < 1:
             raise UserError(f"--save_total_limit {self.save_total_limit}: must be at least 1; leave it out to keep all")
+        if self.eval_steps < 1 and self.eval_steps != -1:
+            raise UserError(f"--eval_steps {self.eval_steps}: must be at least 1; -1 never validates")
+        if self.eval_steps == -1 and self.validation_feature_path:
+            raise UserError(
+                f"--validation_feature_path {self.validation_feature_path}: --eval_steps -1 never looks at it; "
+                "choose one"
+            )
         if self.image_logging_steps > 0 and self.image_logging_steps % self.logging_steps:
             raise UserError(
                 f"--image_logging_steps {self.image_logging_steps}: must be a multiple of --logging_steps "
@@ -255,11 +274,6 @@ class TrainConfig:
         for name, why in PARALLEL_NEVER.items():
             if getattr(self, name) != 1:
                 raise UserError(f"--{name} {getattr(self, name)}: only 1 is possible, because {why}")
-        for name in PARALLEL_NOT_YET:
-            if getattr(self, name) != 1:
-                raise UserError(
-                    f"--{name} {getattr(self, name)}: training over several processes is not there yet; use 1"
-                )
 
     def profiled_steps(self) -> tuple[int, int] | None:
         """(first, last) step that the profiler records."""

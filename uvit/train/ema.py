@@ -3,7 +3,9 @@
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from uvit.distributed.ops import local
 
 
 class EMA:
@@ -16,6 +18,6 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Once an optimizer step."""
-        averages: list[Tensor] = list(self.model.parameters())
-        parameters: list[Tensor] = list(model.parameters())
+        averages = [local(average) for average in self.model.parameters()]
+        parameters = [local(parameter) for parameter in model.parameters()]
         torch._foreach_lerp_(averages, parameters, 1 - self.decay)

@@ -1,11 +1,13 @@
 """The optimizer and the learning rate."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from uvit.config.train import TrainConfig
+from uvit.distributed.ops import fused_groups
 
 
 def learning_rate_factor(step: int, config: TrainConfig, max_steps: int) -> float:
@@ -38,12 +40,12 @@ def _decay(kind: str, progress: float, config: TrainConfig) -> float:
 
 
 def build_optimizer(networks: nn.ModuleDict, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the networks, a group each with its own peak learning rate (`peak_lr`)."""
+    """AdamW over the networks, each with its own peak learning rate (`peak_lr`)."""
     rates = {"unet": config.unet_learning_rate, "text_encoder": config.text_encoder_learning_rate}
-    groups = []
+    groups: list[dict[str, Any]] = []
     for name, network in networks.items():
         rate = config.learning_rate if rates[name] is None else rates[name]
-        groups.append({"params": list(network.parameters()), "lr": rate, "peak_lr": rate})
+        groups += [{"params": group, "lr": rate, "peak_lr": rate} for group in fused_groups(network.parameters())]
     return torch.optim.AdamW(
         groups,
         betas=(config.adam_beta1, config.adam_beta2),

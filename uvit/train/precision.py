@@ -5,11 +5,44 @@ float32 masters, which the optimizer, the EMA and the checkpoints know alone. fl
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from uvit.config.train import TrainConfig
+from uvit.distributed.ops import local
+
+
+class LossScale:
+    """What a float16 loss is multiplied with, so that its small gradients do not vanish (Micikevicius et al. 2018).
+
+    Halved where a gradient is not finite, doubled after 2000 steps without. Unlike torch's GradScaler it is told
+    whether all gradients of all processes are finite, so that all scale alike.
+    """
+
+    FIRST, MOST_STEPS = 2.0**16, 2000
+
+    def __init__(self, enabled: bool):
+        self.enabled = enabled
+        self.value = self.FIRST if enabled else 1.0
+        self.num_good_steps = 0
+
+    def update(self, finite: bool) -> None:
+        if not self.enabled:
+            return
+        self.num_good_steps = self.num_good_steps + 1 if finite else 0
+        if not finite:
+            self.value /= 2
+        elif self.num_good_steps == self.MOST_STEPS:
+            self.value, self.num_good_steps = 2 * self.value, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scale": self.value, "num_good_steps": self.num_good_steps} if self.enabled else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.enabled:
+            self.value, self.num_good_steps = state["scale"], state["num_good_steps"]
 
 
 class Precision:
@@ -21,7 +54,7 @@ class Precision:
         self.has_copy = self.dtype != torch.float32 and config.fp16_opt_level == "O2"
         self.masters = masters
         self.networks = copy.deepcopy(masters).to(self.dtype) if self.has_copy else masters
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.fp16)
+        self.scale = LossScale(enabled=config.fp16)
 
     def autocast(self) -> torch.autocast:
         enabled = self.dtype != torch.float32 and not self.has_copy
@@ -32,21 +65,24 @@ class Precision:
         return tensor.to(self.dtype) if self.has_copy else tensor.float()
 
     def backward(self, loss: Tensor) -> None:
-        self.scaler.scale(loss).backward()
+        (loss * self.scale.value).backward()
 
-    def collect_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+    @torch.no_grad()
+    def collect_gradients(self) -> None:
         """After the last backward of a step: the masters' gradients, in float32 and unscaled."""
         if self.has_copy:
             for master, worker in zip(self.masters.parameters(), self.networks.parameters(), strict=True):
                 master.grad = None if worker.grad is None else worker.grad.float()
                 worker.grad = None
-        self.scaler.unscale_(optimizer)
+        if self.scale.enabled:
+            grads = [local(parameter.grad) for parameter in self.masters.parameters() if parameter.grad is not None]
+            torch._foreach_mul_(grads, 1 / self.scale.value)
 
     def step(self, optimizer: torch.optim.Optimizer, finite: bool) -> None:
         """Update the masters, unless the gradients are not finite; a float16 scale then gives way."""
         if finite:
-            self.scaler.step(optimizer)
-        self.scaler.update()
+            optimizer.step()
+        self.scale.update(finite)
         optimizer.zero_grad()
         if finite:
             self.publish()
@@ -55,4 +91,5 @@ class Precision:
     def publish(self) -> None:
         """The masters' values to the copy that computes."""
         if self.has_copy:
-            torch._foreach_copy_(list(self.networks.parameters()), list(self.masters.parameters()))
+            copies = [local(parameter) for parameter in self.networks.parameters()]
+            torch._foreach_copy_(copies, [local(parameter) for parameter in self.masters.parameters()])

@@ -5,20 +5,25 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from uvit.data.encoders import decode_latents, encode_tokens, load_vae
+from uvit.convert.export import check_fingerprint
+from uvit.data.encoders import decode_latents, load_vae
 from uvit.errors import UserError
 from uvit.images import contact_sheet, save_png, to_pil
 from uvit.sample.denoise import denoise
 from uvit.sample.schedulers import build_scheduler
 from uvit.train.setup import Run
+from uvit.train.step import encode_text
 
 GUIDANCE_SCALES = (1.0, 7.5)
 MAX_IMAGES = 8
-PREVIEWS = 3  # a stream of random numbers of its own
+PREVIEWS = 4  # a stream of random numbers of its own
 
 
 def load_preview_vae(run: Run) -> AutoencoderKL | None:
-    """The VAE for the previews, or None where none are asked for, or none can be had and none was named."""
+    """The VAE for the previews, or None where none are asked for, or none can be had and none was named.
+
+    Raises UserError where one was named and is not the one that made the features.
+    """
     config = run.config
     if config.image_logging_steps <= 0:
         return None
@@ -26,7 +31,10 @@ def load_preview_vae(run: Run) -> AutoencoderKL | None:
     try:
         if not (named or run.features.vae_name):
             raise UserError("the features do not say which VAE made them; pass --vae_name_or_path")
-        return load_vae(named or run.features.vae_name or "").to(run.device)
+        name = named or run.features.vae_name or ""
+        vae = load_vae(name)
+        check_fingerprint(vae, run.features.vae_sha256, "vae_name_or_path", name)
+        return vae.to(run.device)
     except UserError as error:
         if named:
             raise
@@ -40,10 +48,9 @@ def preview(run: Run, vae: AutoencoderKL) -> Image.Image:
     rows = np.arange(min(MAX_IMAGES, run.features.num_samples))
     read = run.features.read(rows, np.zeros(len(rows)))
     unet = run.averaged["unet"]
-    if run.config.train_text_encoder:
-        encoder = run.averaged["text_encoder"]
+    if run.batches.use_tokens:
         ids = np.concatenate([read.token_ids, run.features.empty_token_ids[None]]).astype(np.int64)  # type: ignore[index]
-        contexts = encode_tokens(encoder, torch.from_numpy(ids).to(run.device), run.pad_token_id)
+        contexts = encode_text(run, run.averaged, torch.from_numpy(ids).to(run.device))
     else:
         stored = np.concatenate([read.context, run.features.empty_context[None]])  # type: ignore[index]
         contexts = torch.from_numpy(stored).to(run.device).float()
@@ -69,5 +76,6 @@ def preview(run: Run, vae: AutoencoderKL) -> Image.Image:
     labels = [texts[0] if texts else "" for texts in captions]
     labels += [f"guidance {scale}" for scale in GUIDANCE_SCALES for _ in rows]
     sheet = contact_sheet(images, labels, columns=len(rows), cell=max(64, images[0].width))
-    save_png(sheet, run.output_dir / "previews" / f"step-{run.step:08d}.png")
+    if run.world.is_main:
+        save_png(sheet, run.output_dir / "previews" / f"step-{run.step:08d}.png")
     return sheet

@@ -7,21 +7,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel
 
 import uvit
 from uvit.config.model import resolve_model_config
 from uvit.config.train import TrainConfig
-from uvit.data.encoders import load_text_encoder, load_tokenizer
 from uvit.data.features import Features, open_features
 from uvit.data.loader import Batches
-from uvit.device import pick_device
 from uvit.diffusion import LATENT_SCALE
+from uvit.distributed.mesh import World, alone
+from uvit.distributed.ops import GradientAverage
+from uvit.distributed.parallelize import parallelize, shard
 from uvit.errors import UserError
 from uvit.model import INIT_STD, UViTT2IModel
+from uvit.train.checks import check_features, check_pretrained, check_validation, fingerprints
 from uvit.train.ema import EMA
 from uvit.train.optim import build_optimizer
 from uvit.train.precision import Precision
+from uvit.train.text import build_text_encoder, load_frozen_text_encoder
+
+DEFAULT_SPLIT = TrainConfig.validation_split
 
 
 @dataclass
@@ -32,19 +36,27 @@ class Run:
     output_dir: Path
     device: torch.device
     features: Features
+    validation: Features | None  # other samples, to validate on
     batches: Batches
     networks: nn.ModuleDict  # unet, and text_encoder where it is trained; float32
     optimizer: torch.optim.AdamW
     ema: EMA | None
     precision: Precision
     latent_scale: float
-    pad_token_id: int  # of the text encoder that is trained
+    frozen_text_encoder: Any | None  # where the features have token ids alone and it is not trained
+    text_encoder_sha256: str | None  # of the one that contexts come from; None: it is trained, or not known
+    pad_token_id: int  # of the text encoder that is trained or frozen
     max_steps: int
+    world: World
+    gradients: GradientAverage  # of the networks that compute
     step: int = 0
+    samples: int = 0  # the sample counter: drawn so far, over all processes
 
     @property
     def samples_per_step(self) -> int:
-        return self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
+        config = self.config
+        num_data_ranks = config.dp_degree * config.sharding_parallel_degree
+        return config.per_device_train_batch_size * config.gradient_accumulation_steps * num_data_ranks
 
     @property
     def averaged(self) -> nn.ModuleDict:
@@ -59,7 +71,7 @@ class Run:
         config, features = self.config, self.features
         pretrained = config.pretrained_model_name_or_path
         return {
-            "samples": self.step * self.samples_per_step,
+            "samples": self.samples,
             "unet_config": model_config(self.networks["unet"]),
             "text_encoder_config": text_encoder_config(self.networks),
             "prediction_type": config.prediction_type,
@@ -67,7 +79,11 @@ class Run:
             "vae": pretrained or config.vae_name_or_path or features.vae_name,
             "text_encoder": pretrained or config.text_encoder_name_or_path or features.text_encoder_name,
             "tokenizer": pretrained or config.tokenizer_name or features.tokenizer_name,
-            "scaler": self.precision.scaler.state_dict(),
+            "vae_sha256": features.vae_sha256,
+            "text_encoder_sha256": self.text_encoder_sha256,
+            "tokenizer_sha256": fingerprints(features, config.train_text_encoder)["tokenizer"],
+            "loss_scale": self.precision.scale.state_dict(),
+            "degrees": str(self.world.degrees),
             "config": asdict(config),
             "versions": {"uvit": uvit.__version__, "torch": torch.__version__},
             "num_threads": torch.get_num_threads(),
@@ -87,36 +103,47 @@ def model_config(unet: Any) -> dict[str, Any]:
     return {key: value for key, value in unet.config.items() if not key.startswith("_")}
 
 
-def set_up(config: TrainConfig, output_dir: Path) -> Run:
-    """A run at step 0. Raises UserError where features, model and flags contradict one another."""
-    device = pick_device(config.device)
-    features = open_features(config.feature_path)
+def set_up(config: TrainConfig, output_dir: Path, world: World | None = None) -> Run:
+    """A run at step 0. Raises UserError where features, model and flags contradict one another.
+
+    Every process of a world calls this alike; without one, this is the only process.
+    """
+    world = world or alone(config.device)
+    device = world.device
+    features = open_features(config.feature_path, "train", "feature_path")
+    check_pretrained(config, features)
     torch.manual_seed(config.seed)
     unet = build_unet(config)
-    check_features(config, features, unet)
+    use_tokens = config.train_text_encoder or features.context_shape is None
+    check_features(config, features, unet, use_tokens, "feature_path", config.feature_path)
+    validation = open_validation(config, features, unet, use_tokens)
     networks = nn.ModuleDict({"unet": unet})
-    pad_token_id = 0
+    frozen, text_encoder_sha256, pad_token_id = None, None, 0
     if config.train_text_encoder:
         networks["text_encoder"], pad_token_id = build_text_encoder(config, features, unet)
+    elif use_tokens:
+        frozen, pad_token_id, text_encoder_sha256 = load_frozen_text_encoder(config, features, unet)
+        frozen.to(device)
+    else:
+        text_encoder_sha256 = features.text_encoder_sha256
     networks.to(device).train()
-    optimizer = build_optimizer(networks, config)
     ema = EMA(networks, config.ema_decay) if config.use_ema else None
     precision = Precision(config, networks, device)
-    worker: Any = precision.networks["unet"]
-    if config.recompute:
-        worker.enable_gradient_checkpointing()
-    if config.compile:
-        worker.compile()
+    for copy in {id(n): n for n in (networks, precision.networks, ema.model if ema else networks)}.values():
+        computes = copy is precision.networks
+        spread(copy, world, recompute=computes and config.recompute, compile=computes and config.compile)  # type: ignore[arg-type]
+    optimizer = build_optimizer(networks, config)
     run = Run(
         config=config,
         output_dir=output_dir,
         device=device,
         features=features,
+        validation=validation,
         batches=Batches(
             features,
             config.per_device_train_batch_size,
             config.seed,
-            use_tokens=config.train_text_encoder,
+            use_tokens=use_tokens,
             noise_offset=config.noise_offset,
         ),
         networks=networks,
@@ -124,12 +151,39 @@ def set_up(config: TrainConfig, output_dir: Path) -> Run:
         ema=ema,
         precision=precision,
         latent_scale=config.latent_scale or features.latent_scale or LATENT_SCALE,
+        frozen_text_encoder=frozen,
+        text_encoder_sha256=text_encoder_sha256,
         pad_token_id=pad_token_id,
         max_steps=config.max_steps,
+        world=world,
+        gradients=GradientAverage(precision.networks, world),
     )
     if config.num_train_epochs:
         run.max_steps = max(1, round(config.num_train_epochs * features.num_samples / run.samples_per_step))
     return run
+
+
+def spread(networks: nn.ModuleDict, world: World, recompute: bool, compile: bool) -> None:
+    """Over the processes, each copy of the networks alike."""
+    unet: Any = networks["unet"]
+    parallelize(unet, world, recompute=recompute, compile=compile)
+    if "text_encoder" in networks:
+        shard(networks["text_encoder"], world)
+
+
+def open_validation(config: TrainConfig, features: Features, unet: UViTT2IModel, use_tokens: bool) -> Features | None:
+    """The features to validate on, if there are any. Only a split `val` that nobody asked for may be missing."""
+    if config.eval_steps == -1:
+        return None
+    split, flag, path = config.validation_split, "feature_path", config.feature_path
+    if config.validation_feature_path:
+        flag, path = "validation_feature_path", config.validation_feature_path
+    elif split == DEFAULT_SPLIT and not (Path(path).expanduser() / split).is_dir():
+        return None
+    validation = open_features(path, split, flag)
+    check_features(config, validation, unet, use_tokens, flag, path)
+    check_validation(config, features, validation, flag, path)
+    return validation
 
 
 def build_unet(config: TrainConfig) -> UViTT2IModel:
@@ -151,79 +205,3 @@ def rescale_initialisation(unet: UViTT2IModel, weight_std: float, position_std: 
         if isinstance(module, nn.Linear):
             module.weight.mul_(weight_std / INIT_STD)
     unet.pos_embed.mul_(position_std / INIT_STD)
-
-
-def build_text_encoder(config: TrainConfig, features: Features, unet: UViTT2IModel) -> tuple[PreTrainedModel, int]:
-    """-> (the text encoder to train, the padding token's id): an existing one, or a small CLIP's from scratch."""
-    pretrained = config.pretrained_model_name_or_path
-    tokenizer = load_tokenizer(pretrained or config.tokenizer_name or features.tokenizer_name or "")
-    pad_token_id = tokenizer.pad_token_id or 0
-    name = pretrained or config.text_encoder_name_or_path
-    if name is not None:
-        encoder = load_text_encoder(name).requires_grad_(True)
-        if encoder.config.hidden_size != unet.config.clip_dim:
-            raise UserError(
-                f"--text_encoder_name_or_path {name}: its width is {encoder.config.hidden_size}, the U-ViT's clip_dim "
-                f"{unet.config.clip_dim}; choose another --uvit_config_file"
-            )
-        return encoder, pad_token_id
-    width = unet.config.clip_dim
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_hidden_layers=config.text_encoder_layers,
-            num_attention_heads=max(1, width // 64),
-            max_position_embeddings=unet.config.num_text_tokens,
-            projection_dim=width,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=pad_token_id,
-        )
-    ), pad_token_id
-
-
-def check_features(config: TrainConfig, features: Features, unet: UViTT2IModel) -> None:
-    """Every contradiction between store, model and flags, before the first step."""
-    path, model = config.feature_path, unet.config
-    channels, height, width = features.moments_shape
-    if channels != 2 * model.in_channels:
-        raise UserError(
-            f"--feature_path {path}: has latents of {channels // 2} channels, the model {model.in_channels}; "
-            "choose another --uvit_config_file"
-        )
-    rows, columns = unet.grid
-    p = unet.patch_size
-    if height % p or width % p or height // p > rows or width // p > columns:
-        raise UserError(
-            f"--feature_path {path}: has latents of {height}x{width}, the model's sample_size is "
-            f"{rows * p}x{columns * p}; choose another --uvit_config_file"
-        )
-    if config.train_text_encoder:
-        num_tokens, what = features.num_tokens, "token ids"
-        if num_tokens is None:
-            raise UserError(f"--train_text_encoder: {path} has no token ids; extract with --text tokens or both")
-    else:
-        if features.context_shape is None:
-            raise UserError(
-                f"--feature_path {path}: has no contexts; extract with --text contexts, or pass --train_text_encoder"
-            )
-        num_tokens, clip_dim = features.context_shape
-        what = "context tokens"
-        if clip_dim != model.clip_dim:
-            raise UserError(
-                f"--feature_path {path}: has contexts of width {clip_dim}, the model's clip_dim is {model.clip_dim}; "
-                "choose another --uvit_config_file"
-            )
-    if num_tokens != model.num_text_tokens:
-        raise UserError(
-            f"--feature_path {path}: has {num_tokens} {what} a caption, the model's num_text_tokens is "
-            f"{model.num_text_tokens}; extract with --model_max_length {model.num_text_tokens}"
-        )
-    if config.model_max_length not in (None, num_tokens):
-        raise UserError(
-            f"--model_max_length {config.model_max_length}: the features have {num_tokens} tokens a caption"
-        )
-    if config.resolution is not None and features.resolution not in (None, config.resolution):
-        raise UserError(f"--resolution {config.resolution}: the features were extracted at {features.resolution}")

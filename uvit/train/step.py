@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from uvit.data.encoders import encode_tokens
 from uvit.data.types import Batch
 from uvit.diffusion import add_noise, draw_latents, loss
+from uvit.distributed.ops import clip_gradients, grad_norm, mean_over_data
 from uvit.train.optim import learning_rate_factor, set_learning_rate
 from uvit.train.setup import Run
 
@@ -26,19 +27,36 @@ class StepResult:
 
 
 def batch_loss(run: Run, batch: Batch) -> Tensor:
-    """Noise the latents, predict, compare: U-ViT's eq. 1 for epsilon. A float32 scalar."""
-    precision = run.precision
-    unet = precision.networks["unet"]
+    """What training makes smaller. A float32 scalar."""
+    return loss_of(run, run.precision.networks, batch, run.config.snr_gamma)
+
+
+def loss_of(run: Run, networks: nn.Module, batch: Batch, snr_gamma: float | None = None) -> Tensor:
+    """Noise the latents, predict, compare: U-ViT's eq. 1 for epsilon. `networks`: those of the run or their average."""
+    unet = networks["unet"]  # type: ignore[index]
+    dtype = next(unet.parameters()).dtype  # float32, or a copy's under O2
     x_0 = draw_latents(batch.moments.float(), batch.posterior_noise, run.latent_scale)
     x_n = add_noise(x_0, batch.noise, batch.timesteps)
-    with precision.autocast():
-        if batch.token_ids is None:
-            assert batch.context is not None
-            context = precision.cast(batch.context)
-        else:
-            context = encode_tokens(precision.networks["text_encoder"], batch.token_ids, run.pad_token_id)
-        prediction = unet(precision.cast(x_n), batch.timesteps, context)
-    return loss(prediction, x_0, batch.noise, batch.timesteps, run.config.prediction_type, run.config.snr_gamma)
+    with run.precision.autocast():
+        context = context_of(run, networks, batch)
+        prediction = unet(x_n.to(dtype), batch.timesteps, context.to(dtype))
+    return loss(prediction, x_0, batch.noise, batch.timesteps, run.config.prediction_type, snr_gamma)
+
+
+def context_of(run: Run, networks: nn.Module, batch: Batch) -> Tensor:
+    """(B, T, D): as stored, or what a batch's token ids are encoded to."""
+    if batch.context is not None:
+        return batch.context
+    assert batch.token_ids is not None
+    return encode_text(run, networks, batch.token_ids)
+
+
+def encode_text(run: Run, networks: nn.Module, token_ids: Tensor) -> Tensor:
+    """(B, T) -> context (B, T, D), by the text encoder among the networks, or else by the frozen one, in float32."""
+    if run.frozen_text_encoder is None:
+        return encode_tokens(networks["text_encoder"], token_ids, run.pad_token_id)  # type: ignore[index]
+    with torch.no_grad(), torch.autocast(run.device.type, enabled=False):  # as contexts in a store were made
+        return encode_tokens(run.frozen_text_encoder, token_ids, run.pad_token_id)
 
 
 def train_step(run: Run, batches: Iterator[Batch]) -> StepResult:
@@ -47,20 +65,23 @@ def train_step(run: Run, batches: Iterator[Batch]) -> StepResult:
     lr = set_learning_rate(optimizer, learning_rate_factor(run.step, config, run.max_steps))
 
     total = torch.zeros((), device=run.device)
-    for _ in range(config.gradient_accumulation_steps):
+    for i in range(config.gradient_accumulation_steps):
+        run.gradients.microbatch(last=i == config.gradient_accumulation_steps - 1)
         share = batch_loss(run, next(batches)) / config.gradient_accumulation_steps
         precision.backward(share)
         total += share.detach()
 
-    precision.collect_gradients(optimizer)
+    run.gradients.finish()
+    precision.collect_gradients()
     parameters = list(run.networks.parameters())
-    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = grad_norm(parameters, run.world)
     if config.max_grad_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, grad_norm)
+        clip_gradients(parameters, config.max_grad_norm, norm)
 
-    result = StepResult(total.item(), grad_norm.item(), lr)
+    result = StepResult(mean_over_data(total, run.world).item(), norm.item(), lr)
     precision.step(optimizer, result.finite)
     if run.ema and result.finite:
         run.ema.update(run.networks)
     run.step += 1
+    run.samples += run.samples_per_step
     return result

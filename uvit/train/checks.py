@@ -1,0 +1,106 @@
+"""Do features, model, flags and encoders belong together? Every contradiction is found before the first step."""
+
+from pathlib import Path
+
+from uvit.config.train import TrainConfig
+from uvit.convert.export import exported_facts
+from uvit.data.features import Features, FeatureStore
+from uvit.errors import UserError
+from uvit.model import UViTT2IModel
+
+
+def check_features(
+    config: TrainConfig, features: Features, unet: UViTT2IModel, use_tokens: bool, flag: str, path: str
+) -> None:
+    """Shapes and kinds. `--flag path` is where the features are."""
+    model = unet.config
+    where = f"--{flag} {path}"
+    channels, height, width = features.moments_shape
+    if channels != 2 * model.in_channels:
+        raise UserError(
+            f"{where}: has latents of {channels // 2} channels, the model {model.in_channels}; "
+            "choose another --uvit_config_file"
+        )
+    rows, columns = unet.grid
+    p = unet.patch_size
+    if height % p or width % p or height // p > rows or width // p > columns:
+        raise UserError(
+            f"{where}: has latents of {height}x{width}, the model's sample_size is "
+            f"{rows * p}x{columns * p}; choose another --uvit_config_file"
+        )
+    if use_tokens:
+        num_tokens, what = features.num_tokens, "token ids"
+        if features.empty_token_ids is None:
+            reason = "which --train_text_encoder needs" if config.train_text_encoder else "as the training features do"
+            raise UserError(f"{where}: has no token ids, {reason}; extract with --text tokens or both")
+    else:
+        if features.context_shape is None:
+            raise UserError(f"{where}: has no contexts, as the training features do; extract with --text contexts")
+        num_tokens, clip_dim = features.context_shape
+        what = "context tokens"
+        if clip_dim != model.clip_dim:
+            raise UserError(
+                f"{where}: has contexts of width {clip_dim}, the model's clip_dim is {model.clip_dim}; "
+                "choose another --uvit_config_file"
+            )
+    if num_tokens != model.num_text_tokens:
+        raise UserError(
+            f"{where}: has {num_tokens} {what} a caption, the model's num_text_tokens is "
+            f"{model.num_text_tokens}; extract with --model_max_length {model.num_text_tokens}"
+        )
+    if config.model_max_length not in (None, num_tokens):
+        raise UserError(
+            f"--model_max_length {config.model_max_length}: the features have {num_tokens} tokens a caption ({where})"
+        )
+    if config.resolution is not None and features.resolution not in (None, config.resolution):
+        raise UserError(
+            f"--resolution {config.resolution}: the features were extracted at {features.resolution} ({where})"
+        )
+
+
+def fingerprints(features: Features, train_text_encoder: bool) -> dict[str, str | None]:
+    """{what: sha256} of what made the features and must not change in a run; None: not known.
+
+    A text encoder that is trained has nothing to do with the one that the features may know.
+    """
+    tokenizer = features.manifest["tokenizer"] if isinstance(features, FeatureStore) else None
+    return {
+        "VAE": features.vae_sha256,
+        "text encoder": None if train_text_encoder else features.text_encoder_sha256,
+        "tokenizer": tokenizer["sha256"] if tokenizer else None,
+    }
+
+
+def difference(ours: dict[str, str | None], theirs: dict[str, str | None]) -> tuple[str, str] | None:
+    """The first of the fingerprints that differ where both are known: (what, the two in words)."""
+    for what, mine in ours.items():
+        other = theirs.get(what)
+        if mine and other and mine != other:
+            return what, f"fingerprints {other[:12]} and {mine[:12]}"
+    return None
+
+
+def check_validation(config: TrainConfig, features: Features, validation: Features, flag: str, path: str) -> None:
+    """Raises UserError where the features to validate on were made by other encoders than those to train on."""
+    ours, theirs = (fingerprints(either, config.train_text_encoder) for either in (features, validation))
+    if found := difference(ours, theirs):
+        what, both = found
+        raise UserError(
+            f"--{flag} {path}: its split {config.validation_split} was made by another {what} than the training "
+            f"features ({both}); extract it with the same one"
+        )
+
+
+def check_pretrained(config: TrainConfig, features: Features) -> None:
+    """Raises UserError where the pipeline to start from says that its encoders did not make the features."""
+    name = config.pretrained_model_name_or_path
+    if name is None:
+        return
+    facts = exported_facts(Path(name).expanduser())
+    theirs = {"VAE": facts.get("vae_sha256"), "text encoder": facts.get("text_encoder_sha256")}
+    if found := difference(fingerprints(features, config.train_text_encoder), theirs):
+        what, both = found
+        raise UserError(
+            f"--pretrained_model_name_or_path {name}: its {what} is not the one that made the features ({both}); "
+            "extract them with this one, or start from another pipeline"
+        )
