@@ -9,7 +9,7 @@ layout is float32, as its users have it; the others are float16. Ratios are to t
 
 Repetitions are interleaved: in each, every reader runs once for each number of workers, so that what else the machine
 does hits all alike; the table has medians, and medians of each repetition's own ratios. Times are of a whole pass,
-from making the DataLoader to its last batch. Warm: two epochs, after the files were read from end to end, so that all
+from the start to the last batch. Workers are the processes of a DataLoader, and uvit's own readers' threads. Warm: two epochs, after the files were read from end to end, so that all
 are in memory. Cold: one epoch, after the system was made to forget the files (as root also their names; the first line
 says how much of them it kept). What a cold pass leaves in memory is in smaller pieces than what `cat` leaves there:
 copying it takes up to twice as long.
@@ -41,6 +41,7 @@ from datasets.arrow_writer import ArrowWriter
 from torch.utils.data import DataLoader, Dataset
 
 from uvit.data.features import Features, FeatureStore, OldLayout
+from uvit.data.loader import made_ahead
 from uvit.data.store import EncodedPairs, StoreInfo, StoreWriter
 
 MOMENTS, CONTEXT, NUM_CAPTIONS = (8, 32, 32), (77, 768), 5
@@ -190,6 +191,8 @@ def load_textbook(folder: Path, num_pairs: int, num_epochs: int, num_workers: in
 
 
 def load_features(open_them: Callable[[Path], Features]) -> Callable[..., Iterable[Any]]:
+    """As `uvit train` loads: its workers are threads."""
+
     def load(folder: Path, num_pairs: int, num_epochs: int, num_workers: int, seed: int) -> Iterable[Any]:
         features = open_them(folder)
 
@@ -198,8 +201,8 @@ def load_features(open_them: Callable[[Path], Features]) -> Callable[..., Iterab
             assert batch.context is not None
             return batch.moments, batch.context
 
-        dataset = Batched(epochs(num_pairs, num_epochs, seed), read)
-        return DataLoader(dataset, batch_size=None, num_workers=num_workers)
+        batches = Batched(epochs(num_pairs, num_epochs, seed), read)
+        return made_ahead(batches.__getitem__, range(len(batches)), num_workers)
 
     return load
 

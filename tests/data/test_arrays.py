@@ -1,15 +1,17 @@
 """Items come from the files that hold them, whatever is in memory and however few files may be open."""
 
+import functools
 import gc
 import os
 import resource
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from uvit.data import arrays
-from uvit.data.arrays import Header, OpenFiles, Place, ShardedArray, as_bytes, read_header, read_places
+from uvit.data.arrays import Header, OpenFile, OpenFiles, Place, ShardedArray, as_bytes, read_header, read_places
 
 LENGTHS = [0, 3, 0, 0, 2, 4, 0]
 
@@ -99,3 +101,21 @@ def test_what_is_no_header(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.npy").write_bytes(content)
     with pytest.raises(ValueError):
         read_header(OpenFiles(tmp_path), "x.npy")
+
+
+def test_threads_that_read_many_files_with_few_of_them_open(tmp_path: Path) -> None:
+    """A file that one thread pushes out of the list of open ones is still whole for the thread that reads it."""
+    for i in range(40):
+        np.save(tmp_path / f"{i}.npy", np.full((50, 64), i, np.int32))
+    files = OpenFiles(tmp_path)
+    files.open = functools.lru_cache(2)(lambda name: OpenFile(f"{tmp_path}/{name}"))
+    array = ShardedArray([f"{i}.npy" for i in range(40)], [50] * 40, [128] * 40, (64,), np.dtype(np.int32))
+
+    def read(seed: int) -> bool:
+        items = np.random.default_rng(seed).integers(0, 2000, 200)
+        out = array.empty(200)
+        read_places(files, array.places(items, out))
+        return bool((out == (items // 50)[:, None]).all())
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(read, range(60)))

@@ -1,5 +1,6 @@
 """A batch is a function of (seed, sample counter): who reads it, and in what portions, makes no difference."""
 
+import threading
 import tracemalloc
 
 import numpy as np
@@ -9,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny import array_features
-from uvit.data.loader import Batches, draw, draw_flips, load, permute
+from uvit.data.loader import Batches, draw, draw_flips, load, made_ahead, permute
+from uvit.errors import UserError
 
 
 @settings(max_examples=60, deadline=None)
@@ -47,6 +49,28 @@ def equal(one: list[tuple[torch.Tensor, ...]], other: list[tuple[torch.Tensor, .
     return len(one) == len(other) and all(
         torch.equal(a, b) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True)
     )
+
+
+@pytest.mark.parametrize("num_threads", [0, 1, 3])
+def test_what_is_made_ahead_comes_in_order_and_its_errors_in_their_place(num_threads: int) -> None:
+    def make(item: int) -> int:
+        if item == 30:
+            raise UserError("the 30th cannot be read")
+        return item * item
+
+    assert list(made_ahead(make, range(30), num_threads)) == [item * item for item in range(30)]
+    made = made_ahead(make, range(100), num_threads)
+    assert [next(made) for _ in range(30)] == [item * item for item in range(30)]
+    with pytest.raises(UserError, match="30th"):
+        next(made)
+
+
+def test_no_thread_outlives_what_was_asked_for() -> None:
+    before = threading.active_count()
+    made = made_ahead(lambda item: item, range(1000), 2)
+    next(made)
+    made.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == before
 
 
 def test_batch_size_workers_and_start_do_not_change_the_samples() -> None:

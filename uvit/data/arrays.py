@@ -22,7 +22,7 @@ HEADER_BYTES = 4096  # of which an .npy's header takes 128 as a rule
 
 
 class OpenFile:
-    """A file descriptor that closes when nobody holds it any more."""
+    """A file descriptor that closes when nobody holds it any more: who reads must, as another thread may open files."""
 
     def __init__(self, path: str):
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -95,11 +95,12 @@ def read_places(files: OpenFiles, places: list[Place]) -> None:
     absent = [place for place in places if not _take(files, place)] if NOWAIT is not None else places
     if hasattr(os, "posix_fadvise"):
         for name, offset, out in absent:
-            os.posix_fadvise(files.open(name).descriptor, offset, len(out), os.POSIX_FADV_WILLNEED)
+            file = files.open(name)
+            os.posix_fadvise(file.descriptor, offset, len(out), os.POSIX_FADV_WILLNEED)
     for name, offset, out in absent:
-        done = 0
+        file, done = files.open(name), 0
         while done < len(out):
-            num_bytes = os.preadv(files.open(name).descriptor, [out[done:]], offset + done)
+            num_bytes = os.preadv(file.descriptor, [out[done:]], offset + done)
             if not num_bytes:
                 raise EOFError(f"{name} has become shorter")
             done += num_bytes
@@ -108,7 +109,8 @@ def read_places(files: OpenFiles, places: list[Place]) -> None:
 def _take(files: OpenFiles, place: Place) -> bool:
     """Read an item if all of it is in memory."""
     try:
-        return os.preadv(files.open(place.name).descriptor, [place.out], place.offset, NOWAIT or 0) == len(place.out)
+        file = files.open(place.name)
+        return os.preadv(file.descriptor, [place.out], place.offset, NOWAIT or 0) == len(place.out)
     except OSError:  # it is not, or the file system cannot tell; other errors come again where we wait
         return False
 
@@ -128,7 +130,8 @@ class Header:
 
 def read_header(files: OpenFiles, name: str) -> Header:
     """Raises OSError or ValueError where there is none."""
-    return _parse(os.pread(files.open(name).descriptor, HEADER_BYTES, 0))
+    file = files.open(name)
+    return _parse(os.pread(file.descriptor, HEADER_BYTES, 0))
 
 
 def _parse(data: bytes) -> Header:

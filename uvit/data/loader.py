@@ -5,13 +5,14 @@ neither the number of workers, of processes nor of accumulation steps.
 """
 
 import os
-import signal
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from uvit.data.features import Features
 from uvit.data.types import Batch
@@ -19,6 +20,9 @@ from uvit.diffusion import CONTEXT_DROP_PROBABILITY, NUM_TIMESTEPS
 
 ORDER, DRAWS, FLIPS = 1, 2, 3  # streams of random numbers that must not meet
 NUM_ROUNDS = 8
+ITEMS_AHEAD = 4  # for each thread
+
+T = TypeVar("T")
 
 
 def permute(positions: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
@@ -95,7 +99,7 @@ def _generators(counters: np.ndarray, seed: int, stream: int) -> Iterator[np.ran
         yield generator
 
 
-class Batches(Dataset[Batch]):
+class Batches:
     """Item j: samples j B .. (j+1) B - 1 of the run, counted from `first_sample`, which may be set at any time.
 
     Args:
@@ -146,22 +150,32 @@ class Batches(Dataset[Batch]):
 
 
 def load(batches: Batches, items: range, num_workers: int, device: torch.device) -> Iterator[Batch]:
-    """These items, in order, read ahead by workers, on the device."""
-    num_workers = min(num_workers, len(items), os.cpu_count() or 1)
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=items,
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-        prefetch_factor=4 if num_workers else None,
-        worker_init_fn=leave_stopping_to_the_main_process,
-    )
-    for batch in loader:
-        yield batch.to(device)
+    """These items, in order, on the device, made ahead of time by `num_workers` threads; 0 makes them when asked."""
+
+    def make(item: int) -> Batch:
+        batch = batches[item]
+        return batch.pin_memory() if device.type == "cuda" else batch
+
+    return (batch.to(device) for batch in made_ahead(make, items, min(num_workers, os.cpu_count() or 1)))
 
 
-def leave_stopping_to_the_main_process(worker: int) -> None:
-    """In a worker: Ctrl-C reaches all processes of a terminal, and only the main one knows what to save."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def made_ahead(make: Callable[[int], T], items: Sequence[int], num_threads: int) -> Iterator[T]:
+    """make(item) of each item, in order.
+
+    Threads, and not the processes of a DataLoader: reading and drawing let go of the interpreter's lock, and handing
+    4 MB from one process to another takes as long as making them.
+    """
+    if not num_threads:
+        yield from map(make, items)
+        return
+    ahead = deque[Future[T]]()
+    pool = ThreadPoolExecutor(num_threads, "load")
+    try:
+        for item in items:
+            ahead.append(pool.submit(make, item))
+            if len(ahead) > ITEMS_AHEAD * num_threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

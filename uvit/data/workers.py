@@ -4,15 +4,19 @@ A shard's rows are cut into batches from the shard's first row on. Where a batch
 the batch size alone, not on where an extraction was stopped nor on how many processes share it.
 """
 
+import os
+import signal
+import threading
+import time
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sized
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from uvit.data.loader import leave_stopping_to_the_main_process
 from uvit.data.types import Pair, PairError, Problem, Source, Stream
 from uvit.errors import UserError
 from uvit.images import to_pixels
@@ -142,9 +146,26 @@ def decode(source: Source | Stream, plan: Plan, reading: Reading, num_workers: i
             batch_size=None,
             sampler=items,
             num_workers=num_workers,
-            worker_init_fn=leave_stopping_to_the_main_process,
+            worker_init_fn=partial(_begin, os.getpid()),
         )
         return _unpacked(iter(loader))
+
+
+def _begin(parent: int, worker: int) -> None:
+    """In a worker: end when the main process does, even if that was killed.
+
+    The loader sees to that too, but not while a worker waits for someone to take its last batch.
+    """
+    # Ctrl-C reaches all processes of a terminal, and only the main one knows what to save.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _unpacked(batches: Iterator[Decoded]) -> Generator[Decoded]:
