@@ -5,7 +5,7 @@
 
 The run that is never killed is the plain command, or torchrun's; the others are forked off this process, which has
 imported everything, so that a kill costs no import. Says where the kills hit. Exits with 1 where any file of a run
-folder differs (but for the times in metrics.jsonl), where a hidden file or a process is left over, or where a run that
+folder differs (but for what metrics.jsonl has of time and memory), where a hidden file or a process is left over, or where a run that
 was killed does not go on.
 """
 
@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -40,8 +41,8 @@ MODEL = {
     "clip_dim": 64,
     "num_text_tokens": 18,
 }
-STEPS = 60
-TRAIN = f"""train --feature_path ../store --uvit_config_file ../model.json --output_dir run --device cpu
+STEPS = 40
+TRAIN = f"""train --feature_path FOLDER/store --uvit_config_file FOLDER/model.json --output_dir run --device cpu
     --per_device_train_batch_size 4 --max_steps {STEPS} --save_steps 4 --save_total_limit 5 --learning_rate 1e-3
     --warmup_steps 10 --ema_decay 0.9 --dataloader_num_workers 0 --image_logging_steps -1 --report_to none
     --logging_steps 1 --disable_tqdm"""
@@ -58,6 +59,7 @@ VARIANTS = {
 }
 AIMS = {"anywhere": 0.6, "at a save": 0.25, "at the export": 0.15}
 SAVE_SECONDS = 0.015  # about what a save takes here
+MEASURED = re.compile(r"seconds|bytes|per_second|mfu")  # in metrics.jsonl: no two runs have the same
 PATIENCE = 20.0  # seconds for what is left of a run after a kill; torchrun has 30
 
 
@@ -169,13 +171,12 @@ def hidden(run_folder: Path) -> set[tuple[str, int]]:
 
 
 def contents(run_folder: Path) -> dict[str, bytes]:
-    """Every file; metrics.jsonl without its times."""
+    """Every file; metrics.jsonl without what was measured."""
     found = {p.relative_to(run_folder).as_posix(): p.read_bytes() for p in run_folder.rglob("*") if p.is_file()}
     records = [json.loads(line) for line in found["logs/metrics.jsonl"].splitlines()]
     assert [record["step"] for record in records] == list(range(1, STEPS + 1)), "a line a step"
-    for record in records:
-        del record["seconds"], record["data_seconds"]
-    return found | {"logs/metrics.jsonl": json.dumps(records).encode()}
+    kept = [{name: value for name, value in record.items() if not MEASURED.search(name)} for record in records]
+    return found | {"logs/metrics.jsonl": json.dumps(kept).encode()}
 
 
 def differences(run_folder: Path, whole: dict[str, bytes]) -> list[str]:
@@ -203,10 +204,10 @@ def make_features(folder: Path) -> None:
     """Contexts and token ids in folder/store, by a text encoder that a first step of training leaves."""
     (folder / "model.json").write_text(json.dumps(MODEL))
     common = "extract --source shapes --resolution 32 --vae_name_or_path shapes --model_max_length 18 --num_workers 0"
-    first = TRAIN.replace("../", "").replace("store", "tokens").replace(f"--max_steps {STEPS}", "--max_steps 1")
+    first = f"{TRAIN} --feature_path tokens --uvit_config_file model.json --max_steps 1 --train_text_encoder"
     for arguments in (
         f"{common} --text tokens --output_dir tokens",
-        f"{first} --train_text_encoder",
+        first,
         f"{common} --text both --text_encoder_name_or_path run/pipeline --output_dir store",
     ):
         if wait(start(arguments.split(), folder)) != [0]:
@@ -215,7 +216,7 @@ def make_features(folder: Path) -> None:
 
 def soak(variant: str, num_kills: int, folder: Path, rng: random.Random) -> bool:
     """Returns whether all was well."""
-    arguments = [*TRAIN.split(), *VARIANTS[variant].split()]
+    arguments = f"{TRAIN} {VARIANTS[variant]}".replace("FOLDER", str(folder)).split()
     size = 2 if "_degree 2" in VARIANTS[variant] else 1
     started = time.monotonic()
     (folder / f"{variant}-whole").mkdir()
@@ -281,7 +282,7 @@ def main() -> int:
     started = time.monotonic()
     well = True
     with tempfile.TemporaryDirectory() as temporary:
-        folder = options.folder or Path(temporary)
+        folder = (options.folder or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         make_features(folder)
         print(f"features are there after {time.monotonic() - started:.1f} s", flush=True)
