@@ -5,8 +5,8 @@
 
 The run that is never killed is the plain command, or torchrun's; the others are forked off this process, which has
 imported everything, so that a kill costs no import. Says where the kills hit. Exits with 1 where any file of a run
-folder differs (but for what metrics.jsonl has of time and memory), where a hidden file or a process is left over, or where a run that
-was killed does not go on.
+folder differs (but for what metrics.jsonl has of time and memory), where a hidden file or a process is left over, or
+where a run that was killed does not go on.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import json
 import multiprocessing
 import os
 import random
-import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,10 +28,13 @@ from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
+import numpy as np
+
 import uvit.data.extract
 import uvit.sample.pipeline
 import uvit.train.trainer  # noqa: F401 - here, so that no child has to
 from uvit.cli.main import main as uvit_main
+from uvit.train.metrics import MEASURED
 
 MODEL = {
     "sample_size": 8,
@@ -53,13 +56,13 @@ VARIANTS = {
     "bf16": "--bf16",
     "text_encoder": "--train_text_encoder --prediction_type v_prediction",
     "fp16_o2": "--fp16 --fp16_opt_level O2",
+    "rollback": "--feature_path FOLDER/bad/store --max_nonfinite_steps 2",
     "replicas": "--dp_degree 2",
     "sharded": "--sharding_parallel_degree 2",
     "tensor_parallel": "--tensor_parallel_degree 2",
 }
 AIMS = {"anywhere": 0.6, "at a save": 0.25, "at the export": 0.15}
 SAVE_SECONDS = 0.015  # about what a save takes here
-MEASURED = re.compile(r"seconds|bytes|per_second|mfu")  # in metrics.jsonl: no two runs have the same
 PATIENCE = 20.0  # seconds for what is left of a run after a kill; torchrun has 30
 
 
@@ -175,7 +178,7 @@ def contents(run_folder: Path) -> dict[str, bytes]:
     found = {p.relative_to(run_folder).as_posix(): p.read_bytes() for p in run_folder.rglob("*") if p.is_file()}
     records = [json.loads(line) for line in found["logs/metrics.jsonl"].splitlines()]
     assert [record["step"] for record in records] == list(range(1, STEPS + 1)), "a line a step"
-    kept = [{name: value for name, value in record.items() if not MEASURED.search(name)} for record in records]
+    kept = [{name: value for name, value in record.items() if name not in MEASURED} for record in records]
     return found | {"logs/metrics.jsonl": json.dumps(kept).encode()}
 
 
@@ -212,6 +215,16 @@ def make_features(folder: Path) -> None:
     ):
         if wait(start(arguments.split(), folder)) != [0]:
             sys.exit((folder / "said.txt").read_text())
+    spoil(folder, "bad", np.inf)
+
+
+def spoil(folder: Path, name: str, factor: float) -> None:
+    """FOLDER/NAME/store: the features, with the latents of every sixteenth image so many times too large."""
+    shutil.copytree(folder / "store", folder / name / "store")
+    [path] = (folder / name / "store" / "train").glob("moments-*.npy")
+    moments = np.load(path)
+    moments[::16, : moments.shape[1] // 2] *= factor
+    np.save(path, moments)
 
 
 def soak(variant: str, num_kills: int, folder: Path, rng: random.Random) -> bool:

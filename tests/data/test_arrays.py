@@ -4,14 +4,26 @@ import functools
 import gc
 import os
 import resource
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from uvit.data import arrays
-from uvit.data.arrays import Header, OpenFile, OpenFiles, Place, ShardedArray, as_bytes, read_header, read_places
+from uvit.data.arrays import (
+    Header,
+    Memory,
+    OpenFile,
+    OpenFiles,
+    Place,
+    ShardedArray,
+    as_bytes,
+    read_header,
+    read_places,
+)
 
 LENGTHS = [0, 3, 0, 0, 2, 4, 0]
 
@@ -119,3 +131,37 @@ def test_threads_that_read_many_files_with_few_of_them_open(tmp_path: Path) -> N
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(read, range(60)))
+
+
+def test_memory_is_used_again_once_nobody_has_it() -> None:
+    memory = Memory()
+    float16, int32 = np.dtype(np.float16), np.dtype(np.int32)
+    arrays = [memory.empty((3, 4), float16) for _ in range(3)]
+    for i, array in enumerate(arrays):
+        array[:] = i
+    places = [array.ctypes.data for array in arrays]
+    assert len(set(places)) == 3
+
+    part, tensor = arrays[0][1:], torch.from_numpy(arrays[1])
+    del arrays, array
+    assert memory.empty((6,), int32).ctypes.data == places[2]  # as large, and free
+    assert memory.empty((2, 4), float16).ctypes.data not in places  # of another size
+    memory.empty((3, 4), float16)[:] = 7
+    assert (part == 0).all() and (tensor == 1).all()
+
+    del part, tensor
+    held = [memory.empty((3, 4), float16) for _ in range(3)]
+    assert sorted(array.ctypes.data for array in held) == sorted(places)
+
+
+def test_threads_never_get_the_same_memory() -> None:
+    memory = Memory()
+
+    def work(number: int) -> bool:
+        array = memory.empty((1000,), np.dtype(np.int64))
+        array[:] = number
+        time.sleep(0.0005)  # others run
+        return bool((array == number).all())
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(400)))

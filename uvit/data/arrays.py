@@ -10,6 +10,8 @@ import io
 import math
 import os
 import resource
+import sys
+import threading
 import tokenize
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +43,26 @@ class OpenFiles:
         self.open = functools.lru_cache(num_open)(lambda name: OpenFile(f"{folder}/{name}"))
 
 
+class Memory:
+    """Arrays whose memory is used again when nobody has it any more: fresh pages cost as much as reading into them."""
+
+    def __init__(self) -> None:
+        self._blocks: list[np.ndarray] = []
+        self._lock = threading.Lock()
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        num_bytes = math.prod(shape) * dtype.itemsize
+        with self._lock:
+            for i in range(len(self._blocks)):
+                # The list has it, and this function's own name for it; any view or tensor would count as well.
+                if len(block := self._blocks[i]) == num_bytes and sys.getrefcount(block) == 3:
+                    break
+            else:
+                block = np.empty(num_bytes, np.uint8)
+                self._blocks.append(block)
+            return block.view(dtype).reshape(shape)
+
+
 class Place(NamedTuple):
     """Where an item is, and the bytes that it goes to."""
 
@@ -60,11 +82,12 @@ class ShardedArray:
         self, names: list[str], lengths: list[int], offsets: list[int], shape: tuple[int, ...], dtype: np.dtype
     ):
         self.names, self.offsets, self.shape, self.dtype = names, offsets, shape, dtype
+        self._memory = Memory()
         self._first = np.cumsum([0, *lengths[:-1]])  # of each file, the number of its first item
         self._item_bytes = math.prod(shape) * dtype.itemsize
 
     def empty(self, num_items: int) -> np.ndarray:
-        return np.empty((num_items, *self.shape), self.dtype)
+        return self._memory.empty((num_items, *self.shape), self.dtype)
 
     def find(self, item: int) -> tuple[int, int]:
         """-> (number of the file, number of the item in it)."""
