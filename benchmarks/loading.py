@@ -10,9 +10,9 @@ layout is float32, as its users have it; the others are float16. Ratios are to t
 Repetitions are interleaved: in each, every reader runs once for each number of workers, so that what else the machine
 does hits all alike; the table has medians, and medians of each repetition's own ratios. Times are of a whole pass,
 from the start to the last batch. Workers are the processes of a DataLoader; uvit's own are threads. Warm: as many
-epochs as take about a second, after the files were read from end to end, so that all are in memory. Cold: one epoch, after the system was made to
-forget the files (as root also their names; the first line says how much of them it kept). What a cold pass leaves in
-memory is in smaller pieces than what `cat` leaves there: copying it takes up to twice as long.
+epochs as take about a second, after the files were read from end to end, so that all are in memory. Cold: one epoch,
+after the system was made to forget the files (as root also their names; the first line says how much of them it kept).
+What a cold pass leaves in memory is in smaller pieces than what `cat` leaves: copying it takes up to twice as long.
 
 Needs `webdataset` and `datasets`, and 3.1 MB a picture on disk, which it frees in the end: 3.2 GB for 1,024.
 """

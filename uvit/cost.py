@@ -76,7 +76,9 @@ def trace_step(
     tp: int = 1,
     encode: tuple[nn.Module, Callable[[Tensor], Tensor]] | None = None,
 ) -> Trace:
-    """What a training step's forward and backward keep, in the kernels of a CPU.
+    """What a training step's forward and backward keep, in a CPU's kernels but for layer norms under autocast.
+
+    A GPU's autocast computes those in float32, and keeps their inputs so; a CPU's leaves them in low precision.
 
     Args:
         size: height and width of the latents, where not the model's own.
@@ -88,6 +90,8 @@ def trace_step(
     if recompute:
         unet.enable_gradient_checkpointing()
     networks = nn.ModuleList([unet, encode[0]] if encode else [unet]).train()
+    if autocast != torch.float32:
+        norms_in_float32(networks)
     # All shape and no content, but on a CPU, whose attention kernel is fused; on the meta device it is not.
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in networks.modules():
@@ -106,6 +110,13 @@ def trace_step(
         return trace(networks, compute)
 
 
+def norms_in_float32(networks: nn.Module) -> None:
+    """As a GPU's autocast computes them."""
+    for module in networks.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+
+
 def trace(networks: nn.Module, compute: Callable[[], Tensor]) -> Trace:
     """Follow the memory of `compute() -> loss` and its backward."""
     gradients = 0
@@ -117,9 +128,8 @@ def trace(networks: nn.Module, compute: Callable[[], Tensor]) -> Trace:
 
     handles = [parameter.register_post_accumulate_grad_hook(count) for parameter in networks.parameters()]
     moments: list[tuple[int, int]] = []
-    with Alive(
-        [*networks.parameters(), *networks.buffers()], lambda alive: moments.append((alive, gradients))
-    ) as alive:
+    known = [*networks.parameters(), *networks.buffers()]
+    with Alive(known, lambda num_bytes: moments.append((num_bytes, gradients))) as alive:
         loss = compute()
         kept = alive.bytes
         loss.backward()
@@ -127,7 +137,7 @@ def trace(networks: nn.Module, compute: Callable[[], Tensor]) -> Trace:
     moments.append((alive.bytes, gradients))
     for handle in handles:
         handle.remove()
-    return Trace([alive - grads for alive, grads in moments], [grads for _, grads in moments], kept)
+    return Trace([num_bytes - grads for num_bytes, grads in moments], [grads for _, grads in moments], kept)
 
 
 class Alive(TorchDispatchMode):

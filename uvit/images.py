@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -111,7 +110,7 @@ def save_png(image: Image.Image, path: Path, text: Mapping[str, str] | None = No
     for key, value in (text or {}).items():
         info.add_itxt(key, value)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}.writing")
     image.save(aside, format="PNG", pnginfo=info)
     aside.replace(path)
 

@@ -21,6 +21,7 @@ def test_the_defaults_are_the_published_ones() -> None:
     assert (found.max_grad_norm, found.seed, found.dataloader_num_workers) == (-1, 1234, 8)
     assert (found.logging_steps, found.image_logging_steps, found.save_steps) == (50, 1000, 5000)
     assert (found.validation_split, found.eval_steps, found.num_validation_samples) == ("val", 5000, 256)
+    assert (found.max_nonfinite_steps, found.spike_factor, found.hang_timeout) == (20, 20.0, 1800.0)
     assert (found.prediction_type, found.num_inference_steps, found.use_ema) == ("epsilon", 50, True)
     assert (found.uvit_config_file, found.fp16_opt_level) == ("uvit_t2i_small", "O1")
 
@@ -43,6 +44,8 @@ def test_the_defaults_are_the_published_ones() -> None:
             {"eval_steps": -1, "validation_feature_path": "x"},
             "--validation_feature_path x: --eval_steps -1 never looks at it; choose one",
         ),
+        ({"spike_factor": 0.5}, "--spike_factor 0.5: must be above 1; 0 skips no spikes"),
+        ({"hang_timeout": -1.0}, "--hang_timeout -1.0: must not be negative"),
         ({"profiler_options": "5"}, "--profiler_options 5: must be two steps, such as 10,15"),
         ({"profiler_options": "5,3"}, "--profiler_options 5,3: must be two steps, such as 10,15"),
     ],
@@ -60,5 +63,6 @@ def test_what_looks_odd_and_is_right() -> None:
     assert config().profiled_steps() is None
     assert config().not_needed() == []
     assert config(eval_steps=-1).eval_steps == -1
+    assert config(spike_factor=0.0, hang_timeout=0.0).spike_factor == 0
     [sentence] = config(do_eval=True).not_needed()
     assert "validation runs whenever there is a validation split" in sentence

@@ -276,6 +276,7 @@ def test_killed_three_times_at_random(flags: dict[str, Any], tmp_path: Path) -> 
             wait_for_file(f"train/.partial-0000{kill}/progress.json", tmp_path / "store", process)
             time.sleep(random.uniform(0, 0.3))
             process.kill()
+            process.communicate(timeout=60)  # until its workers, which share its output, have ended too
         assert process.returncode == -signal.SIGKILL, "it was done before it was killed"
     run(flags)
     assert contents(tmp_path / "store") == contents(tmp_path / "whole")

@@ -6,12 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.tiny import tiny_text_encoder_folder, tiny_vae_folder
 from uvit.config.extract import ExtractConfig
 from uvit.config.train import TrainConfig
 from uvit.data.extract import extract
+from uvit.data.features import FeatureStore
+from uvit.data.loader import Batches
 
 TINY_MODEL = {
     "sample_size": 4,
@@ -70,6 +73,21 @@ def edited_store(store: Path, tmp_path: Path) -> Callable[..., str]:
 def token_store(edited_store: Callable[..., str]) -> str:
     """The same without contexts."""
     return edited_store(context_shape=None)
+
+
+@pytest.fixture
+def poisoned_store(edited_store: Callable[..., str]) -> Callable[..., str]:
+    """A function: sample counters of a tiny run -> a store in which the moments of those samples are not finite."""
+
+    def poison(*counters: int) -> str:
+        copy = edited_store()
+        rows = Batches(FeatureStore(Path(copy) / "train"), 4, TrainConfig.seed).rows(np.array(counters))
+        moments = np.load(Path(copy) / "train" / "moments-00000.npy", mmap_mode="r+")
+        moments[rows] = np.nan
+        moments.flush()
+        return copy
+
+    return poison
 
 
 @pytest.fixture(scope="session")

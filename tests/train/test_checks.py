@@ -1,15 +1,19 @@
 """Every contradiction between features, model, flags and encoders is a sentence before the first step."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from tests.tiny import array_features
 from tests.train.conftest import TINY_MODEL
 from uvit.data.features import open_features
 from uvit.errors import UserError
+from uvit.train.checks import check_latents
 from uvit.train.setup import set_up
 from uvit.train.trainer import train
 
@@ -91,3 +95,30 @@ def test_a_pipeline_to_start_from_must_have_the_encoders_of_the_features(
         with pytest.raises(UserError, match=f"--pretrained_model_name_or_path {pipeline}: its {what} is not the one"):
             set_up(config, tmp_path)
     assert set_up(tiny_config(pretrained_model_name_or_path=str(pipeline)), tmp_path)
+    (pipeline / "training.json").write_text(json.dumps(facts | {"timestep_labels": "0..999"}))
+    with pytest.raises(UserError, match=r"was trained with the timestep labels 0\.\.999, and here they are 1\.\.1000"):
+        set_up(tiny_config(pretrained_model_name_or_path=str(pipeline)), tmp_path)
+
+
+def test_latents_of_an_unusual_size_are_warned_of(
+    tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    features = open_features(tiny_config().feature_path)
+    means = features.read(np.arange(648), np.zeros(648)).moments[:, :4].astype(np.float64)
+    set_up(tiny_config(latent_scale=1 / means.std()), tmp_path)
+    assert capsys.readouterr().out == ""
+    set_up(tiny_config(latent_scale=10 / means.std()), tmp_path)
+    said = capsys.readouterr().out
+    found = re.search(
+        r"64 samples times the latent scale (\S+) .* deviation of (\S+), .*--latent_scale (\S+) would", said
+    )
+    assert found is not None
+    scale, size, better = map(float, found.groups())
+    assert scale == pytest.approx(10 / means.std(), rel=1e-3)
+    assert size == pytest.approx(10, rel=0.1) and better == pytest.approx(1 / means.std(), rel=0.1)  # of 64 of them
+
+
+def test_latents_that_are_all_alike_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    features = array_features(num_samples=1)
+    check_latents(features, 1.0, "somewhere")
+    assert "--feature_path somewhere: the latents of 1 samples are all alike" in capsys.readouterr().out

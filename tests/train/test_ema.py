@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from uvit.train.ema import EMA
+from uvit.train.ema import EMA, bits
 
 
 def test_it_follows_its_definition() -> None:
@@ -27,3 +27,12 @@ def test_it_moves_by_less_than_low_precision_could_hold() -> None:
     assert 1 < ema.model.weight.item() < 1.00001
     assert ema.model.weight.dtype == torch.float32 and not ema.model.weight.requires_grad
     assert model.weight.requires_grad
+
+
+def test_bits_tell_whether_anything_moved() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    before = bits(model)
+    assert bits(model) == before
+    with torch.no_grad():
+        model[1].bias[1] = torch.nextafter(model[1].bias[1], torch.tensor(9.0))
+    assert bits(model) != before

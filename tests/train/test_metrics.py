@@ -2,21 +2,23 @@
 
 import json
 import os
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from uvit.errors import UserError
-from uvit.train.metrics import Metrics, Timed, advice, keep_lines
+from uvit.train.metrics import MEASURED, PART_SECONDS, Metrics, advice, keep_lines
+from uvit.train.utilisation import Work
 from uvit.train.validate import TIMESTEPS
+
+WORK = Work(flops=10, peak=40.0, sentence="")  # half of what can be done in half a second
 
 
 def record(step: int, loss: float | None = 1.0, data_seconds: float = 0.0) -> dict[str, Any]:
     values = {"step": step, "loss": loss, "grad_norm": loss, "lr": 1e-3, "skipped": int(loss is None), "seconds": 0.5}
-    return values | {"data_seconds": data_seconds}
+    parts = dict.fromkeys(PART_SECONDS, 0.1) | {"data_seconds": data_seconds}
+    return values | parts | {"peak_memory_bytes": 2**30}
 
 
 def test_lines_after_the_checkpoint_are_cut(tmp_path: Path) -> None:
@@ -35,16 +37,41 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 
 
 def test_console_and_board(tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    metrics = Metrics(tiny_config(report_to="tensorboard", benchmark=True), tmp_path, 0, 10, samples_per_step=8)
+    metrics = Metrics(tiny_config(report_to="tensorboard", benchmark=True), tmp_path, 0, 10, 8, WORK)
     for step, loss in enumerate([1.0, 2.0, 3.0, None], start=1):
         metrics.step(record(step, loss))
     metrics.close()
     said = capsys.readouterr().out.splitlines()
-    assert "step 2/10: loss 1.5000" in said[0] and "16.0 samples/s, 0:00:04 left" in said[0]
+    assert "step 2/10: loss 1.5000" in said[0] and "16.0 samples/s, 50% MFU, 0:00:04 left" in said[0]
     assert "loss 3.0000" in said[1] and said[1].split(", ")[-2] == "1 skipped"
     assert "16.0 samples/s, 500.0 ms a step" in metrics.throughput() and "0% waiting for data" in metrics.throughput()
     assert "waiting" not in "".join(said)
-    assert list((tmp_path / "logs").glob("events.*"))
+    assert "50.0% MFU" in metrics.throughput()
+    shown = points(tmp_path / "logs")
+    assert shown["train/forward_seconds"] == [(2, pytest.approx(0.1)), (4, pytest.approx(0.1))]
+    assert shown["train/mfu"][0] == (2, 0.5) and shown["train/peak_memory_gib"][0] == (2, 1.0)
+    assert shown["train/skipped"] == [(2, 0), (4, 1)]
+
+
+def test_a_line_has_what_was_measured_under_names_that_say_so(tiny_config: Any, tmp_path: Path) -> None:
+    metrics = Metrics(tiny_config(), tmp_path, 0, 10, 8, WORK)
+    metrics.step(record(1))
+    metrics.close()
+    line = json.loads((tmp_path / "logs" / "metrics.jsonl").read_text())
+    assert set(MEASURED) <= line.keys() and line["mfu"] == 0.5 and line["samples_per_second"] == 16
+    assert line.keys() - set(MEASURED) == {"step", "loss", "grad_norm", "lr", "skipped"}
+
+
+def test_an_unknown_peak_shows_no_utilisation(
+    tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = Metrics(tiny_config(report_to="tensorboard", benchmark=True), tmp_path, 0, 10, 8, Work(10, None, ""))
+    metrics.step(record(1))
+    metrics.step(record(2))
+    metrics.close()
+    assert "MFU" not in capsys.readouterr().out + metrics.throughput()
+    assert "train/mfu" not in points(tmp_path / "logs")
+    assert json.loads((tmp_path / "logs" / "metrics.jsonl").read_text().splitlines()[0])["mfu"] is None
 
 
 def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -57,7 +84,7 @@ def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_a_validation_is_told_everywhere(tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    metrics = Metrics(tiny_config(report_to="tensorboard"), tmp_path, 0, 10, samples_per_step=8)
+    metrics = Metrics(tiny_config(report_to="tensorboard"), tmp_path, 0, 10, 8, WORK)
     losses = [i / 10 for i in range(8)]
     metrics.step(record(1) | {"val_loss": 0.35, "val_loss_raw": 0.5, "val_losses": losses})
     metrics.step(record(2))
@@ -79,7 +106,7 @@ def test_waiting_is_shown_and_much_of_it_warned_of_once(
 ) -> None:
     """Windows of two steps that wait for 40%, 4%, 10%, 30% and 50% of the time; the first may, the workers start."""
     config = tiny_config(report_to="tensorboard", benchmark=True)
-    metrics = Metrics(config, tmp_path, 0, 10, samples_per_step=8)
+    metrics = Metrics(config, tmp_path, 0, 10, 8, WORK)
     shares = [0.4, 0.04, 0.1, 0.3, 0.5]
     for window, share in enumerate(shares):
         metrics.step(record(2 * window + 1, data_seconds=share))  # seconds: 0.5 a step, so a window takes 1
@@ -106,16 +133,3 @@ def test_advice_is_what_can_be_done(tiny_config: Any) -> None:
     assert "num_workers" not in advice(tiny_config(dataloader_num_workers=10_000), old_layout=False)
     assert "uvit features import" not in advice(tiny_config(), old_layout=False)
     assert "uvit features import" in advice(tiny_config(), old_layout=True)
-
-
-def test_waiting_is_measured() -> None:
-    def slow() -> Iterator[Any]:
-        for i in range(3):
-            time.sleep(0.02)
-            yield i
-
-    batches: Any = Timed(slow())
-    assert (next(batches), next(batches)) == (0, 1)
-    assert batches.seconds() >= 0.04
-    assert batches.seconds() == 0
-    assert list(batches) == [2]

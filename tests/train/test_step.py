@@ -74,6 +74,46 @@ def test_low_precision_stays_near_float32(flags: dict[str, Any], level: str, tin
         assert all(torch.equal(copy, master.to(copy.dtype)) for copy, master in pairs)
 
 
+@pytest.mark.parametrize("flags", [{}, {"fp16": True}])
+def test_a_spike_changes_nothing_either(flags: dict[str, Any], tiny_config: Any) -> None:
+    run = start(tiny_config(**flags))
+    run.precision.scale.value = min(run.precision.scale.value, 256.0)  # float16 holds the large one too
+    usual = steps(run, 1)[0].grad_norm
+    large = next(load(run.batches, range(5, 6), 0, run.device))
+    large.noise[:] *= 100
+    before = [p.clone() for p in [*run.networks.parameters(), *run.averaged.parameters()]]
+    scale = run.precision.scale.value
+
+    run.guards.norms.extend([usual] * 98)  # with the first 99: too few to tell
+    kept = run.guards.state_dict()
+    run.guards.norms.append(usual)
+    result = train_step(run, iter([large]))
+    assert result.skipped and result.finite and result.grad_norm > 20 * usual
+    after = [*run.networks.parameters(), *run.averaged.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert run.precision.scale.value == scale  # it has nothing to do with float16
+    assert run.guards.skipped_in_a_row == 1 and run.guards.norms[-1] == result.grad_norm
+    assert not steps(run, 1)[0].skipped
+
+    run.guards.load_state_dict(kept)
+    assert not train_step(run, iter([large])).skipped
+
+
+def test_no_spikes_where_none_are_wanted(tiny_config: Any) -> None:
+    run = start(tiny_config(spike_factor=0.0))
+    run.guards.norms.extend([1e-9] * 100)
+    assert not steps(run, 1)[0].skipped
+
+
+def test_passing_over_jumps_the_sample_counter(tiny_config: Any) -> None:
+    run = start(tiny_config())
+    run.guards.passed_over = [(4, 12)]
+    steps(run, 1)
+    assert run.samples == 4
+    steps(run, 1)
+    assert run.samples == 16
+
+
 def test_every_parametrisation_trains(tiny_config: Any) -> None:
     """The loss on the same batches falls."""
     before = {}

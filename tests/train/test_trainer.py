@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from uvit import UViTPipeline, checkpoint
 from uvit.config_file import write_yaml
 from uvit.errors import UserError
+from uvit.train.metrics import MEASURED
 from uvit.train.trainer import train
 
 FILES = ("weights", "ema", "optimizer")
@@ -35,8 +37,7 @@ def same(one: Path, other: Path) -> bool:
 
 def lines(run: Path) -> list[dict[str, Any]]:
     records = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
-    times = ("seconds", "data_seconds")
-    return [{key: value for key, value in record.items() if key not in times} for record in records]
+    return [{key: value for key, value in record.items() if key not in MEASURED} for record in records]
 
 
 VARIANTS = {
@@ -81,10 +82,15 @@ def test_validation_every_so_often_and_at_the_end_makes_no_difference_to_trainin
     assert same(tmp_path / "with" / "checkpoint-6", tmp_path / "without" / "checkpoint-6")
 
 
-def test_waiting_for_data_is_part_of_a_step(tiny_config: Any, tmp_path: Path) -> None:
+def test_the_time_of_a_step_is_that_of_its_parts(tiny_config: Any, tmp_path: Path) -> None:
     train(tiny_config())
     records = [json.loads(line) for line in (tmp_path / "run" / "logs" / "metrics.jsonl").read_text().splitlines()]
-    assert all(0 < record["data_seconds"] < record["seconds"] for record in records)
+    parts = [f"{part}_seconds" for part in ("data", "forward", "backward", "optimizer")]
+    for record in records:
+        assert all(record[part] > 0 for part in parts)
+        assert record["seconds"] / 2 < sum(record[part] for part in parts) < 1.001 * record["seconds"]
+        assert 0 < record["mfu"] < 1 and record["peak_memory_bytes"] > 2**26
+    assert [record["save_seconds"] > 0 for record in records] == [False, False, False, True, False, False]
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(tiny_config: Any, tmp_path: Path) -> None:
@@ -101,6 +107,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tiny_config: Any, tmp_path: 
         said = process.stdout.read()
         assert process.wait(60) == 128 + signal.SIGTERM
     assert "run the same command again" in said
+    assert re.search(r"saved .*checkpoint-\d+ \(\d+\.\d s\)", said)
     [stopped] = checkpoint.folders(tmp_path / "run")
     step = checkpoint.read(stopped).step
     assert train(tiny_config(max_steps=step + 1)) == 0
@@ -225,7 +232,7 @@ def test_the_profiler_writes_a_trace_and_the_benchmark_a_line(
     train(tiny_config(profiler_options="1,2", benchmark=True))
     assert (tmp_path / "run" / "logs" / "trace-1-2.json").stat().st_size > 1000
     last = capsys.readouterr().out.split("steady state")[1]
-    assert "samples/s" in last and "% waiting for data" in last
+    assert "samples/s" in last and "% MFU" in last and "% waiting for data" in last
 
 
 def test_dry_run_trains_nothing(tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -126,7 +126,10 @@ class TrainConfig:
     ema_decay: float = 0.9999
     """Decay of the averaged weights, an optimizer step."""
     max_nonfinite_steps: int = 20
-    """Updates with a loss or gradient that is not finite are skipped; so many in a row end the run."""
+    """Updates with a loss or gradient that is not finite, or that --spike_factor forbids, are skipped; so many in a
+    row, and the run goes back to its last checkpoint and passes their samples over."""
+    spike_factor: float = 20.0
+    """Skip updates whose gradient norm is above this many times the median of the last 100; 0: none of them."""
 
     # Speed and memory
     device: str = "auto"
@@ -141,6 +144,11 @@ class TrainConfig:
     """Recompute activations in the backward pass: less memory, a third more work."""
     compile: bool = False
     """torch.compile the U-ViT; the first step takes minutes."""
+    deterministic: bool = False
+    """On a GPU, use only kernels that give the same bits each time; how much slower that is was not measured. On a CPU
+    it is so anyway."""
+    hang_timeout: float = 1800.0
+    """After so many seconds in which no step ended, each process prints where it is, and goes on waiting; 0: never."""
 
     # Validation
     validation_feature_path: str | None = None
@@ -155,13 +163,14 @@ class TrainConfig:
 
     # What a person sees
     logging_steps: int = 50
-    """Steps between lines on the console and points in TensorBoard; logs/metrics.jsonl has every step."""
+    """Steps between lines on the console and points on the boards; logs/metrics.jsonl has every step."""
     logging_dir: str | None = None
     """Where the logs go; without it OUTPUT_DIR/logs."""
-    report_to: Literal["tensorboard", "none", "all"] = "tensorboard"
-    """Besides the console and metrics.jsonl."""
+    report_to: Literal["tensorboard", "wandb", "all", "none"] = "tensorboard"
+    """Besides the console and metrics.jsonl: TensorBoard, Weights & Biases (which has to be installed), or all that
+    are there."""
     enable_tensorboard: bool = True
-    """False is --report_to none."""
+    """False: no TensorBoard, whatever --report_to says."""
     image_logging_steps: int = 1000
     """Steps between previews, a multiple of --logging_steps; -1: none."""
     num_inference_steps: int = 50
@@ -169,7 +178,7 @@ class TrainConfig:
     disable_tqdm: bool = False
     """No progress bar; lines every --logging_steps instead."""
     benchmark: bool = False
-    """Report steady-state throughput at the end, its first tenth of steps left out."""
+    """Report steady-state throughput and utilisation (MFU) at the end, its first tenth of steps left out."""
     profiler_options: str | None = None
     """Write a torch profiler trace of the steps FIRST,LAST (such as 10,15) into the logs."""
     dry_run: bool = False
@@ -224,7 +233,10 @@ class TrainConfig:
         for name in at_least_one.split():
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
-        not_negative = "learning_rate weight_decay adam_epsilon noise_offset warmup_steps min_lr dataloader_num_workers"
+        not_negative = (
+            "learning_rate weight_decay adam_epsilon noise_offset warmup_steps min_lr dataloader_num_workers "
+            "hang_timeout"
+        )
         for name in not_negative.split():
             if not getattr(self, name) >= 0:
                 raise UserError(f"--{name} {getattr(self, name)}: must not be negative")
@@ -242,6 +254,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"--{name} {value}: must be above 0")
+        if self.spike_factor != 0 and not self.spike_factor > 1:
+            raise UserError(f"--spike_factor {self.spike_factor}: must be above 1; 0 skips no spikes")
         if self.save_total_limit is not None and self.save_total_limit < 1:
             raise UserError(f"--save_total_limit {self.save_total_limit}: must be at least 1; leave it out to keep all")
         if self.eval_steps < 1 and self.eval_steps != -1:

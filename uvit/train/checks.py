@@ -2,11 +2,18 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from uvit.config.train import TrainConfig
 from uvit.convert.export import exported_facts
 from uvit.data.features import Features, FeatureStore
+from uvit.diffusion import NUM_TIMESTEPS
 from uvit.errors import UserError
 from uvit.model import UViTT2IModel
+
+TIMESTEP_LABELS = f"1..{NUM_TIMESTEPS}"  # what the network is told of the least and the most noise
+NUM_LATENTS = 64  # to look at before a run
+USUAL_STD = (0.25, 4.0)
 
 
 def check_features(
@@ -97,6 +104,11 @@ def check_pretrained(config: TrainConfig, features: Features) -> None:
     if name is None:
         return
     facts = exported_facts(Path(name).expanduser())
+    if (labels := facts.get("timestep_labels", TIMESTEP_LABELS)) != TIMESTEP_LABELS:
+        raise UserError(
+            f"--pretrained_model_name_or_path {name}: was trained with the timestep labels {labels}, and here they are "
+            f"{TIMESTEP_LABELS}; start from another pipeline"
+        )
     theirs = {"VAE": facts.get("vae_sha256"), "text encoder": facts.get("text_encoder_sha256")}
     if found := difference(fingerprints(features, config.train_text_encoder), theirs):
         what, both = found
@@ -104,3 +116,20 @@ def check_pretrained(config: TrainConfig, features: Features) -> None:
             f"--pretrained_model_name_or_path {name}: its {what} is not the one that made the features ({both}); "
             "extract them with this one, or start from another pipeline"
         )
+
+
+def check_latents(features: Features, latent_scale: float, path: str) -> None:
+    """Prints a warning where the latents are far from the size that the noise is made for: a deviation of 1."""
+    rows = np.linspace(0, features.num_samples - 1, min(NUM_LATENTS, features.num_samples)).astype(np.int64)
+    means = np.split(features.read(rows, np.zeros(len(rows))).moments.astype(np.float64), 2, axis=1)[0]
+    std = float(np.std(means))
+    if USUAL_STD[0] <= std * latent_scale <= USUAL_STD[1]:
+        return
+    there = f"--feature_path {path}: the latents of {len(rows)} samples"
+    if not std > 0:
+        print(f"warning: {there} are all alike or not finite; look at the features before training on them")
+        return
+    print(
+        f"warning: {there} times the latent scale {latent_scale:.4g} have a standard deviation of "
+        f"{std * latent_scale:.3g}, where about 1 is usual; --latent_scale {1 / std:.4g} would bring them there"
+    )

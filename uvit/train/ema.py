@@ -21,3 +21,10 @@ class EMA:
         averages = [local(average) for average in self.model.parameters()]
         parameters = [local(parameter) for parameter in model.parameters()]
         torch._foreach_lerp_(averages, parameters, 1 - self.decay)
+
+
+@torch.no_grad()
+def bits(model: nn.Module) -> int:
+    """A sum of the float32 parameters' bits, of this process's parts: another one wherever anything moved."""
+    sums = [local(parameter).view(torch.int32).sum(dtype=torch.int64) for parameter in model.parameters()]
+    return int(torch.stack(sums).sum().item())

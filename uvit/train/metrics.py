@@ -1,10 +1,8 @@
-"""What a run tells: a line a step in metrics.jsonl, points in TensorBoard, progress on the console."""
+"""What a run tells: a line a step in metrics.jsonl, points on the boards, progress on the console."""
 
 import json
 import os
-import time
 from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +11,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from uvit.config.train import TrainConfig
-from uvit.data.types import Batch
 from uvit.errors import UserError
+from uvit.train.boards import open_boards
+from uvit.train.clock import PARTS
+from uvit.train.utilisation import Work
 from uvit.train.validate import TIMESTEPS
 
+PART_SECONDS = tuple(f"{part}_seconds" for part in PARTS)
+# What is measured, and so differs where all else in two runs' metrics.jsonl is the same.
+MEASURED = ("seconds", *PART_SECONDS, "samples_per_second", "mfu", "peak_memory_bytes")
 SHARE_TO_SHOW, SHARE_TO_WARN = 0.05, 0.2  # of the time, spent waiting for data
 
 
@@ -30,51 +33,61 @@ class Metrics:
         first_step: int,
         max_steps: int,
         samples_per_step: int,
+        work: Work,
         old_layout: bool = False,
     ):
-        self.config, self.max_steps, self.samples_per_step = config, max_steps, samples_per_step
+        self.config, self.max_steps, self.samples_per_step, self.work = config, max_steps, samples_per_step, work
         folder = logs_folder(config, output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        self.window = keep_lines(folder / "metrics.jsonl", first_step)
+        self.losses = keep_lines(folder / "metrics.jsonl", first_step)  # since the last logged step
         self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self.board = None
-        if config.enable_tensorboard and config.report_to != "none":
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(folder), purge_step=first_step + 1)
+        self.boards = open_boards(config, output_dir, folder, first_step)
         self.progress = tqdm(
             total=max_steps, initial=first_step, unit="step", desc="train", disable=config.disable_tqdm, smoothing=0.05
         )
         self.recent: deque[float] = deque(maxlen=max(config.logging_steps, 2))
-        self.times: list[tuple[float, float]] = []  # since the last line: (seconds, those spent waiting for data)
-        self.all_times: list[tuple[float, float]] = []  # for --benchmark
-        self.windows, self.warned = 0, False
+        self.times: list[dict[str, float]] = []  # since the last line
+        self.all_times: list[dict[str, float]] = []  # for --benchmark
+        self.num_lines, self.warned = 0, False
         self.advice = advice(config, old_layout)
         self.validated = ""
         self.skipped = 0
 
     def step(self, record: dict[str, Any]) -> None:
-        """One optimizer step: step, samples, loss, grad_norm, lr, skipped, seconds, data_seconds, and a validation."""
+        """One optimizer step: step, samples, loss, grad_norm, lr, skipped, what was measured, and a validation."""
+        record |= {
+            "samples_per_second": round(self.samples_per_step / record["seconds"], 3),
+            "mfu": _rounded(self.work.utilisation(record["seconds"])),
+        }
         self.file.write(json.dumps(record) + "\n")
         self.recent.append(record["seconds"])
         self.skipped += record["skipped"]
-        self.times.append((record["seconds"], record["data_seconds"]))
+        self.times.append({name: record[name] for name in ("seconds", *PART_SECONDS)})
         if self.config.benchmark:
             self.all_times.append(self.times[-1])
         if "val_loss" in record:
             self._validation(record)
         if record["loss"] is not None:  # null: not finite, the update was skipped
-            self.window.append(record["loss"])
-        rate = self.samples_per_step * len(self.recent) / sum(self.recent)
+            self.losses.append(record["loss"])
         self.progress.update()
-        if record["step"] % self.config.logging_steps and record["step"] != self.max_steps:
-            return
-        loss = float(np.mean(self.window[-self.config.logging_steps :])) if self.window else float("nan")
+        if record["step"] % self.config.logging_steps == 0 or record["step"] == self.max_steps:
+            self._line(record)
+
+    def _line(self, record: dict[str, Any]) -> None:
+        """On the console, and points on the boards."""
+        loss = float(np.mean(self.losses[-self.config.logging_steps :])) if self.losses else float("nan")
+        self.losses.clear()
         grad_norm = float("nan") if record["grad_norm"] is None else record["grad_norm"]
-        self.window.clear()
+        seconds = sum(self.recent) / len(self.recent)
+        rate, mfu, waiting = (
+            self.samples_per_step / seconds,
+            self.work.utilisation(seconds),
+            share_of_waiting(self.times),
+        )
         line = f"loss {loss:.4f}, |grad| {grad_norm:.3g}, lr {record['lr']:.2e}, {rate:.1f} samples/s"
-        if (waiting := share_of_waiting(self.times)) > SHARE_TO_SHOW:
+        if mfu is not None:
+            line += f", {mfu:.0%} MFU"
+        if waiting > SHARE_TO_SHOW:
             line += f", {waiting:.0%} waiting for data"
         line += self.validated
         if self.skipped:
@@ -83,32 +96,37 @@ class Metrics:
         if self.config.disable_tqdm:
             left = (self.max_steps - record["step"]) * self.samples_per_step / rate
             print(f"step {record['step']}/{self.max_steps}: {line}, {_duration(left)} left", flush=True)
-        if self.board is not None:
-            points = {"loss": loss, "grad_norm": grad_norm, "lr": record["lr"], "samples_per_second": rate}
-            points["data_share"] = waiting
-            for name, value in points.items():
-                self.board.add_scalar(f"train/{name}", value, record["step"])
 
-        if waiting > SHARE_TO_WARN and self.windows and not self.warned:  # the first has the workers' start in it
+        points = {"loss": loss, "grad_norm": grad_norm, "lr": record["lr"], "samples_per_second": rate}
+        points |= {
+            "data_share": waiting,
+            "skipped": self.skipped,
+            "peak_memory_gib": record["peak_memory_bytes"] / 2**30,
+        }
+        points |= {} if mfu is None else {"mfu": mfu}
+        points |= {name: float(np.mean([times[name] for times in self.times])) for name in self.times[0]}
+        self._show({f"train/{name}": value for name, value in points.items()}, record["step"])
+
+        if waiting > SHARE_TO_WARN and self.num_lines and not self.warned:  # the first has the workers' start in it
             self.say(f"{waiting:.0%} of the last steps went into waiting for data; what helps: {self.advice}")
             self.warned = True
-        self.windows += 1
+        self.num_lines += 1
         self.times.clear()
 
     def _validation(self, record: dict[str, Any]) -> None:
         if record["val_loss"] is not None:
             self.validated = f", val {record['val_loss']:.4f} at step {record['step']}"
-        if self.board is None:
-            return
         points = {"loss": record["val_loss"], "loss_raw": record["val_loss_raw"]}
         points |= {f"loss_t{label}": value for label, value in zip(TIMESTEPS, record["val_losses"], strict=True)}
-        for name, value in points.items():
-            if value is not None:
-                self.board.add_scalar(f"val/{name}", value, record["step"])
+        self._show({f"val/{name}": value for name, value in points.items() if value is not None}, record["step"])
+
+    def _show(self, points: dict[str, float], step: int) -> None:
+        for board in self.boards:
+            board.scalars(points, step)
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
-        if self.board is not None:
-            self.board.add_image(name, np.asarray(image), step, dataformats="HWC")
+        for board in self.boards:
+            board.image(name, image, step)
 
     def say(self, sentence: str) -> None:
         """A line that does not tear the progress bar."""
@@ -124,18 +142,18 @@ class Metrics:
     def throughput(self) -> str:
         """Steady-state samples/s: the median of the steps after the first tenth."""
         steady = self.all_times[len(self.all_times) // 10 :]
-        median = float(np.median([seconds for seconds, _ in steady])) if steady else float("nan")
-        rate = self.samples_per_step / median
+        median = float(np.median([times["seconds"] for times in steady])) if steady else float("nan")
+        mfu = self.work.utilisation(median)
         return (
-            f"{rate:.1f} samples/s, {median * 1000:.1f} ms a step (median of {len(steady)} steps), "
-            f"{share_of_waiting(steady):.0%} waiting for data"
+            f"{self.samples_per_step / median:.1f} samples/s, {median * 1000:.1f} ms a step (median of {len(steady)} "
+            f"steps), {'' if mfu is None else f'{mfu:.1%} MFU, '}{share_of_waiting(steady):.0%} waiting for data"
         )
 
     def close(self) -> None:
         self.progress.close()
         self.file.close()
-        if self.board is not None:
-            self.board.close()
+        for board in self.boards:
+            board.close()
 
 
 def logs_folder(config: TrainConfig, output_dir: Path) -> Path:
@@ -154,30 +172,9 @@ class Silent:
         return ""
 
 
-class Timed:
-    """Batches as they come, and how long they were waited for."""
-
-    def __init__(self, batches: Iterator[Batch]):
-        self.batches, self.waited = batches, 0.0
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        started = time.perf_counter()
-        batch = next(self.batches)
-        self.waited += time.perf_counter() - started
-        return batch
-
-    def seconds(self) -> float:
-        """Since the last call."""
-        waited, self.waited = self.waited, 0.0
-        return waited
-
-
-def share_of_waiting(times: list[tuple[float, float]]) -> float:
-    total = sum(seconds for seconds, _ in times)
-    return sum(waited for _, waited in times) / total if total else 0.0
+def share_of_waiting(times: list[dict[str, float]]) -> float:
+    total = sum(step["seconds"] for step in times)
+    return sum(step["data_seconds"] for step in times) / total if total else 0.0
 
 
 def advice(config: TrainConfig, old_layout: bool) -> str:
@@ -217,3 +214,7 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def _rounded(share: float | None) -> float | None:
+    return None if share is None else round(share, 4)

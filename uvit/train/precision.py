@@ -78,13 +78,13 @@ class Precision:
             grads = [local(parameter.grad) for parameter in self.masters.parameters() if parameter.grad is not None]
             torch._foreach_mul_(grads, 1 / self.scale.value)
 
-    def step(self, optimizer: torch.optim.Optimizer, finite: bool) -> None:
-        """Update the masters, unless the gradients are not finite; a float16 scale then gives way."""
-        if finite:
+    def step(self, optimizer: torch.optim.Optimizer, update: bool, finite: bool) -> None:
+        """Update the masters, or not; a float16 scale gives way where the gradients are not finite."""
+        if update:
             optimizer.step()
         self.scale.update(finite)
         optimizer.zero_grad()
-        if finite:
+        if update:
             self.publish()
 
     @torch.no_grad()

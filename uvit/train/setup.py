@@ -19,8 +19,17 @@ from uvit.distributed.ops import GradientAverage
 from uvit.distributed.parallelize import parallelize, shard
 from uvit.errors import UserError
 from uvit.model import INIT_STD, UViTT2IModel
-from uvit.train.checks import check_features, check_pretrained, check_validation, fingerprints
+from uvit.train.checks import (
+    TIMESTEP_LABELS,
+    check_features,
+    check_latents,
+    check_pretrained,
+    check_validation,
+    fingerprints,
+)
+from uvit.train.clock import Clock
 from uvit.train.ema import EMA
+from uvit.train.guards import Guards
 from uvit.train.optim import build_optimizer
 from uvit.train.precision import Precision
 from uvit.train.text import build_text_encoder, load_frozen_text_encoder
@@ -49,8 +58,11 @@ class Run:
     max_steps: int
     world: World
     gradients: GradientAverage  # of the networks that compute
+    guards: Guards
+    clock: Clock
     step: int = 0
-    samples: int = 0  # the sample counter: drawn so far, over all processes
+    samples: int = 0  # the sample counter: where the last step's samples end, over all processes
+    checkpoint: Path | None = None  # the last one that it saved or went on from
 
     @property
     def samples_per_step(self) -> int:
@@ -76,6 +88,7 @@ class Run:
             "text_encoder_config": text_encoder_config(self.networks),
             "prediction_type": config.prediction_type,
             "latent_scale": self.latent_scale,
+            "timestep_labels": TIMESTEP_LABELS,
             "vae": pretrained or config.vae_name_or_path or features.vae_name,
             "text_encoder": pretrained or config.text_encoder_name_or_path or features.text_encoder_name,
             "tokenizer": pretrained or config.tokenizer_name or features.tokenizer_name,
@@ -83,6 +96,7 @@ class Run:
             "text_encoder_sha256": self.text_encoder_sha256,
             "tokenizer_sha256": fingerprints(features, config.train_text_encoder)["tokenizer"],
             "loss_scale": self.precision.scale.state_dict(),
+            "guards": self.guards.state_dict(),
             "degrees": str(self.world.degrees),
             "config": asdict(config),
             "versions": {"uvit": uvit.__version__, "torch": torch.__version__},
@@ -157,7 +171,11 @@ def set_up(config: TrainConfig, output_dir: Path, world: World | None = None) ->
         max_steps=config.max_steps,
         world=world,
         gradients=GradientAverage(precision.networks, world),
+        guards=Guards(config.spike_factor),
+        clock=Clock(device),
     )
+    if world.is_main:
+        check_latents(features, run.latent_scale, config.feature_path)
     if config.num_train_epochs:
         run.max_steps = max(1, round(config.num_train_epochs * features.num_samples / run.samples_per_step))
     return run

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from uvit.data.encoders import encode_tokens
 from uvit.data.types import Batch
-from uvit.diffusion import add_noise, draw_latents, loss
-from uvit.distributed.ops import clip_gradients, grad_norm, mean_over_data
+from uvit.diffusion import add_noise, draw_latents
+from uvit.diffusion import loss as diffusion_loss
+from uvit.distributed.ops import all_of, any_of, clip_gradients, grad_norm, mean_over_data
+from uvit.train.guards import first_sample
 from uvit.train.optim import learning_rate_factor, set_learning_rate
 from uvit.train.setup import Run
 
@@ -20,6 +22,7 @@ class StepResult:
     loss: float
     grad_norm: float
     lr: float
+    skipped: bool  # nothing was updated
 
     @property
     def finite(self) -> bool:
@@ -40,7 +43,7 @@ def loss_of(run: Run, networks: nn.Module, batch: Batch, snr_gamma: float | None
     with run.precision.autocast():
         context = context_of(run, networks, batch)
         prediction = unet(x_n.to(dtype), batch.timesteps, context.to(dtype))
-    return loss(prediction, x_0, batch.noise, batch.timesteps, run.config.prediction_type, snr_gamma)
+    return diffusion_loss(prediction, x_0, batch.noise, batch.timesteps, run.config.prediction_type, snr_gamma)
 
 
 def context_of(run: Run, networks: nn.Module, batch: Batch) -> Tensor:
@@ -60,28 +63,42 @@ def encode_text(run: Run, networks: nn.Module, token_ids: Tensor) -> Tensor:
 
 
 def train_step(run: Run, batches: Iterator[Batch]) -> StepResult:
-    """One optimizer step over the next `gradient_accumulation_steps` batches; skipped if anything is not finite."""
-    config, precision, optimizer = run.config, run.precision, run.optimizer
+    """One optimizer step over the next `gradient_accumulation_steps` batches.
+
+    It is skipped, in all processes, if anything is not finite or the gradient far too large in one of them.
+    """
+    config, precision, optimizer, clock, guards = run.config, run.precision, run.optimizer, run.clock, run.guards
     lr = set_learning_rate(optimizer, learning_rate_factor(run.step, config, run.max_steps))
 
     total = torch.zeros((), device=run.device)
     for i in range(config.gradient_accumulation_steps):
         run.gradients.microbatch(last=i == config.gradient_accumulation_steps - 1)
-        share = batch_loss(run, next(batches)) / config.gradient_accumulation_steps
-        precision.backward(share)
+        with clock.wait("data"):
+            batch = next(batches)
+        with clock.compute("forward"):
+            share = batch_loss(run, batch) / config.gradient_accumulation_steps
+        with clock.compute("backward"):
+            precision.backward(share)
         total += share.detach()
 
-    run.gradients.finish()
-    precision.collect_gradients()
-    parameters = list(run.networks.parameters())
-    norm = grad_norm(parameters, run.world)
-    if config.max_grad_norm > 0:
-        clip_gradients(parameters, config.max_grad_norm, norm)
+    with clock.compute("backward"):
+        run.gradients.finish()
+        precision.collect_gradients()
+        parameters = list(run.networks.parameters())
+        norm = grad_norm(parameters, run.world)
+        if config.max_grad_norm > 0:
+            clip_gradients(parameters, config.max_grad_norm, norm)
 
-    result = StepResult(mean_over_data(total, run.world).item(), norm.item(), lr)
-    precision.step(optimizer, result.finite)
-    if run.ema and result.finite:
-        run.ema.update(run.networks)
-    run.step += 1
-    run.samples += run.samples_per_step
-    return result
+    loss, size = mean_over_data(total, run.world).item(), norm.item()
+    finite = math.isfinite(loss) and math.isfinite(size)
+    skipped = any_of(not finite or guards.is_spike(size), run.world)
+    finite = all_of(finite, run.world) if skipped else True
+    with clock.compute("optimizer"):
+        precision.step(optimizer, update=not skipped, finite=finite)
+        if run.ema and not skipped:
+            run.ema.update(run.networks)
+
+    first = first_sample(run.samples, run.samples_per_step, guards.passed_over)
+    run.step, run.samples = run.step + 1, first + run.samples_per_step
+    guards.note(run.step, first, size if finite else None, skipped)
+    return StepResult(loss, size, lr, skipped)

@@ -1,0 +1,93 @@
+"""Samples on which no update can be made are passed over, named, and passed over again by a run that goes on."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.train.test_trainer import lines, same
+from uvit import checkpoint
+from uvit.data.features import FeatureStore
+from uvit.errors import UserError
+from uvit.train.rollback import MAX_ROLLBACKS, good_checkpoint
+from uvit.train.trainer import train
+
+BAD = range(16, 28)  # the samples of steps 5, 6 and 7
+
+
+@pytest.fixture
+def config(tiny_config: Any, poisoned_store: Callable[..., str]) -> Any:
+    """A function: flags -> the config of a run that saves at step 4 and fails at step 7."""
+    store = poisoned_store(*BAD)
+    flags = {"feature_path": store, "max_nonfinite_steps": 3, "max_steps": 9, "save_steps": 4}
+    return lambda **more: tiny_config(**(flags | more))
+
+
+def test_a_run_goes_back_and_passes_over(config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(config()) == 0
+    run = tmp_path / "run"
+    assert [line["step"] for line in lines(run)] == list(range(1, 10))  # once each
+    assert [line["samples"] for line in lines(run)] == [4, 8, 12, 16, 32, 36, 40, 44, 48]
+    assert not any(line["skipped"] for line in lines(run))
+    said = capsys.readouterr().out
+    assert "not finite for 3 steps in a row, up to step 7: going back to" in said and "checkpoint-4 and pass" in said
+
+    features = FeatureStore(Path(config().feature_path) / "train")
+    named = [json.loads(line) for line in (run / "logs" / "passed_over.jsonl").read_text().splitlines()]
+    assert [sample["sample"] for sample in named] == list(BAD)
+    for sample in named:
+        assert features.ids(sample["row"]) == sample["id"]
+        assert list(features.captions(sample["row"])) == sample["captions"]
+    assert f"row {named[0]['row']} ({named[0]['id']})" in said
+    record = checkpoint.read(run / "checkpoint-8").record
+    assert record["guards"]["passed_over"] == [[16, 28]] and record["guards"]["good"] == "checkpoint-8"
+
+
+def test_the_same_run_again_does_the_same(config: Any, tmp_path: Path) -> None:
+    """So does one that is stopped amidst the bad steps, or after them, or saves at other steps."""
+    ways = {"one": [{}], "stopped": [{"max_steps": n} for n in (5, 6, 9)], "often": [{"save_steps": 1}]}
+    ways |= {"workers": [{"dataloader_num_workers": 2}], "later": [{"max_steps": n} for n in (4, 8, 9)]}
+    for name, parts in ways.items():
+        for flags in parts:
+            assert train(config(output_dir=str(tmp_path / name), **flags)) == 0
+    for name in ways:
+        assert same(tmp_path / "one" / "checkpoint-9", tmp_path / name / "checkpoint-9"), name
+        assert lines(tmp_path / "one") == lines(tmp_path / name), name
+        logs = (folder / "logs" / "passed_over.jsonl" for folder in (tmp_path / "one", tmp_path / name))
+        assert len({path.read_text() for path in logs}) == 1, name
+
+
+def test_where_the_checkpoint_before_is_gone_the_one_in_the_midst_will_do(config: Any, tmp_path: Path) -> None:
+    assert train(config(save_steps=1, save_total_limit=1)) == 0
+    assert [line["skipped"] for line in lines(tmp_path / "run")] == [0, 0, 0, 0, 1, 1, 0, 0, 0]
+    assert lines(tmp_path / "run")[-1]["samples"] == 40
+    assert good_checkpoint(tmp_path / "checkpoint-6", "checkpoint-4") == tmp_path / "checkpoint-6"
+    (tmp_path / "checkpoint-4").mkdir()
+    assert good_checkpoint(tmp_path / "checkpoint-6", "checkpoint-4") == tmp_path / "checkpoint-4"
+
+
+def test_samples_that_a_run_does_not_know_of_are_named_once(config: Any, tmp_path: Path) -> None:
+    """After a kill between going back and the next checkpoint, it goes back once more."""
+    train(config())
+    run = tmp_path / "run"
+    before = (run / "logs" / "passed_over.jsonl").read_text()
+    train(config(resume_from_checkpoint=str(run / "checkpoint-4")))
+    assert (run / "logs" / "passed_over.jsonl").read_text() == before
+
+
+def test_without_a_checkpoint_it_ends_with_a_sentence(config: Any, tmp_path: Path) -> None:
+    message = r"not finite for 3 steps in a row, up to step 7, .*there is no checkpoint yet\. .*lower --learning_rate"
+    with pytest.raises(UserError, match=message):
+        train(config(save_steps=100))
+
+
+def test_going_back_in_vain_ends_too(tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second update ruins the weights, whatever the samples."""
+    config = tiny_config(learning_rate=1e30, warmup_steps=1, max_steps=50, max_nonfinite_steps=2)
+    with pytest.raises(UserError, match=r"checkpoint-3, and going back 3 times did not help.*lower --learning_rate"):
+        train(config)
+    assert capsys.readouterr().out.count("going back to") == MAX_ROLLBACKS
+    [last] = checkpoint.folders(tmp_path / "run")
+    assert checkpoint.read(last).step == 3

@@ -1,0 +1,46 @@
+"""One of two processes: `torchrun --nproc_per_node 2 -m tests.train.two_processes CONFIG FOLDER`.
+
+Makes replicas differ by a bit and tries to save them in FOLDER; then trains by CONFIG.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from uvit.cli.parse import parse
+from uvit.config.train import TrainConfig
+from uvit.data.loader import load
+from uvit.distributed.mesh import Degrees, World, start
+from uvit.errors import UserError
+from uvit.train.saving import Saving
+from uvit.train.setup import set_up
+from uvit.train.step import train_step
+from uvit.train.trainer import train
+
+
+def differ(config: TrainConfig, world: World, folder: Path) -> None:
+    run = set_up(config, folder, world)
+    batches = load(run.batches, range(world.data_rank, 10, 2), 0, run.device)
+    with Saving(run) as saving:
+        train_step(run, batches)
+        saving.save_and_wait()
+        train_step(run, batches)
+        if world.rank == 1:
+            with torch.no_grad():
+                run.networks["unet"].pos_embed.view(torch.int32).view(-1)[0] ^= 1
+        try:
+            saving.save()
+        except UserError as error:
+            (folder / f"said-{world.rank}").write_text(str(error))
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    config, _ = parse(TrainConfig, ["--config", sys.argv[1]], prog="uvit train")
+    differ(config, start(Degrees(dp=2), "cpu"), Path(sys.argv[2]))
+    return train(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
