@@ -1,5 +1,7 @@
-"""A checkpoint becomes a pipeline folder with the averaged or the raw weights."""
+"""A checkpoint becomes a pipeline folder with the averaged or the raw weights, or another format; so do others'."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.convert.conftest import PORT_FOLDER
 from tests.tiny import tiny_text_encoder_folder, tiny_vae_folder
 from tests.train.conftest import *  # noqa: F403 - the tiny store and runs
 from uvit import UViTPipeline
 from uvit.config.convert import ConvertConfig
 from uvit.convert.export import convert, exported_facts
+from uvit.convert.folder import open_source
 from uvit.data.encoders import fingerprint, load_vae
 from uvit.errors import UserError
+from uvit.model import UViTT2IModel
 from uvit.train.trainer import train
 
 
@@ -41,7 +46,10 @@ def test_nothing_is_replaced_unasked(tiny_config: Any, tmp_path: Path, encoders:
 
 
 def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is not a checkpoint"):
+    with pytest.raises(UserError, match="holds no weights"):
+        convert(ConvertConfig(str(tmp_path), str(tmp_path / "pipeline")))
+    (tmp_path / "uvit.json").write_text("{}")
+    with pytest.raises(UserError, match="is not of the checkpoint format"):
         convert(ConvertConfig(str(tmp_path), str(tmp_path / "pipeline")))
 
 
@@ -59,6 +67,82 @@ def test_encoders_must_be_those_of_the_features(
     assert exported_facts(goal)["vae_sha256"] == fingerprint(load_vae(str(vae)))
     with pytest.raises(UserError, match=f"--text_encoder_name_or_path {encoder}: is not the one"):
         convert(ConvertConfig(source, str(goal), overwrite=True, text_encoder_name_or_path=str(encoder)))
+
+
+def test_every_format_of_a_checkpoint(tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The U-ViT comes back from each, bit for bit; a pipeline has its card."""
+    train(tiny_config(max_steps=1))
+    run = tmp_path / "run"
+    source = str(run / "checkpoint-1")
+    with pytest.raises(UserError, match=f"is a training run; name a checkpoint of it, {source}"):
+        convert(ConvertConfig(str(run), str(tmp_path / "none")))
+    wanted = {name: load_file(run / "checkpoint-1" / f"{name}.safetensors") for name in ("ema", "weights")}
+    config = tmp_path / "unet.json"
+    formats: list[Any] = ["official", "paddle", "pipeline", "diffusers"]
+    for to in formats:
+        convert(ConvertConfig(source, str(tmp_path / to), to))
+        if to == "pipeline":
+            card = (tmp_path / to / "README.md").read_text()
+            assert "| steps | 1 |" in card and str(tmp_path) not in card
+    pipeline = UViTPipeline.from_pretrained(tmp_path / "pipeline")
+    config.write_text(json.dumps({key: value for key, value in pipeline.unet.config.items() if key[0] != "_"}))
+    for to in formats:
+        found = open_source(tmp_path / to, config_file=str(config)).unet if to != "pipeline" else pipeline.unet
+        assert all(torch.equal(value, wanted["ema"][f"unet.{name}"]) for name, value in found.state_dict().items()), to
+    raw = open_source(tmp_path / "official", config_file=str(config)).raw_unet
+    assert raw is not None and all(torch.equal(value, wanted["weights"][f"unet.{name}"]) for name, value in raw.items())
+    assert "for the official code: UViT(img_size=" in capsys.readouterr().out
+    assert "_name_or_path" not in (tmp_path / "pipeline" / "vqvae" / "config.json").read_text()
+
+
+def test_others_pipelines_and_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A port folder becomes a pipeline that draws the same; with a VAE from elsewhere; and a U-ViT alone."""
+    port, ours = str(PORT_FOLDER), tmp_path / "ours"
+    convert(ConvertConfig(port, str(ours)))
+    drawn = []
+    for folder in (port, str(ours)):
+        pipeline = UViTPipeline.from_pretrained(folder)
+        pipeline.set_progress_bar_config(disable=True)
+        seeded = torch.Generator().manual_seed(0)
+        drawn.append(pipeline("the bus", num_inference_steps=2, output_type="pt", generator=seeded).images)
+        assert type(pipeline.scheduler).__name__ == "DDIMScheduler"
+    assert torch.equal(*drawn)
+    report = json.loads((ours / "conversion.json").read_text())
+    assert report["defaulted"] and "read: " in capsys.readouterr().out
+    convert(ConvertConfig(port, str(tmp_path / "right"), conventions="trained", vae_name_or_path=f"{port}/vqvae"))
+    said = UViTPipeline.from_pretrained(tmp_path / "right").config
+    assert (said.latent_scale, said.timestep_labels) == (0.23010, "1..1000")
+    convert(ConvertConfig(f"{port}/unet", str(tmp_path / "alone")))
+    again = UViTT2IModel.from_pretrained(tmp_path / "alone", subfolder="unet", use_safetensors=True)
+    assert torch.equal(again.pos_embed, pipeline.unet.pos_embed) and "no model_index.json" in capsys.readouterr().out
+    for flags, refused in (
+        ({"use_ema": False}, "--use_ema False"),
+        ({"uvit_config_file": "x"}, "--uvit_config_file x"),
+    ):
+        with pytest.raises(UserError, match=refused):
+            convert(ConvertConfig(str(ours), str(tmp_path / "none"), **flags))
+    convert(ConvertConfig(str(ours), str(tmp_path / "later"), conventions="trained"))
+    assert UViTPipeline.from_pretrained(tmp_path / "later").config.timestep_labels == "1..1000"
+    back = tmp_path / "back"
+    convert(ConvertConfig(str(ours), str(back), "port", "pdparams"))
+    assert open_source(back).conventions == open_source(PORT_FOLDER).conventions
+
+
+def test_what_cannot_be_made_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+    port, goal = str(PORT_FOLDER), str(tmp_path / "goal")
+    with pytest.raises(UserError, match="holds no U-ViT, and --to official needs one"):
+        convert(ConvertConfig(f"{port}/vqvae", goal, "official"))
+    with pytest.raises(UserError, match="--to diffusers: a whole pipeline is needed; name --vae_name_or_path, --text"):
+        convert(ConvertConfig(f"{port}/unet", goal, "diffusers"))
+    with pytest.raises(UserError, match=r"--use_ema False: .* has averaged weights only"):
+        ema = tmp_path / "ema"
+        ema.mkdir()
+        shutil.copy(PORT_FOLDER / "unet" / "diffusion_paddle_model.safetensors", ema / "unet_ema.safetensors")
+        convert(ConvertConfig(str(ema), goal, use_ema=False))
+    shutil.rmtree(ema)
+    with pytest.raises(UserError, match="--to trainer: the port's trainer has no"):
+        convert(ConvertConfig(port, goal, "trainer"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_folder_says_of_its_training(tmp_path: Path) -> None:

@@ -122,3 +122,7 @@ def test_latents_that_are_all_alike_are_warned_of(capsys: pytest.CaptureFixture[
     features = array_features(num_samples=1)
     check_latents(features, 1.0, "somewhere")
     assert "--feature_path somewhere: the latents of 1 samples are all alike" in capsys.readouterr().out
+    features = array_features(num_samples=2)
+    features.moments = np.where(features.moments > 0, features.moments, np.inf)
+    check_latents(features, 1.0, "somewhere")
+    assert "the latents of 2 samples are all alike or not finite" in capsys.readouterr().out

@@ -24,16 +24,25 @@ def record(step: int, loss: float | None = 1.0, data_seconds: float = 0.0) -> di
 def test_lines_after_the_checkpoint_are_cut(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(record(step)) + "\n" for step in range(1, 8)) + '{"step": 8, "lo')
-    assert len(keep_lines(path, 5)) == 5
+    assert len(keep_lines(path, 5, 10)) == 5
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5]
-    assert keep_lines(tmp_path / "none.jsonl", 5) == []
+    assert keep_lines(tmp_path / "none.jsonl", 5, 10) == []
+
+
+def test_the_next_mean_is_that_of_a_run_never_stopped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    losses = [1.0, 2.0, 3.0, None, 5.0]
+    path.write_text("".join(json.dumps(record(step, loss)) + "\n" for step, loss in enumerate(losses, 1)))
+    assert keep_lines(path, 5, 3) == [5.0]
+    assert keep_lines(path, 3, 3) == []
+    assert keep_lines(path, 3, 2) == [3.0]
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("what\n")
     with pytest.raises(UserError, match=r"metrics.jsonl, line 1"):
-        keep_lines(path, 5)
+        keep_lines(path, 5, 10)
 
 
 def test_console_and_board(tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,7 +106,7 @@ def test_a_validation_is_told_everywhere(tiny_config: Any, tmp_path: Path, capsy
     assert shown["val/loss"] == [(1, pytest.approx(0.35))] and shown["val/loss_raw"] == [(1, pytest.approx(0.5))]
     for label, loss in zip(TIMESTEPS, losses, strict=True):
         assert shown[f"val/loss_t{label}"] == [(1, pytest.approx(loss))]
-    assert len(keep_lines(path, 2)) == 2
+    assert len(keep_lines(path, 2, 10)) == 2
     assert '"val_loss": 0.35' in path.read_text()
 
 

@@ -88,7 +88,7 @@ COMMANDS = {
         positional=("prompts",),
     ),
     "convert": Command(
-        "turn a checkpoint into a pipeline folder",
+        "turn a model from one format into another: a checkpoint into a pipeline, others' weights into ours, and back",
         "uvit.config.convert:ConvertConfig",
         "uvit.convert.export:convert",
         positional=("source", "dest"),

@@ -82,7 +82,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     """Forward passes of one update; their loss is averaged."""
     dataloader_num_workers: int = 8
-    """Processes that read and draw batches, at most one a core; 0: the training process itself."""
+    """Threads that read and draw batches, at most one a core; 0: the training loop itself."""
     seed: int = 1234
     """Seed of the weights and of everything that is drawn."""
 

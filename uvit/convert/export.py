@@ -1,6 +1,10 @@
-"""A training checkpoint -> a pipeline folder."""
+"""`uvit convert`: a training checkpoint, a pipeline or others' weights -> a pipeline folder, or others' formats."""
 
+import contextlib
 import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,95 +13,156 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from uvit import checkpoint
 from uvit.config.convert import ConvertConfig
-from uvit.data.encoders import fingerprint, load_text_encoder, load_tokenizer, load_vae
+from uvit.convert.card import push, run_folder, write_card
+from uvit.convert.folder import (
+    INDEX,
+    Conventions,
+    Parts,
+    as_trained,
+    load_text_encoder_of_any,
+    load_vae_of_any,
+    looks_foreign,
+    open_source,
+)
+from uvit.convert.foreign import write_official, write_paddle, write_port, write_trainer
+from uvit.convert.graph import write_export, write_onnx
+from uvit.convert.remote import write_code
+from uvit.data.encoders import fingerprint, load_tokenizer, quiet
 from uvit.errors import UserError
 from uvit.model import UViTT2IModel
-from uvit.sample.export import save_pipeline
+from uvit.sample.pipeline import UViTPipeline
+from uvit.sample.schedulers import build_scheduler
 
 SOURCE = "training.json"  # in a pipeline folder: which training it comes from
+REPORT = "conversion.json"  # in a pipeline folder: what was converted, and how
+FLAGS = {"vqvae": "vae_name_or_path", "text_encoder": "text_encoder_name_or_path", "tokenizer": "tokenizer_name"}
+WHOLE = ("pipeline", "diffusers", "port", "trainer")  # formats with the encoders
 
 
 def convert(config: ConvertConfig) -> None:
     """The command."""
-    goal = Path(config.dest)
+    source, goal = Path(config.source).expanduser(), Path(config.dest).expanduser()
     if goal.exists() and not config.overwrite:
         raise UserError(f"{goal}: is there already; choose another folder or pass --overwrite")
-    export_checkpoint(
-        Path(config.source),
-        goal,
-        use_ema=config.use_ema,
-        replace=config.overwrite,
-        vae=config.vae_name_or_path,
-        text_encoder=config.text_encoder_name_or_path,
-        tokenizer=config.tokenizer_name,
-    )
-    print(f'wrote {goal}; try: uvit sample --pipeline {goal} "..."')
+    parts = open_any(config, source)
+    if parts.unet is None and (config.to != "pipeline" or config.push_to_hub is not None):
+        raise UserError(f"{source}: holds no U-ViT, and --to {config.to} needs one ({'; '.join(parts.report.read)})")
+    whole = all(getattr(parts, name) is not None for name in FLAGS)
+    if not whole and (config.to == "diffusers" or config.push_to_hub is not None):
+        missing = ", ".join(f"--{flag}" for name, flag in FLAGS.items() if getattr(parts, name) is None)
+        raise UserError(f"--to {config.to}: a whole pipeline is needed; name {missing}")
+    run = run_folder(source)
+
+    def write(folder: Path) -> None:
+        writers: dict[str, Callable[[], None]] = {
+            "pipeline": lambda: write_pipeline(parts, folder),
+            "diffusers": lambda: write_pipeline(parts, folder),
+            "official": lambda: write_official(parts, folder),
+            "paddle": lambda: write_paddle(parts, folder, config.weights),
+            "port": lambda: write_port(parts, folder, config.weights),
+            "trainer": lambda: write_trainer(parts, folder),
+            "export": lambda: write_export(parts.unet, folder, parts.report),
+            "onnx": lambda: write_onnx(parts.unet, folder, parts.report),
+        }
+        writers[config.to]()
+        if config.to in ("pipeline", "diffusers") and whole and parts.unet is not None:
+            name = (config.push_to_hub or goal.name).split("/")[-1]
+            write_card(parts, folder, name, config.license, run, config.to == "diffusers")
+        if config.to == "diffusers":
+            write_code(folder)
+
+    put(goal, config.overwrite, write)
+    print(parts.report)
+    print(f"wrote {goal}" + (f'; try: uvit sample --pipeline {goal} "..."' if (goal / INDEX).is_file() else ""))
+    if config.push_to_hub is not None:
+        print(f"uploaded to {push(goal, config.push_to_hub, config.private)}")
 
 
-def export_checkpoint(
+# In
+
+
+def open_any(config: ConvertConfig, source: Path) -> Parts:
+    """The parts of whatever the source is, with those that flags name in place of its own."""
+    named = (config.vae_name_or_path, config.text_encoder_name_or_path, config.tokenizer_name)
+    ours = (source / checkpoint.RECORD).is_file() or ((source / INDEX).is_file() and not looks_foreign(str(source)))
+    if ours and config.uvit_config_file is not None:
+        raise UserError(f"--uvit_config_file {config.uvit_config_file}: {source} says its own config; leave it out")
+    if (source / checkpoint.RECORD).is_file():
+        return open_checkpoint(source, config.use_ema, *named, with_encoders=config.to in WHOLE)
+    if found := checkpoint.folders(source):
+        raise UserError(f"{source}: is a training run; name a checkpoint of it, {found[-1]} for example")
+    if ours:
+        if not config.use_ema:
+            raise UserError(f"--use_ema False: {source} is a pipeline, with one set of weights; name a checkpoint")
+        with quiet():
+            pipeline = UViTPipeline.from_pretrained(source)
+        said = {name: pipeline.config[name] for name in ("latent_scale", "timestep_labels", "prediction_type")}
+        parts = Parts(**pipeline.components, conventions=Conventions(**said), facts=exported_facts(source))
+        if config.conventions == "trained":
+            parts.conventions = as_trained(parts.conventions)
+        parts.report.read.append(f"{source}: a pipeline")
+    else:
+        parts = open_source(source, config.use_ema, config.uvit_config_file, config.conventions)
+    vae, text_encoder, tokenizer = named
+    if vae is not None:
+        parts.vqvae = load_vae_of_any(vae)
+    if text_encoder is not None:
+        parts.text_encoder = load_text_encoder_of_any(text_encoder)
+    if tokenizer is not None:
+        parts.tokenizer = load_tokenizer(tokenizer)
+    parts.report.read += [
+        f"{name}: --{flag} {value}" for (name, flag), value in zip(FLAGS.items(), named, strict=True) if value
+    ]
+    return parts
+
+
+def open_checkpoint(
     source: Path,
-    goal: Path,
     use_ema: bool = True,
-    replace: bool = False,
     vae: str | None = None,
     text_encoder: str | None = None,
     tokenizer: str | None = None,
-) -> None:
-    """Write the pipeline folder `goal`; what stood there is kept under another name.
+    with_encoders: bool = True,
+) -> Parts:
+    """The parts of a training checkpoint of ours, with the encoders that it knew or that are named.
 
     Raises UserError where the checkpoint is not whole, or an encoder cannot be had or did not make the run's features;
     only a `vae` that is named here is taken as it is, so that one with a better decoder may be.
     """
     found = checkpoint.read(source)
     record = found.record
-    weights = found.load("ema" if use_ema and found.files("ema") else "weights")
-    unet = UViTT2IModel(**record["unet_config"])
-    load_part(unet, weights, "unet.")
-    if record["text_encoder_config"] and text_encoder is None:
-        encoder = CLIPTextModel(CLIPTextConfig(**record["text_encoder_config"]))
-        load_part(encoder, weights, "text_encoder.")
-        text_encoder_sha256 = fingerprint(encoder)
-    else:
-        name = known(text_encoder or record["text_encoder"], "text_encoder_name_or_path")
-        encoder = load_text_encoder(name)
-        expected = record.get("text_encoder_sha256")
-        text_encoder_sha256 = check_fingerprint(encoder, expected, "text_encoder_name_or_path", name)
-    name = known(vae or record["vae"], "vae_name_or_path")
-    vqvae = load_vae(name)
-    expected = None if vae else record.get("vae_sha256")
-    vae_sha256 = check_fingerprint(vqvae, expected, "vae_name_or_path", name)
-    loaded_tokenizer = load_tokenizer(known(tokenizer or record["tokenizer"], "tokenizer_name"))
-    aside = None
-    if goal.exists():
-        if not replace:
-            raise UserError(f"{goal}: is there already")
-        aside = next(p for i in range(1, 10000) if not (p := goal.with_name(f"{goal.name}.old{i}")).exists())
-        goal.rename(aside)
-        print(f"{goal} is now {aside}")
-    save_pipeline(
-        goal,
-        unet=unet,
-        vqvae=vqvae,
-        text_encoder=encoder,
-        tokenizer=loaded_tokenizer,
-        latent_scale=record["latent_scale"],
-        prediction_type=record["prediction_type"],
+    averaged = use_ema and bool(found.files("ema"))
+    weights = found.load("ema" if averaged else "weights")
+    parts = Parts(unet=UViTT2IModel(**record["unet_config"]))
+    parts.conventions = Conventions(
+        record["latent_scale"], record.get("timestep_labels", "1..1000"), record["prediction_type"]
     )
-    facts = {key: record[key] for key in ("step", "samples", "config", "versions")} | {
-        "ema": use_ema and bool(found.files("ema")),
-        "vae_sha256": vae_sha256,
-        "text_encoder_sha256": text_encoder_sha256,
-    }
-    (goal / SOURCE).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def exported_facts(folder: Path) -> dict[str, Any]:
-    """What a pipeline folder says of the training that it comes from; empty where it says nothing."""
-    try:
-        facts = json.loads((folder / SOURCE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
+    load_part(parts.unet, weights, "unet.")
+    parts.unet.eval().requires_grad_(False)
+    if averaged:
+        raw = found.load("weights")
+        parts.raw_unet = {name.removeprefix("unet."): v for name, v in raw.items() if name.startswith("unet.")}
+    parts.report.read.append(f"{source}: step {found.step}, {'averaged weights' if averaged else 'weights as trained'}")
+    parts.facts = {key: record[key] for key in ("step", "samples", "config", "versions")} | {"ema": averaged}
+    if not with_encoders:
+        return parts
+    if record["text_encoder_config"] and text_encoder is None:
+        parts.text_encoder = CLIPTextModel(CLIPTextConfig(**record["text_encoder_config"]))
+        load_part(parts.text_encoder, weights, "text_encoder.")
+        parts.facts["text_encoder_sha256"] = fingerprint(parts.text_encoder)
+    else:
+        name = known(text_encoder or record["text_encoder"], FLAGS["text_encoder"])
+        parts.text_encoder = load_text_encoder_of_any(name)
+        expected = record.get("text_encoder_sha256")
+        parts.facts["text_encoder_sha256"] = check_fingerprint(
+            parts.text_encoder, expected, FLAGS["text_encoder"], name
+        )
+    name = known(vae or record["vae"], FLAGS["vqvae"])
+    parts.vqvae = load_vae_of_any(name)
+    expected = None if vae else record.get("vae_sha256")
+    parts.facts["vae_sha256"] = check_fingerprint(parts.vqvae, expected, FLAGS["vqvae"], name)
+    parts.tokenizer = load_tokenizer(known(tokenizer or record["tokenizer"], FLAGS["tokenizer"]))
+    return parts
 
 
 def known(name: str | None, flag: str) -> str:
@@ -121,3 +186,69 @@ def load_part(network: nn.Module, weights: dict[str, Tensor], prefix: str) -> No
     network.load_state_dict(
         {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
     )
+
+
+# Out
+
+
+def export_checkpoint(source: Path, goal: Path, use_ema: bool = True, replace: bool = False) -> None:
+    """Write the pipeline folder of a checkpoint; what stood there is kept under another name. As `open_checkpoint`."""
+    parts = open_checkpoint(source, use_ema)
+    parts.report.read.clear()  # a training that ends says so itself
+    put(goal, replace, lambda folder: write_pipeline(parts, folder))
+
+
+def write_pipeline(parts: Parts, folder: Path) -> None:
+    """The folder that `UViTPipeline.from_pretrained` opens; where a part is missing, those that are there."""
+    modules = {name: getattr(parts, name) for name in ("unet", *FLAGS)}
+    missing = [name for name, module in modules.items() if module is None]
+    with quiet():
+        if missing:
+            for name, module in modules.items():
+                if module is not None:
+                    module.save_pretrained(folder / name)
+            flags = ", ".join(f"--{FLAGS[name]}" for name in missing if name in FLAGS)
+            parts.report.left.append(f"no {INDEX}, as there is no {', '.join(missing)}; {flags} would make a pipeline")
+        else:
+            scheduler = parts.scheduler or build_scheduler()
+            UViTPipeline(**modules, scheduler=scheduler, **asdict(parts.conventions)).save_pretrained(folder)
+    for path in folder.glob("*/config.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("_name_or_path", None) is not None:  # a place on this machine
+            write_json(content, path)
+    if parts.facts:
+        write_json(parts.facts, folder / SOURCE)
+    if parts.report.lines():
+        write_json(asdict(parts.report), folder / REPORT)
+
+
+def put(goal: Path, replace: bool, write: Callable[[Path], None]) -> None:
+    """Write a folder whole or not at all; what stood there is kept under another name."""
+    if goal.exists() and not replace:
+        raise UserError(f"{goal}: is there already")
+    goal.parent.mkdir(parents=True, exist_ok=True)
+    aside = goal.with_name(f".{goal.name}.writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    with contextlib.ExitStack() as undo:
+        undo.callback(shutil.rmtree, aside, ignore_errors=True)
+        write(aside)
+        if goal.exists():
+            old = next(p for i in range(1, 10000) if not (p := goal.with_name(f"{goal.name}.old{i}")).exists())
+            goal.rename(old)
+            print(f"{goal} is now {old}")
+        aside.rename(goal)
+        undo.pop_all()
+
+
+def write_json(content: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def exported_facts(folder: Path) -> dict[str, Any]:
+    """What a pipeline folder says of the training that it comes from; empty where it says nothing."""
+    try:
+        facts = json.loads((folder / SOURCE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}

@@ -24,8 +24,9 @@ import numpy as np
 import torch
 
 from uvit.config.extract import ExtractConfig
+from uvit.convert.folder import load_text_encoder_of_any, load_vae_of_any
 from uvit.data.encode import Encoders, encode_in_order, encoding_threads
-from uvit.data.encoders import downsampling_of, latent_scale_of, load_text_encoder, load_vae
+from uvit.data.encoders import downsampling_of, latent_scale_of
 from uvit.data.estimate import Progress, by_kind, check_disk, size
 from uvit.data.provenance import describe_store, find_tokenizer, scale_reason
 from uvit.data.shard import EncodedPairs, ShardWriter
@@ -222,7 +223,7 @@ def look_at_index(config: ExtractConfig, source: Source | Stream) -> None:
 
 def load_encoders(config: ExtractConfig) -> tuple[Any, Any]:
     """(VAE, text encoder or None). Raises UserError where the sizes asked for do not suit them."""
-    vae = load_vae(config.vae_name_or_path)
+    vae = load_vae_of_any(config.vae_name_or_path)
     factor = downsampling_of(vae)
     if config.resolution % factor:
         raise UserError(
@@ -230,7 +231,7 @@ def load_encoders(config: ExtractConfig) -> tuple[Any, Any]:
         )
     if not config.text_encoder_name_or_path:
         return vae, None
-    text_encoder = load_text_encoder(config.text_encoder_name_or_path)
+    text_encoder = load_text_encoder_of_any(config.text_encoder_name_or_path)
     positions = getattr(text_encoder.config, "max_position_embeddings", None)
     if positions and config.model_max_length > positions:
         raise UserError(f"--model_max_length {config.model_max_length}: the text encoder takes {positions} at most")

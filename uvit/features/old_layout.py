@@ -21,7 +21,8 @@ import torch
 from tqdm import tqdm
 
 from uvit.config.features import FeaturesExportConfig, FeaturesImportConfig
-from uvit.data.encoders import encode_tokens, fingerprint, load_text_encoder, load_tokenizer
+from uvit.convert.folder import load_text_encoder_of_any
+from uvit.data.encoders import encode_tokens, fingerprint, load_tokenizer
 from uvit.data.estimate import size
 from uvit.data.features import FeatureStore
 from uvit.data.store import EncodedPairs, StoreInfo, StoreWriter
@@ -302,7 +303,7 @@ def _encoder(store: FeatureStore, config: FeaturesExportConfig) -> Callable[[np.
             " so give --text_encoder_name_or_path"
         )
     device = pick_device(config.device)
-    text_encoder = load_text_encoder(name).to(device)
+    text_encoder = load_text_encoder_of_any(name).to(device)
     if not config.text_encoder_name_or_path and store.text_encoder_sha256 not in (None, fingerprint(text_encoder)):
         raise UserError(
             f"--path {store.folder}: the text encoder at {name} has other weights than the one it names; give"

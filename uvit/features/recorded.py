@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uvit.config.features import FeaturesImportConfig
+from uvit.convert.folder import load_text_encoder_of_any, load_vae_of_any
 from uvit.data.encoders import (
     downsampling_of,
     fingerprint,
     latent_scale_of,
-    load_text_encoder,
     load_tokenizer,
-    load_vae,
 )
 from uvit.diffusion import LATENT_SCALE
 from uvit.errors import UserError
@@ -38,7 +37,7 @@ def recorded_encoders(
     vae = text_encoder = tokenizer = resolution = None
     latent_scale = LATENT_SCALE
     if config.vae_name_or_path:
-        model = load_vae(config.vae_name_or_path)
+        model = load_vae_of_any(config.vae_name_or_path)
         if 2 * model.config["latent_channels"] != moments_shape[0]:
             raise UserError(
                 f"--vae_name_or_path {config.vae_name_or_path}: has {model.config['latent_channels']} latent channels,"
@@ -48,7 +47,7 @@ def recorded_encoders(
         latent_scale = latent_scale_of(model)
         resolution = moments_shape[1] * downsampling_of(model)
     if config.text_encoder_name_or_path:
-        model = load_text_encoder(config.text_encoder_name_or_path)
+        model = load_text_encoder_of_any(config.text_encoder_name_or_path)
         if model.config.hidden_size != context_shape[1]:
             raise UserError(
                 f"--text_encoder_name_or_path {config.text_encoder_name_or_path}: is {model.config.hidden_size} wide,"

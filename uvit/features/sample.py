@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from uvit.config.features import FeaturesSampleConfig
-from uvit.data.encoders import decode_latents, fingerprint, load_vae
+from uvit.convert.folder import load_vae_of_any
+from uvit.data.encoders import decode_latents, fingerprint
 from uvit.data.features import Features, open_features
 from uvit.device import pick_device
 from uvit.errors import UserError
@@ -24,7 +25,7 @@ def sample(config: FeaturesSampleConfig) -> None:
     name = config.vae_name_or_path or features.vae_name
     if name is None:
         raise UserError(f"--path {config.path}: names no VAE; give --vae_name_or_path")
-    vae = load_vae(name)
+    vae = load_vae_of_any(name)
     if 2 * vae.config["latent_channels"] != features.moments_shape[0]:
         raise UserError(
             f"--vae_name_or_path {name}: has {vae.config['latent_channels']} latent channels, and the moments' shape"

@@ -122,7 +122,8 @@ def check_latents(features: Features, latent_scale: float, path: str) -> None:
     """Prints a warning where the latents are far from the size that the noise is made for: a deviation of 1."""
     rows = np.linspace(0, features.num_samples - 1, min(NUM_LATENTS, features.num_samples)).astype(np.int64)
     means = np.split(features.read(rows, np.zeros(len(rows))).moments.astype(np.float64), 2, axis=1)[0]
-    std = float(np.std(means))
+    with np.errstate(invalid="ignore"):  # of what is not finite
+        std = float(np.std(means))
     if USUAL_STD[0] <= std * latent_scale <= USUAL_STD[1]:
         return
     there = f"--feature_path {path}: the latents of {len(rows)} samples"

@@ -1,6 +1,7 @@
 """What a run will need, before it starts: for any number of processes, none of which is started."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from uvit.config.model import resolve_model_config
 from uvit.config.train import TrainConfig
+from uvit.convert.folder import looks_foreign, open_part
 from uvit.cost import count_flops, hollow_unet
 from uvit.data.encoders import encode_tokens
 from uvit.data.features import Features, open_features
@@ -64,6 +66,8 @@ def build_hollow_unet(config: TrainConfig) -> UViTT2IModel:
     name = config.pretrained_model_name_or_path
     if name is None:
         return hollow_unet(resolve_model_config(config.uvit_config_file))
+    if looks_foreign(name):
+        return hollow_unet(model_config(open_part(Path(name).expanduser(), "unet")))
     try:
         values: Any = UViTT2IModel.load_config(name, subfolder="unet")
     except OSError as error:

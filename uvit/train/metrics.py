@@ -39,7 +39,9 @@ class Metrics:
         self.config, self.max_steps, self.samples_per_step, self.work = config, max_steps, samples_per_step, work
         folder = logs_folder(config, output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.losses = keep_lines(folder / "metrics.jsonl", first_step)  # since the last logged step
+        self.losses = keep_lines(
+            folder / "metrics.jsonl", first_step, config.logging_steps
+        )  # since the last logged step
         self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self.boards = open_boards(config, output_dir, folder, first_step)
         self.progress = tqdm(
@@ -188,7 +190,7 @@ def advice(config: TrainConfig, old_layout: bool) -> str:
     return ", ".join(ways)
 
 
-def keep_lines(path: Path, last_step: int) -> list[float]:
+def keep_lines(path: Path, last_step: int, logging_steps: int) -> list[float]:
     """Cut metrics.jsonl after `last_step`: what a killed run wrote past its checkpoint is done again.
 
     Returns the losses since the last logged step, so that the next mean is what it would have been.
@@ -207,7 +209,8 @@ def keep_lines(path: Path, last_step: int) -> list[float]:
     aside = path.with_name(f".{path.name}.writing")
     aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     aside.replace(path)
-    return [record["loss"] for record in kept if record["loss"] is not None]
+    logged = last_step - last_step % logging_steps
+    return [record["loss"] for record in kept if record["loss"] is not None and record["step"] > logged]
 
 
 def _duration(seconds: float) -> str:

@@ -6,7 +6,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from uvit.convert.export import check_fingerprint
-from uvit.data.encoders import decode_latents, load_vae
+from uvit.convert.folder import load_vae_of_any
+from uvit.data.encoders import decode_latents
 from uvit.errors import UserError
 from uvit.images import contact_sheet, save_png, to_pil
 from uvit.sample.denoise import denoise
@@ -32,7 +33,7 @@ def load_preview_vae(run: Run) -> AutoencoderKL | None:
         if not (named or run.features.vae_name):
             raise UserError("the features do not say which VAE made them; pass --vae_name_or_path")
         name = named or run.features.vae_name or ""
-        vae = load_vae(name)
+        vae = load_vae_of_any(name)
         check_fingerprint(vae, run.features.vae_sha256, "vae_name_or_path", name)
         return vae.to(run.device)
     except UserError as error:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import uvit
 from uvit.config.model import resolve_model_config
 from uvit.config.train import TrainConfig
+from uvit.convert.folder import looks_foreign, open_part
 from uvit.data.features import Features, open_features
 from uvit.data.loader import Batches
 from uvit.diffusion import LATENT_SCALE
@@ -210,6 +211,8 @@ def build_unet(config: TrainConfig) -> UViTT2IModel:
         rescale_initialisation(unet, config.weight_init_std, config.position_init_std)
         return unet
     name = config.pretrained_model_name_or_path
+    if looks_foreign(name):
+        return open_part(Path(name).expanduser(), "unet")
     try:
         return UViTT2IModel.from_pretrained(name, subfolder="unet", use_safetensors=True)
     except OSError as error:

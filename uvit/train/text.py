@@ -6,7 +6,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel
 
 from uvit.config.train import TrainConfig
 from uvit.convert.export import check_fingerprint
-from uvit.data.encoders import load_text_encoder, load_tokenizer
+from uvit.convert.folder import load_text_encoder_of_any
+from uvit.data.encoders import load_tokenizer
 from uvit.data.features import Features
 from uvit.errors import UserError
 from uvit.model import UViTT2IModel
@@ -18,7 +19,7 @@ def build_text_encoder(config: TrainConfig, features: Features, unet: UViTT2IMod
     pad_token_id = tokenizer.pad_token_id or 0
     name = config.pretrained_model_name_or_path or config.text_encoder_name_or_path
     if name is not None:
-        encoder = load_text_encoder(name).requires_grad_(True)
+        encoder = load_text_encoder_of_any(name).requires_grad_(True)
         check_sizes(encoder, name, tokenizer, unet)
         return encoder, pad_token_id
     width = unet.config.clip_dim
@@ -50,7 +51,7 @@ def load_frozen_text_encoder(
             "--text contexts"
         )
     tokenizer = load_features_tokenizer(config, features)
-    encoder = load_text_encoder(name)
+    encoder = load_text_encoder_of_any(name)
     check_sizes(encoder, name, tokenizer, unet)
     sha256 = check_fingerprint(encoder, features.text_encoder_sha256, "text_encoder_name_or_path", name)
     return encoder, tokenizer.pad_token_id or 0, sha256

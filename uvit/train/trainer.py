@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import signal
 import threading
 import time
@@ -11,6 +12,7 @@ from types import FrameType
 
 import torch
 from diffusers import AutoencoderKL
+from safetensors import SafetensorError
 
 from uvit import checkpoint
 from uvit.config.train import TrainConfig
@@ -38,6 +40,9 @@ from uvit.train.step import StepResult, train_step
 from uvit.train.utilisation import Work, work_of
 from uvit.train.validate import is_due, validate
 
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # that nothing but writing meets with
+FOLDER_ERRORS = DISK_ERRORS | {errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM}
+
 
 def train(config: TrainConfig) -> int:
     """Train to the last step, or until Ctrl-C or SIGTERM. Returns the exit status."""
@@ -53,7 +58,8 @@ def train(config: TrainConfig) -> int:
         world = start(degrees, config.device)
         try:
             # What the main process says is true of all.
-            with contextlib.nullcontext() if world.is_main else contextlib.redirect_stdout(None):
+            silence = contextlib.nullcontext() if world.is_main else contextlib.redirect_stdout(None)
+            with silence, plain_errors(config, DISK_ERRORS):
                 name = f"process_{world.rank}_of_{world.size}"
                 return called(name, lambda: train_together(config, world))
         finally:
@@ -70,8 +76,9 @@ def train_together(config: TrainConfig, world: World) -> int:
         barrier(world)
         resume(run)
         if world.is_main:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            write_yaml(dataclasses.replace(config, overwrite_output_dir=False), output_dir / "config.yaml")
+            with plain_errors(config, FOLDER_ERRORS):
+                output_dir.mkdir(parents=True, exist_ok=True)
+                write_yaml(dataclasses.replace(config, overwrite_output_dir=False), output_dir / "config.yaml")
             keep_passed_over(run)
         if run.step >= run.max_steps:
             print(f"{output_dir}: all {run.max_steps} steps are done")
@@ -181,9 +188,29 @@ def write_pipeline(run: Run) -> None:
         print(f'wrote {goal}; try: uvit sample --pipeline {goal} "..."')
     except UserError as error:
         print(f"trained, but no pipeline was written: {error}. Then: uvit convert {last} {goal}")
+    except SafetensorError as error:
+        raise cannot_write(run.config, error) from None
 
 
-# Ctrl-C, SIGTERM, the profiler
+# A disk that takes no more, Ctrl-C, SIGTERM, the profiler
+
+
+@contextlib.contextmanager
+def plain_errors(config: TrainConfig, numbers: set[int]) -> Iterator[None]:
+    """Some errors of the system, in a sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in numbers:
+            raise
+        raise cannot_write(config, error) from None
+
+
+def cannot_write(config: TrainConfig, error: Exception) -> UserError:
+    where = f"--output_dir {config.output_dir}" + (
+        f", --logging_dir {config.logging_dir}" if config.logging_dir else ""
+    )
+    return UserError(f"{where}: cannot be written to ({error}); mend that, and run the same command again to go on")
 
 
 class Stop:

@@ -1,0 +1,30 @@
+from typing import Any
+
+import pytest
+
+from uvit.config.convert import ConvertConfig
+from uvit.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"push_to_hub": "me/model"}, "--push_to_hub me/model: say under which --license"),
+        ({"push_to_hub": "model", "license": "mit"}, "--push_to_hub model: is no repository"),
+        (
+            {"push_to_hub": "me/model", "license": "mit", "to": "port"},
+            "takes --to pipeline or diffusers, not --to port",
+        ),
+        ({"private": True}, "--private: .*without --push_to_hub"),
+        ({"weights": "pdparams"}, "--weights pdparams: .* not of --to pipeline"),
+        ({"license": "mit", "to": "onnx"}, "--license mit: .*--to onnx writes none"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=f"^{said}|{said}"):
+        ConvertConfig("source", "dest", **flags)
+
+
+def test_flags_that_do() -> None:
+    ConvertConfig("source", "dest", to="diffusers", push_to_hub="me/model", license="mit", private=True)
+    ConvertConfig("source", "dest", to="port", weights="pdparams")

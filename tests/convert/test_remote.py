@@ -1,0 +1,55 @@
+"""A folder with its code draws the same pictures in diffusers alone; this package never runs that code."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.convert.conftest import PORT_FOLDER
+from uvit import UViTPipeline
+from uvit.cli.main import main
+from uvit.convert.remote import flat, modules
+
+OPTIONS = {"num_inference_steps": 2, "output_type": "np"}
+ALONE = """
+import sys
+sys.modules["uvit"] = None  # not installed
+import numpy, torch
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+images = pipeline("the bus", num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)).images
+numpy.save(sys.argv[2], images)
+"""
+
+
+def test_modules_import_only_one_another() -> None:
+    found = modules("sample.pipeline")
+    assert {"pipeline", "uvit_model", "uvit_diffusion", "uvit_sample_denoise"} <= set(found)
+    for name, text in found.items():
+        assert "from uvit" not in text and "import uvit" not in text, name
+        compile(text, name, "exec")
+        assert name == "pipeline" or f"from .{name} import" in found["pipeline"]
+    assert flat("data.encoders") == "uvit_data_encoders"
+
+
+@pytest.mark.slow
+def test_diffusers_alone_draws_the_same(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    assert main(["convert", str(PORT_FOLDER), str(folder), "--to", "diffusers"]) == 0
+    for path in folder.rglob("*.py"):
+        path.write_text("raise SystemExit('code of a folder was run')\n" + path.read_text())
+    pipeline = UViTPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    ours = pipeline("the bus", generator=torch.Generator().manual_seed(0), **OPTIONS).images
+    assert pipeline.config.timestep_labels == "0..999"
+    for path in folder.rglob("*.py"):
+        path.write_text(path.read_text().split("\n", 1)[1])
+    environment = os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", ALONE, str(folder), str(tmp_path / "images.npy")]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert np.array_equal(np.load(tmp_path / "images.npy"), ours)

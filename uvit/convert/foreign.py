@@ -1,0 +1,220 @@
+"""A model in the formats of the official code and of the Paddle port, so that they read it.
+
+What cannot be said in a format is refused or reported; nothing is bent to fit. Weights go through bit for bit.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import CLIPTextModel
+
+from uvit.convert import text_encoder as text
+from uvit.convert import unet as uvit
+from uvit.convert import vae
+from uvit.convert.folder import CONFIG, CONVENTIONS, INDEX, TRAINED, Parts
+from uvit.convert.pdparams import write_pdparams
+from uvit.diffusion import LATENT_SCALE, alphas_cumprod, scheduler_config
+from uvit.errors import UserError
+
+Container = Literal["safetensors", "pdparams"]
+PORT_VERSION = "0.29.0"  # the ppdiffusers whose folders these are
+UNET_FILE = {"safetensors": "diffusion_paddle_model.safetensors", "pdparams": "model_state.pdparams"}
+TEXT_FILE = {"safetensors": "model.safetensors", "pdparams": "model_state.pdparams"}
+
+# The keys of the port's configs; later ones of diffusers and transformers it does not know.
+_UVIT_EXTRA = {
+    "attn_drop_rate": 0.0,
+    "drop_rate": 0.0,
+    "norm_type": "layer_norm",
+    "out_channels": None,
+    "pos_drop_rate": 0.0,
+    "qk_scale": None,
+}
+_VAE_KEYS = [
+    "act_fn", "block_out_channels", "down_block_types", "force_upcast", "in_channels", "latent_channels",
+    "latents_mean", "latents_std", "layers_per_block", "norm_num_groups", "out_channels", "sample_size",
+    "scaling_factor", "shift_factor", "up_block_types", "use_post_quant_conv", "use_quant_conv",
+]  # fmt: skip
+_TEXT_KEYS = [
+    "attention_dropout", "bos_token_id", "eos_token_id", "hidden_act", "hidden_size", "initializer_factor",
+    "initializer_range", "intermediate_size", "layer_norm_eps", "max_position_embeddings", "model_type",
+    "num_attention_heads", "num_hidden_layers", "pad_token_id", "projection_dim", "vocab_size",
+]  # fmt: skip
+_DDIM_KEYS = [
+    "beta_end", "beta_schedule", "beta_start", "clip_sample", "clip_sample_range", "dynamic_thresholding_ratio",
+    "num_train_timesteps", "prediction_type", "rescale_betas_zero_snr", "sample_max_value", "set_alpha_to_one",
+    "steps_offset", "thresholding", "timestep_spacing", "trained_betas",
+]  # fmt: skip
+
+
+# The official code
+
+
+def write_official(parts: Parts, folder: Path) -> None:
+    """nnet_ema.pth, nnet.pth and autoencoder_kl.pth, as far as the source has them."""
+    config = parts.unet.config
+    if not isinstance(config["sample_size"], int):
+        raise UserError(f"--to official: its U-ViT is square, and this one's sample_size is {config['sample_size']}")
+    save_pth(parts.unet.state_dict(), folder / "nnet_ema.pth")
+    if parts.raw_unet is not None:
+        save_pth(parts.raw_unet, folder / "nnet.pth")
+    if parts.vqvae is not None:
+        weights = vae.to_ldm(parts.vqvae.state_dict(), len(parts.vqvae.config["block_out_channels"]))
+        save_pth(weights, folder / "autoencoder_kl.pth")
+    parts.report.converted.append(
+        f"for the official code: UViT(img_size={config['sample_size']}, patch_size={config['patch_size']}, "
+        f"in_chans={config['in_channels']}, embed_dim={config['num_attention_heads'] * config['attention_head_dim']}, "
+        f"depth={config['num_layers']}, num_heads={config['num_attention_heads']}, mlp_ratio={config['mlp_ratio']}, "
+        f"qkv_bias={config['qkv_bias']}, clip_dim={config['clip_dim']}, num_clip_token={config['num_text_tokens']}, "
+        f"conv={config['conv']})"
+    )
+    _say_what_is_lost(parts, TRAINED.latent_scale, TRAINED.timestep_labels, "the official code")
+
+
+def save_pth(tensors: Mapping[str, Tensor], path: Path) -> None:
+    torch.save({name: value.detach().clone().contiguous() for name, value in tensors.items()}, path)
+
+
+# The Paddle port
+
+
+def write_paddle(parts: Parts, folder: Path, container: Container) -> None:
+    """The U-ViT's folder: its weights in Paddle's layout, and its config.json."""
+    weights = uvit.transpose_linear(parts.unet.state_dict())
+    _write_arrays(weights, folder / UNET_FILE[container], "pd")
+    ours = {key: value for key, value in parts.unet.config.items() if not key.startswith("_")}
+    _write_json({**_of_port("UViTT2IModel"), **_UVIT_EXTRA, **ours}, folder / CONFIG)
+
+
+def write_port(parts: Parts, folder: Path, container: Container) -> None:
+    """The pipeline's folder. Raises UserError where the port has no such encoder, tokenizer or VAE."""
+    check_encoders(parts, "port")
+    for name in ("unet", "vqvae", "text_encoder", "tokenizer", "scheduler"):
+        (folder / name).mkdir(parents=True)
+    write_paddle(parts, folder / "unet", container)
+    autoencoder, encoder = parts.vqvae, parts.text_encoder
+    _write_arrays(vae.transpose_linear(autoencoder.state_dict()), folder / "vqvae" / UNET_FILE[container], "pd")
+    said = {key: autoencoder.config[key] for key in _VAE_KEYS if key in autoencoder.config}
+    _write_json(_of_port("AutoencoderKL") | said, folder / "vqvae" / CONFIG)
+    weights = {text.PREFIX + name: value for name, value in text.transpose_linear(encoder.state_dict()).items()}
+    _write_arrays(weights, folder / "text_encoder" / TEXT_FILE[container], "np")
+    settings = encoder.config.to_dict()
+    said = {key: settings[key] for key in _TEXT_KEYS if key in settings}
+    _write_json({"architectures": ["CLIPTextModel"], **said}, folder / "text_encoder" / CONFIG)
+    _write_tokenizer(parts.tokenizer, folder / "tokenizer")
+    _write_json(port_scheduler(parts), folder / "scheduler" / "scheduler_config.json")
+    libraries = {"scheduler": "ppdiffusers", "text_encoder": "ppdiffusers.transformers"}
+    libraries |= {"tokenizer": "ppdiffusers.transformers", "unet": "ppdiffusers", "vqvae": "ppdiffusers"}
+    classes = {"scheduler": "DDIMScheduler", "text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer"}
+    classes |= {"unet": "UViTT2IModel", "vqvae": "AutoencoderKL"}
+    index = {name: [library, classes[name]] for name, library in libraries.items()}
+    _write_json(_of_port("LDMTextToImageUViTPipeline") | index, folder / INDEX)
+    _write_json(asdict(parts.conventions), folder / CONVENTIONS)
+    _say_what_is_lost(parts, 0.18215, "0..999", "the port's pipeline")
+
+
+def write_trainer(parts: Parts, folder: Path) -> None:
+    """model_state.pdparams as the port's trainer resumes from. Its LayerNorms have no weight and bias."""
+    weights = uvit.transpose_linear(parts.unet.state_dict())
+    for name, value in (weights | (parts.raw_unet or {})).items():
+        if uvit.is_norm(name) and not torch.equal(value, torch.full_like(value, name.endswith("weight"))):
+            raise UserError(
+                f"--to trainer: the port's trainer has no {name}, and this model's is not 1 and 0; use --to port"
+            )
+    ema = {name: value for name, value in weights.items() if not uvit.is_norm(name)}
+    raw = ema
+    if parts.raw_unet is not None:
+        raw = {n: v for n, v in uvit.transpose_linear(parts.raw_unet).items() if not uvit.is_norm(n)}
+    else:
+        parts.report.defaulted.append("unet.* and model_ema.* are alike: the source has one set of weights")
+    content = {"alphas_cumprod": alphas_cumprod()[1:].float()}
+    if parts.text_encoder is not None:
+        check_encoders(parts, "trainer", whole=False)
+        linear = text.transpose_linear(parts.text_encoder.state_dict())
+        content |= {f"text_encoder.{text.paddlenlp_name(name)}": value for name, value in linear.items()}
+    if parts.vqvae is not None:
+        linear = vae.transpose_linear(parts.vqvae.state_dict())
+        content |= {f"vae.{name}": value for name, value in linear.items()}
+    content |= {f"unet.{name}": value for name, value in raw.items()}
+    content |= {f"model_ema.{name.replace('.', '')}": value for name, value in ema.items()}
+    write_pdparams(folder / "model_state.pdparams", content)
+
+
+def check_encoders(parts: Parts, to: str, whole: bool = True) -> None:
+    """Raises UserError where the port has no such part."""
+    missing = [name for name in ("vqvae", "text_encoder", "tokenizer") if getattr(parts, name) is None]
+    if missing and whole:
+        flags = {
+            "vqvae": "vae_name_or_path",
+            "text_encoder": "text_encoder_name_or_path",
+            "tokenizer": "tokenizer_name",
+        }
+        wanted = ", ".join(f"--{flags[name]}" for name in missing)
+        raise UserError(
+            f"--to {to}: a whole pipeline is needed, and the source has no {', '.join(missing)}; name {wanted}"
+        )
+    if not isinstance(parts.text_encoder, CLIPTextModel):
+        raise UserError(
+            f"--to {to}: the port's text encoder is CLIP's, and this is {type(parts.text_encoder).__name__}; "
+            "--to paddle writes the U-ViT alone"
+        )
+    if parts.vqvae is not None and not parts.vqvae.config.get("mid_block_add_attention", True):
+        raise UserError(f"--to {to}: the port's VAE has attention in its middle, and this one has none")
+    model = getattr(getattr(parts.tokenizer, "backend_tokenizer", None), "model", None)
+    if whole and getattr(model, "end_of_word_suffix", None) != "</w>":
+        raise UserError(
+            f"--to {to}: the port's tokenizer is CLIP's byte pairs, and this is another; --to paddle writes the U-ViT "
+            "alone"
+        )
+
+
+def port_scheduler(parts: Parts) -> dict[str, Any]:
+    """A DDIM scheduler's config, the source's own where it is one."""
+    usual = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading"}
+    config = {**scheduler_config(), **usual, "trained_betas": None}
+    if type(parts.scheduler).__name__ == "DDIMScheduler":
+        config = {key: parts.scheduler.config[key] for key in _DDIM_KEYS if key in parts.scheduler.config}
+    else:
+        parts.report.defaulted.append("scheduler: DDIM, as in the port's folders")
+    return _of_port("DDIMScheduler") | config | {"prediction_type": parts.conventions.prediction_type}
+
+
+def _say_what_is_lost(parts: Parts, latent_scale: float, labels: str, reader: str) -> None:
+    said = parts.conventions
+    if said.latent_scale != latent_scale:
+        parts.report.left.append(
+            f"latent scale {said.latent_scale}: {reader} has {latent_scale} in its code; change it there"
+        )
+    if said.timestep_labels != labels:
+        parts.report.left.append(f"timestep labels {said.timestep_labels}: {reader} has {labels} in its code")
+    if said.prediction_type != "epsilon" and latent_scale == LATENT_SCALE:
+        parts.report.left.append(f"prediction type {said.prediction_type}: {reader} knows epsilon only")
+
+
+def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    tokenizer.backend_tokenizer.model.save(str(folder))  # vocab.json, merges.txt
+    tokens = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    _write_json(tokens, folder / "special_tokens_map.json")
+    said = {"errors": "replace", "model_max_length": tokenizer.model_max_length, "do_lower_case": True}
+    _write_json({**said, **tokens, "tokenizer_class": "CLIPTokenizer"}, folder / "tokenizer_config.json")
+
+
+def _write_arrays(tensors: Mapping[str, Tensor], path: Path, said: str) -> None:
+    if path.suffix == ".pdparams":
+        write_pdparams(path, tensors)
+    else:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, path, {"format": said})
+
+
+def _write_json(content: Mapping[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _of_port(name: str) -> dict[str, Any]:
+    return {"_class_name": name, "_ppdiffusers_version": PORT_VERSION}
