@@ -7,8 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests.convert.conftest import PORT_FOLDER
+from uvit.config.extract import ExtractConfig
+from uvit.data.extract import extract
 from uvit.errors import UserError
 from uvit.train.setup import set_up
+from uvit.train.trainer import train
 
 
 def test_epochs_count_instead_of_steps(tiny_config: Any, tmp_path: Path) -> None:
@@ -32,6 +36,19 @@ def test_a_wider_initialisation(tiny_config: Any, tmp_path: Path) -> None:
     assert torch.equal(wide.patch_embed.proj.weight, plain.patch_embed.proj.weight)
     with pytest.raises(UserError, match="--weight_init_std and --position_init_std are for fresh weights"):
         tiny_config(weight_init_std=0.06, pretrained_model_name_or_path="x")
+
+
+def test_training_goes_on_from_a_folder_of_the_port(tiny_config: Any, tmp_path: Path) -> None:
+    """With its VAE and text encoder, for the features, for previews and in the pipeline at the end."""
+    port = str(PORT_FOLDER)
+    encoders = {"vae_name_or_path": port, "text_encoder_name_or_path": port}
+    extract(
+        ExtractConfig(source=("shapes",), output_dir=str(tmp_path / "store"), resolution=64, text="tokens", **encoders)
+    )
+    flags = {"feature_path": str(tmp_path / "store"), "pretrained_model_name_or_path": port, "latent_scale": 0.2301}
+    assert train(tiny_config(**flags, max_steps=2, image_logging_steps=2, num_inference_steps=2)) == 0
+    assert list((tmp_path / "run" / "previews").glob("*.png"))
+    assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
 
 
 def test_which_split_is_validated_on(tiny_config: Any, store: Path, tmp_path: Path) -> None:

@@ -212,7 +212,7 @@ def build_unet(config: TrainConfig) -> UViTT2IModel:
         return unet
     name = config.pretrained_model_name_or_path
     if looks_foreign(name):
-        return open_part(Path(name).expanduser(), "unet")
+        return open_part(Path(name).expanduser(), "unet").requires_grad_(True)
     try:
         return UViTT2IModel.from_pretrained(name, subfolder="unet", use_safetensors=True)
     except OSError as error:
