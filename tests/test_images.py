@@ -129,6 +129,18 @@ def test_labels_make_the_sheet_taller_and_are_drawn() -> None:
     assert np.asarray(labelled).min() < 128, "no letter was drawn"
 
 
+def test_headings_stand_above_their_columns() -> None:
+    pictures = [Image.new("RGB", (64, 64), "white")] * 4
+    plain = images.contact_sheet(pictures, columns=2, cell=64)
+    headed = images.contact_sheet(pictures, columns=2, cell=64, headings=["", "second"])
+    extra = headed.height - plain.height
+    assert extra > 0
+    assert np.array_equal(np.asarray(headed)[-plain.height + 2 :], np.asarray(plain)[2:])
+    above = np.asarray(headed)[:extra].min(axis=(0, 2))
+    assert above[: headed.width // 2].min() > 200, "the first column has no heading"
+    assert above[headed.width // 2 :].min() < 128, "no letter was drawn"
+
+
 def test_save_png_keeps_pixels_and_text(tmp_path: Path) -> None:
     image, path = noise_image(9, 7), tmp_path / "new" / "picture.png"
     images.save_png(image, path, {"prompt": "ein gelber Stern ★"})

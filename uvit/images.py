@@ -74,9 +74,16 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def contact_sheet(
-    images: Sequence[Image.Image], labels: Sequence[str] | None = None, columns: int | None = None, cell: int = 128
+    images: Sequence[Image.Image],
+    labels: Sequence[str] | None = None,
+    columns: int | None = None,
+    cell: int = 128,
+    headings: Sequence[str] | None = None,
 ) -> Image.Image:
-    """Images in rows, each scaled to at most `cell` pixels, its label beneath it in up to four lines."""
+    """Images in rows, each scaled to at most `cell` pixels, its label beneath it in up to four lines.
+
+    `headings` stand above the columns.
+    """
     columns = columns or max(1, math.ceil(math.sqrt(len(images))))
     rows = math.ceil(len(images) / columns)
     font = ImageFont.load_default(max(10, cell // 11))
@@ -86,10 +93,15 @@ def contact_sheet(
     height = max(image.height for image in scaled)
     text_height = max((len(lines) for lines in wrapped), default=0) * line_height
     gap = max(2, cell // 32)
-    sheet = Image.new("RGB", (columns * (cell + gap) + gap, rows * (height + text_height + gap) + gap), SHEET_COLOUR)
+    above = [_wrap(heading, font, cell) for heading in headings or ()]
+    top = gap + max((len(lines) for lines in above), default=0) * line_height
+    sheet = Image.new("RGB", (columns * (cell + gap) + gap, top + rows * (height + text_height + gap)), SHEET_COLOUR)
     draw = ImageDraw.Draw(sheet)
+    for i, lines in enumerate(above):
+        for k, line in enumerate(lines):
+            draw.text((gap + i * (cell + gap), gap + k * line_height), line, fill="black", font=font)
     for i, image in enumerate(scaled):
-        x, y = gap + (i % columns) * (cell + gap), gap + (i // columns) * (height + text_height + gap)
+        x, y = gap + (i % columns) * (cell + gap), top + (i // columns) * (height + text_height + gap)
         sheet.paste(image, (x, y))
         for k, line in enumerate(wrapped[i] if labels else []):
             draw.text((x, y + height + k * line_height), line, fill="black", font=font)

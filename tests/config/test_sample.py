@@ -13,13 +13,21 @@ from uvit.errors import UserError
         {"columns": -1},
         {"num_inference_steps": 0},
         {"num_inference_steps": 1001},
-        {"guidance_scale": float("nan")},
-        {"guidance_scale": -1.0},
+        {"guidance_scale": (float("nan"),)},
+        {"guidance_scale": (2.0, -1.0)},
         {"seed": -1},
+        {"strength": 0.5},
+        {"mask": "m.png"},
+        {"strength": 0.0, "init_image": "i.png"},
+        {"strength": 0.01, "init_image": "i.png"},
+        {"columns": 2, "grid": False},
+        {"shard": "4/4"},
+        {"shard": "a"},
     ],
 )
 def test_values_out_of_range_are_named(flag: dict) -> None:
-    ((name, value),) = flag.items()
+    name, value = next(iter(flag.items()))
+    value = value[-1] if isinstance(value, tuple) else value
     with pytest.raises(UserError, match=f"--{name} {value}: "):
         SampleConfig(pipeline="p", **flag)
 
@@ -27,4 +35,20 @@ def test_values_out_of_range_are_named(flag: dict) -> None:
 def test_prompts_need_no_flag() -> None:
     words = ["a red circle", "-", "--pipeline", "p", "--guidance_scale", "2"]
     config, _ = parse(SampleConfig, words, "uvit sample", positional=("prompts",))
-    assert config == SampleConfig(pipeline="p", prompts=("a red circle", "-"), guidance_scale=2.0)
+    assert config == SampleConfig(pipeline="p", prompts=("a red circle", "-"), guidance_scale=(2.0,))
+
+
+def test_several_guidance_scales_or_none() -> None:
+    words = ["a", "--pipeline", "p", "--guidance_scale", "2", "4", "7.5", "--shard", "1/4"]
+    config, _ = parse(SampleConfig, words, "uvit sample", positional=("prompts",))
+    assert config.guidance_scale == (2.0, 4.0, 7.5)
+    assert config.part() == (1, 4)
+    with pytest.raises(UserError, match="--guidance_scale: needs a value"):
+        SampleConfig("p", guidance_scale=())
+
+
+def test_numbers_end_where_the_prompts_begin() -> None:
+    config, _ = parse(
+        SampleConfig, ["--pipeline", "p", "--guidance_scale", "2", "4", "a red circle", "b"], "uvit sample", ("prompts",)
+    )
+    assert config.guidance_scale == (2.0, 4.0) and config.prompts == ("a red circle", "b")

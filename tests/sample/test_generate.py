@@ -1,3 +1,4 @@
+import hashlib
 import io
 from pathlib import Path
 
@@ -9,8 +10,9 @@ from PIL import Image
 from tests.sample.parts import tiny_pipeline_folder
 from uvit.cli.main import main
 from uvit.config.sample import SampleConfig
+from uvit.data.encoders import fingerprint
 from uvit.errors import UserError
-from uvit.sample.generate import file_name, generate, read_prompts, sample
+from uvit.sample.generate import fitted, generate, read_prompts, sample
 from uvit.sample.pipeline import UViTPipeline
 from uvit.sample.schedulers import build_scheduler
 
@@ -81,6 +83,7 @@ def test_writes_pictures_with_what_made_them(folder: Path, tmp_path: Path, capsy
         "guidance_scale": "7.5",
         "num_inference_steps": "2",
         "pipeline": str(folder),
+        "unet_sha256": fingerprint(UViTPipeline.from_pretrained(folder).unet),
         "dtype": "float32",
     }
     sheet = opened(tmp_path / "contact_sheet.png")
@@ -140,7 +143,8 @@ def test_prompts_from_arguments_file_and_pipe(tmp_path: Path, monkeypatch: pytes
         ({"prompts": ()}, "--prompts: there is none"),
         ({"prompts_file": "absent.txt"}, "--prompts_file absent.txt"),
         ({"pipeline": "absent"}, "--pipeline absent: there is no such folder"),
-        ({"pipeline": "."}, "--pipeline .: has no model_index.json"),
+        ({"compare_with": ("absent",)}, "--compare_with absent: there is no such folder"),
+        ({"init_image": "absent.png"}, "--init_image absent.png: cannot be read"),
         ({"device": "gpu9"}, "--device gpu9"),
     ],
 )
@@ -159,23 +163,187 @@ def test_pipeline_must_be_named(capsys: pytest.CaptureFixture) -> None:
     assert "--pipeline" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("number", "prompt", "name"),
-    [
-        (0, "A red circle, on a BLUE background!", "00000-a-red-circle-on-a-blue-background.png"),
-        (12, "一个红色的圆", "00012-一个红色的圆.png"),
-        (3, "../../etc/passwd", "00003-etc-passwd.png"),
-        (4, "", "00004-empty.png"),
-    ],
-)
-def test_file_name(number: int, prompt: str, name: str) -> None:
-    assert file_name(number, prompt) == name
-
-
-def test_file_names_fit_any_file_system() -> None:
-    assert len(file_name(0, "圆" * 500).encode()) < 255
-
-
 def test_noise_is_the_same_on_every_device_and_dtype(pipeline: UViTPipeline) -> None:
     drawn = pipeline.to(torch.bfloat16)._noise((1, 4, 8, 8), torch.Generator().manual_seed(0), None)
     assert torch.equal(drawn, torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)))
+
+
+# Pictures to begin with
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    """48 x 32 pixels, whose middle square is noise."""
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def test_init_image_and_mask(folder: Path, tmp_path: Path, photo: Path) -> None:
+    mask = np.zeros((32, 48), dtype=np.uint8)
+    mask[:, 20:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    begin = "--guidance_scale=1", f"--init_image={photo}", "--batch_size=2", "a", "b"
+    assert main(arguments(folder, tmp_path / "changed", "--strength=0.5", *begin)) == 0
+    assert main(arguments(folder, tmp_path / "masked", f"--mask={tmp_path / 'mask.png'}", *begin)) == 0
+    middle = np.asarray(opened(photo))[:, 8:40]
+    for name in ("00000-a.png", "00001-b.png"):
+        changed, masked = (np.asarray(opened(tmp_path / kind / name)) for kind in ("changed", "masked"))
+        assert changed.shape == middle.shape
+        assert (changed != middle).mean() > 0.9
+        assert np.array_equal(masked[:, :12], middle[:, :12])
+        assert (masked[:, 12:] != middle[:, 12:]).mean() > 0.9
+    text = opened(tmp_path / "masked" / "00000-a.png").text
+    assert text["init_image"] == str(photo)
+    assert text["mask_sha256"] == hashlib.sha256((tmp_path / "mask.png").read_bytes()).hexdigest()
+
+
+def test_a_mask_is_of_the_image_s_size(folder: Path, tmp_path: Path, photo: Path) -> None:
+    Image.new("L", (32, 32)).save(tmp_path / "mask.png")
+    config = SampleConfig(str(folder), ("a",), init_image=str(photo), mask=str(tmp_path / "mask.png"))
+    with pytest.raises(UserError, match=r"--mask .*: has 32 x 32 pixels, and --init_image has 48 x 32"):
+        sample(config)
+
+
+def test_an_image_that_fits_is_taken_as_it_is(photo: Path) -> None:
+    image = opened(photo)
+    assert np.array_equal(np.asarray(fitted(image, (32, 48))), np.asarray(image))
+    assert np.array_equal(np.asarray(fitted(image, (32, 32))), np.asarray(image)[:, 8:40])
+
+
+# Side by side
+
+
+def test_variants_are_drawn_from_the_same_seeds_and_shown_side_by_side(folder: Path, tmp_path: Path) -> None:
+    other = tiny_pipeline_folder(tmp_path / "other", "v_prediction")
+    more = "a", "b", "--guidance_scale", "1", "2", f"--compare_with={other}"
+    assert main(arguments(folder, tmp_path / "out", *more)) == 0
+    folders = sorted(path for path in (tmp_path / "out").iterdir() if path.is_dir())
+    assert len(folders) == 4
+    assert [path.name.endswith(f"guidance-{scale}") for path in folders for scale in (1, 2)].count(True) == 4
+    assert all(pictures(path) == ["00000-a.png", "00001-b.png"] for path in folders)
+    drawn = {np.asarray(opened(path / "00001-b.png")).tobytes() for path in folders}
+    assert len(drawn) == 4
+    assert {opened(path / "00001-b.png").text["seed"] for path in folders} == {"1"}
+    sheet = opened(tmp_path / "out" / "contact_sheet.png")
+    assert sheet.width > 1.5 * sheet.height  # four columns, two rows
+    assert "guidance_scale" not in sheet.text
+
+    assert main(arguments(folder, tmp_path / "alone", "a", "b", "--guidance_scale=2")) == 0
+    scale_2 = [path for path in folders if opened(path / "00001-b.png").text["pipeline"] == str(folder)][1]
+    assert (scale_2 / "00001-b.png").read_bytes() == (tmp_path / "alone" / "00001-b.png").read_bytes()
+
+
+def test_no_contact_sheet_where_none_is_wanted(folder: Path, tmp_path: Path) -> None:
+    assert main(arguments(folder, tmp_path, "a", "--no_grid")) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["00000-a.png"]
+
+
+# In parts, and again
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_parts_draw_together_what_one_process_draws(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(f"number {i}" for i in range(7)))
+    more = f"--prompts_file={tmp_path / 'prompts.txt'}", "--batch_size=2", "--seed=5", "--save_latents=npy"
+    assert main(arguments(folder, tmp_path / "one", *more)) == 0
+    for part in (2, 0):
+        assert main(arguments(folder, tmp_path / "parts", *more, f"--shard={part}/3")) == 0
+        assert "contact_sheet.png" not in contents(tmp_path / "parts")
+    monkeypatch.setenv("WORLD_SIZE", "3")  # as torchrun says it
+    monkeypatch.setenv("RANK", "1")
+    assert main(arguments(folder, tmp_path / "parts", *more)) == 0
+    assert contents(tmp_path / "parts") == contents(tmp_path / "one")
+    assert "2 images in" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_an_interrupted_run_goes_on(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    more = "a", "b", "c", "d", "--batch_size=2", "--save_latents=safetensors"
+    assert main(arguments(folder, tmp_path, *more)) == 0
+    whole = contents(tmp_path)
+    for name in ("00001-b.png", "00002-c.png", "00002-c.safetensors", "contact_sheet.png"):
+        (tmp_path / name).unlink()
+    (tmp_path / "00003-d.safetensors").unlink()  # its picture alone is not all
+    kept = (tmp_path / "00000-a.png").stat().st_mtime_ns
+    assert main(arguments(folder, tmp_path, *more, "--skip_existing")) == 0
+    assert contents(tmp_path) == whole
+    assert (tmp_path / "00000-a.png").stat().st_mtime_ns == kept
+    assert "4 images in" in (out := capsys.readouterr().out)
+    assert "1 of them were there already" in out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["x", "b", "--skip_existing"], "prompt: a there, x here"),
+        (["a", "b", "--skip_existing", "--seed=1"], "seed: 0 there, 1 here"),
+        (["a", "b", "--skip_existing", "--negative_prompt=c"], "negative_prompt: nothing there, c here"),
+        (["a", "b", "--shard=0/2"], "is there already; --skip_existing"),
+    ],
+)
+def test_other_pictures_are_never_taken_for_one_s_own_nor_overwritten(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, change: list[str], message: str
+) -> None:
+    assert main(arguments(folder, tmp_path, "a", "b")) == 0
+    before = contents(tmp_path)
+    assert main(arguments(folder, tmp_path, *change)) == 2
+    assert message in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+# Speaking with people
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_it_asks(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("sys.stdin", Terminal("a\n/seed 7\n\n/num_images_per_prompt 2\nb\nc\n"))
+    assert main(arguments(folder, tmp_path)) == 0
+    assert pictures(tmp_path) == ["00000-a.png", "00001-b.png", "00002-b.png", "00003-c.png", "00004-c.png"]
+    assert [opened(tmp_path / name).text["seed"] for name in pictures(tmp_path)] == ["0", "7", "8", "9", "10"]
+    out = capsys.readouterr().out
+    assert out.index(str(tmp_path / "00000-a.png")) < out.index("/seed 7") < out.index(str(tmp_path / "00001-b.png"))
+    assert out.count("contact_sheet.png") == 2
+
+
+def test_what_several_processes_share_is_no_terminal(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for more in (["--shard=0/2"], ["--skip_existing"]):
+        monkeypatch.setattr("sys.stdin", Terminal("a\n"))
+        assert main(arguments(folder, tmp_path, *more)) == 2
+        assert "--prompts: there is none" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\n"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert main(arguments(folder, tmp_path)) == 2
+    assert "--prompts -: several processes" in capsys.readouterr().err
+
+
+def test_what_is_cut_off_a_prompt_is_said_once(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    long = "a red circle " * 6 + "elephant"
+    assert main(arguments(folder, tmp_path, long, "--num_images_per_prompt=3", "--batch_size=1")) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(lines) == 1
+    assert "uvit sample: warning: the model reads 16 tokens; cut off:" in lines[0]
+    assert "elephant' of 'a red circle" in lines[0]
+
+
+def test_options_that_spare_memory(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(arguments(folder, tmp_path / "a", "a", "b")) == 0
+    assert main(arguments(folder, tmp_path / "b", "a", "b", "--enable_vae_slicing", "--enable_vae_tiling")) == 0
+    for name in ("00000-a.png", "00001-b.png"):
+        one, other = (np.asarray(opened(tmp_path / kind / name)).astype(int) for kind in "ab")
+        assert np.abs(one - other).max() <= 1
+    assert main(arguments(folder, tmp_path / "c", "a", "--enable_model_cpu_offload")) == 2
+    assert "--enable_model_cpu_offload: spares a GPU's memory, and --device cpu" in capsys.readouterr().err

@@ -155,6 +155,33 @@ def test_too_long_a_prompt_warns_of_what_is_cut(pipeline: UViTPipeline) -> None:
     assert torch.equal(context[:1], pipeline.encode_prompt(fitting))  # without a warning, which would be an error
 
 
+def test_what_is_cut_is_said_once_for_each_text(pipeline: UViTPipeline) -> None:
+    with pytest.warns(UserWarning, match="cut off") as warned:
+        pipeline.encode_prompt(["a red circle " * 6] * 3)
+    assert len(warned) == 1
+
+
+def test_memory_options_draw_the_same(pipeline: UViTPipeline) -> None:
+    plain = draw(pipeline, num_images_per_prompt=2)
+    pipeline.enable_vae_slicing()
+    pipeline.enable_vae_tiling()
+    assert (pipeline.vqvae.use_slicing, pipeline.vqvae.use_tiling) == (True, True)
+    assert torch.allclose(draw(pipeline, num_images_per_prompt=2), plain, atol=1e-5)
+    pipeline.disable_vae_slicing()
+    pipeline.disable_vae_tiling()
+    assert (pipeline.vqvae.use_slicing, pipeline.vqvae.use_tiling) == (False, False)
+
+
+def test_networks_that_take_turns_draw_the_same(pipeline: UViTPipeline) -> None:
+    picture, mask = Image.new("RGB", (32, 32), "red"), Image.new("L", (32, 32))
+    mask.paste(255, (16, 0, 32, 32))
+    plain, repainted = draw(pipeline), draw(pipeline, image=picture, mask_image=mask)
+    pipeline.enable_model_cpu_offload(device="cpu")  # its hooks, without a GPU
+    for _ in range(2):
+        assert torch.equal(draw(pipeline), plain)
+        assert torch.equal(draw(pipeline, image=picture, mask_image=mask), repainted)
+
+
 def test_save_and_load_give_the_identical_image(pipeline: UViTPipeline, tmp_path: Path) -> None:
     pipeline.save_pretrained(tmp_path / "copy")
     copy = UViTPipeline.from_pretrained(tmp_path / "copy")

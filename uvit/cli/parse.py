@@ -20,6 +20,7 @@ from typing import Any
 
 from uvit.errors import UserError
 
+MANY = ("many", "numbers")
 BOOLEANS = {"true": "True", "1": "True", "yes": "True", "false": "False", "0": "False", "no": "False"}
 
 
@@ -87,8 +88,8 @@ def collect(cls: type, arguments: Sequence[str], positional: tuple[str, ...] = (
             items = [value]
         elif kind == "bool":
             items = [words.pop(0)] if words and words[0].lower() in BOOLEANS else ["True"]
-        elif kind == "many":
-            items = _take_while_values(words)
+        elif kind in MANY:
+            items = _take_while_values(words, kind)
         elif words and not words[0].startswith("--"):
             items = [words.pop(0)]
         else:
@@ -127,7 +128,7 @@ def collect_file(cls: type, path: Path) -> dict[str, list[str]]:
     for key, value in content.items():
         name = str(key).replace("-", "_")
         kind = _kind(kinds, name, where)
-        if isinstance(value, dict) or (isinstance(value, list) and kind != "many"):
+        if isinstance(value, dict) or (isinstance(value, list) and kind not in MANY):
             raise UserError(f"{where}{name} holds a {type(value).__name__}; it takes one value")
         values[name] = _spelled(kind, [str(item) for item in value] if isinstance(value, list) else [str(value)])
     return values
@@ -145,11 +146,14 @@ def to_words(values: dict[str, list[str]]) -> list[str]:
 
 
 def _kinds(cls: type) -> dict[str, str]:
-    """{field: what its flag takes: "bool", "one" value or "many"}."""
-    return {
-        name: "bool" if hint is bool else "many" if typing.get_origin(hint) in (tuple, list) else "one"
-        for name, hint in _hints(cls).items()
-    }
+    """{field: what its flag takes: "bool", "one" value, "many" or "numbers", which end where words begin}."""
+
+    def kind(hint: Any) -> str:
+        if typing.get_origin(hint) in (tuple, list):
+            return "numbers" if typing.get_args(hint)[0] in (int, float) else "many"
+        return "bool" if hint is bool else "one"
+
+    return {name: kind(hint) for name, hint in _hints(cls).items()}
 
 
 def _hints(cls: type) -> dict[str, Any]:
@@ -173,11 +177,20 @@ def _required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _take_while_values(words: list[str]) -> list[str]:
-    items = []
-    while words and not words[0].startswith("--"):
+def _take_while_values(words: list[str], kind: str) -> list[str]:
+    """The first whatever it is, so that a mistake is said of the flag."""
+    items: list[str] = []
+    while words and not words[0].startswith("--") and (not items or kind == "many" or _is_number(words[0])):
         items.append(words.pop(0))
     return items
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def _spelled(kind: str, items: list[str]) -> list[str]:
@@ -204,5 +217,7 @@ UNBOXED = str.maketrans(dict.fromkeys("╭─╮│╰╯", " "))
 def _wanted(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return f"one of {', '.join(map(str, typing.get_args(hint)))}"
+    if typing.get_origin(hint) in (tuple, list):
+        hint = typing.get_args(hint)[0]
     words = {bool: "True or False", int: "a whole number", float: "a number"}
     return words.get(hint, f"of type {getattr(hint, '__name__', hint)}")

@@ -1,6 +1,7 @@
 """Flags of `uvit sample`."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,10 +10,14 @@ from uvit.errors import UserError
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Draw images from prompts: PNG files with prompt and settings in their metadata, and a contact sheet."""
+    """Draw images from prompts: PNG files with prompt and settings in their metadata, and a contact sheet.
+
+    Without any prompt, on a terminal, it asks for one after another.
+    """
 
     pipeline: str
-    """The pipeline folder: what training leaves in OUTPUT_DIR/pipeline, or `uvit convert` writes."""
+    """The pipeline folder, as training leaves it in OUTPUT_DIR/pipeline or `uvit convert` writes it; or a finished
+    training run's OUTPUT_DIR itself."""
     prompts: tuple[str, ...] = ()
     """What to draw, each in quotes; `-`, or a pipe by itself, reads standard input, one a line."""
     prompts_file: str | None = None
@@ -25,20 +30,45 @@ class SampleConfig:
     """Images of each prompt."""
     batch_size: int = 8
     """Images drawn at a time; changes speed and memory, not the pictures."""
-    guidance_scale: float = 7.5
-    """How much more the prompt counts than no prompt; 1 is no guidance, at half the cost."""
+    guidance_scale: tuple[float, ...] = (7.5,)
+    """How much more the prompt counts than no prompt; 1 is no guidance, at half the cost. Several scales are drawn
+    side by side, each in a folder of its own."""
+    compare_with: tuple[str, ...] = ()
+    """More pipelines, which draw the same from the same seeds, side by side with --pipeline."""
     num_inference_steps: int = 50
     """Steps from noise to picture; with the default scheduler 15 to 25 often do."""
     scheduler: Literal["dpmsolver++", "ddim", "unipc", "euler", "heun", "ddpm"] = "dpmsolver++"
     """The solver. heun calls the network twice a step; ddpm adds noise at each and wants many."""
     negative_prompt: str | None = None
     """What to stay away from, instead of the empty prompt."""
+    init_image: str | None = None
+    """An image file to begin with instead of noise alone; its middle square is taken, as for training."""
+    strength: float | None = None
+    """How much of --init_image may change, above 0 to 1: the share of the steps that are done. Default: 0.8; with a
+    mask, 1."""
+    mask: str | None = None
+    """An image file of the size of --init_image: what is white in it is repainted, the rest stays to the pixel."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Arithmetic of the networks."""
+    enable_vae_slicing: bool = False
+    """Decode one image of a batch at a time, for less memory."""
+    enable_vae_tiling: bool = False
+    """Decode images in tiles where they are larger than those that the VAE was trained on, for less memory."""
+    enable_model_cpu_offload: bool = False
+    """Hold only that one of the networks on the GPU which is at work, for less memory."""
+    shard: str | None = None
+    """I/N: draw only part I, from 0, of N, beside other processes or machines that draw theirs; torchrun sets it."""
+    skip_existing: bool = False
+    """Go on with an interrupted run: number from 0, and leave out what is there already from the same settings."""
+    save_latents: Literal["npy", "safetensors"] | None = None
+    """Also write what the VAE decoded, (4, h, w) float32, scaled as in training, beside each picture."""
+    grid: bool = True
+    """Write contact_sheet.png, of at most 400 pictures."""
     columns: int | None = None
-    """Columns of the contact sheet; by default a prompt's several images make a row; else a square."""
+    """Columns of the contact sheet; by default what is drawn side by side or a prompt's several images make a row;
+    else a square."""
     disable_tqdm: bool = False
     """Show no progress bars."""
 
@@ -49,7 +79,31 @@ class SampleConfig:
                 raise UserError(f"--{name} {value}: must be at least 1")
         if not 1 <= self.num_inference_steps <= 1000:
             raise UserError(f"--num_inference_steps {self.num_inference_steps}: must be in 1..1000")
-        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
-            raise UserError(f"--guidance_scale {self.guidance_scale}: must be a number of at least 0; 1 is no guidance")
+        if not self.guidance_scale:
+            raise UserError("--guidance_scale: needs a value; 1 is no guidance")
+        for scale in self.guidance_scale:
+            if not (math.isfinite(scale) and scale >= 0):
+                raise UserError(f"--guidance_scale {scale}: must be a number of at least 0; 1 is no guidance")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed {self.seed}: must be in 0..2^63-1")
+        for name in ("strength", "mask"):
+            if getattr(self, name) is not None and self.init_image is None:
+                raise UserError(f"--{name} {getattr(self, name)}: needs an --init_image, which it is about")
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise UserError(f"--strength {self.strength}: must be above 0 and at most 1")
+        if self.strength is not None and self.strength * self.num_inference_steps < 1:
+            raise UserError(
+                f"--strength {self.strength}: of --num_inference_steps {self.num_inference_steps} is less than one"
+            )
+        if self.columns is not None and not self.grid:
+            raise UserError(f"--columns {self.columns}: --grid False asks for no contact sheet")
+        self.part()
+
+    def part(self) -> tuple[int, int] | None:
+        """(i, n): --shard i/n."""
+        if self.shard is None:
+            return None
+        match = re.fullmatch(r"(\d+)/(\d+)", self.shard)
+        if match is None or not int(match[1]) < int(match[2]):
+            raise UserError(f"--shard {self.shard}: must be I/N with I from 0 to N - 1, such as 0/4")
+        return int(match[1]), int(match[2])

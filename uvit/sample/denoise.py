@@ -12,6 +12,7 @@ from torch import Tensor
 
 from uvit.diffusion import (
     PredictionType,
+    add_noise,
     convert_prediction,
     label_of_scheduler_timestep,
     timestep_of_log_snr,
@@ -33,6 +34,9 @@ def denoise(
     generator: torch.Generator | list[torch.Generator] | None = None,
     progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
     on_step: Callable[[int, Tensor, Tensor], Tensor] | None = None,
+    first_label: int = 1,
+    start: int = 0,
+    image: Tensor | None = None,
 ) -> Tensor:
     """Draw latents.
 
@@ -47,13 +51,16 @@ def denoise(
         generator: of the noise that DDPM adds; one for all, or one per image.
         progress: wraps the timesteps, as tqdm does.
         on_step: (step, scheduler's timestep, latents) -> the latents to go on with.
+        first_label: what the network is told of the scheduler's timestep 0; see `timestep_labels`.
+        start: begin at the scheduler's timesteps[start], a multiple of its order, ...
+        image: ... from this x_0 (B, C, h, w), `latents` being the noise that is added to it; at 0 it plays no part.
     Returns:
         (B, C, h, w) float32: x_0, scaled as in training.
     """
     check_scheduler(scheduler)
     scheduler.set_timesteps(num_inference_steps, device=latents.device)
     if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)  # or a step is lost where rounding has the first timestep there twice
+        scheduler.set_begin_index(start)  # or a step is lost where rounding has the first timestep there twice
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     options = {"generator": generator} if takes_generator else {}
     guided = guidance_scale != 1
@@ -61,11 +68,15 @@ def denoise(
         context = torch.cat([empty_context.expand_as(context), context])  # (2 B, T, D)
 
     labels = timestep_labels(scheduler).to(latents.device)
-    x = latents.float() * scheduler.init_noise_sigma
-    for i, t in enumerate(progress(scheduler.timesteps)):
+    told = labels + (first_label - 1)  # what the network is told; `labels` are the noise levels that it is at
+    if image is None or start == 0:
+        x = latents.float() * scheduler.init_noise_sigma
+    else:
+        x = at_step(scheduler, start, image, latents.float())
+    for i, t in enumerate(progress(scheduler.timesteps[start:]), start):
         x_n = scheduler.scale_model_input(x, t)  # variance-preserving, as the network knows it
         inputs = torch.cat([x_n, x_n]) if guided else x_n
-        prediction = unet(inputs.to(context.dtype), labels[i].expand(len(inputs)), context).float()
+        prediction = unet(inputs.to(context.dtype), told[i].expand(len(inputs)), context).float()
         if guided:
             uncond, cond = prediction.chunk(2)
             prediction = uncond + guidance_scale * (cond - uncond)
@@ -95,3 +106,14 @@ def timestep_labels(scheduler: Any) -> Tensor:
         meant_whole = (exact - labels).abs() < 0.01
         labels = torch.where(meant_whole, labels, exact)
     return labels.float()
+
+
+def at_step(scheduler: Any, step: int, x_0: Tensor, noise: Tensor) -> Tensor:
+    """x_0 (B, C, h, w) with as much noise as latents have before a step, the next to be done, in the scheduler's scale.
+
+    After the last step there is none.
+    """
+    if step == len(scheduler.timesteps):
+        return x_0
+    x_n = add_noise(x_0, noise, timestep_labels(scheduler)[step].expand(len(x_0)).to(x_0.device))
+    return x_n / scheduler.scale_model_input(torch.ones_like(x_0), scheduler.timesteps[step])

@@ -1,25 +1,48 @@
 """`uvit sample`: prompts in, PNG files out."""
 
-import re
+import contextlib
+import dataclasses
+import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from torch import Tensor
 from tqdm import tqdm
 
-from uvit import __version__
 from uvit.config.sample import SampleConfig
-from uvit.data.encoders import quiet
-from uvit.device import pick_device
+from uvit.data.decode import decode_image
+from uvit.data.encoders import fingerprint
+from uvit.data.types import PairError
 from uvit.errors import UserError
-from uvit.images import contact_sheet, save_png
+from uvit.sample.files import is_drawn, metadata, next_number, numbered, save_picture, save_sheet
+from uvit.sample.interactive import interactive
+from uvit.sample.load import open_pipeline
 from uvit.sample.pipeline import UViTPipeline
-from uvit.sample.schedulers import DEFAULT_SCHEDULER, build_scheduler
+from uvit.sample.plan import Picture, Variant, batches_of, pictures_of, share_of, variants_of
 
-MAX_ON_SHEET = 400
+
+@dataclass(frozen=True)
+class Studio:
+    """A pipeline, ready, and what its network is known by."""
+
+    pipeline: UViTPipeline
+    unet_sha256: str
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What came of it."""
+
+    paths: list[Path]
+    num_there: int  # that were there already
+    sheet: Path | None
 
 
 def generate(
@@ -38,45 +61,170 @@ def generate(
     """
     for start in range(0, len(prompts), batch_size):
         batch = range(start, min(start + batch_size, len(prompts)))
-        images = pipeline(
-            prompt=[prompts[i] for i in batch],
-            negative_prompt=negative_prompt,
-            generator=[torch.Generator("cpu").manual_seed(seeds[i]) for i in batch],
+        images, _ = draw(
+            pipeline,
+            [prompts[i] for i in batch],
+            [seeds[i] for i in batch],
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
-            return_dict=False,
-        )[0]
+            negative_prompt=negative_prompt,
+        )
         for i, image in zip(batch, images, strict=True):
             yield i, prompts[i], seeds[i], image
 
 
-def sample(config: SampleConfig) -> None:
-    prompts = [prompt for prompt in read_prompts(config) for _ in range(config.num_images_per_prompt)]
-    seeds = [config.seed + i for i in range(len(prompts))]
-    pipeline = open_pipeline(config.pipeline, config.device, config.dtype, config.scheduler, config.disable_tqdm)
-    output_dir = Path(config.output_dir)
-    first = next_number(output_dir)
-    settings = metadata(config)
+def draw(
+    pipeline: UViTPipeline, prompts: list[str], seeds: list[int], **options: Any
+) -> tuple[list[Image.Image], Tensor]:
+    """One batch: its images, and the latents (B, C, h, w) that they were decoded from."""
+    last: dict[str, Tensor] = {}
 
-    shown = []
-    drawn = generate(
-        pipeline,
-        prompts,
-        seeds,
-        config.batch_size,
-        config.guidance_scale,
-        config.num_inference_steps,
-        config.negative_prompt,
-    )
-    for i, prompt, seed, image in tqdm(drawn, total=len(prompts), unit="image", disable=config.disable_tqdm):
-        text = {"prompt": prompt, "seed": str(seed), **settings}
-        save_png(image, output_dir / file_name(first + i, prompt), text)
-        if i < MAX_ON_SHEET:
-            shown.append(image)
-    columns = config.columns or (config.num_images_per_prompt if config.num_images_per_prompt > 1 else None)
-    sheet = output_dir / "contact_sheet.png"
-    save_png(contact_sheet(shown, prompts[: len(shown)], columns), sheet, settings)
-    print(f"{len(prompts)} images in {output_dir}; contact sheet: {sheet}")
+    def remember(_: UViTPipeline, step: int, timestep: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        last.update(values)
+        return values
+
+    generator = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    images = pipeline(
+        prompts, generator=generator, callback_on_step_end=remember, return_dict=False, **options
+    )[0]  # fmt: skip
+    return images, last["latents"]
+
+
+def sample(config: SampleConfig) -> None:
+    with spoken_warnings():
+        if is_interactive(config):
+            studio = lru_cache(maxsize=None)(lambda path: open_studio(config, path))
+            studio(variants_of(config)[0].pipeline)  # a mistake is told, and the wait is over, before the first prompt
+            interactive(config, lambda config, prompt: draw_and_tell(config, prompt, studio))
+            return
+        drawn = run(config, read_prompts(config), lru_cache(maxsize=1)(lambda path: open_studio(config, path)))
+    part, num_parts = share_of(config)
+    words = [f"{len(drawn.paths)} images in {config.output_dir}"]
+    words += [f"{drawn.num_there} of them were there already"] if drawn.num_there else []
+    words += [f"part {part} of {num_parts}"] if num_parts > 1 else []
+    words += [f"contact sheet: {drawn.sheet}"] if drawn.sheet else []
+    print("; ".join(words))
+
+
+def is_interactive(config: SampleConfig) -> bool:
+    no_prompts = not config.prompts and config.prompts_file is None
+    return no_prompts and not config.skip_existing and share_of(config)[1] == 1 and sys.stdin.isatty()
+
+
+def draw_and_tell(config: SampleConfig, prompt: str, studio: Callable[[Path], Studio]) -> None:
+    """For a person who waits: where each picture is."""
+    alone = config.num_images_per_prompt * len(variants_of(config)) == 1
+    drawn = run(dataclasses.replace(config, grid=False, columns=None) if alone else config, [prompt], studio)
+    for path in [*drawn.paths, *([drawn.sheet] if drawn.sheet else [])]:
+        print(path)
+
+
+def run(config: SampleConfig, prompts: Sequence[str], studio: Callable[[Path], Studio]) -> Drawn:
+    """Draw this process's part of the pictures, in every variant.
+
+    Raises UserError where a picture's name is taken by another.
+    """
+    part, num_parts = share_of(config)
+    variants = variants_of(config)
+    in_parts = config.skip_existing or num_parts > 1  # then others count on the same numbers
+    first = 0 if in_parts else max(next_number(variant.folder) for variant in variants)
+    pictures = pictures_of(config, prompts, first)
+    batches = batches_of(pictures, config.batch_size, part, num_parts)
+    paths, num_there, shared = [], 0, None
+    hidden = config.disable_tqdm or int(os.environ.get("RANK", "0")) > 0
+    with tqdm(total=len(variants) * sum(map(len, batches)), unit="image", disable=hidden) as bar:
+        for variant in variants:
+            opened = studio(variant.pipeline)
+            options = options_of(config, variant, opened.pipeline)
+            settings = metadata(config, variant, opened.unet_sha256)
+            shared = settings if shared is None else {k: v for k, v in shared.items() if settings.get(k) == v}
+            there = numbered(variant.folder) if in_parts else {}
+            for batch in batches:
+                texts = [{**settings, "prompt": picture.prompt, "seed": str(picture.seed)} for picture in batch]
+                goals = [variant.folder / picture.file_name for picture in batch]
+                found = [_is_there(config, there, picture, text) for picture, text in zip(batch, texts, strict=True)]
+                if not all(found):  # if any is missing, all are drawn: as they were, to the bit
+                    images, latents = draw(
+                        opened.pipeline, [p.prompt for p in batch], [p.seed for p in batch], **options
+                    )
+                    for i in (i for i in range(len(batch)) if not found[i]):
+                        save_picture(goals[i], images[i], latents[i], texts[i], config.save_latents)
+                paths += goals
+                num_there += sum(found)
+                bar.update(len(batch))
+    sheet = save_sheet(config, variants, pictures, shared or {}) if config.grid else None
+    return Drawn(paths, num_there, sheet)
+
+
+def _is_there(config: SampleConfig, there: dict[int, Path], picture: Picture, text: dict[str, str]) -> bool:
+    path = there.get(picture.number)
+    if path is None:
+        return False
+    if not config.skip_existing:
+        raise UserError(f"{path}: is there already; --skip_existing goes on; choose another --output_dir to begin anew")
+    return is_drawn(path, text, config.save_latents)
+
+
+def options_of(config: SampleConfig, variant: Variant, pipeline: UViTPipeline) -> dict[str, Any]:
+    """What the pipeline is called with beside prompts and noise."""
+    options: dict[str, Any] = {
+        "guidance_scale": variant.guidance_scale,
+        "num_inference_steps": config.num_inference_steps,
+        "negative_prompt": config.negative_prompt,
+    }
+    if config.init_image is not None:
+        image = read_image(config.init_image, "init_image")
+        options |= {"image": fitted(image, pipeline.resolution), "strength": config.strength}
+        if config.mask is not None:
+            mask = read_image(config.mask, "mask")
+            if mask.size != image.size:
+                here, there = ("{} x {}".format(*each.size) for each in (mask, image))
+                raise UserError(f"--mask {config.mask}: has {here} pixels, and --init_image has {there}")
+            options["mask_image"] = fitted(mask, pipeline.resolution)
+    return options
+
+
+def read_image(path: str, flag: str) -> Image.Image:
+    """Upright, RGB, what is transparent on white."""
+    try:
+        return decode_image(Path(path).expanduser().read_bytes(), path, f"--{flag}")
+    except (OSError, PairError) as error:
+        raise UserError(f"--{flag} {path}: cannot be read ({error})") from None
+
+
+def fitted(image: Image.Image, resolution: tuple[int, int]) -> Image.Image:
+    """The largest part of an image, in its middle, that has the proportions of (H, W), scaled to it."""
+    return ImageOps.fit(image, (resolution[1], resolution[0]), Image.Resampling.LANCZOS)
+
+
+def open_studio(config: SampleConfig, path: Path) -> Studio:
+    device, local_rank = config.device, os.environ.get("LOCAL_RANK")
+    if device == "auto" and local_rank and torch.cuda.is_available():  # torchrun: a GPU for each process
+        device = f"cuda:{int(local_rank) % torch.cuda.device_count()}"
+    hidden = config.disable_tqdm or int(os.environ.get("RANK", "0")) > 0
+    offload = config.enable_model_cpu_offload
+    pipeline = open_pipeline(str(path), device, config.dtype, config.scheduler, hidden, offload)
+    if config.enable_vae_slicing:
+        pipeline.enable_vae_slicing()
+    if config.enable_vae_tiling:
+        pipeline.enable_vae_tiling()
+    return Studio(pipeline, fingerprint(pipeline.unet))
+
+
+@contextlib.contextmanager
+def spoken_warnings() -> Iterator[None]:
+    """Each of the pipeline's own warnings once, as a sentence."""
+    said = set()
+
+    def say(message: Warning | str, *_: Any, **__: Any) -> None:
+        if str(message) not in said:
+            said.add(str(message))
+            tqdm.write(f"uvit sample: warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", message="the model reads")
+        warnings.showwarning = say
+        yield
 
 
 def read_prompts(config: SampleConfig) -> list[str]:
@@ -84,6 +232,8 @@ def read_prompts(config: SampleConfig) -> list[str]:
     given = config.prompts
     if not given and config.prompts_file is None and not sys.stdin.isatty():
         given = ("-",)
+    if "-" in given and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--prompts -: several processes cannot share standard input; give a --prompts_file")
     prompts = []
     for prompt in given:
         prompts += _lines(sys.stdin.read()) if prompt == "-" else [prompt]
@@ -97,42 +247,6 @@ def read_prompts(config: SampleConfig) -> list[str]:
             "--prompts: there is none; give prompts in quotes, a --prompts_file, or one a line through a pipe"
         )
     return prompts
-
-
-def open_pipeline(
-    path: str, device: str, dtype: str = "float32", scheduler: str = DEFAULT_SCHEDULER, disable_tqdm: bool = False
-) -> UViTPipeline:
-    """The pipeline of a folder, on its device, with the scheduler asked for. Raises UserError where there is none."""
-    folder = Path(path).expanduser()
-    if not (folder / "model_index.json").is_file():
-        problem = (
-            "has no model_index.json, so it is no pipeline folder" if folder.is_dir() else "there is no such folder"
-        )
-        raise UserError(f"--pipeline {path}: {problem}; give OUTPUT_DIR/pipeline of a finished training run")
-    with quiet():
-        pipeline = UViTPipeline.from_pretrained(folder, dtype=getattr(torch, dtype)).to(pick_device(device))
-    pipeline.scheduler = build_scheduler(scheduler)
-    pipeline.set_progress_bar_config(desc="denoising", leave=False, disable=disable_tqdm)
-    return pipeline
-
-
-def metadata(config: SampleConfig) -> dict[str, str]:
-    """What made the picture, under the flags' names; its prompt and seed come on top."""
-    names = ("pipeline", "guidance_scale", "num_inference_steps", "scheduler", "negative_prompt", "dtype")
-    values = asdict(config)
-    return {"software": f"uvit {__version__}"} | {name: str(values[name]) for name in names if values[name] is not None}
-
-
-def next_number(folder: Path) -> int:
-    """One more than the highest number that a picture in the folder begins with, so none is overwritten."""
-    matches = [re.match(r"(\d{5,})-", path.name) for path in folder.glob("*.png")]
-    return max((int(match[1]) for match in matches if match), default=-1) + 1
-
-
-def file_name(number: int, prompt: str) -> str:
-    """00000-the-prompt.png; letters of any script stay."""
-    slug = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:50].rstrip("-")
-    return f"{number:05d}-{slug or 'empty'}.png"
 
 
 def _lines(text: str) -> list[str]:

@@ -12,22 +12,26 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from uvit.convert.folder import pipeline_parts
 from uvit.data.encoders import decode_latents, downsampling_of, encode_tokens, tokenize
 from uvit.diffusion import LATENT_SCALE
 from uvit.images import to_pil
 from uvit.model import UViTT2IModel
 from uvit.sample.denoise import denoise
+from uvit.sample.edit import STRENGTH, Original, first_step, read_original
 
 Generators = torch.Generator | list[torch.Generator]
+FIRST_LABELS = {"1..1000": 1, "0..999": 0}  # by the pipeline's `timestep_labels`
 StepCallback = Callable[["UViTPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 
 
 class UViTPipeline(DiffusionPipeline):
     """Images from prompts with a U-ViT.
 
-    The folder is laid out as published ones are: `unet/` holds the U-ViT and `vqvae/` the VAE. Two values of
-    the model stand in model_index.json: `latent_scale`, the factor of its latents in training, and
-    `prediction_type`, what the network predicts, whatever the scheduler asks for.
+    The folder is laid out as published ones are: `unet/` holds the U-ViT and `vqvae/` the VAE. Three values of
+    the model stand in model_index.json: `latent_scale`, the factor of its latents in training;
+    `prediction_type`, what the network predicts, whatever the scheduler asks for; and `timestep_labels`, what it
+    is told of the noise levels from the least to the most: "1..1000" as trained, or "0..999" as the Paddle port did.
     """
 
     vqvae: Any  # set by register_modules
@@ -47,23 +51,45 @@ class UViTPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin,
         latent_scale: float = LATENT_SCALE,
         prediction_type: str = "epsilon",
+        timestep_labels: str = "1..1000",
     ):
         super().__init__()
         self.register_modules(
             vqvae=vqvae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler
         )
-        self.register_to_config(latent_scale=latent_scale, prediction_type=prediction_type)
+        if timestep_labels not in FIRST_LABELS:
+            raise ValueError(f"timestep_labels {timestep_labels!r} is none of {', '.join(map(repr, FIRST_LABELS))}")
+        self.register_to_config(
+            latent_scale=latent_scale, prediction_type=prediction_type, timestep_labels=timestep_labels
+        )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "UViTPipeline":
-        """As in diffusers, from safetensors only."""
+        """As in diffusers, from safetensors only; and of the Paddle port's folders and files, converted in memory."""
+        if (arguments := pipeline_parts(pretrained_model_name_or_path, kwargs)) is not None:
+            dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+            return cls(**arguments) if dtype is None else cls(**arguments).to(dtype)
         return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
+
+    def enable_vae_slicing(self) -> None:
+        """Decode one image at a time: less memory for many."""
+        self.vqvae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        self.vqvae.disable_slicing()
+
+    def enable_vae_tiling(self) -> None:
+        """Decode images in tiles: less memory for those larger than the VAE was trained on."""
+        self.vqvae.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        self.vqvae.disable_tiling()
 
     def encode_prompt(self, prompt: str | list[str]) -> Tensor:
         """Context (B, T, D) of the prompts; warns of what is cut off one that is too long."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         num_tokens = self.unet.config.num_text_tokens
-        for text in prompts:
+        for text in dict.fromkeys(prompts):
             cut = self.tokenizer(text, verbose=False).input_ids[num_tokens - 1 :]
             if len(cut) > 1:  # more than the closing token
                 rest = self.tokenizer.decode(cut, skip_special_tokens=True)
@@ -80,6 +106,9 @@ class UViTPipeline(DiffusionPipeline):
         num_inference_steps: int = 50,
         guidance_scale: float = 7.5,
         negative_prompt: str | list[str] | None = None,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
         num_images_per_prompt: int = 1,
         generator: Generators | None = None,
         latents: Tensor | None = None,
@@ -97,6 +126,10 @@ class UViTPipeline(DiffusionPipeline):
             height, width: in pixels; by default what the model was trained for, at most that.
             guidance_scale: 1 switches guidance off; `negative_prompt` then plays no part.
             negative_prompt: one for all or one for each prompt, instead of the empty one.
+            image: what to begin with, one for all or one for each prompt: PIL, or as 'np' or 'pt' below.
+            mask_image: the same in black and white: only what is white is repainted, the rest stays to the pixel.
+            strength: how much of the image may change, above 0 to 1: the share of the steps that are done. At 1 the
+                drawing begins with noise alone. By default 0.8, with a mask 1.
             num_images_per_prompt: N; the N images of a prompt follow one another.
             generator: draws the noise; a list holds one for each image.
             latents: (B N, C, h, w), the standard normal noise to begin with.
@@ -117,15 +150,28 @@ class UViTPipeline(DiffusionPipeline):
         negative = negative.expand_as(context).repeat_interleave(num_images_per_prompt, dim=0)
         context = context.repeat_interleave(num_images_per_prompt, dim=0)
 
+        shape = self._latents_shape(len(context), height, width)
+        noise = self._noise(shape, generator, latents)
+        original = self._original(image, mask_image, shape)
+        start = 0
+        if original is not None:
+            if strength is None:
+                strength = STRENGTH if mask_image is None else 1.0
+            start = first_step(strength, num_inference_steps, self.scheduler.order)
+        elif strength is not None:
+            raise ValueError(f"strength {strength} says how much of an image may change, and there is no image")
+
         def on_step(i: int, t: Tensor, latents: Tensor) -> Tensor:
-            return (
-                callback_on_step_end(self, i, t, {"latents": latents})["latents"] if callback_on_step_end else latents
-            )
+            if original is not None:
+                latents = original.keep(self.scheduler, i + 1, latents, noise)
+            if callback_on_step_end is not None:
+                latents = callback_on_step_end(self, i - start, t, {"latents": latents})["latents"]
+            return latents
 
         latents = denoise(
             self.unet,
             self.scheduler,
-            self._noise(self._latents_shape(len(context), height, width), generator, latents),
+            noise,
             context,
             negative,
             guidance_scale,
@@ -134,8 +180,11 @@ class UViTPipeline(DiffusionPipeline):
             generator=generator,
             progress=self.progress_bar,
             on_step=on_step,
+            first_label=FIRST_LABELS[self.config.timestep_labels],
+            start=start,
+            image=None if original is None else original.latents,
         )
-        images: Any = latents if output_type == "latent" else self._decode(latents, output_type)
+        images: Any = latents if output_type == "latent" else self._decode(latents, original, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -149,10 +198,16 @@ class UViTPipeline(DiffusionPipeline):
             raise ValueError("prompt and prompt_embeds are both given")
         return embeds.to(self._execution_device, self.unet.dtype)
 
-    def _latents_shape(self, batch: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
+    @property
+    def resolution(self) -> tuple[int, int]:
+        """(H, W) that the model was trained for."""
         factor, size = downsampling_of(self.vqvae), self.unet.config.sample_size
-        full = (size, size) if isinstance(size, int) else size
-        pixels = [given or factor * side for given, side in zip((height, width), full, strict=True)]
+        height, width = (size, size) if isinstance(size, int) else size
+        return factor * height, factor * width
+
+    def _latents_shape(self, batch: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
+        factor = downsampling_of(self.vqvae)
+        pixels = [given or side for given, side in zip((height, width), self.resolution, strict=True)]
         if any(side % factor for side in pixels):
             raise ValueError(f"height {pixels[0]} and width {pixels[1]} must be multiples of {factor}")
         return batch, self.unet.config.in_channels, pixels[0] // factor, pixels[1] // factor
@@ -167,8 +222,20 @@ class UViTPipeline(DiffusionPipeline):
             raise ValueError(f"latents have shape {tuple(latents.shape)}; {shape} is needed")
         return latents.to(self._execution_device)
 
-    def _decode(self, latents: Tensor, output_type: str) -> Any:
+    def _original(self, image: Any, mask_image: Any, shape: tuple[int, int, int, int]) -> Original | None:
+        if image is None:
+            if mask_image is not None:
+                raise ValueError("mask_image says which part of an image is repainted, and there is no image")
+            return None
+        factor = downsampling_of(self.vqvae)
+        size = shape[2] * factor, shape[3] * factor
+        scale = self.config.latent_scale
+        return read_original(self.vqvae, scale, image, mask_image, size, shape[0], self._execution_device)
+
+    def _decode(self, latents: Tensor, original: Original | None, output_type: str) -> Any:
         images = decode_latents(self.vqvae, latents.to(self.vqvae.dtype), self.config.latent_scale).float()
+        if original is not None:
+            images = original.paste(images)
         if output_type == "pil":
             return to_pil(images)
         images = (images + 1) / 2

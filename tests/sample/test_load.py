@@ -1,0 +1,55 @@
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UniPCMultistepScheduler
+from diffusers.utils import logging
+
+from tests.sample.parts import tiny_pipeline_folder
+from uvit import checkpoint
+from uvit.errors import UserError
+from uvit.sample.load import find_pipeline, open_pipeline
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_pipeline_folder(tmp_path_factory.mktemp("run"))
+
+
+def test_a_pipeline_s_folder_or_the_run_that_holds_it(folder: Path) -> None:
+    assert find_pipeline(str(folder)) == folder
+    assert folder.name == "pipeline"
+    assert find_pipeline(str(folder.parent)) == folder
+
+
+def test_what_to_do_where_there_is_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--pipeline absent: there is no such folder; .*OUTPUT_DIR/pipeline"):
+        find_pipeline("absent")
+    with pytest.raises(UserError, match=r"--compare_with .*: has no model_index.json"):
+        find_pipeline(str(tmp_path), "compare_with")
+
+    for step in (9, 10):
+        checkpoint.save(tmp_path / "run", step, {"weights": {"w": torch.zeros(1)}}, {})
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match=f"not finished; .*: uvit convert {run}/checkpoint-10 {run}/pipeline$"):
+        find_pipeline(str(run))
+    with pytest.raises(UserError, match=f"is a training checkpoint; .*: uvit convert {run}/checkpoint-9 {run}/pipe"):
+        find_pipeline(str(run / "checkpoint-9"))
+
+
+def test_opens_with_what_is_asked_for(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    before = logging.is_progress_bar_enabled()
+    pipeline = open_pipeline(str(folder.parent), "cpu", "bfloat16", "unipc")
+    assert pipeline.unet.dtype == torch.bfloat16
+    assert isinstance(pipeline.scheduler, UniPCMultistepScheduler)
+    assert capsys.readouterr().err == ""
+    assert logging.is_progress_bar_enabled() == before
+
+
+def test_networks_wait_on_a_gpu_s_processor_only(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"--enable_model_cpu_offload: .* --device cpu"):
+        open_pipeline(str(folder), "cpu", model_cpu_offload=True)
+    if torch.cuda.is_available():
+        pipeline = open_pipeline(str(folder), "cuda", model_cpu_offload=True)
+        assert pipeline("a", num_inference_steps=2, output_type="pt").images.isfinite().all()
+        assert pipeline.unet.device.type == "cpu"

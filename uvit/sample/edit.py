@@ -1,0 +1,88 @@
+"""Drawing that begins with a picture, or repaints a part of one.
+
+Shapes: B images, (H, W) pixels, C latent channels, (h, w) latent size.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import adaptive_max_pool2d
+
+from uvit.data.encoders import encode_images
+from uvit.images import on_white
+from uvit.sample.denoise import at_step
+
+STRENGTH = 0.8  # where none is given and there is no mask, as in diffusers
+
+
+@dataclass(frozen=True)
+class Original:
+    """The picture that drawing begins with."""
+
+    pixels: Tensor  # (B, 3, H, W) in [-1, 1]
+    latents: Tensor  # (B, C, h, w) float32, scaled as in training: the mean, so that it takes no noise from the seed
+    mask: Tensor | None  # (B, 1, H, W): 1 where it is repainted, 0 where it stays
+
+    def keep(self, scheduler: Any, step: int, latents: Tensor, noise: Tensor) -> Tensor:
+        """`latents` before a step, with the picture's own where it stays, as noisy as they are by then."""
+        if self.mask is None:
+            return latents
+        # A latent that any repainted pixel lies in is free: its other pixels are pasted in the end.
+        free = adaptive_max_pool2d(self.mask, latents.shape[-2:])
+        return torch.where(free > 0, latents, at_step(scheduler, step, self.latents, noise).to(latents))
+
+    def paste(self, images: Tensor) -> Tensor:
+        """`images` (B, 3, H, W) in [-1, 1], with the picture's own pixels where it stays."""
+        return images if self.mask is None else torch.where(self.mask > 0, images, self.pixels.to(images))
+
+
+def read_original(
+    vae: Any, latent_scale: float, image: Any, mask_image: Any, size: tuple[int, int], batch: int, device: Any
+) -> Original:
+    """From images as diffusers takes them: PIL, arrays (B, H, W, 3) or tensors (B, 3, H, W) in [0, 1], or lists.
+
+    Args:
+        mask_image: the same with one channel, white where the image is repainted; None: everywhere.
+        size: (H, W), which others are scaled to.
+        batch: B; there is one image for all of them, or each has its own, and follows one another, B / n each.
+
+    Raises ValueError where their numbers do not fit.
+    """
+    pixels = 2 * _processed(image, size, VaeImageProcessor(do_normalize=False)) - 1
+    moments = encode_images(vae, pixels.to(device, vae.dtype))
+    latents = moments.chunk(2, dim=1)[0].float() * latent_scale
+    mask = None
+    if mask_image is not None:
+        processor = VaeImageProcessor(do_normalize=False, do_binarize=True, do_convert_grayscale=True)
+        mask = _for_each(_processed(mask_image, size, processor)[:, :1], batch, "masks").to(device)
+    return Original(_for_each(pixels, batch, "images").to(device), _for_each(latents, batch, "images"), mask)
+
+
+def first_step(strength: float, num_inference_steps: int, order: int) -> int:
+    """The scheduler's step to begin with, so that the last `strength` of all steps are done.
+
+    Raises ValueError where that is none of them.
+    """
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength {strength} must be above 0 and at most 1")
+    steps = int(num_inference_steps * strength + 1e-9)  # 0.29 of 100 is 28.999999999999996
+    if steps == 0:
+        raise ValueError(f"strength {strength} of {num_inference_steps} steps is none at all")
+    return (num_inference_steps - steps) * order
+
+
+def _processed(image: Any, size: tuple[int, int], processor: Any) -> Tensor:
+    """(n, channels, H, W) float32 in [0, 1], on the CPU."""
+    images = image if isinstance(image, list) else [image]
+    images = [on_white(item) if isinstance(item, Image.Image) else item for item in images]
+    return processor.preprocess(images, height=size[0], width=size[1]).float().cpu()
+
+
+def _for_each(values: Tensor, batch: int, what: str) -> Tensor:
+    if batch % len(values):
+        raise ValueError(f"there are {len(values)} {what} for {batch} to be drawn")
+    return values.repeat_interleave(batch // len(values), dim=0)

@@ -1,0 +1,120 @@
+"""The files that `uvit sample` writes, and those that it finds."""
+
+import dataclasses
+import fcntl
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from uvit import __version__
+from uvit.config.sample import SampleConfig
+from uvit.errors import UserError
+from uvit.images import contact_sheet, save_png
+from uvit.sample.plan import Picture, Variant
+
+SHEET = "contact_sheet.png"
+MAX_ON_SHEET = 400
+# Flags that make no difference to a picture, or that stand in its metadata under names of their own.
+NOT_RECORDED = {
+    "pipeline", "guidance_scale", "compare_with", "prompts", "prompts_file", "seed", "num_images_per_prompt",
+    "output_dir", "batch_size", "device", "enable_vae_slicing", "enable_vae_tiling", "enable_model_cpu_offload",
+    "shard", "skip_existing", "save_latents", "grid", "columns", "disable_tqdm",
+}  # fmt: skip
+
+
+def metadata(config: SampleConfig, variant: Variant, unet_sha256: str) -> dict[str, str]:
+    """What made a picture, under the flags' names; its prompt and seed come on top."""
+    flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_RECORDED}
+    values = {
+        "software": f"uvit {__version__}",
+        "pipeline": variant.pipeline,
+        "unet_sha256": unet_sha256,
+        "guidance_scale": variant.guidance_scale,
+        **flags,
+    }
+    for name in ("init_image", "mask"):
+        if flags[name] is not None:
+            values[f"{name}_sha256"] = hashlib.sha256(Path(flags[name]).expanduser().read_bytes()).hexdigest()
+    return {name: str(value) for name, value in values.items() if value is not None}
+
+
+def numbered(folder: Path) -> dict[int, Path]:
+    """{number: path} of the pictures in a folder."""
+    matches = [(re.match(r"(\d{5,})-", path.name), path) for path in folder.glob("*.png")]
+    return {int(match[1]): path for match, path in matches if match}
+
+
+def next_number(folder: Path) -> int:
+    """One more than the highest number that a picture in the folder begins with, so none is overwritten."""
+    return max(numbered(folder), default=-1) + 1
+
+
+def is_drawn(path: Path, text: Mapping[str, str], latents: str | None) -> bool:
+    """Whether all that is to be written is there. Raises UserError where the picture is, but made otherwise."""
+    try:
+        with Image.open(path) as image:
+            found = {str(name): value for name, value in image.info.items() if isinstance(value, str)}
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error}); --skip_existing would not know it again") from None
+    for name in sorted({*found, *text} - {"software"}):
+        if found.get(name) != text.get(name):
+            there, here = found.get(name, "nothing"), text.get(name, "nothing")
+            raise UserError(
+                f"{path}: was not drawn by this command ({name}: {there} there, {here} here); --skip_existing goes on "
+                "with the same one; choose another --output_dir"
+            )
+    return latents is None or path.with_suffix(f".{latents}").is_file()
+
+
+def save_picture(
+    path: Path, image: Image.Image, latents: Tensor, text: Mapping[str, str], latents_as: str | None
+) -> None:
+    """The PNG, and before it its latents (C, h, w) where they are asked for: what has its PNG is all there."""
+    if latents_as is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        goal = path.with_suffix(f".{latents_as}")
+        aside = goal.with_name(f".{goal.name}.writing")
+        if latents_as == "npy":
+            with aside.open("wb") as file:
+                np.save(file, latents.cpu().numpy())
+        else:
+            save_file({"latents": latents.cpu().contiguous()}, aside)
+        aside.replace(goal)
+    save_png(image, path, text)
+
+
+def save_sheet(
+    config: SampleConfig, variants: list[Variant], pictures: list[Picture], settings: Mapping[str, str]
+) -> Path | None:
+    """The pictures, read back from their files, variants side by side. None while some are still being drawn."""
+    shown = pictures[: max(1, MAX_ON_SHEET // len(variants))]
+    paths = [variant.folder / picture.file_name for picture in shown for variant in variants]
+    if not all(path.is_file() for path in paths):
+        return None
+    goal = Path(config.output_dir) / SHEET
+    columns = config.columns or (config.num_images_per_prompt if config.num_images_per_prompt > 1 else None)
+    labels = [picture.prompt for picture in shown]
+    headings = None
+    if len(variants) > 1:  # a row for each picture, or several beside one another
+        across = max(1, (config.columns or 1) // len(variants))
+        columns, headings = across * len(variants), [variant.name for variant in variants] * across
+        labels = [label if first else "" for label in labels for first in [True, *[False] * (len(variants) - 1)]]
+    images = []
+    for path in paths:
+        with Image.open(path) as image:
+            images.append(image.convert("RGB"))
+    sheet = contact_sheet(images, labels, columns, headings=headings)
+    folder = os.open(goal.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)  # two processes may have drawn the last pictures at the same time
+        save_png(sheet, goal, settings)
+    finally:
+        os.close(folder)
+    return goal

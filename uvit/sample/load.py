@@ -1,0 +1,75 @@
+"""From what --pipeline names to a pipeline on its device."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from diffusers.utils import logging
+
+from uvit import checkpoint
+from uvit.data.encoders import quiet
+from uvit.device import pick_device
+from uvit.errors import UserError
+from uvit.sample.pipeline import UViTPipeline
+from uvit.sample.schedulers import DEFAULT_SCHEDULER, build_scheduler
+
+INDEX = "model_index.json"
+
+
+def find_pipeline(path: str, flag: str = "pipeline") -> Path:
+    """The pipeline's folder: that one itself, or what a training run left in it.
+
+    Raises UserError, saying what to do, where there is none.
+    """
+    folder = Path(path).expanduser()
+    for place in (folder, folder / "pipeline"):
+        if (place / INDEX).is_file():
+            return place
+    where = f"--{flag} {path}:"
+    if not folder.is_dir():
+        raise UserError(f"{where} there is no such folder; give OUTPUT_DIR/pipeline of a finished training run")
+    if (folder / checkpoint.RECORD).is_file():
+        goal = folder.with_name(f"pipeline-{folder.name.removeprefix('checkpoint-')}")
+        raise UserError(f"{where} is a training checkpoint; make a pipeline of it: uvit convert {folder} {goal}")
+    if found := checkpoint.folders(folder):
+        how = f"uvit convert {found[-1]} {folder / 'pipeline'}"
+        raise UserError(f"{where} is a training run that is not finished; make a pipeline of a checkpoint: {how}")
+    raise UserError(
+        f"{where} has no {INDEX}, so it is no pipeline folder; give OUTPUT_DIR/pipeline of a finished training run"
+    )
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the one that counts five parts of a pipeline."""
+    before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            logging.enable_progress_bar()
+
+
+def open_pipeline(
+    path: str,
+    device: str,
+    dtype: str = "float32",
+    scheduler: str = DEFAULT_SCHEDULER,
+    disable_tqdm: bool = False,
+    model_cpu_offload: bool = False,
+) -> UViTPipeline:
+    """The pipeline of a folder, on its device, with the scheduler asked for. Raises UserError where there is none."""
+    folder, chosen = find_pipeline(path), pick_device(device)
+    if model_cpu_offload and chosen.type == "cpu":
+        raise UserError(f"--enable_model_cpu_offload: spares a GPU's memory, and --device {device} is the CPU here")
+    with quiet(), _no_bars():
+        pipeline = UViTPipeline.from_pretrained(folder, dtype=getattr(torch, dtype))
+    if model_cpu_offload:
+        pipeline.enable_model_cpu_offload(device=chosen)
+    else:
+        pipeline.to(chosen)
+    pipeline.scheduler = build_scheduler(scheduler)
+    pipeline.set_progress_bar_config(desc="denoising", leave=False, disable=disable_tqdm)
+    return pipeline
