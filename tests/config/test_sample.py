@@ -42,13 +42,16 @@ def test_several_guidance_scales_or_none() -> None:
     words = ["a", "--pipeline", "p", "--guidance_scale", "2", "4", "7.5", "--shard", "1/4"]
     config, _ = parse(SampleConfig, words, "uvit sample", positional=("prompts",))
     assert config.guidance_scale == (2.0, 4.0, 7.5)
-    assert config.part() == (1, 4)
+    assert config.shard == "1/4"
     with pytest.raises(UserError, match="--guidance_scale: needs a value"):
         SampleConfig("p", guidance_scale=())
 
 
 def test_numbers_end_where_the_prompts_begin() -> None:
     config, _ = parse(
-        SampleConfig, ["--pipeline", "p", "--guidance_scale", "2", "4", "a red circle", "b"], "uvit sample", ("prompts",)
+        SampleConfig,
+        ["--pipeline", "p", "--guidance_scale", "2", "4", "a red circle", "b"],
+        "uvit sample",
+        ("prompts",),
     )
     assert config.guidance_scale == (2.0, 4.0) and config.prompts == ("a red circle", "b")

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from uvit.config.sample import SampleConfig
 from uvit.errors import UserError
-from uvit.sample.plan import Picture, batches_of, pictures_of, share_of, short_names, variants_of
+from uvit.sample.plan import Picture, batches_of, pictures_of, short_names, variants_of
 
 
 @pytest.fixture
@@ -77,13 +77,3 @@ def test_short_names() -> None:
     assert short_names([Path("out/a/1/pipeline"), Path("out/b/2/pipeline")]) == ["a-1", "b-2"]
     assert short_names([Path("out/run-1"), Path("out/run-2")]) == ["run-1", "run-2"]
     assert short_names([Path("out/a")]) == [""]
-
-
-def test_torchrun_or_the_flag_says_which_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert share_of(SampleConfig("p")) == (0, 1)
-    assert share_of(SampleConfig("p", shard="2/3")) == (2, 3)
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("RANK", "1")
-    assert share_of(SampleConfig("p")) == (1, 4)
-    with pytest.raises(UserError, match="--shard 2/3: torchrun, which started 4"):
-        share_of(SampleConfig("p", shard="2/3"))

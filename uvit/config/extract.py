@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from uvit.config.part import part_of
 from uvit.errors import UserError
 
 
@@ -102,7 +103,7 @@ class ExtractConfig:
             raise UserError(f"--split {self.split}: --val_every {self.val_every} makes the splits train and val")
         if self.bf16 and self.fp16:
             raise UserError("--bf16 and --fp16: choose one")
-        self.part()
+        part_of(self.shard)
         _at_least("num_workers", self.num_workers, 0)
         if self.latent_scale is not None and not self.latent_scale > 0:
             raise UserError(f"--latent_scale {self.latent_scale}: must be above 0")
@@ -111,15 +112,6 @@ class ExtractConfig:
         given = "tokenizer_name" if self.tokenizer_name else "text_encoder_name_or_path"
         if self.vocab_size is not None and (self.tokenizer_name or self.text_encoder_name_or_path):
             raise UserError(f"--vocab_size {self.vocab_size}: no tokenizer is built where --{given} has one")
-
-    def part(self) -> tuple[int, int] | None:
-        """(i, n): --shard i/n."""
-        if self.shard is None:
-            return None
-        match = re.fullmatch(r"(\d+)/(\d+)", self.shard)
-        if match is None or not int(match[1]) < int(match[2]):
-            raise UserError(f"--shard {self.shard}: must be I/N with I from 0 to N - 1, such as 0/4")
-        return int(match[1]), int(match[2])
 
 
 @dataclass(frozen=True)

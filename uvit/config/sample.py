@@ -1,10 +1,10 @@
 """Flags of `uvit sample`."""
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Literal
 
+from uvit.config.part import part_of
 from uvit.errors import UserError
 
 
@@ -97,13 +97,4 @@ class SampleConfig:
             )
         if self.columns is not None and not self.grid:
             raise UserError(f"--columns {self.columns}: --grid False asks for no contact sheet")
-        self.part()
-
-    def part(self) -> tuple[int, int] | None:
-        """(i, n): --shard i/n."""
-        if self.shard is None:
-            return None
-        match = re.fullmatch(r"(\d+)/(\d+)", self.shard)
-        if match is None or not int(match[1]) < int(match[2]):
-            raise UserError(f"--shard {self.shard}: must be I/N with I from 0 to N - 1, such as 0/4")
-        return int(match[1]), int(match[2])
+        part_of(self.shard)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from uvit.config.extract import ExtractConfig
+from uvit.config.part import share_of
 from uvit.convert.folder import load_text_encoder_of_any, load_vae_of_any
 from uvit.data.encode import Encoders, encode_in_order, encoding_threads
 from uvit.data.encoders import downsampling_of, latent_scale_of
@@ -43,7 +44,7 @@ COMMIT_SECONDS = 2.0  # the least between two commits, each of which waits for t
 
 def extract(config: ExtractConfig) -> None:
     """The command `uvit extract`. Raises UserError for what cannot be read, encoded or written."""
-    part, num_parts = share_of(config)
+    part, num_parts = share_of(config.shard)
     folder = Path(config.output_dir).expanduser() / config.split
     refuse_earlier_layouts(folder)
     source = open_source(
@@ -186,20 +187,6 @@ class Writing:
 
 
 # What is settled first
-
-
-def share_of(config: ExtractConfig) -> tuple[int, int]:
-    """(i, n): this process does shards i, i + n, ... Torchrun says so in the environment."""
-    given = config.part()
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if num_processes == 1:
-        return given or (0, 1)
-    if given:
-        raise UserError(
-            f"--shard {config.shard}: torchrun, which started {num_processes} processes, says itself which part each"
-            " does; leave one of the two out"
-        )
-    return int(os.environ["RANK"]), num_processes
 
 
 def device_of(config: ExtractConfig) -> torch.device:

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from uvit.config.part import share_of
 from uvit.config.sample import SampleConfig
 from uvit.data.decode import decode_image
 from uvit.data.encoders import fingerprint
@@ -25,7 +26,7 @@ from uvit.sample.files import is_drawn, metadata, next_number, numbered, save_pi
 from uvit.sample.interactive import interactive
 from uvit.sample.load import open_pipeline
 from uvit.sample.pipeline import UViTPipeline
-from uvit.sample.plan import Picture, Variant, batches_of, pictures_of, share_of, variants_of
+from uvit.sample.plan import Picture, Variant, batches_of, pictures_of, variants_of
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def sample(config: SampleConfig) -> None:
             interactive(config, lambda config, prompt: draw_and_tell(config, prompt, studio))
             return
         drawn = run(config, read_prompts(config), lru_cache(maxsize=1)(lambda path: open_studio(config, path)))
-    part, num_parts = share_of(config)
+    part, num_parts = share_of(config.shard)
     words = [f"{len(drawn.paths)} images in {config.output_dir}"]
     words += [f"{drawn.num_there} of them were there already"] if drawn.num_there else []
     words += [f"part {part} of {num_parts}"] if num_parts > 1 else []
@@ -108,7 +109,7 @@ def sample(config: SampleConfig) -> None:
 
 def is_interactive(config: SampleConfig) -> bool:
     no_prompts = not config.prompts and config.prompts_file is None
-    return no_prompts and not config.skip_existing and share_of(config)[1] == 1 and sys.stdin.isatty()
+    return no_prompts and not config.skip_existing and share_of(config.shard)[1] == 1 and sys.stdin.isatty()
 
 
 def draw_and_tell(config: SampleConfig, prompt: str, studio: Callable[[Path], Studio]) -> None:
@@ -124,7 +125,7 @@ def run(config: SampleConfig, prompts: Sequence[str], studio: Callable[[Path], S
 
     Raises UserError where a picture's name is taken by another.
     """
-    part, num_parts = share_of(config)
+    part, num_parts = share_of(config.shard)
     variants = variants_of(config)
     in_parts = config.skip_existing or num_parts > 1  # then others count on the same numbers
     first = 0 if in_parts else max(next_number(variant.folder) for variant in variants)

@@ -1,6 +1,5 @@
 """What `uvit sample` is to draw, and which of it here."""
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,17 +72,3 @@ def batches_of(pictures: Sequence[Picture], batch_size: int, part: int, num_part
     """Those of a part. They are cut before they are shared out: a picture's last bits depend on its batch's size."""
     starts = range(0, len(pictures), batch_size)
     return [pictures[start : start + batch_size] for start in starts][part::num_parts]
-
-
-def share_of(config: SampleConfig) -> tuple[int, int]:
-    """(i, n): this process draws part i of n. Torchrun says so in the environment. Raises UserError if told twice."""
-    given = config.part()
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if num_processes == 1:
-        return given or (0, 1)
-    if given:
-        raise UserError(
-            f"--shard {config.shard}: torchrun, which started {num_processes} processes, says itself which part each"
-            " draws; leave one of the two out"
-        )
-    return int(os.environ["RANK"]), num_processes

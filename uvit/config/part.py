@@ -1,0 +1,30 @@
+"""`--shard I/N`: which part of a job that is shared a process does."""
+
+import os
+import re
+
+from uvit.errors import UserError
+
+
+def part_of(shard: str | None) -> tuple[int, int] | None:
+    """(i, n) of I/N. Raises UserError where it is none."""
+    if shard is None:
+        return None
+    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if match is None or not int(match[1]) < int(match[2]):
+        raise UserError(f"--shard {shard}: must be I/N with I from 0 to N - 1, such as 0/4")
+    return int(match[1]), int(match[2])
+
+
+def share_of(shard: str | None) -> tuple[int, int]:
+    """(i, n): this process does part i of n. Torchrun says so in the environment. Raises UserError if told twice."""
+    given = part_of(shard)
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_processes == 1:
+        return given or (0, 1)
+    if given:
+        raise UserError(
+            f"--shard {shard}: torchrun, which started {num_processes} processes, says itself which part each does; "
+            "leave one of the two out"
+        )
+    return int(os.environ["RANK"]), num_processes
