@@ -1,7 +1,7 @@
 """The memory that `uvit train --dry_run` tells, beside what short trainings take, process by process.
 
     python benchmarks/memory.py [--uvit_config_file uvit_t2i_small] [--degrees 1x1x1 2x1x1 1x2x1 1x1x2]
-    python benchmarks/memory.py --published     # the table of docs/distributed.md, from the dry run alone
+    python benchmarks/memory.py --published     # the published configs at 32 a process, from the dry run alone
 
 Allocated is what torch's allocator has given out at most, from before anything is set up until after the third step:
 torch's profiler records every allocation. Not in it: what oneDNN and gloo take for themselves. Grown is how much larger
@@ -31,6 +31,7 @@ from uvit.config.train import TrainConfig
 from uvit.cost import hollow_unet
 from uvit.distributed.mesh import Degrees, start, stop
 from uvit.train.estimate import look, plan_of
+from uvit.train.plan import make_plan
 from uvit.train.setup import set_up
 from uvit.train.step import train_step
 from uvit.train.trainer import load_batches
@@ -159,6 +160,16 @@ def published(folder: Path) -> None:
         print(f"| `uvit_t2i_{name}` | {millions:,.0f} M |", " | ".join(cells), "|", flush=True)
 
 
+def on_an_a100() -> None:
+    """What U-ViT's authors report of H/2 with a class in place of words, beside what is planned for the same."""
+    sizes = resolve_model_config("uvit_t2i_huge") | {"num_text_tokens": 1}
+    print("\nH/2 on one A100, class-conditional, batch 128, fp16, GB")
+    for recompute, reported in ((False, 54.3), (True, 18.9)):
+        config = TrainConfig("", "", fp16=True, recompute=recompute, per_device_train_batch_size=128)
+        told = sum(make_plan(config, sizes, (32, 32)).memory.values()) / 1e9
+        print(f"recompute {recompute}: planned {told:.1f}, reported {reported}, {told / reported:.1%}")
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--measure"]:
         measure(sys.argv[2], Path(sys.argv[3]), sys.argv[4:])
@@ -173,6 +184,7 @@ def main() -> None:
         write_random_store(folder, hollow_unet(resolve_model_config("uvit_t2i_small")), num_pairs=64)
         if options.published:
             published(folder)
+            on_an_a100()
         else:
             compare(folder, options.uvit_config_file, options.degrees)
 

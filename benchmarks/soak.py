@@ -62,6 +62,7 @@ VARIANTS = {
     "tensor_parallel": "--tensor_parallel_degree 2",
 }
 AIMS = {"anywhere": 0.6, "at a save": 0.25, "at the export": 0.15}
+PLACES = ("start", "step", "save", "export")
 SAVE_SECONDS = 0.015  # about what a save takes here
 PATIENCE = 20.0  # seconds for what is left of a run after a kill; torchrun has 30
 
@@ -154,7 +155,7 @@ def kill(processes: list[ForkProcess], run_folder: Path, rng: random.Random, lif
     for process in processes:
         process.terminate()
     wait(processes, PATIENCE)
-    return any(process.exitcode == -signal.SIGKILL for process in victims)
+    return any(process.exitcode in (-signal.SIGKILL, -signal.SIGTERM) for process in processes)
 
 
 def place(run_folder: Path, before: set[tuple[str, int]], said: str) -> str:
@@ -173,11 +174,11 @@ def hidden(run_folder: Path) -> set[tuple[str, int]]:
 # What is compared
 
 
-def contents(run_folder: Path) -> dict[str, bytes]:
-    """Every file; metrics.jsonl without what was measured."""
+def contents(run_folder: Path, num_steps: int = STEPS) -> dict[str, bytes]:
+    """Every file; metrics.jsonl, which has a line a step, without what was measured."""
     found = {p.relative_to(run_folder).as_posix(): p.read_bytes() for p in run_folder.rglob("*") if p.is_file()}
     records = [json.loads(line) for line in found["logs/metrics.jsonl"].splitlines()]
-    assert [record["step"] for record in records] == list(range(1, STEPS + 1)), "a line a step"
+    assert [record["step"] for record in records] == list(range(1, num_steps + 1))
     kept = [{name: value for name, value in record.items() if name not in MEASURED} for record in records]
     return found | {"logs/metrics.jsonl": json.dumps(kept).encode()}
 
@@ -215,22 +216,33 @@ def make_features(folder: Path) -> None:
     ):
         if wait(start(arguments.split(), folder)) != [0]:
             sys.exit((folder / "said.txt").read_text())
-    spoil(folder, "bad", np.inf)
+    spoil(folder)
 
 
-def spoil(folder: Path, name: str, factor: float) -> None:
-    """FOLDER/NAME/store: the features, with the latents of every sixteenth image so many times too large."""
-    shutil.copytree(folder / "store", folder / name / "store")
-    [path] = (folder / name / "store" / "train").glob("moments-*.npy")
+def spoil(folder: Path) -> None:
+    """FOLDER/bad/store: the features, with latents of every sixteenth image that are not finite."""
+    shutil.copytree(folder / "store", folder / "bad" / "store")
+    [path] = (folder / "bad" / "store" / "train").glob("moments-*.npy")
     moments = np.load(path)
-    moments[::16, : moments.shape[1] // 2] *= factor
+    moments[::16] = np.inf
     np.save(path, moments)
 
 
-def soak(variant: str, num_kills: int, folder: Path, rng: random.Random) -> bool:
-    """Returns whether all was well."""
+def num_processes(variant: str) -> int:
+    return 2 if "_degree 2" in VARIANTS[variant] else 1
+
+
+def shares(variants: Sequence[str], num_kills: int) -> list[int]:
+    """How many of the kills each gets: one of two processes, which takes several times as long, half as many."""
+    weights = np.array([1 / num_processes(variant) for variant in variants])
+    ends = [round(num_kills * part) for part in np.cumsum(weights) / weights.sum()]
+    return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+def soak(variant: str, num_kills: int, folder: Path, rng: random.Random, hits: Counter[str]) -> bool:
+    """Adds to `hits` where the kills hit. Returns whether all was well."""
     arguments = f"{TRAIN} {VARIANTS[variant]}".replace("FOLDER", str(folder)).split()
-    size = 2 if "_degree 2" in VARIANTS[variant] else 1
+    size = num_processes(variant)
     started = time.monotonic()
     (folder / f"{variant}-whole").mkdir()
     command(arguments, folder / f"{variant}-whole", size)
@@ -269,14 +281,18 @@ def soak(variant: str, num_kills: int, folder: Path, rng: random.Random) -> bool
     deadline = time.monotonic() + PATIENCE
     while (left := left_over(sessions)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    hits = ", ".join(f"{name} {kills[name]}" for name in ("start", "step", "save", "export"))
+    hits.update(kills)
     print(
-        f"{variant}: {kills.total()} kills ({hits}) in {num_runs} runs of {life[1]:.1f} s, "
+        f"{variant}: {in_words(kills)} in {num_runs} runs of {life[1]:.1f} s, "
         f"{time.monotonic() - started:.0f} s in all: {'every byte equal' if well else 'NOT EQUAL'}"
         f"{f', {len(left)} processes left over' if left else ''}",
         flush=True,
     )
     return well and not left
+
+
+def in_words(kills: Counter[str]) -> str:
+    return f"{kills.total()} kills ({', '.join(f'{name} {kills[name]}' for name in PLACES)})"
 
 
 def read_said(folder: Path) -> str:
@@ -293,17 +309,15 @@ def main() -> int:
     options = parser.parse_args()
     rng = random.Random(options.seed)
     started = time.monotonic()
-    well = True
+    well, hits = True, Counter[str]()
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.folder or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         make_features(folder)
         print(f"features are there after {time.monotonic() - started:.1f} s", flush=True)
-        number = len(options.variants)
-        for i, variant in enumerate(options.variants):
-            share = options.kills * (i + 1) // number - options.kills * i // number
-            well = soak(variant, share, folder, rng) and well
-    print(f"{options.kills} kills in {time.monotonic() - started:.0f} s: {'all is well' if well else 'NOT WELL'}")
+        for variant, share in zip(options.variants, shares(options.variants, options.kills), strict=True):
+            well = soak(variant, share, folder, rng, hits) and well
+    print(f"{in_words(hits)} in {time.monotonic() - started:.0f} s: {'all is well' if well else 'NOT WELL'}")
     return 0 if well else 1
 
 

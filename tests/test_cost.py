@@ -1,10 +1,13 @@
+import pytest
 import torch
+from torch import Tensor
 
 from uvit.config.model import resolve_model_config
-from uvit.cost import activation_bytes, count_flops
+from uvit.cost import Trace, count_flops, hollow_unet, norms_in_float32, trace, trace_step
 from uvit.model import UViTT2IModel
 
 C, H, W, p, D, T, CONTEXT, NUM_BLOCKS = 4, 8, 12, 2, 32, 7, 24, 5
+F32, BF16 = torch.float32, torch.bfloat16
 TINY = {
     "sample_size": [H, W],
     "num_layers": NUM_BLOCKS - 1,
@@ -46,25 +49,68 @@ def test_the_small_model_does_32_gflop_a_sample() -> None:
     assert 2.99 < step / forward < 3
 
 
-def test_activations_are_those_of_a_real_forward() -> None:
+def real_trace(dtype: torch.dtype, autocast: torch.dtype, recompute: bool) -> Trace:
+    """Of a forward and backward with numbers in them."""
     torch.manual_seed(0)
+    unet = UViTT2IModel(**TINY).to(dtype).train()
+    if recompute:
+        unet.enable_gradient_checkpointing()
+    if autocast != torch.float32:
+        norms_in_float32(unet)
+
+    def compute() -> Tensor:
+        latents, context = torch.randn(3, C, H, W), torch.randn(3, T, CONTEXT)
+        with torch.autocast("cpu", autocast, enabled=autocast != torch.float32):
+            return unet(latents.to(dtype), torch.ones(3), context.to(dtype)).float().square().mean()
+
+    return trace(unet, compute)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("dtype", "autocast"), [(F32, F32), (F32, BF16), (BF16, F32)])
+def test_a_step_without_numbers_takes_the_memory_of_one_with_them(
+    dtype: torch.dtype, autocast: torch.dtype, recompute: bool
+) -> None:
+    hollow = trace_step(TINY, 3, dtype=dtype, autocast=autocast, recompute=recompute)
+    real = real_trace(dtype, autocast, recompute)
+    assert hollow.kept == real.kept
+    assert hollow.gradients[-1] == real.gradients[-1] == dtype.itemsize * hollow_unet(TINY).num_parameters()
+    for weight in (0, 1, 2):
+        assert hollow.fullest(weight) == pytest.approx(real.fullest(weight), rel=0.01)
+
+
+def test_what_the_forward_keeps_is_what_autograd_saves() -> None:
     unet = UViTT2IModel(**TINY).train()
     parameters = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
+    saved: dict[int, torch.UntypedStorage] = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def save(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage
+            saved[storage.data_ptr()] = storage
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        unet(torch.randn(3, C, H, W), torch.ones(3), torch.randn(3, T, CONTEXT))
-    assert activation_bytes(TINY, 3) == sum(storage.nbytes() for storage in kept.values())
+    inputs = torch.randn(3, C, H, W), torch.ones(3), torch.randn(3, T, CONTEXT)
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        prediction = unet(*inputs)
+        squares = prediction.square()
+        loss = squares.mean()
+    kept = sum(storage.nbytes() for storage in saved.values())
+    kept += loss.nbytes + sum(x.nbytes for x in inputs if x.untyped_storage().data_ptr() not in saved)
+    assert trace_step(TINY, 3).kept == pytest.approx(kept, rel=0.01)
 
 
-def test_activations_shrink_with_recomputing_and_with_half_precision() -> None:
-    kept = activation_bytes(TINY, 2)
-    assert activation_bytes(TINY, 2, recompute=True) < kept / 4
-    assert activation_bytes(TINY, 2, dtype=torch.bfloat16) < kept
-    assert activation_bytes(TINY, 2, size=(4, 4)) < kept
+def test_activations_shrink_with_recomputing_low_precision_and_tensor_parallelism() -> None:
+    kept = trace_step(TINY, 2).kept
+    assert trace_step(TINY, 2, recompute=True).kept < kept / 4
+    assert trace_step(TINY, 2, autocast=BF16).kept < kept
+    assert trace_step(TINY, 2, dtype=BF16).kept < trace_step(TINY, 2, autocast=BF16).kept
+    assert trace_step(TINY, 2, tp=2).kept < kept
+    assert trace_step(TINY, 2, size=(4, 4)).kept < kept
+
+
+def test_a_tensor_parallel_process_has_its_part_of_each_block() -> None:
+    whole, part = hollow_unet(TINY).num_parameters(), hollow_unet(TINY, tp=2).num_parameters()
+    hidden = 4 * D
+    split = NUM_BLOCKS * (3 * D * D + D * D + 2 * D * hidden + hidden)
+    assert whole - part == split // 2

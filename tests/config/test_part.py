@@ -6,7 +6,7 @@ from uvit.errors import UserError
 
 @pytest.mark.parametrize("shard", ["4/4", "a", "1", "-1/2", "1/2/3", "0/0", ""])
 def test_what_is_no_part(shard: str) -> None:
-    with pytest.raises(UserError, match="--shard .*must be I/N"):
+    with pytest.raises(UserError, match=r"--shard .*must be I/N"):
         part_of(shard)
 
 
