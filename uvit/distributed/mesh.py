@@ -96,9 +96,21 @@ def start(degrees: Degrees, device: str = "auto") -> World:
         torch.cuda.set_device(chosen)
     if not dist.is_initialized():  # a process may lay out its mesh more than once
         # Objects and flags on the CPU go by gloo, whatever the tensors go by.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=own_store(), rank=rank, world_size=size)
     mesh = init_device_mesh(chosen.type, (degrees.dp, degrees.shard, degrees.tp), mesh_dim_names=AXES)
     return World(rank, size, degrees, chosen, mesh)
+
+
+def own_store() -> dist.Store:
+    """torchrun's, apart from what processes before a restart have left there: their addresses, nobody answers at them.
+
+    On one machine the restarts are counted alike; on several they are not.
+    """
+    store, _, _ = next(dist.rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        return store
+    return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def stop(world: World) -> None:

@@ -55,8 +55,9 @@ def work_of(run: Run) -> Work:
         peak = known_peak(name, dtype)
         source = f"the data sheet of {name} for {kind}"
     else:
-        peak = measured_peak(dtype)
-        source = f"measured just now: {kind} matrix products on this CPU"
+        peak = max(measured_peak(dtype), measured_peak(torch.float32))  # half precision may be the slower one here
+        kinds = kind if dtype == torch.float32 else f"{kind} or float32"
+        source = f"measured just now: {kinds} matrix products on this CPU"
     if peak is None:
         return Work(flops * run.samples_per_step, None, f"no utilisation (MFU): the peak of {name} is not known here")
     sentence = f"utilisation (MFU) is relative to {peak / 1e9:,.0f} GFLOP/s a process, {source}"

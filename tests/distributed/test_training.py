@@ -1,0 +1,147 @@
+"""`uvit train` in several processes: the same as in one, and going on in another layout than before."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.soak import contents
+from tests.distributed.training_worker import World, write_worlds
+from uvit import checkpoint
+
+ROOT = Path(__file__).parents[2]
+ONE = (1, 1, 1)
+LAYOUTS = {"replicas": (2, 1, 1), "sharded": (1, 2, 1), "tensor_parallel": (1, 1, 2)}
+CHAIN = [ONE, *LAYOUTS.values(), ONE]  # two steps each
+FLOAT16 = "--fp16 --feature_path FOLDER/bad/store --max_steps 6 --save_steps 6"
+HALVES = ("replicas", "sharded")  # where the processes read different samples
+
+
+def worlds() -> list[World]:
+    found = [World("one", ONE)]
+    found += [World(name, degrees) for name, degrees in LAYOUTS.items()]
+    found += [World(f"{name}-resumed", degrees, after=f"{name}/run/checkpoint-4") for name, degrees in LAYOUTS.items()]
+    before = "one/run/checkpoint-2"
+    for i, degrees in enumerate(CHAIN[1:], 1):
+        found.append(World(f"chain-{i}", degrees, f"--max_steps {2 * i + 2}", before))
+        before = f"chain-{i}/run/checkpoint-{2 * i + 2}"
+    found.append(World("one-float16", ONE, FLOAT16))
+    return found + [World(f"{name}-float16", LAYOUTS[name], FLOAT16) for name in HALVES]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What all the worlds have left."""
+    folder = tmp_path_factory.mktemp("training")
+    write_worlds(worlds(), folder)
+    command = [sys.executable, "-m", "tests.distributed.training_worker", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def tensors(run: Path, step: int) -> dict[str, Tensor]:
+    found = checkpoint.read(run / f"checkpoint-{step}")
+    groups = {group: found.load(group) for group in ("weights", "ema", "optimizer")}
+    return {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
+
+
+def distances(run: Path, other: Path, step: int) -> dict[str, float]:
+    """The 2-norm of the difference of each tensor, relative to the other run's."""
+    found, wanted = tensors(run, step), tensors(other, step)
+    assert found.keys() == wanted.keys()
+    return {name: ((found[name] - wanted[name]).norm() / value.norm()).item() for name, value in wanted.items()}
+
+
+def same_but_for_rounding(run: Path, other: Path, step: int, tolerance: float = 1e-5) -> None:
+    for name, distance in distances(run, other, step).items():
+        assert distance <= tolerance, name
+    found, wanted = lines(run), lines(other)
+    for key in ("step", "samples", "skipped", "lr"):
+        assert [line[key] for line in found] == [line[key] for line in wanted]
+    for key in ("loss", "grad_norm"):
+        for line, expected in zip(found, wanted, strict=True):
+            assert line[key] == (expected[key] and pytest.approx(expected[key], rel=tolerance)), (key, line["step"])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_two_processes_train_what_one_does(folder: Path, name: str) -> None:
+    """Sums in another order differ by float32's rounding; `test_equality` says how far that goes."""
+    same_but_for_rounding(folder / name / "run", folder / "one" / "run", step=10)
+
+
+def test_every_layout_can_go_on_where_any_other_was(folder: Path) -> None:
+    same_but_for_rounding(folder / f"chain-{len(CHAIN) - 1}" / "run", folder / "one" / "run", step=10)
+
+
+def test_a_step_makes_far_more_than_rounding(folder: Path) -> None:
+    one = folder / "one" / "run"
+    last, before = tensors(one, 10), tensors(one, 8)
+    for name in ("weights/unet.pos_embed", "ema/unet.pos_embed", "optimizer/exp_avg/unet.pos_embed"):
+        assert (last[name] - before[name]).norm() > 1e-3 * last[name].norm()
+    assert len({round(line["loss"], 3) for line in lines(one)}) == 10
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_on_the_same_layout_a_resumed_run_is_the_same_in_every_bit(folder: Path, name: str) -> None:
+    whole, resumed = tensors(folder / name / "run", 10), tensors(folder / f"{name}-resumed" / "run", 10)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(resumed[key], value) for key, value in whole.items())
+    pipelines = [folder / some / "run" / "pipeline" / "unet" for some in (name, f"{name}-resumed")]
+    weights = [(path / "diffusion_pytorch_model.safetensors").read_bytes() for path in pipelines]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_what_is_not_finite_in_one_process_is_skipped_by_both(folder: Path, name: str) -> None:
+    """The same steps are skipped and the loss scale is the same; the rest differs by float16's rounding, 2**-11."""
+    run, one = folder / f"{name}-float16" / "run", folder / "one-float16" / "run"
+    same_but_for_rounding(run, one, step=6, tolerance=2**-8)
+    assert 0 < sum(line["skipped"] for line in lines(one)) < 6
+    scales = [checkpoint.read(some / "checkpoint-6").record["loss_scale"] for some in (run, one)]
+    assert scales[0] == scales[1] and scales[0]["scale"] < 2.0**16
+
+
+def worker_of(torchrun: int) -> int:
+    """The process id of one of the processes that torchrun started."""
+    children = Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split()
+    return next(int(pid) for pid in reversed(children) if b"uvit" in Path(f"/proc/{pid}/cmdline").read_bytes())
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_killed_worker_again_and_nothing_is_lost(folder: Path) -> None:
+    [world] = [world for world in worlds() if world.name == "replicas"]
+    here = folder / "killed"
+    here.mkdir()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3"]
+    command = [*torchrun, "-m", "uvit", *world.arguments(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    said, killed = "", False
+    with subprocess.Popen(
+        command, cwd=here, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        deadline = threading.Timer(150, process.terminate)
+        deadline.start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            said += line
+            if not killed and re.match(r"step 7/", line):
+                os.kill(worker_of(process.pid), signal.SIGKILL)
+                killed = True
+        deadline.cancel()
+    assert process.returncode == 0, said
+    assert killed and re.search(r"resumed \S+checkpoint-\d", said), said
+    assert contents(here / "run", 10) == contents(folder / "replicas" / "run", 10)
