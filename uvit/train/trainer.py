@@ -88,6 +88,7 @@ def train_together(config: TrainConfig, world: World) -> int:
                 status = train_to_the_end(run, signals)
     if status == 0 and world.is_main:
         write_pipeline(run)
+    barrier(world)  # who leaves early is not there to start again with, should the main process fail in this
     return status
 
 
