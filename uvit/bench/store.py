@@ -32,7 +32,9 @@ def write_random_store(folder: Path, unet: UViTT2IModel, num_pairs: int, block: 
         tokenizer=None,
     )
     random = np.random.default_rng(0)
-    moments = random.standard_normal((block, *info.moments_shape), dtype=np.float32).astype(np.float16)
+    moments = random.standard_normal((block, *info.moments_shape), dtype=np.float32)
+    moments[:, : sizes.in_channels] /= LATENT_SCALE  # means as large as real ones
+    moments = moments.astype(np.float16)
     contexts = random.standard_normal((block, num_tokens, width), dtype=np.float32).astype(np.float16)
     writer = StoreWriter(folder / "train", info)
     with writer.open_shard(0) as shard:
