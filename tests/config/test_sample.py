@@ -55,3 +55,15 @@ def test_numbers_end_where_the_prompts_begin() -> None:
         ("prompts",),
     )
     assert config.guidance_scale == (2.0, 4.0) and config.prompts == ("a red circle", "b")
+
+
+def test_a_speed_chooses_solver_and_steps() -> None:
+    config = SampleConfig("p", speed="fast", seed=3).resolved()
+    assert config == SampleConfig("p", scheduler="fitted", num_inference_steps=8, seed=3)
+    assert SampleConfig("p", seed=3).resolved() == SampleConfig("p", seed=3)
+    for other in ({"num_inference_steps": 20}, {"scheduler": "unipc"}):
+        with pytest.raises(UserError, match="--speed fast: chooses"):
+            SampleConfig("p", speed="fast", **other)
+    for flag in ({"speed": "fast"}, {"scheduler": "fitted"}):
+        with pytest.raises(UserError, match=r"--init_image a\.png: the fitted solver begins with noise alone"):
+            SampleConfig("p", init_image="a.png", **flag)

@@ -1,14 +1,16 @@
 """A tiny real pipeline, and predictors that are known in closed form."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tests.tiny import tiny_text_encoder_folder, tiny_vae_folder
 from uvit.data.encoders import load_text_encoder, load_tokenizer, load_vae
-from uvit.diffusion import PredictionType, convert_prediction, signal_and_noise
+from uvit.diffusion import PredictionType, convert_prediction, log_snr, signal_and_noise
 from uvit.model import UViTT2IModel
 from uvit.sample.export import save_pipeline
 
@@ -55,3 +57,46 @@ def gaussian_flow(noise: Tensor, mean: Tensor, std: float) -> Tensor:
     """Where the probability flow takes x_1000 = `noise`, for that data, in closed form."""
     a, s = signal_and_noise(torch.tensor([1000]), noise)
     return mean + std * (noise - a * mean) / (a**2 * std**2 + s**2).sqrt()
+
+
+# Data of which every value is drawn from a mixture of three normal distributions: shares, means, standard deviations.
+MIXTURE = np.array([[0.3, 0.4, 0.3], [-1.0, 0.2, 1.1], [0.3, 0.5, 0.2]])
+
+
+def mixture_x_0(x_n: np.ndarray, log_snrs: np.ndarray) -> np.ndarray:
+    """The mean of x_0 given x_n, for that data, float64."""
+    share, mean, std = MIXTURE
+    a, s = (1 / np.sqrt(1 + np.exp(sign * log_snrs[..., None])) for sign in (-1, 1))
+    variance = (a * std) ** 2 + s**2
+    logits = np.log(share) - np.log(variance) / 2 - (x_n[..., None] - a * mean) ** 2 / (2 * variance)
+    likely = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    x_0 = mean + a * std**2 / variance * (x_n[..., None] - a * mean)
+    return (likely / likely.sum(axis=-1, keepdims=True) * x_0).sum(axis=-1)
+
+
+def mixture_predictor(x_n: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+    """The noise that a perfect network predicts for that data."""
+    x_0 = mixture_x_0(x_n.double().numpy(), log_snr(timesteps).view(-1, 1, 1, 1).numpy())
+    return convert_prediction(torch.from_numpy(x_0), x_n.double(), timesteps, "sample", "epsilon")
+
+
+def mixture_flow(x_1000: np.ndarray, num_steps: int = 200) -> tuple[np.ndarray, np.ndarray]:
+    """Where the probability flow takes x_1000, for that data: (x_1, x_0 predicted there), float64.
+
+    dy/d log(sigma) = y - x_0 with sigma = s / a and y = x / a (Karras et al. 2022); the classical Runge-Kutta method.
+    """
+    u = np.linspace(*(-log_snr(torch.tensor([1000, 1])) / 2).tolist(), num_steps + 1)
+
+    def slope(y: np.ndarray, u: float) -> np.ndarray:
+        return y - mixture_x_0(y / np.hypot(1, np.exp(u)), np.array(-2 * u))
+
+    y = x_1000 * np.hypot(1, np.exp(u[0]))
+    for begin, end in itertools.pairwise(u):
+        h, middle = end - begin, (begin + end) / 2
+        k1 = slope(y, begin)
+        k2 = slope(y + h / 2 * k1, middle)
+        k3 = slope(y + h / 2 * k2, middle)
+        k4 = slope(y + h * k3, end)
+        y = y + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    x_1 = y / np.hypot(1, np.exp(u[-1]))
+    return x_1, mixture_x_0(x_1, np.array(-2 * u[-1]))

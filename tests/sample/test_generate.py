@@ -347,3 +347,33 @@ def test_options_that_spare_memory(folder: Path, tmp_path: Path, capsys: pytest.
         assert np.abs(one - other).max() <= 1
     assert main(arguments(folder, tmp_path / "c", "a", "--enable_model_cpu_offload")) == 2
     assert "--enable_model_cpu_offload: spares a GPU's memory, and --device cpu" in capsys.readouterr().err
+
+
+def test_fit_schedule_makes_the_speeds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder, output_dir = tiny_pipeline_folder(tmp_path), tmp_path / "samples"
+    common = ["sample", f"--pipeline={folder}", "a red circle", "two cats", "--device=cpu", "--disable_tqdm"]
+    fast = [*common, f"--output_dir={output_dir}", "--speed=fast"]
+    assert main([*fast, "--guidance_scale=2"]) == 2
+    assert "nothing is fitted for that many at guidance 2 (steps at guidance: none)" in capsys.readouterr().err
+    assert main([*common, "--fit_schedule", "--guidance_scale=2", "--num_images_per_prompt=3"]) == 2
+    assert "--fit_schedule: 6 pictures are too few" in capsys.readouterr().err
+
+    assert main([*common, "--fit_schedule", "--guidance_scale=2", "--num_images_per_prompt=4"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in said] == [
+        "--speed fast, 8 steps at guidance 2", "--speed balanced, 12 steps at guidance 2",
+        "--speed quality, 24 steps at guidance 2"
+    ]  # fmt: skip
+    assert all(float(line.split("off by ")[1].split("%")[0]) < 5 for line in said)
+    assert not output_dir.exists()
+
+    assert main([*fast, "--guidance_scale=2"]) == 0
+    (tmp_path / "close").mkdir()
+    close = [*common, f"--output_dir={tmp_path / 'close'}", "--guidance_scale=2", "--num_inference_steps=200"]
+    assert main(close) == 0
+    for name in pictures(output_dir):
+        drawn, wanted = (opened(path / name) for path in (output_dir, tmp_path / "close"))
+        assert np.abs(np.asarray(drawn).astype(int) - np.asarray(wanted)).mean() < 4
+        assert (drawn.text["scheduler"], drawn.text["num_inference_steps"]) == ("fitted", "8")
+    assert main([*fast, "--guidance_scale=3"]) == 2
+    assert "(steps at guidance: 8 at 2, 12 at 2, 24 at 2)" in capsys.readouterr().err

@@ -1,11 +1,13 @@
 """Flags of `uvit sample`."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from uvit.config.part import part_of
 from uvit.errors import UserError
+
+SPEEDS = {"fast": 8, "balanced": 12, "quality": 24}  # steps of solvers that are fitted to the model
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,14 @@ class SampleConfig:
     """More pipelines, which draw the same from the same seeds, side by side with --pipeline."""
     num_inference_steps: int = 50
     """Steps from noise to picture; with the default scheduler 15 to 25 often do."""
-    scheduler: Literal["dpmsolver++", "ddim", "unipc", "euler", "heun", "ddpm"] = "dpmsolver++"
-    """The solver. heun calls the network twice a step; ddpm adds noise at each and wants many."""
+    scheduler: Literal["dpmsolver++", "ddim", "unipc", "euler", "heun", "ddpm", "official", "fitted"] = "dpmsolver++"
+    """The solver. heun calls the network twice a step; ddpm adds noise at each and wants many; official is that of
+    U-ViT's published results; fitted is what --fit_schedule left with the model."""
+    speed: Literal["fast", "balanced", "quality"] | None = None
+    """8, 12 or 24 steps of the fitted solver, instead of --scheduler and --num_inference_steps."""
+    fit_schedule: bool = False
+    """Draw nothing: fit the solvers of --speed to the model, for each --guidance_scale, on these prompts (8 pictures at
+    least; 16 or more are better), and store them with the pipeline. Takes as long as drawing them in 350 steps."""
     negative_prompt: str | None = None
     """What to stay away from, instead of the empty prompt."""
     init_image: str | None = None
@@ -86,6 +94,12 @@ class SampleConfig:
                 raise UserError(f"--guidance_scale {scale}: must be a number of at least 0; 1 is no guidance")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed {self.seed}: must be in 0..2^63-1")
+        if self.speed is not None and (self.scheduler, self.num_inference_steps) != ("dpmsolver++", 50):
+            raise UserError(f"--speed {self.speed}: chooses --scheduler and --num_inference_steps; leave these out")
+        if self.init_image is not None and (self.speed is not None or self.scheduler == "fitted"):
+            raise UserError(
+                f"--init_image {self.init_image}: the fitted solver begins with noise alone; choose another"
+            )
         for name in ("strength", "mask"):
             if getattr(self, name) is not None and self.init_image is None:
                 raise UserError(f"--{name} {getattr(self, name)}: needs an --init_image, which it is about")
@@ -98,3 +112,9 @@ class SampleConfig:
         if self.columns is not None and not self.grid:
             raise UserError(f"--columns {self.columns}: --grid False asks for no contact sheet")
         part_of(self.shard)
+
+    def resolved(self) -> "SampleConfig":
+        """With what --speed stands for."""
+        if self.speed is None:
+            return self
+        return replace(self, speed=None, scheduler="fitted", num_inference_steps=SPEEDS[self.speed])

@@ -18,6 +18,7 @@ from uvit.diffusion import (
     timestep_of_log_snr,
 )
 from uvit.errors import UserError
+from uvit.sample.multistep import MultistepScheduler
 from uvit.sample.schedulers import check_scheduler
 
 
@@ -58,6 +59,8 @@ def denoise(
         (B, C, h, w) float32: x_0, scaled as in training.
     """
     check_scheduler(scheduler)
+    if isinstance(scheduler, MultistepScheduler):
+        scheduler.guidance_scale = guidance_scale  # some of its plans are for one alone
     scheduler.set_timesteps(num_inference_steps, device=latents.device)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(start)  # or a step is lost where rounding has the first timestep there twice

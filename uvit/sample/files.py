@@ -25,7 +25,8 @@ MAX_ON_SHEET = 400
 NOT_RECORDED = {
     "pipeline", "guidance_scale", "compare_with", "prompts", "prompts_file", "seed", "num_images_per_prompt",
     "output_dir", "batch_size", "device", "enable_vae_slicing", "enable_vae_tiling", "enable_model_cpu_offload",
-    "shard", "skip_existing", "save_latents", "grid", "columns", "disable_tqdm",
+    "shard", "skip_existing", "save_latents", "grid", "columns", "disable_tqdm", "speed",
+    "fit_schedule",
 }  # fmt: skip
 
 

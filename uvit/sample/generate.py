@@ -17,16 +17,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from uvit.config.part import share_of
-from uvit.config.sample import SampleConfig
+from uvit.config.sample import SPEEDS, SampleConfig
 from uvit.data.decode import decode_image
 from uvit.data.encoders import fingerprint
 from uvit.data.types import PairError
 from uvit.errors import UserError
 from uvit.sample.files import is_drawn, metadata, next_number, numbered, save_picture, save_sheet
+from uvit.sample.fit import fit_plan, relative_error, solve, store_plan
 from uvit.sample.interactive import interactive
-from uvit.sample.load import open_pipeline
+from uvit.sample.load import find_pipeline, open_pipeline
+from uvit.sample.multistep import MultistepScheduler
 from uvit.sample.pipeline import UViTPipeline
 from uvit.sample.plan import Picture, Variant, batches_of, pictures_of, variants_of
+
+MIN_FITTED_TO = 8  # pictures
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,11 @@ def draw(
 
 
 def sample(config: SampleConfig) -> None:
+    config = config.resolved()
     with spoken_warnings():
+        if config.fit_schedule:
+            fit_schedule(config)
+            return
         if is_interactive(config):
             studio = lru_cache(maxsize=None)(lambda path: open_studio(config, path))
             studio(variants_of(config)[0].pipeline)  # a mistake is told, and the wait is over, before the first prompt
@@ -105,6 +113,38 @@ def sample(config: SampleConfig) -> None:
     words += [f"part {part} of {num_parts}"] if num_parts > 1 else []
     words += [f"contact sheet: {drawn.sheet}"] if drawn.sheet else []
     print("; ".join(words))
+
+
+def fit_schedule(config: SampleConfig) -> None:
+    """Fit a solver for each of the speeds at each guidance scale, and store them with the pipeline."""
+    pictures = pictures_of(config, read_prompts(config), 0)
+    if len(pictures) < MIN_FITTED_TO:
+        raise UserError(
+            f"--fit_schedule: {len(pictures)} pictures are too few to fit to; give {MIN_FITTED_TO} prompts or more, or "
+            "--num_images_per_prompt"
+        )
+    folder = find_pipeline(config.pipeline)
+    pipeline = open_studio(config, folder).pipeline
+    for scale in config.guidance_scale:
+
+        def latents_by(scheduler: MultistepScheduler, num_steps: int, scale: float = scale) -> Tensor:
+            pipeline.scheduler = scheduler
+            return pipeline(
+                [picture.prompt for picture in pictures],
+                generator=[torch.Generator("cpu").manual_seed(picture.seed) for picture in pictures],
+                guidance_scale=scale,
+                num_inference_steps=num_steps,
+                negative_prompt=config.negative_prompt,
+                output_type="latent",
+                return_dict=False,
+            )[0]
+
+        reference = solve(latents_by)
+        for name, num_steps in SPEEDS.items():
+            plan, drawn = fit_plan(latents_by, reference, num_steps, scale)
+            path = store_plan(folder, plan)
+            error = relative_error(drawn, reference.x_0)
+            print(f"--speed {name}, {num_steps} steps at guidance {scale:g}: off by {error:.1%}; stored in {path}")
 
 
 def is_interactive(config: SampleConfig) -> bool:

@@ -11,6 +11,8 @@ from uvit import checkpoint
 from uvit.data.encoders import quiet
 from uvit.device import pick_device
 from uvit.errors import UserError
+from uvit.sample.fit import read_plans
+from uvit.sample.multistep import MultistepScheduler
 from uvit.sample.pipeline import UViTPipeline
 from uvit.sample.schedulers import DEFAULT_SCHEDULER, build_scheduler
 
@@ -70,6 +72,6 @@ def open_pipeline(
         pipeline.enable_model_cpu_offload(device=chosen)
     else:
         pipeline.to(chosen)
-    pipeline.scheduler = build_scheduler(scheduler)
+    pipeline.scheduler = MultistepScheduler(read_plans(folder)) if scheduler == "fitted" else build_scheduler(scheduler)
     pipeline.set_progress_bar_config(desc="denoising", leave=False, disable=disable_tqdm)
     return pipeline

@@ -75,13 +75,17 @@ def build_scheduler(name: str = DEFAULT_SCHEDULER, prediction_type: PredictionTy
         prediction_type: what `step` is given; `denoise` converts to it from what the network predicts.
     """
     cls, settings = _SCHEDULERS[name]
-    shared = {
+    return cls.from_config(shared_config(prediction_type) | settings)
+
+
+def shared_config(prediction_type: PredictionType) -> dict[str, Any]:
+    """What all are built from, of which each takes what it knows."""
+    return {
         **scheduler_config(prediction_type),
         "clip_sample": False,  # latents are not confined to [-1, 1], as pixels are
         "timestep_spacing": "trailing",  # from pure noise, label 1000, in even steps
         "set_alpha_to_one": True,  # DDIM's last step ends at x_0, not just before it
     }
-    return cls.from_config(shared | settings)
 
 
 def check_scheduler(scheduler: Any) -> None:
