@@ -6,7 +6,8 @@ A model is a name, a pipeline and its prompts: a text file with one a line, or `
 ones. Solvers are fitted on some of the prompts, and all are measured on others, with other noise. The error is the root
 mean square distance of the latents to where the same flow ends when it is solved in many steps, relative to their size.
 The official sampler stops at label 1 and is held against the flow there; all others go on to x_0. One thread; times are
-medians of rounds in which all take turns. Writes the table as Markdown and JSON, and a picture.
+medians of rounds in which all take turns. For `shapes` also the share of held-out prompts that are drawn right. Writes
+tables as Markdown, all figures as JSON, and a picture.
 """
 
 import argparse
@@ -22,13 +23,17 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from uvit.cost import count_flops
-from uvit.data.shapes import scenes
-from uvit.images import save_png
-from uvit.sample.denoise import denoise
+from uvit.data.encoders import decode_latents
+from uvit.data.shapes import Scene, scenes
+from uvit.evaluate.prompts import accuracy
+from uvit.images import save_png, to_pil
+from uvit.sample.denoise import EVERY_LABEL, denoise
 from uvit.sample.fit import Draw, Recorder, fit_plan, solve
 from uvit.sample.load import open_pipeline
 from uvit.sample.multistep import MultistepScheduler, karras_grid, second_order
 from uvit.sample.schedulers import build_scheduler
+
+Interval = tuple[float, float]
 
 OFFICIAL = ("official", 50)
 STEPS = {
@@ -48,14 +53,18 @@ def read_prompts(source: str) -> list[str]:
     return [line.strip() for line in Path(source).read_text("utf-8").splitlines() if line.strip()]
 
 
-def drawing(pipeline: Any, prompts: list[str], seeds: list[int], guidance_scale: float) -> Draw:
+def drawing(
+    pipeline: Any, prompts: list[str], seeds: list[int], guidance_scale: float, interval: Interval = EVERY_LABEL
+) -> Draw:
     """Each prompt from each seed."""
     size = pipeline.unet.config.sample_size
     shape = (len(prompts), pipeline.unet.config.in_channels, size, size)
     noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     context, empty = pipeline.encode_prompt(prompts).repeat(len(seeds), 1, 1), pipeline.encode_prompt("")
     kind = pipeline.config.prediction_type
-    return lambda scheduler, n: denoise(pipeline.unet, scheduler, noise, context, empty, guidance_scale, n, kind)
+    return lambda scheduler, n: denoise(
+        pipeline.unet, scheduler, noise, context, empty, guidance_scale, n, kind, guidance_interval=interval
+    )
 
 
 def errors(drawn: Tensor, reference: Tensor) -> tuple[float, float]:
@@ -78,7 +87,7 @@ def measure(
 
     started = time.perf_counter()
     flow = solve(tune)
-    plans = [fit_plan(tune, flow, n, guidance_scale)[0] for n in STEPS["fitted"]]
+    plans = [fit_plan(tune, flow, n, (guidance_scale, *EVERY_LABEL))[0] for n in STEPS["fitted"]]
     fitting = time.perf_counter() - started
     recorder = Recorder([second_order(karras_grid(options.reference_steps))])
     x_0 = report(recorder, options.reference_steps)
@@ -107,6 +116,30 @@ def measure(
     num = len(others) * options.num_seeds
     facts = {"fit_seconds": fitting, "images": num, "reference_error": check}
     return [row | facts for row in rows]
+
+
+def prompts_right(path: str, options: argparse.Namespace) -> str:
+    """Markdown: share of held-out prompts of the built-in data that are drawn right, with and without an interval."""
+    pipeline = open_pipeline(path, "cpu", disable_tqdm=True)
+    asked = [scene for scene in scenes("heldout") if isinstance(scene, Scene)]
+    prompts = [scene.captions()[i % 4] for i, scene in enumerate(asked)]
+    known = [scene.captions()[i % 4] for i, scene in enumerate(scenes("train")[:NUM_FITTED_TO])]
+    ways = [OFFICIAL, ("dpmsolver++", 50), ("dpmsolver++", 24), ("fitted", 12), ("fitted", 8)]
+    lines = ["| guidance | at labels | " + " | ".join(f"{kind}, {n}" for kind, n in ways) + " |"]
+    lines.append("|---|---|" + "---|" * len(ways))
+    for scale, interval in itertools.product(options.guidance_scales, (EVERY_LABEL, (100.0, 1000.0))):
+        guidance = (scale, *interval)
+        tune = drawing(pipeline, known, [1], scale, interval)
+        flow = solve(tune)
+        fitted = MultistepScheduler([fit_plan(tune, flow, n, guidance)[0] for kind, n in ways if kind == "fitted"])
+        draw = drawing(pipeline, prompts, [0], scale, interval)
+        cells = []
+        for kind, n in ways:
+            latents = draw(fitted if kind == "fitted" else build_scheduler(kind), n)
+            images = to_pil(decode_latents(pipeline.vqvae, latents, pipeline.config.latent_scale))
+            cells.append(f"{accuracy(asked, images)['prompts']:.1%}")
+        lines.append(f"| {scale:g} | {interval[0]:g} to {interval[1]:g} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -199,7 +232,9 @@ def main() -> None:
     for model, scale in itertools.product(options.model, options.guidance_scales):
         rows += measure(*model, scale, options)
         (output_dir / "sampling.json").write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
-    text = f"{savings(rows)}\n\n{table(rows)}\n"
+    parts = [savings(rows), table(rows)]
+    parts += [prompts_right(path, options) for _, path, source in options.model if source == "shapes"]
+    text = "\n\n".join(parts) + "\n"
     (output_dir / "sampling.md").write_text(text, "utf-8")
     save_png(plot(rows), output_dir / "sampling.png", {})
     print(text)

@@ -67,3 +67,12 @@ def test_a_speed_chooses_solver_and_steps() -> None:
     for flag in ({"speed": "fast"}, {"scheduler": "fitted"}):
         with pytest.raises(UserError, match=r"--init_image a\.png: the fitted solver begins with noise alone"):
             SampleConfig("p", init_image="a.png", **flag)
+
+
+def test_guidance_interval() -> None:
+    words = ["--pipeline", "p", "--guidance_interval", "100", "1000", "a red circle"]
+    config, _ = parse(SampleConfig, words, "uvit sample", ("prompts",))
+    assert (config.guidance_interval, config.prompts) == ((100, 1000), ("a red circle",))
+    for wrong in ((0, 10), (10, 5), (1, 1001)):
+        with pytest.raises(UserError, match="--guidance_interval {} {}: ".format(*wrong)):
+            SampleConfig("p", guidance_interval=wrong)

@@ -125,6 +125,22 @@ def test_guidance(guidance_scale: float) -> None:
     assert set(calls) == {3 if guidance_scale == 1 else 6}
 
 
+def test_guidance_interval() -> None:
+    """Where there is no guidance the network is asked once, and for the prompt."""
+    calls: list[int] = []
+    context, empty = torch.full((3, 5, 6), 0.8), torch.full((5, 6), 0.3)
+    drawn = [
+        denoise(
+            context_predictor(calls), build_scheduler("ddim"), NOISE, context, empty, 2, 10, "sample",
+            guidance_interval=interval,
+        )
+        for interval in ((401.0, 1000.0), (1.0, 600.0))
+    ]  # fmt: skip
+    assert calls == [6] * 6 + [3] * 4 + [3] * 4 + [6] * 6  # labels 1000, 900, ..., 100
+    assert drawn[0].numpy() == pytest.approx(0.8, abs=1e-4)  # the last step alone decides here
+    assert drawn[1].numpy() == pytest.approx(1.3, abs=1e-4)
+
+
 def test_each_image_has_its_own_empty_context() -> None:
     empty = torch.tensor([0.0, 0.1, 0.2]).view(3, 1, 1).expand(3, 5, 6)
     context = torch.full((3, 5, 6), 0.5)

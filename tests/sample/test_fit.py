@@ -11,6 +11,8 @@ from uvit.sample.denoise import denoise
 from uvit.sample.fit import FILE, Draw, fit_plan, least_squares, read_plans, relative_error, solve, store_plan
 from uvit.sample.multistep import MultistepScheduler, Plan, karras_grid, second_order
 
+NONE = (1.0, 1.0, 1000.0)  # guidance
+
 
 def drawing(seed: int, calls: list[int] | None = None) -> Draw:
     """Draws always from that noise, for data of a mixture of normal distributions."""
@@ -43,7 +45,7 @@ def test_reference_follows_the_exact_flow() -> None:
 @pytest.mark.parametrize("num_steps", [2, 5, 8])
 def test_fitted_steps_are_closer_on_other_noise_too(num_steps: int) -> None:
     reference, other = solve(drawing(0)), solve(drawing(1))
-    plan, drawn = fit_plan(drawing(0), reference, num_steps, 1.0)
+    plan, drawn = fit_plan(drawing(0), reference, num_steps, NONE)
     plain = MultistepScheduler([second_order(karras_grid(num_steps))])
     assert torch.allclose(drawing(0)(MultistepScheduler([plan]), num_steps), drawn, atol=1e-5)
     for draw, goal in ((drawing(0), reference), (drawing(1), other)):
@@ -54,7 +56,7 @@ def test_fitted_steps_are_closer_on_other_noise_too(num_steps: int) -> None:
 def test_fitting_asks_the_network_no_more_often_than_drawing() -> None:
     calls: list[int] = []
     reference = solve(drawing(0))
-    fit_plan(drawing(0, calls), reference, 6, 1.0)
+    fit_plan(drawing(0, calls), reference, 6, NONE)
     assert calls == [4] * 6
 
 
@@ -73,20 +75,31 @@ def test_terms_that_are_alike_keep_to_the_prior() -> None:
 
 def plan(num_steps: int, guidance_scale: float) -> Plan:
     plain = second_order(karras_grid(num_steps))
-    return Plan(plain.log_snrs, plain.weights, guidance_scale)
+    return Plan(plain.log_snrs, plain.weights, (guidance_scale, 1, 1000))
 
 
 def test_plans_are_stored_with_the_pipeline(tmp_path: Path) -> None:
     assert read_plans(tmp_path) == []
     for each in (plan(4, 2.0), plan(4, 7.5), plan(6, 2.0)):
         assert store_plan(tmp_path, each) == tmp_path / FILE
-    again = Plan(plan(4, 2.0).log_snrs, ((1.0, 0.0),) * 4, 2.0)
+    again = Plan(plan(4, 2.0).log_snrs, ((1.0, 0.0),) * 4, (2.0, 1, 1000))
     store_plan(tmp_path, again)
     assert read_plans(tmp_path) == [plan(4, 7.5), plan(6, 2.0), again]
     assert [path.name for path in (tmp_path / "scheduler").iterdir()] == ["fitted.json"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"plans": [{"log_snrs": [1]}]}', '{"plans": [{"log_snrs": ["a"]}]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"plans": [{"log_snrs": [1]}]}',
+        '{"plans": [{"log_snrs": ["a"]}]}',
+        '{"plans": [{"log_snrs": [1, 2], "weights": [[0, 1]], "guidance": [2, 1, 1000]}]}',
+        '{"plans": [{"log_snrs": [1], "weights": [[0, NaN]], "guidance": [2, 1, 1000]}]}',
+    ],
+)
 def test_a_file_that_is_none_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "scheduler").mkdir()
     (tmp_path / FILE).write_text(text)
@@ -97,5 +110,5 @@ def test_a_file_that_is_none_is_named(tmp_path: Path, text: str) -> None:
 def test_what_is_stored_can_be_read_by_people(tmp_path: Path) -> None:
     store_plan(tmp_path, plan(3, 2.0))
     (stored,) = json.loads((tmp_path / FILE).read_text())["plans"]
-    assert stored["guidance_scale"] == 2
+    assert stored["guidance"] == [2, 1, 1000]
     assert len(stored["log_snrs"]) == len(stored["weights"]) == 3

@@ -81,6 +81,7 @@ def test_writes_pictures_with_what_made_them(folder: Path, tmp_path: Path, capsy
         "negative_prompt": "blue",
         "scheduler": "ddim",
         "guidance_scale": "7.5",
+        "guidance_interval": "1 1000",
         "num_inference_steps": "2",
         "pipeline": str(folder),
         "unet_sha256": fingerprint(UViTPipeline.from_pretrained(folder).unet),
@@ -354,15 +355,15 @@ def test_fit_schedule_makes_the_speeds(tmp_path: Path, capsys: pytest.CaptureFix
     common = ["sample", f"--pipeline={folder}", "a red circle", "two cats", "--device=cpu", "--disable_tqdm"]
     fast = [*common, f"--output_dir={output_dir}", "--speed=fast"]
     assert main([*fast, "--guidance_scale=2"]) == 2
-    assert "nothing is fitted for that many at guidance 2 (steps at guidance: none)" in capsys.readouterr().err
+    assert "no solver of so many steps is fitted for guidance 2 (there are: none)" in capsys.readouterr().err
     assert main([*common, "--fit_schedule", "--guidance_scale=2", "--num_images_per_prompt=3"]) == 2
     assert "--fit_schedule: 6 pictures are too few" in capsys.readouterr().err
 
     assert main([*common, "--fit_schedule", "--guidance_scale=2", "--num_images_per_prompt=4"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in said] == [
-        "--speed fast, 8 steps at guidance 2", "--speed balanced, 12 steps at guidance 2",
-        "--speed quality, 24 steps at guidance 2"
+        "--speed fast, 8 steps for guidance 2", "--speed balanced, 12 steps for guidance 2",
+        "--speed quality, 24 steps for guidance 2"
     ]  # fmt: skip
     assert all(float(line.split("off by ")[1].split("%")[0]) < 5 for line in said)
     assert not output_dir.exists()
@@ -376,4 +377,4 @@ def test_fit_schedule_makes_the_speeds(tmp_path: Path, capsys: pytest.CaptureFix
         assert np.abs(np.asarray(drawn).astype(int) - np.asarray(wanted)).mean() < 4
         assert (drawn.text["scheduler"], drawn.text["num_inference_steps"]) == ("fitted", "8")
     assert main([*fast, "--guidance_scale=3"]) == 2
-    assert "(steps at guidance: 8 at 2, 12 at 2, 24 at 2)" in capsys.readouterr().err
+    assert "(there are: 8 for guidance 2; 12 for guidance 2; 24 for guidance 2)" in capsys.readouterr().err

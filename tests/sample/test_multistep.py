@@ -42,17 +42,18 @@ def test_any_grid_will_do() -> None:
 
 def test_the_plan_is_that_of_the_steps_and_the_guidance() -> None:
     three, two = second_order(karras_grid(3)), second_order(karras_grid(2))
-    plans = [Plan(three.log_snrs, three.weights, scale) for scale in (2.0, 4.0)] + [
-        Plan(two.log_snrs, two.weights, 2.0)
+    plans = [
+        Plan(plain.log_snrs, plain.weights, (scale, 1, 1000))
+        for plain, scale in ((three, 2.0), (three, 4.0), (two, 2.0))
     ]
     scheduler = MultistepScheduler(plans)
     for i, (num_steps, guidance_scale) in enumerate([(3, 2), (3, 4), (2, 2)]):
         draw(scheduler, num_steps, guidance_scale)
         assert scheduler.plan is plans[i]
-    with pytest.raises(
-        UserError, match=r"--num_inference_steps 2: .* guidance 4 .*3 at 2, 3 at 4, 2 at 2.*--fit_schedule"
-    ):
+    with pytest.raises(UserError, match=r"--num_inference_steps 2: .* guidance 4 .*3 for guidance 2; .*--fit_schedule"):
         draw(scheduler, 2, 4)
+    with pytest.raises(UserError, match="for guidance 2 at 100 to 1000"):
+        draw(scheduler, 2, 2, guidance_interval=(100, 1000))
 
 
 def test_it_begins_with_noise_alone() -> None:

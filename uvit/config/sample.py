@@ -35,6 +35,9 @@ class SampleConfig:
     guidance_scale: tuple[float, ...] = (7.5,)
     """How much more the prompt counts than no prompt; 1 is no guidance, at half the cost. Several scales are drawn
     side by side, each in a folder of its own."""
+    guidance_interval: tuple[float, float] = (1, 1000)
+    """Noise levels with guidance, lowest and highest, of 1 to 1000; elsewhere the prompt counts once, at half the cost.
+    Above guidance 4 try `100 1000`: what much guidance spoils, it spoils at little noise."""
     compare_with: tuple[str, ...] = ()
     """More pipelines, which draw the same from the same seeds, side by side with --pipeline."""
     num_inference_steps: int = 50
@@ -92,6 +95,11 @@ class SampleConfig:
         for scale in self.guidance_scale:
             if not (math.isfinite(scale) and scale >= 0):
                 raise UserError(f"--guidance_scale {scale}: must be a number of at least 0; 1 is no guidance")
+        lowest, highest = self.guidance_interval
+        if not 1 <= lowest <= highest <= 1000:
+            raise UserError(
+                f"--guidance_interval {lowest:g} {highest:g}: must be two labels of 1 to 1000, the lower first"
+            )
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed {self.seed}: must be in 0..2^63-1")
         if self.speed is not None and (self.scheduler, self.num_inference_steps) != ("dpmsolver++", 50):

@@ -39,6 +39,7 @@ def metadata(config: SampleConfig, variant: Variant, unet_sha256: str) -> dict[s
         "unet_sha256": unet_sha256,
         "guidance_scale": variant.guidance_scale,
         **flags,
+        "guidance_interval": "{:g} {:g}".format(*config.guidance_interval),
     }
     for name in ("init_image", "mask"):
         if flags[name] is not None:

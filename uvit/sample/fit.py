@@ -2,11 +2,13 @@
 
 The probability flow is solved once in many steps. Then each of the few steps gets, by least squares, those weights
 that bring it closest to where the flow was at the end of that step. What later steps find is what earlier ones did, so
-they mend some of it. The network is asked no more often than for drawing.
+they mend some of it. Fitting a step asks the network no more than drawing with it.
 """
 
 import itertools
 import json
+import math
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,7 +32,7 @@ Draw = Callable[[MultistepScheduler, int], Tensor]
 class Reference:
     """The flow that a model draws along, solved closely."""
 
-    latents: Tensor  # (NUM_REFERENCE_STEPS, B, C, h, w), at Karras' noise levels
+    latents: Tensor  # (NUM_REFERENCE_STEPS, B, C, h, w), at Karras' noise levels, on the CPU
     x_0: Tensor  # (B, C, h, w)
 
     def at(self, num_steps: int) -> list[Tensor]:
@@ -42,7 +44,7 @@ class Reference:
             shares = torch.ones(4, dtype=torch.float64)
             for j, k in itertools.permutations(range(4), 2):
                 shares[j] *= (place - left - k) / (j - k)
-            found.append(torch.einsum("s,s...->...", shares, self.latents[left : left + 4].double().cpu()))
+            found.append(torch.einsum("s,s...->...", shares, self.latents[left : left + 4].double()))
         return found
 
 
@@ -60,7 +62,7 @@ class Recorder(MultistepScheduler):
         self.latents: list[Tensor] = []
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor) -> SchedulerOutput:
-        self.latents.append(sample)
+        self.latents.append(sample.cpu())
         return super().step(model_output, timestep, sample)
 
 
@@ -101,7 +103,9 @@ def least_squares(terms: list[Tensor], goal: Tensor, prior: list[float], ridge: 
     return (start + change).tolist()
 
 
-def fit_plan(draw: Draw, reference: Reference, num_steps: int, guidance_scale: float) -> tuple[Plan, Tensor]:
+def fit_plan(
+    draw: Draw, reference: Reference, num_steps: int, guidance: tuple[float, float, float]
+) -> tuple[Plan, Tensor]:
     """A plan of so many steps, at least 2, and what it draws.
 
     Args:
@@ -110,7 +114,7 @@ def fit_plan(draw: Draw, reference: Reference, num_steps: int, guidance_scale: f
     goals = [*reference.at(num_steps)[1:], reference.x_0]
     fitter = Fitter(second_order(karras_grid(num_steps)), goals)
     drawn = draw(fitter, num_steps)
-    return replace(fitter.plan, guidance_scale=guidance_scale), drawn
+    return replace(fitter.plan, guidance=guidance), drawn
 
 
 def relative_error(latents: Tensor, reference: Tensor) -> float:
@@ -124,27 +128,34 @@ def read_plans(pipeline: Path) -> list[Plan]:
     if not path.is_file():
         return []
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        return [
-            Plan(
-                tuple(map(float, p["log_snrs"])), tuple(tuple(map(float, w)) for w in p["weights"]), p["guidance_scale"]
-            )
-            for p in stored["plans"]
-        ]
+        return [plan_of(stored) for stored in json.loads(path.read_text(encoding="utf-8"))["plans"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); delete it and fit again with --fit_schedule") from None
 
 
+def plan_of(stored: dict[str, Any]) -> Plan:
+    """Raises KeyError, TypeError or ValueError where it is none."""
+    log_snrs = tuple(map(float, stored["log_snrs"]))
+    weights = tuple(tuple(map(float, row)) for row in stored["weights"])
+    if len(weights) != len(log_snrs) or not all(map(math.isfinite, [*log_snrs, *itertools.chain(*weights)])):
+        raise ValueError("a plan needs a row of finite weights for each step")
+    scale, lowest, highest = map(float, stored["guidance"])
+    return Plan(log_snrs, weights, (scale, lowest, highest))
+
+
 def store_plan(pipeline: Path, plan: Plan) -> Path:
-    """Add a plan to those of a pipeline, instead of the one for as many steps at that guidance. -> the file"""
+    """Add a plan to those of a pipeline, instead of that for as many steps and the same guidance. -> the file"""
     others = [
         other
         for other in read_plans(pipeline)
-        if (len(other.log_snrs), other.guidance_scale) != (len(plan.log_snrs), plan.guidance_scale)
+        if (len(other.log_snrs), other.guidance) != (len(plan.log_snrs), plan.guidance)
     ]
     path = pipeline / FILE
     path.parent.mkdir(exist_ok=True)
     aside = path.with_name(f".{path.name}.writing")
-    aside.write_text(json.dumps({"plans": [asdict(each) for each in [*others, plan]]}, indent=1) + "\n", "utf-8")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(json.dumps({"plans": [asdict(each) for each in [*others, plan]]}, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     aside.replace(path)
     return path

@@ -26,7 +26,7 @@ from uvit.sample.files import is_drawn, metadata, next_number, numbered, save_pi
 from uvit.sample.fit import fit_plan, relative_error, solve, store_plan
 from uvit.sample.interactive import interactive
 from uvit.sample.load import find_pipeline, open_pipeline
-from uvit.sample.multistep import MultistepScheduler
+from uvit.sample.multistep import MultistepScheduler, in_words
 from uvit.sample.pipeline import UViTPipeline
 from uvit.sample.plan import Picture, Variant, batches_of, pictures_of, variants_of
 
@@ -133,18 +133,20 @@ def fit_schedule(config: SampleConfig) -> None:
                 [picture.prompt for picture in pictures],
                 generator=[torch.Generator("cpu").manual_seed(picture.seed) for picture in pictures],
                 guidance_scale=scale,
+                guidance_interval=config.guidance_interval,
                 num_inference_steps=num_steps,
                 negative_prompt=config.negative_prompt,
                 output_type="latent",
                 return_dict=False,
             )[0]
 
-        reference = solve(latents_by)
+        reference, guidance = solve(latents_by), (scale, *config.guidance_interval)
         for name, num_steps in SPEEDS.items():
-            plan, drawn = fit_plan(latents_by, reference, num_steps, scale)
+            plan, drawn = fit_plan(latents_by, reference, num_steps, guidance)
             path = store_plan(folder, plan)
             error = relative_error(drawn, reference.x_0)
-            print(f"--speed {name}, {num_steps} steps at guidance {scale:g}: off by {error:.1%}; stored in {path}")
+            what = f"--speed {name}, {num_steps} steps for {in_words(guidance)}"
+            print(f"{what}: off by {error:.1%}; stored in {path}")
 
 
 def is_interactive(config: SampleConfig) -> bool:
@@ -210,6 +212,7 @@ def options_of(config: SampleConfig, variant: Variant, pipeline: UViTPipeline) -
     """What the pipeline is called with beside prompts and noise."""
     options: dict[str, Any] = {
         "guidance_scale": variant.guidance_scale,
+        "guidance_interval": config.guidance_interval,
         "num_inference_steps": config.num_inference_steps,
         "negative_prompt": config.negative_prompt,
     }

@@ -29,8 +29,8 @@ class Plan:
     """(N,), rising from label 1000's: log(a^2 / s^2) wherever the network is asked."""
     weights: tuple[tuple[float, ...], ...]
     """Of each of the N steps: of the latents, of the x_0 just predicted, of the one before, ..."""
-    guidance_scale: float | None = None
-    """What it was fitted for; None: it was not, and goes for any."""
+    guidance: tuple[float, float, float] | None = None
+    """What it was fitted for: scale, lowest and highest label with guidance. None: it was not, and goes for any."""
 
 
 def karras_grid(num_steps: int) -> Tensor:
@@ -59,7 +59,7 @@ def second_order(log_snrs: Tensor) -> Plan:
 class MultistepScheduler(SchedulerMixin, ConfigMixin):
     """Steps through plans, in the way of diffusers' schedulers.
 
-    Which of the plans is a matter of the number of steps and of `guidance_scale`, to be set before `set_timesteps`.
+    Which of the plans is a matter of the number of steps and of `guidance`, to be set before `set_timesteps`.
     """
 
     order = 1
@@ -69,7 +69,7 @@ class MultistepScheduler(SchedulerMixin, ConfigMixin):
         self.register_to_config(**shared_config("sample"))
         self.plans = plans
         self.alphas_cumprod = alphas_cumprod()[1:]
-        self.guidance_scale: float | None = None
+        self.guidance: tuple[float, float, float] | None = None
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
         """Raises UserError where no plan is for that."""
@@ -82,12 +82,12 @@ class MultistepScheduler(SchedulerMixin, ConfigMixin):
 
     def plan_for(self, num_steps: int) -> Plan:
         for plan in self.plans:
-            if len(plan.log_snrs) == num_steps and plan.guidance_scale in (None, self.guidance_scale):
+            if len(plan.log_snrs) == num_steps and plan.guidance in (None, self.guidance):
                 return plan
-        known = ", ".join(f"{len(plan.log_snrs)} at {plan.guidance_scale:g}" for plan in self.plans) or "none"
+        known = "; ".join(f"{len(plan.log_snrs)} for {in_words(plan.guidance)}" for plan in self.plans) or "none"
         raise UserError(
-            f"--num_inference_steps {num_steps}: nothing is fitted for that many at guidance {self.guidance_scale:g} "
-            f"(steps at guidance: {known}); fit it with --fit_schedule, or choose another --scheduler"
+            f"--num_inference_steps {num_steps}: no solver of so many steps is fitted for {in_words(self.guidance)} "
+            f"(there are: {known}); fit it with --fit_schedule, or choose another --scheduler"
         )
 
     def set_begin_index(self, begin_index: int = 0) -> None:
@@ -104,3 +104,10 @@ class MultistepScheduler(SchedulerMixin, ConfigMixin):
         self.step_index += 1
         terms = zip(weights, [sample, *self.predicted], strict=False)  # the first steps have less to look back on
         return SchedulerOutput(prev_sample=sum(weight * value for weight, value in terms))
+
+
+def in_words(guidance: tuple[float, float, float] | None) -> str:
+    if guidance is None:
+        return "any guidance"
+    scale, lowest, highest = guidance
+    return f"guidance {scale:g}" + ("" if (lowest, highest) == (1, NUM_TIMESTEPS) else f" at {lowest:g} to {highest:g}")

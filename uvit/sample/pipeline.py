@@ -17,7 +17,7 @@ from uvit.data.encoders import decode_latents, downsampling_of, encode_tokens, t
 from uvit.diffusion import LATENT_SCALE
 from uvit.images import to_pil
 from uvit.model import UViTT2IModel
-from uvit.sample.denoise import denoise
+from uvit.sample.denoise import EVERY_LABEL, denoise
 from uvit.sample.edit import STRENGTH, Original, first_step, read_original
 
 Generators = torch.Generator | list[torch.Generator]
@@ -105,6 +105,7 @@ class UViTPipeline(DiffusionPipeline):
         width: int | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 7.5,
+        guidance_interval: tuple[float, float] = EVERY_LABEL,
         negative_prompt: str | list[str] | None = None,
         image: Any = None,
         mask_image: Any = None,
@@ -125,6 +126,7 @@ class UViTPipeline(DiffusionPipeline):
                 `negative_prompt_embeds`.
             height, width: in pixels; by default what the model was trained for, at most that.
             guidance_scale: 1 switches guidance off; `negative_prompt` then plays no part.
+            guidance_interval: lowest and highest label, of 1 to 1000, with guidance; elsewhere there is none.
             negative_prompt: one for all or one for each prompt, instead of the empty one.
             image: what to begin with, one for all or one for each prompt: PIL, or as 'np' or 'pt' below.
             mask_image: the same in black and white: only what is white is repainted, the rest stays to the pixel.
@@ -183,6 +185,7 @@ class UViTPipeline(DiffusionPipeline):
             first_label=FIRST_LABELS[self.config.timestep_labels],
             start=start,
             image=None if original is None else original.latents,
+            guidance_interval=guidance_interval,
         )
         images: Any = latents if output_type == "latent" else self._decode(latents, original, output_type)
         self.maybe_free_model_hooks()
