@@ -9,7 +9,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "UViTT2IModel": "uvit.model",
+    "UViTT2IModel": "uvit.convert.pretrained",
     "UViTPipeline": "uvit.sample.pipeline",
     "LDMTextToImageUViTPipeline": "uvit.sample.pipeline",
 }
