@@ -29,6 +29,7 @@ LAYERS = [
     ["uvit", "uvit.errors"],
     ["uvit.config", "uvit.shards"],
     ["uvit.model", "uvit.diffusion", "uvit.images", "uvit.device", "uvit.checkpoint", "uvit.config_file"],
+    ["uvit.sample.limited"],
     ["uvit.cost", "uvit.distributed"],
     ["uvit.data"],
     ["uvit.convert"],  # what others wrote, read

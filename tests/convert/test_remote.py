@@ -1,5 +1,6 @@
 """A folder with its code draws the same pictures in diffusers alone; this package never runs that code."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,16 +13,18 @@ import torch
 from tests.convert.conftest import PORT_FOLDER
 from uvit import UViTPipeline
 from uvit.cli.main import main
+from uvit.convert.export import write_pipeline
+from uvit.convert.folder import open_source
 from uvit.convert.remote import flat, modules
 
-OPTIONS = {"num_inference_steps": 2, "output_type": "np"}
+OPTIONS = {"num_inference_steps": 5, "output_type": "np"}
 ALONE = """
 import sys
 sys.modules["uvit"] = None  # not installed
 import numpy, torch
 from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
-images = pipeline("the bus", num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)).images
+images = pipeline("the bus", num_inference_steps=5, output_type="np", generator=torch.Generator().manual_seed(0)).images
 numpy.save(sys.argv[2], images)
 """
 
@@ -39,7 +42,13 @@ def test_modules_import_only_one_another() -> None:
 @pytest.mark.slow
 def test_diffusers_alone_draws_the_same(tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    assert main(["convert", str(PORT_FOLDER), str(folder), "--to", "diffusers"]) == 0
+    parts = open_source(PORT_FOLDER)
+    parts.scheduler = None  # instead of the port's, ours
+    (tmp_path / "pipeline").mkdir()
+    write_pipeline(parts, tmp_path / "pipeline")
+    assert main(["convert", str(tmp_path / "pipeline"), str(folder), "--to", "diffusers"]) == 0
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["scheduler"] == ["limited_dpm_solver", "LimitedDPMSolverScheduler"]
     for path in folder.rglob("*.py"):
         path.write_text("raise SystemExit('code of a folder was run')\n" + path.read_text())
     pipeline = UViTPipeline.from_pretrained(folder)

@@ -26,6 +26,7 @@ from uvit.convert.vae import build_vae
 from uvit.data.encoders import STABLE_DIFFUSION_SCALE, load_text_encoder, load_tokenizer, load_vae, quiet
 from uvit.diffusion import LATENT_SCALE
 from uvit.errors import UserError
+from uvit.sample.limited import LimitedDPMSolverScheduler
 
 INDEX, CONFIG = "model_index.json", "config.json"
 CONVENTIONS = "uvit_conventions.json"  # in a port folder that we wrote: what its model was trained with
@@ -179,11 +180,12 @@ def read_pipeline(folder: Path, use_ema: bool, parts: Parts) -> None:
 
 
 def read_scheduler(folder: Path) -> Any:
-    """A diffusers scheduler of the port's config: the classes have the same names."""
+    """Ours, or a diffusers scheduler of the port's config: the classes have the same names."""
     content = read_json(folder / "scheduler_config.json")
-    cls = getattr(diffusers, str(content.get("_class_name")), None)
+    name = str(content.get("_class_name"))
+    cls = LimitedDPMSolverScheduler if name == LimitedDPMSolverScheduler.__name__ else getattr(diffusers, name, None)
     if not isinstance(cls, type) or not issubclass(cls, SchedulerMixin):
-        raise UserError(f"{folder}: {content.get('_class_name')} is no scheduler of diffusers")
+        raise UserError(f"{folder}: {name} is no scheduler of diffusers")
     scheduler: Any = cls
     with quiet():
         return scheduler.from_config({key: value for key, value in content.items() if not key.startswith("_")})

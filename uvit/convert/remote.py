@@ -11,10 +11,11 @@ import shutil
 from pathlib import Path
 
 import uvit
+from uvit.sample.limited import LimitedDPMSolverScheduler
 
 PACKAGE = Path(uvit.__file__).parent
 START = "sample.pipeline"
-NETWORK = "modeling_uvit"  # the file in unet/
+NETWORK, SOLVER = "modeling_uvit", "limited_dpm_solver"  # the files in unet/ and scheduler/
 IMPORT = re.compile(r"^(\s*)from uvit\.([\w.]+) import ", re.MULTILINE)
 # Modules that a pipeline does without there: reading other formats.
 STUBS = {
@@ -30,6 +31,9 @@ def write_code(folder: Path) -> None:
     path = folder / "model_index.json"
     index = json.loads(path.read_text(encoding="utf-8"))
     index |= {"_class_name": ["pipeline", "UViTPipeline"], "unet": [NETWORK, "UViTT2IModel"]}
+    if index["scheduler"][1] == LimitedDPMSolverScheduler.__name__:
+        shutil.copy(PACKAGE / "sample" / "limited.py", folder / "scheduler" / f"{SOLVER}.py")
+        index["scheduler"] = [SOLVER, LimitedDPMSolverScheduler.__name__]
     path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 

@@ -10,7 +10,6 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
-    DPMSolverMultistepScheduler,
     DPMSolverSinglestepScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
@@ -19,6 +18,7 @@ from diffusers import (
 from torch import Tensor
 
 from uvit.diffusion import NUM_TIMESTEPS, PredictionType, alphas_cumprod, log_snr, scheduler_config
+from uvit.sample.limited import LimitedDPMSolverScheduler
 
 DEFAULT_SCHEDULER = "dpmsolver++"
 
@@ -54,7 +54,7 @@ class OfficialScheduler(DPMSolverSinglestepScheduler):
 # Multistep solvers of second order gain from Karras' grid (Karras et al. 2022, rho 7); Euler's and Heun's are
 # better off with even steps in time.
 _SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "dpmsolver++": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "dpmsolver++": (LimitedDPMSolverScheduler, {"use_karras_sigmas": True}),
     "unipc": (UniPCMultistepScheduler, {"use_karras_sigmas": True}),
     "euler": (EulerDiscreteScheduler, {"timestep_spacing": "linspace"}),
     "heun": (HeunDiscreteScheduler, {"timestep_spacing": "linspace"}),
