@@ -1,8 +1,11 @@
 """The card says what the run recorded, and nothing of the machine it ran on."""
 
+import base64
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -92,3 +95,61 @@ def test_an_upload_that_fails_is_one_sentence(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://localhost:9")
     with pytest.raises(UserError, match=f"^--push_to_hub me/model: was not taken .*; {tmp_path} is written"):
         push(tmp_path, "me/model", private=True)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub as an upload of small files speaks to."""
+
+    repositories: ClassVar[list[dict[str, Any]]] = []
+    files: ClassVar[dict[str, bytes]] = {}
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        here = f"http://{self.headers['Host']}"
+        if self.path == "/api/repos/create":
+            self.repositories.append(json.loads(body))
+            answer: dict[str, Any] = {"url": f"{here}/me/model", "name": "me/model"}
+        elif self.path == "/api/models/me/model/preupload/main":
+            names = [file["path"] for file in json.loads(body)["files"]]
+            answer = {"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]}
+        elif self.path == "/api/validate-yaml":
+            answer = {"errors": [], "warnings": []}
+        else:
+            assert self.path == "/api/models/me/model/commit/main"
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            answer = {"success": True, "commitOid": "0" * 40, "commitUrl": f"{here}/me/model/commit/0"}
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+def test_an_upload_brings_the_files_and_nothing_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "unet").mkdir()
+    files = {"README.md": b"# a card\n", "unet/config.json": b"{}", "unet/weights.safetensors": bytes(range(256))}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "training.json").write_text("names of folders here")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+            monkeypatch.setattr(
+                "huggingface_hub.constants.ENDPOINT", address := f"http://127.0.0.1:{server.server_port}"
+            )
+            monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+            assert push(tmp_path, "me/model", private=True) == f"{address}/me/model"
+        finally:
+            server.shutdown()
+            thread.join()
+    assert Hub.files == files
+    (made,) = Hub.repositories
+    assert (made["organization"], made["name"], made["visibility"]) == ("me", "model", "private")
