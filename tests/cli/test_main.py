@@ -1,6 +1,8 @@
 """The commands: found, explained, and their failures told as they should be."""
 
 import dataclasses
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +111,32 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cli, "_run", broken)
     with pytest.raises(ValueError, match="ours"):
+        main(["bench"])
+
+
+@pytest.mark.parametrize(
+    ("code", "name", "message"),
+    [
+        (errno.EROFS, "/mnt/x", "/mnt/x: Read-only file system; mend that, or name another place"),
+        (errno.ENOSPC, None, "No space left on device; mend that, or name another place"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int, name: str | None, message: str
+) -> None:
+    def full(command: str, arguments: list[str]) -> int:
+        raise OSError(code, os.strerror(code), name)
+
+    monkeypatch.setattr(cli, "_run", full)
+    assert main(["bench"]) == 2
+    assert capsys.readouterr().err == f"uvit bench: error: {message}\n"
+
+
+def test_a_file_that_is_not_there_and_no_mistake_of_a_person_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cli, "_run", lambda *_: Path("absent").read_text())
+    with pytest.raises(FileNotFoundError):
         main(["bench"])
 
 

@@ -107,6 +107,8 @@ def test_positional_words_belong_to_the_fields_that_take_them() -> None:
     config, _ = parse(Config, ["it", "--size", "7", "--loud", "a b", "c"], prog="x", positional=("name", "words"))
     assert config == Config("it", size=7, loud=True, words=("a b", "c"))
     assert parse(Config, ["it", "--", "-dash"], prog="x", positional=("name", "words"))[0].words == ("-dash",)
+    with pytest.raises(UserError, match=r"^'b' and --words: are both given, and mean the same; give one of them$"):
+        parse(Config, ["--words", "a", "--loud", "it", "b"], prog="x", positional=("name", "words"))
 
 
 @pytest.mark.parametrize("suffix", ["yaml", "json"])

@@ -9,7 +9,16 @@ from safetensors.torch import load_file
 
 from uvit.config.sample import SampleConfig
 from uvit.errors import UserError
-from uvit.sample.files import NOT_RECORDED, is_drawn, metadata, next_number, numbered, save_picture, save_sheet
+from uvit.sample.files import (
+    NOT_RECORDED,
+    is_drawn,
+    metadata,
+    need_writable,
+    next_number,
+    numbered,
+    save_picture,
+    save_sheet,
+)
 from uvit.sample.plan import Picture, Variant
 
 RED = Image.new("RGB", (8, 8), "red")
@@ -51,23 +60,35 @@ def test_latents_lie_beside_the_picture(tmp_path: Path, kind: str | None) -> Non
         assert np.array_equal(read, LATENTS.numpy())
 
 
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    need_writable(tmp_path / "new" / "newer", "--output_dir new")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "new"):
+        with pytest.raises(UserError, match=f"--output_dir x: {tmp_path}/file is no folder"):
+            need_writable(place, "--output_dir x")
+
+
 def test_a_picture_is_known_by_what_made_it(tmp_path: Path) -> None:
     path = tmp_path / "00000-a.png"
     text = {"software": "uvit 1", "prompt": "ein Stern ★", "seed": "1"}
     save_picture(path, RED, LATENTS, text, None)
     assert is_drawn(path, text, None)
-    assert is_drawn(path, text | {"software": "uvit 2"}, None)
+    assert is_drawn(path, text | {"software": "uvit 2", "pipeline": "./p", "mask": "./m.png"}, None)
     assert not is_drawn(path, text, "npy")
     for other, message in [
         (text | {"seed": "2"}, "seed: 1 there, 2 here"),
-        (text | {"mask": "m.png"}, "mask: nothing there, m.png here"),
+        (text | {"mask_sha256": "abc"}, "mask_sha256: nothing there, abc here"),
         ({"prompt": text["prompt"]}, "seed: 1 there, nothing here"),
     ]:
         with pytest.raises(UserError, match=message):
             is_drawn(path, other, None)
-    path.write_bytes(b"no picture")
-    with pytest.raises(UserError, match="cannot be read"):
-        is_drawn(path, text, None)
+    for content in (path.read_bytes()[:-30], b"no picture"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"cannot be read .*; delete it, and it is drawn again"):
+            is_drawn(path, text, None)
+        with pytest.raises(UserError, match=r"00000-a.png: cannot be read"):
+            save_sheet(SampleConfig("p", output_dir=str(tmp_path)), [variant(tmp_path)], [Picture(0, "a", 1)], {})
 
 
 def test_a_sheet_waits_for_all_pictures(tmp_path: Path) -> None:

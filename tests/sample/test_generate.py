@@ -129,7 +129,7 @@ def test_dtype_and_progress_bar(folder: Path, tmp_path: Path, capsys: pytest.Cap
 
 def test_prompts_from_arguments_file_and_pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "prompts.txt"
-    file.write_text("two cats\n\n  一个红色的圆 \n", encoding="utf-8")
+    file.write_text("two cats\n\n  一个红色的圆 \n", encoding="utf-8-sig")
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
     config = SampleConfig(pipeline="p", prompts=("a", "-", "b"), prompts_file=str(file))
     assert read_prompts(config) == ["a", "one", "two", "b", "two cats", "一个红色的圆"]
@@ -147,6 +147,9 @@ def test_prompts_from_arguments_file_and_pipe(tmp_path: Path, monkeypatch: pytes
         ({"compare_with": ("absent",)}, "--compare_with absent: there is no such folder"),
         ({"init_image": "absent.png"}, "--init_image absent.png: cannot be read"),
         ({"device": "gpu9"}, "--device gpu9"),
+        ({"output_dir": "/dev/null/x"}, "--output_dir /dev/null/x: /dev/null is no folder"),
+        ({"prompts": ("caf\udce9",)}, r"the prompt 'caf.udce9': is not UTF-8"),
+        ({"speed": "fast"}, r"--pipeline .*: no solver of 8 steps"),
     ],
 )
 def test_mistakes_are_named(
@@ -157,6 +160,15 @@ def test_mistakes_are_named(
     with pytest.raises(UserError, match=message):
         sample(SampleConfig(**{"pipeline": str(folder), "prompts": ("a",)} | flags))
     assert not list(tmp_path.iterdir())
+
+
+def test_what_comes_out_as_no_numbers_is_not_written(folder: Path, tmp_path: Path) -> None:
+    copy = UViTPipeline.from_pretrained(folder)
+    torch.nn.init.constant_(copy.unet.norm.bias, torch.nan)
+    copy.save_pretrained(tmp_path / "copy")
+    with pytest.raises(UserError, match="'a': came out as NaN"):
+        sample(SampleConfig(str(tmp_path / "copy"), ("a",), output_dir=str(tmp_path / "out"), num_inference_steps=2))
+    assert not (tmp_path / "out").exists()
 
 
 def test_pipeline_must_be_named(capsys: pytest.CaptureFixture) -> None:
@@ -355,7 +367,7 @@ def test_fit_schedule_makes_the_speeds(tmp_path: Path, capsys: pytest.CaptureFix
     common = ["sample", f"--pipeline={folder}", "a red circle", "two cats", "--device=cpu", "--disable_tqdm"]
     fast = [*common, f"--output_dir={output_dir}", "--speed=fast"]
     assert main([*fast, "--guidance_scale=2"]) == 2
-    assert "no solver of so many steps is fitted for guidance 2 (there are: none)" in capsys.readouterr().err
+    assert "no solver of 8 steps is fitted for guidance 2 (there are: none)" in capsys.readouterr().err
     assert main([*common, "--fit_schedule", "--guidance_scale=2", "--num_images_per_prompt=3"]) == 2
     assert "--fit_schedule: 6 pictures are too few" in capsys.readouterr().err
 

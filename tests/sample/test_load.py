@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,9 @@ from diffusers import UniPCMultistepScheduler
 from diffusers.utils import logging
 
 from tests.sample.parts import tiny_pipeline_folder
+from tests.tiny import tiny_text_encoder_folder
 from uvit import checkpoint
+from uvit.data.encoders import load_text_encoder
 from uvit.errors import UserError
 from uvit.sample.load import find_pipeline, open_pipeline
 
@@ -35,6 +38,31 @@ def test_what_to_do_where_there_is_none(tmp_path: Path) -> None:
         find_pipeline(str(run))
     with pytest.raises(UserError, match=f"is a training checkpoint; .*: uvit convert {run}/checkpoint-9 {run}/pipe"):
         find_pipeline(str(run / "checkpoint-9"))
+
+
+def test_a_file_is_no_pipeline(tmp_path: Path) -> None:
+    (tmp_path / "nnet.pth").touch()
+    with pytest.raises(UserError, match=r"nnet.pth: is a file; .*: uvit convert .*nnet.pth pipeline"):
+        find_pipeline(str(tmp_path / "nnet.pth"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "no vae", "no json", "another's text encoder"])
+def test_a_pipeline_that_is_not_whole_is_one_sentence(folder: Path, tmp_path: Path, damage: str) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    if damage == "cut":
+        weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "no vae":
+        shutil.rmtree(copy / "vqvae")
+    elif damage == "no json":
+        (copy / "unet" / "config.json").write_text("{")
+    else:
+        shutil.rmtree(copy / "text_encoder")
+        text = tiny_text_encoder_folder(tmp_path / "text", width=16)
+        load_text_encoder(str(text)).save_pretrained(copy / "text_encoder")
+    with pytest.raises(UserError, match=f"--pipeline {copy}: is not whole, or its parts do not fit") as caught:
+        open_pipeline(str(copy), "cpu")
+    assert ("contexts are 16 wide, and the U-ViT takes 32" in str(caught.value)) == damage.startswith("another")
 
 
 def test_opens_with_what_is_asked_for(folder: Path, capsys: pytest.CaptureFixture) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 import uvit
 from tests.sample.parts import tiny_pipeline_folder
 from uvit.data.encoders import decode_latents
+from uvit.model import UViTT2IModel
 from uvit.sample.pipeline import UViTPipeline
 
 PROMPT = "a red circle on a blue background"
@@ -145,6 +146,36 @@ def test_callback_sees_and_changes_the_latents(pipeline: UViTPipeline) -> None:
     latents = draw(pipeline, callback_on_step_end=callback, output_type="latent")
     assert steps == [0, 1, 2, 3]
     assert (latents == 0).all()
+
+
+def test_callback_may_leave_the_latents_alone(pipeline: UViTPipeline) -> None:
+    seen = draw(pipeline, callback_on_step_end=lambda *_: {}, callback_on_step_end_tensor_inputs=["latents"])
+    assert torch.equal(seen, draw(pipeline))
+    with pytest.raises(ValueError, match=r"\['prompt_embeds'\]: there are the latents alone"):
+        draw(pipeline, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"])
+
+
+def test_nothing_to_draw(pipeline: UViTPipeline) -> None:
+    with pytest.raises(ValueError, match="both missing"):
+        draw(pipeline, [])
+    with pytest.raises(ValueError, match="num_inference_steps 0"):
+        pipeline(PROMPT, num_inference_steps=0)
+
+
+def test_parts_of_another_model_are_refused(pipeline: UViTPipeline) -> None:
+    parts = dict(pipeline.components)
+    wide = UViTT2IModel(**{**pipeline.unet.config, "clip_dim": 48})
+    deep = UViTT2IModel(**{**pipeline.unet.config, "in_channels": 8})
+    pipeline.tokenizer.add_tokens("elephant")
+    for unet, message in ((wide, "32 wide, and .* 48"), (deep, "4 channels, and .* 8"), (parts["unet"], "knows")):
+        with pytest.raises(ValueError, match=message):
+            UViTPipeline(**{**parts, "unet": unet})
+
+
+def test_a_warning_quotes_the_beginning(pipeline: UViTPipeline) -> None:
+    with pytest.warns(UserWarning, match="cut off") as warned:
+        pipeline.encode_prompt("a red circle " * 500)
+    assert len(str(warned[0].message)) < 350
 
 
 def test_too_long_a_prompt_warns_of_what_is_cut(pipeline: UViTPipeline) -> None:

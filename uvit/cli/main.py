@@ -4,6 +4,7 @@ Exit status: 0 done, 2 a mistake of the user's (one sentence on stderr), 130 sto
 """
 
 import difflib
+import errno
 import importlib
 import os
 import sys
@@ -14,6 +15,12 @@ from uvit import __version__
 from uvit.cli.parse import parse
 from uvit.config_file import to_yaml
 from uvit.errors import UserError
+
+# What is wrong with a place that a person named, or with its disk.
+PLACES = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
+    errno.ENOSPC, errno.EDQUOT,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -145,6 +152,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.errno not in PLACES:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"uvit {name}: error: {where}{error.strerror}; mend that, or name another place", file=sys.stderr)
+        return 2
 
 
 def _run(name: str, arguments: list[str]) -> int:

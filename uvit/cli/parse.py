@@ -69,6 +69,7 @@ def collect(cls: type, arguments: Sequence[str], positional: tuple[str, ...] = (
     kinds = _kinds(cls) | {"config": "one", "print_config": "bool"}
     values: dict[str, list[str]] = {}
     loose: list[str] = []  # words that no flag asked for
+    named = set()
     words = list(arguments)
     while words:
         word = words.pop(0)
@@ -98,8 +99,11 @@ def collect(cls: type, arguments: Sequence[str], positional: tuple[str, ...] = (
             values |= collect_file(cls, Path(items[0]))
         else:
             values[name] = _spelled(kind, items)
+            named.add(name)
     for name in positional:
         if loose:
+            if name in named:
+                raise UserError(f"{loose[0]!r} and --{name}: are both given, and mean the same; give one of them")
             taken = len(loose) if kinds[name] == "many" else 1
             values[name], loose = loose[:taken], loose[taken:]
     if loose:

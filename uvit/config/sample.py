@@ -108,6 +108,8 @@ class SampleConfig:
             raise UserError(
                 f"--init_image {self.init_image}: the fitted solver begins with noise alone; choose another"
             )
+        if not is_text(self.negative_prompt or ""):
+            raise UserError(f"--negative_prompt {self.negative_prompt!r}: is not UTF-8 text")
         for name in ("strength", "mask"):
             if getattr(self, name) is not None and self.init_image is None:
                 raise UserError(f"--{name} {getattr(self, name)}: needs an --init_image, which it is about")
@@ -126,3 +128,12 @@ class SampleConfig:
         if self.speed is None:
             return self
         return replace(self, speed=None, scheduler="fitted", num_inference_steps=SPEEDS[self.speed])
+
+
+def is_text(words: str) -> bool:
+    """Whether this came as UTF-8: bytes that are none come from a terminal or a pipe as halves of surrogate pairs."""
+    try:
+        words.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -30,6 +30,10 @@ NOT_RECORDED = {
 }  # fmt: skip
 
 
+# Where things lie may be spelled in many ways; the SHA-256 of what was used stands beside them.
+NOT_COMPARED = {"software", "pipeline", "init_image", "mask"}
+
+
 def metadata(config: SampleConfig, variant: Variant, unet_sha256: str) -> dict[str, str]:
     """What made a picture, under the flags' names; its prompt and seed come on top."""
     flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_RECORDED}
@@ -47,6 +51,15 @@ def metadata(config: SampleConfig, variant: Variant, unet_sha256: str) -> dict[s
     return {name: str(value) for name, value in values.items() if value is not None}
 
 
+def need_writable(folder: Path, flag: str) -> None:
+    """Raises UserError where nothing can be written there: before the work rather than after it."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise UserError(f"{flag}: {there} is no folder; name another")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"{flag}: {there} cannot be written; name another, or mend that")
+
+
 def numbered(folder: Path) -> dict[int, Path]:
     """{number: path} of the pictures in a folder."""
     matches = [(re.match(r"(\d{5,})-", path.name), path) for path in folder.glob("*.png")]
@@ -62,10 +75,11 @@ def is_drawn(path: Path, text: Mapping[str, str], latents: str | None) -> bool:
     """Whether all that is to be written is there. Raises UserError where the picture is, but made otherwise."""
     try:
         with Image.open(path) as image:
+            image.load()
             found = {str(name): value for name, value in image.info.items() if isinstance(value, str)}
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error}); --skip_existing would not know it again") from None
-    for name in sorted({*found, *text} - {"software"}):
+        raise UserError(f"{path}: cannot be read ({error}); delete it, and it is drawn again") from None
+    for name in sorted({*found, *text} - NOT_COMPARED):
         if found.get(name) != text.get(name):
             there, here = found.get(name, "nothing"), text.get(name, "nothing")
             raise UserError(
@@ -110,8 +124,13 @@ def save_sheet(
         labels = [label if first else "" for label in labels for first in [True, *[False] * (len(variants) - 1)]]
     images = []
     for path in paths:
-        with Image.open(path) as image:
-            images.append(image.convert("RGB"))
+        try:
+            with Image.open(path) as image:
+                images.append(image.convert("RGB"))
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be read ({error}); delete it, and draw again with --skip_existing"
+            ) from None
     sheet = contact_sheet(images, labels, columns, headings=headings)
     folder = os.open(goal.parent, os.O_RDONLY)
     try:

@@ -22,8 +22,8 @@ from uvit.data.decode import decode_image
 from uvit.data.encoders import fingerprint
 from uvit.data.types import PairError
 from uvit.errors import UserError
-from uvit.sample.files import is_drawn, metadata, next_number, numbered, save_picture, save_sheet
-from uvit.sample.fit import fit_plan, relative_error, solve, store_plan
+from uvit.sample.files import is_drawn, metadata, need_writable, next_number, numbered, save_picture, save_sheet
+from uvit.sample.fit import fit_plan, read_plans, relative_error, solve, store_plan
 from uvit.sample.interactive import interactive
 from uvit.sample.load import find_pipeline, open_pipeline
 from uvit.sample.multistep import MultistepScheduler, in_words
@@ -92,6 +92,11 @@ def draw(
     images = pipeline(
         prompts, generator=generator, callback_on_step_end=remember, return_dict=False, **options
     )[0]  # fmt: skip
+    if not torch.isfinite(last["latents"]).all():
+        raise UserError(
+            f"{prompts[0]!r}: came out as NaN or infinite; with --dtype float16 try bfloat16, "
+            "otherwise look whether the network's weights are whole"
+        )
     return images, last["latents"]
 
 
@@ -124,6 +129,7 @@ def fit_schedule(config: SampleConfig) -> None:
             "--num_images_per_prompt"
         )
     folder = find_pipeline(config.pipeline)
+    need_writable(folder / "scheduler", f"--pipeline {config.pipeline}")
     pipeline = open_studio(config, folder).pipeline
     for scale in config.guidance_scale:
 
@@ -169,6 +175,10 @@ def run(config: SampleConfig, prompts: Sequence[str], studio: Callable[[Path], S
     """
     part, num_parts = share_of(config.shard)
     variants = variants_of(config)
+    for variant in variants:
+        need_writable(variant.folder, f"--output_dir {config.output_dir}")
+        if config.scheduler == "fitted":
+            need_fitted(config, variant)
     in_parts = config.skip_existing or num_parts > 1  # then others count on the same numbers
     first = 0 if in_parts else max(next_number(variant.folder) for variant in variants)
     pictures = pictures_of(config, prompts, first)
@@ -206,6 +216,16 @@ def _is_there(config: SampleConfig, there: dict[int, Path], picture: Picture, te
     if not config.skip_existing:
         raise UserError(f"{path}: is there already; --skip_existing goes on; choose another --output_dir to begin anew")
     return is_drawn(path, text, config.save_latents)
+
+
+def need_fitted(config: SampleConfig, variant: Variant) -> None:
+    """Raises UserError where the pipeline has no solver fitted for what is asked."""
+    scheduler = MultistepScheduler(read_plans(variant.pipeline))
+    scheduler.guidance = (variant.guidance_scale, *config.guidance_interval)
+    try:
+        scheduler.plan_for(config.num_inference_steps)
+    except UserError as error:
+        raise UserError(f"--pipeline {variant.pipeline}: {error}") from None
 
 
 def options_of(config: SampleConfig, variant: Variant, pipeline: UViTPipeline) -> dict[str, Any]:
@@ -294,4 +314,5 @@ def read_prompts(config: SampleConfig) -> list[str]:
 
 
 def _lines(text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    """Of a file that may begin with a mark of its byte order, as some editors leave it."""
+    return [line.strip() for line in text.removeprefix("\ufeff").splitlines() if line.strip()]

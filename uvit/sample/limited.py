@@ -30,6 +30,6 @@ class LimitedDPMSolverScheduler(DPMSolverMultistepScheduler):
         if last is None:
             return first_order
         second = super().multistep_dpm_solver_second_order_update(model_output_list, *args, sample=sample, **kwargs)
-        cosine = F.cosine_similarity(change.flatten(1), last.flatten(1))
+        cosine = F.cosine_similarity(change.flatten(1).float(), last.flatten(1).float())
         share = (1 + cosine).clamp(max=1).view(-1, 1, 1, 1)
         return torch.lerp(first_order, second, share)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from diffusers.utils import logging
+from safetensors import SafetensorError
 
 from uvit import checkpoint
 from uvit.data.encoders import quiet
@@ -29,6 +30,8 @@ def find_pipeline(path: str, flag: str = "pipeline") -> Path:
         if (place / INDEX).is_file():
             return place
     where = f"--{flag} {path}:"
+    if folder.is_file():
+        raise UserError(f"{where} is a file; make a pipeline of weights: uvit convert {path} pipeline")
     if not folder.is_dir():
         raise UserError(f"{where} there is no such folder; give OUTPUT_DIR/pipeline of a finished training run")
     if (folder / checkpoint.RECORD).is_file():
@@ -38,7 +41,8 @@ def find_pipeline(path: str, flag: str = "pipeline") -> Path:
         how = f"uvit convert {found[-1]} {folder / 'pipeline'}"
         raise UserError(f"{where} is a training run that is not finished; make a pipeline of a checkpoint: {how}")
     raise UserError(
-        f"{where} has no {INDEX}, so it is no pipeline folder; give OUTPUT_DIR/pipeline of a finished training run"
+        f"{where} has no {INDEX}, so it is no pipeline folder; give OUTPUT_DIR/pipeline of a finished training run, or "
+        f"make a pipeline of weights: uvit convert {path} pipeline"
     )
 
 
@@ -67,7 +71,11 @@ def open_pipeline(
     if model_cpu_offload and chosen.type == "cpu":
         raise UserError(f"--enable_model_cpu_offload: spares a GPU's memory, and --device {device} is the CPU here")
     with quiet(), _no_bars():
-        pipeline = UViTPipeline.from_pretrained(folder, dtype=getattr(torch, dtype))
+        try:
+            pipeline = UViTPipeline.from_pretrained(folder, dtype=getattr(torch, dtype))
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # of files that are cut short, or missing
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"--pipeline {folder}: is not whole, or its parts do not fit ({reason})") from None
     if model_cpu_offload:
         pipeline.enable_model_cpu_offload(device=chosen)
     else:

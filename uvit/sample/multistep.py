@@ -86,8 +86,8 @@ class MultistepScheduler(SchedulerMixin, ConfigMixin):
                 return plan
         known = "; ".join(f"{len(plan.log_snrs)} for {in_words(plan.guidance)}" for plan in self.plans) or "none"
         raise UserError(
-            f"--num_inference_steps {num_steps}: no solver of so many steps is fitted for {in_words(self.guidance)} "
-            f"(there are: {known}); fit it with --fit_schedule, or choose another --scheduler"
+            f"no solver of {num_steps} steps is fitted for {in_words(self.guidance)} (there are: {known}); fit it with "
+            "--fit_schedule, or choose another --scheduler or --speed"
         )
 
     def set_begin_index(self, begin_index: int = 0) -> None:

@@ -1,7 +1,7 @@
 """The text-to-image pipeline, in diffusers' manner."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,7 @@ class UViTPipeline(DiffusionPipeline):
         timestep_labels: str = "1..1000",
     ):
         super().__init__()
+        check_parts(unet, vqvae, text_encoder, tokenizer)
         self.register_modules(
             vqvae=vqvae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler
         )
@@ -92,8 +93,10 @@ class UViTPipeline(DiffusionPipeline):
         for text in dict.fromkeys(prompts):
             cut = self.tokenizer(text, verbose=False).input_ids[num_tokens - 1 :]
             if len(cut) > 1:  # more than the closing token
-                rest = self.tokenizer.decode(cut, skip_special_tokens=True)
-                warnings.warn(f"the model reads {num_tokens} tokens; cut off: {rest!r} of {text!r}", stacklevel=3)
+                rest = shorten(self.tokenizer.decode(cut, skip_special_tokens=True))
+                warnings.warn(
+                    f"the model reads {num_tokens} tokens; cut off: {rest!r} of {shorten(text)!r}", stacklevel=3
+                )
         token_ids = tokenize(self.tokenizer, prompts, num_tokens).to(self._execution_device)
         return encode_tokens(self.text_encoder, token_ids, self.tokenizer.pad_token_id)
 
@@ -118,6 +121,7 @@ class UViTPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw images.
 
@@ -136,12 +140,17 @@ class UViTPipeline(DiffusionPipeline):
             generator: draws the noise; a list holds one for each image.
             latents: (B N, C, h, w), the standard normal noise to begin with.
             output_type: 'pil'; 'np' (B N, H, W, 3) or 'pt' (B N, 3, H, W) in [0, 1]; 'latent' (B N, C, h, w).
-            callback_on_step_end: (pipeline, step, timestep, {"latents": ...}) -> the same or other latents.
+            callback_on_step_end: (pipeline, step, timestep, {"latents": ...}) -> {} or {"latents": others}.
+            callback_on_step_end_tensor_inputs: as in diffusers; there are the latents alone.
 
         Raises ValueError for arguments that do not fit together.
         """
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type {output_type!r} is none of 'pil', 'np', 'pt', 'latent'")
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps {num_inference_steps} must be at least 1")
+        if unknown := set(callback_on_step_end_tensor_inputs) - {"latents"}:
+            raise ValueError(f"callback_on_step_end_tensor_inputs {sorted(unknown)}: there are the latents alone")
         if negative_prompt is None and negative_prompt_embeds is None:
             negative_prompt = ""
         context = negative = self._context(prompt, prompt_embeds)
@@ -167,7 +176,7 @@ class UViTPipeline(DiffusionPipeline):
             if original is not None:
                 latents = original.keep(self.scheduler, i + 1, latents, noise)
             if callback_on_step_end is not None:
-                latents = callback_on_step_end(self, i - start, t, {"latents": latents})["latents"]
+                latents = callback_on_step_end(self, i - start, t, {"latents": latents}).get("latents", latents)
             return latents
 
         latents = denoise(
@@ -194,7 +203,7 @@ class UViTPipeline(DiffusionPipeline):
     def _context(self, prompt: str | list[str] | None, embeds: Tensor | None) -> Tensor:
         """(B, T, D), as the network takes it."""
         if embeds is None:
-            if prompt is None:
+            if prompt is None or prompt == []:
                 raise ValueError("prompt and prompt_embeds are both missing")
             embeds = self.encode_prompt(prompt)
         elif prompt is not None:
@@ -243,6 +252,24 @@ class UViTPipeline(DiffusionPipeline):
             return to_pil(images)
         images = (images + 1) / 2
         return images.permute(0, 2, 3, 1).cpu().numpy() if output_type == "np" else images
+
+
+def check_parts(
+    unet: UViTT2IModel, vqvae: AutoencoderKL, text_encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """ValueError where the parts of a pipeline are of different models."""
+    width, clip_dim = text_encoder.config.hidden_size, unet.config.clip_dim
+    if width != clip_dim:
+        raise ValueError(f"the text encoder's contexts are {width} wide, and the U-ViT takes {clip_dim}")
+    channels, in_channels = vqvae.config.latent_channels, unet.config.in_channels
+    if channels != in_channels:
+        raise ValueError(f"the VAE's latents have {channels} channels, and the U-ViT's have {in_channels}")
+    if len(tokenizer) > (size := text_encoder.config.vocab_size):
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, and the text encoder knows {size}")
+
+
+def shorten(text: str, length: int = 120) -> str:
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 LDMTextToImageUViTPipeline = UViTPipeline  # the name in published folders

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from uvit.config.sample import SampleConfig
+from uvit.config.sample import SampleConfig, is_text
 from uvit.errors import UserError
 from uvit.sample.load import find_pipeline
 
@@ -63,7 +63,13 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 
 
 def pictures_of(config: SampleConfig, prompts: Sequence[str], first: int) -> list[Picture]:
-    """Numbered from `first` on; a prompt's images follow one another, and each has the seed after the one before."""
+    """Numbered from `first` on; a prompt's images follow one another, and each has the seed after the one before.
+
+    Raises UserError for a prompt that came as bytes of no UTF-8.
+    """
+    for prompt in prompts:
+        if not is_text(prompt):
+            raise UserError(f"the prompt {prompt!r}: is not UTF-8 text; save or type it as that")
     repeated = [prompt for prompt in prompts for _ in range(config.num_images_per_prompt)]
     return [Picture(first + i, prompt, config.seed + i) for i, prompt in enumerate(repeated)]
 
