@@ -38,6 +38,8 @@ class Config:
     """At most so many."""
     words: tuple[str, ...] = ()
     """What it says."""
+    span: tuple[float, float] = (0, 1)
+    """From where to where."""
 
     def __post_init__(self) -> None:
         if self.size < 0:
@@ -169,6 +171,7 @@ def test_a_printed_config_reads_back_to_itself(tmp_path_factory: pytest.TempPath
         (["--size", "big"], "--size big: must be a whole number"),
         (["--limit", "1.5"], "--limit 1.5: must be a whole number"),
         (["--rate", "fast"], "--rate fast: must be a number"),
+        (["--span", "1"], "--span 1: must be 2 values, each a number"),
         (["--kind", "oval"], "--kind oval: must be one of round, square"),
         (["--loud=maybe"], "--loud maybe: must be True or False"),
         (["--size", "-3"], "--size -3: must not be negative; the smallest size there is, in any case, is 0"),

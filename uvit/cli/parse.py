@@ -221,7 +221,10 @@ UNBOXED = str.maketrans(dict.fromkeys("╭─╮│╰╯", " "))
 def _wanted(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return f"one of {', '.join(map(str, typing.get_args(hint)))}"
-    if typing.get_origin(hint) in (tuple, list):
-        hint = typing.get_args(hint)[0]
+    items = typing.get_args(hint)
+    if len(items) > 1 and items[-1] is not ...:
+        return f"{len(items)} values, each {_wanted(items[0])}"
+    if items:
+        hint = items[0]
     words = {bool: "True or False", int: "a whole number", float: "a number"}
     return words.get(hint, f"of type {getattr(hint, '__name__', hint)}")

@@ -252,8 +252,10 @@ def read_image(path: str, flag: str) -> Image.Image:
     """Upright, RGB, what is transparent on white."""
     try:
         return decode_image(Path(path).expanduser().read_bytes(), path, f"--{flag}")
-    except (OSError, PairError) as error:
-        raise UserError(f"--{flag} {path}: cannot be read ({error})") from None
+    except OSError as error:
+        raise UserError(f"--{flag} {path}: cannot be read ({error.strerror})") from None
+    except PairError as error:
+        raise UserError(str(error)) from None
 
 
 def fitted(image: Image.Image, resolution: tuple[int, int]) -> Image.Image:
