@@ -17,6 +17,8 @@ from uvit.errors import UserError
         ),
         ({"private": True}, "--private: .*without --push_to_hub"),
         ({"weights": "pdparams"}, "--weights pdparams: .* not of --to pipeline"),
+        ({"vae_name_or_path": "v", "to": "paddle"}, "--vae_name_or_path v: has no place in what --to paddle writes"),
+        ({"tokenizer_name": "t", "to": "trainer"}, "--tokenizer_name t: has no place in what --to trainer writes"),
         ({"license": "mit", "to": "onnx"}, "--license mit: .*--to onnx writes none"),
     ],
 )
@@ -28,3 +30,4 @@ def test_flags_that_do_not_go_together(flags: dict[str, Any], said: str) -> None
 def test_flags_that_do() -> None:
     ConvertConfig("source", "dest", to="diffusers", push_to_hub="me/model", license="mit", private=True)
     ConvertConfig("source", "dest", to="port", weights="pdparams")
+    ConvertConfig("source", "dest", to="official", vae_name_or_path="vae")

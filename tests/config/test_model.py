@@ -44,6 +44,18 @@ def test_a_file_goes_before_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert resolve_model_config("uvit_t2i_small")["num_layers"] == 12
 
 
+def test_the_ports_keys_at_values_that_change_nothing(tmp_path: Path) -> None:
+    port = {"norm_type": "layer_norm", "qk_scale": None, "out_channels": 4, "drop_rate": 0.0, "pos_drop_rate": None}
+    assert resolve_model_config(write(tmp_path, port | {"in_channels": 4})) == {"in_channels": 4}
+    for wrong, said in (
+        ({"norm_type": "rms"}, "norm_type is 'rms', which our U-ViT does not have"),
+        ({"attn_drop_rate": 0.1}, "attn_drop_rate is 0.1, and our U-ViT has no dropout"),
+        ({"out_channels": 8}, "out_channels 8 differ from in_channels"),
+    ):
+        with pytest.raises(UserError, match=f"^--uvit_config_file .*: {said}"):
+            resolve_model_config(write(tmp_path, port | {"in_channels": 4} | wrong))
+
+
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(
         UserError, match=r"--uvit_config_file uvit_t2i_smal: .*did you mean uvit_t2i_small\?.*uvit_t2i_850M"

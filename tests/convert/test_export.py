@@ -1,24 +1,29 @@
 """A checkpoint becomes a pipeline folder with the averaged or the raw weights, or another format; so do others'."""
 
 import json
+import resource
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from tests.convert.conftest import PORT_FOLDER
+from tests.convert.conftest import PORT_FOLDER, same
+from tests.sample.parts import tiny_pipeline_folder
 from tests.tiny import tiny_text_encoder_folder, tiny_vae_folder
 from tests.train.conftest import *  # noqa: F403 - the tiny store and runs
 from uvit import UViTPipeline
 from uvit.config.convert import ConvertConfig
-from uvit.convert.export import convert, exported_facts
+from uvit.convert.export import convert, exported_facts, put
 from uvit.convert.folder import open_source
 from uvit.data.encoders import fingerprint, load_vae
 from uvit.errors import UserError
 from uvit.model import UViTT2IModel
+from uvit.sample.fit import FILE, read_plans, store_plan
+from uvit.sample.multistep import karras_grid, second_order
 from uvit.train.trainer import train
 
 
@@ -92,6 +97,16 @@ def test_every_format_of_a_checkpoint(tiny_config: Any, tmp_path: Path, capsys: 
     raw = open_source(tmp_path / "official", config_file=str(config)).raw_unet
     assert raw is not None and all(torch.equal(value, wanted["weights"][f"unet.{name}"]) for name, value in raw.items())
     assert "for the official code: UViT(img_size=" in capsys.readouterr().out
+    assert open_source(tmp_path / "official").vqvae.config["norm_num_groups"] == 4
+    convert(ConvertConfig(source, str(tmp_path / "raw"), "official", use_ema=False))
+    assert sorted(path.name for path in (tmp_path / "raw").glob("*.pth")) == ["autoencoder_kl.pth", "nnet.pth"]
+    with pytest.raises(UserError, match=r"--vae_name_or_path \./nowhere: no such file or folder"):
+        convert(ConvertConfig(source, str(tmp_path / "none"), "official", vae_name_or_path="./nowhere"))
+    record = json.loads((run / "checkpoint-1" / "uvit.json").read_text())
+    (run / "checkpoint-1" / "uvit.json").write_text(json.dumps(record | {"vae": None}))
+    convert(ConvertConfig(source, str(tmp_path / "without"), "official"))
+    assert "left: the VAE: --vae_name_or_path: the run did not know" in capsys.readouterr().out
+    assert not (tmp_path / "without" / "autoencoder_kl.pth").exists()
     assert "_name_or_path" not in (tmp_path / "pipeline" / "vqvae" / "config.json").read_text()
 
 
@@ -142,6 +157,120 @@ def test_what_cannot_be_made_is_said_and_leaves_nothing(tmp_path: Path) -> None:
     shutil.rmtree(ema)
     with pytest.raises(UserError, match="--to trainer: the port's trainer has no"):
         convert(ConvertConfig(port, goal, "trainer"))
+    assert list(tmp_path.iterdir()) == []
+
+
+# A pipeline of ours
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a VAE that only a config tells, a latent scale of its own, and a fitted solver."""
+    folder = tiny_pipeline_folder(tmp_path_factory.mktemp("ours"), "v_prediction")
+    store_plan(folder, replace(second_order(karras_grid(4)), guidance=(2.0, 1.0, 1000.0)))
+    return folder
+
+
+def test_through_the_official_codes_files_and_back(ours: Path, tmp_path: Path) -> None:
+    files, back = tmp_path / "files", tmp_path / "back"
+    convert(ConvertConfig(str(ours), str(files), "official"))
+    encoders = {"text_encoder_name_or_path": str(ours), "tokenizer_name": str(ours)}
+    convert(ConvertConfig(str(files), str(back), **encoders))
+    one, two = UViTPipeline.from_pretrained(ours), UViTPipeline.from_pretrained(back)
+    assert one.config.latent_scale == two.config.latent_scale and two.config.prediction_type == "v_prediction"
+    for name in ("unet", "vqvae"):
+        assert same(getattr(one, name).state_dict(), getattr(two, name).state_dict())
+    for key in ("norm_num_groups", "scaling_factor", "block_out_channels", "mid_block_add_attention"):
+        assert one.vqvae.config[key] == two.vqvae.config[key], key
+
+
+def test_networks_alone_are_taken_where_the_docs_say(ours: Path, tmp_path: Path) -> None:
+    vae, again = tmp_path / "vae", tmp_path / "again"
+    convert(ConvertConfig(str(ours / "vqvae"), str(vae)))
+    convert(ConvertConfig(str(vae), str(again)))
+    assert fingerprint(load_vae(str(again))) == fingerprint(load_vae(str(ours)))
+    convert(ConvertConfig(str(ours), str(tmp_path / "whole"), vae_name_or_path=str(vae)))
+    with pytest.raises(UserError, match=f"--uvit_config_file uvit_t2i_small: {vae} holds no U-ViT"):
+        convert(ConvertConfig(str(vae), str(tmp_path / "none"), uvit_config_file="uvit_t2i_small"))
+
+
+def test_fitted_solvers_go_along_or_are_reported(
+    ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to: Any
+    for i, (source, to) in enumerate([(ours, "pipeline"), (ours, "diffusers"), (tmp_path / "1", "pipeline")]):
+        convert(ConvertConfig(str(source), str(tmp_path / str(i)), to))
+        assert read_plans(tmp_path / str(i)) == read_plans(ours)
+        said = capsys.readouterr()
+        assert str(FILE) not in said.out and said.err == ""
+    convert(ConvertConfig(str(ours), str(tmp_path / "paddle"), "paddle"))
+    assert f"left: {FILE}: the solvers fitted to this model" in capsys.readouterr().out
+    index = json.loads((tmp_path / "0" / "model_index.json").read_text())
+    port = index | {"timestep_labels": "0..999", "latent_scale": 0.18215}
+    (tmp_path / "0" / "model_index.json").write_text(json.dumps(port))
+    convert(ConvertConfig(str(tmp_path / "0"), str(tmp_path / "trained"), conventions="trained"))
+    assert f"left: {FILE}" in capsys.readouterr().out and not (tmp_path / "trained" / FILE).exists()
+
+
+DAMAGE = {"cut": "not whole", "no vqvae": "it has no vqvae", "no json": "not a valid JSON", "nan": "norm.bias holds"}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_pipeline_is_one_sentence(ours: Path, tmp_path: Path, damage: str) -> None:
+    source = shutil.copytree(ours, tmp_path / "source")
+    weights = source / "unet" / "diffusion_pytorch_model.safetensors"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "no vqvae":
+        shutil.rmtree(source / "vqvae")
+    elif damage == "no json":
+        (source / "unet" / "config.json").write_text("{")
+    else:
+        arrays = load_file(weights)
+        arrays["norm.bias"][0] = torch.nan
+        save_file(arrays, weights, {"format": "pt"})
+    with pytest.raises(UserError, match=rf"^{source}\b.*{DAMAGE[damage]}"):
+        convert(ConvertConfig(str(source), str(tmp_path / "goal")))
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_parts_that_do_not_fit(ours: Path, tmp_path: Path) -> None:
+    text = str(tiny_text_encoder_folder(tmp_path / "text", width=16))
+    for to in ("pipeline", "port"):
+        with pytest.raises(
+            UserError, match=f"^{ours}: these parts make no pipeline: the text encoder's contexts are 16"
+        ):
+            convert(ConvertConfig(str(ours), str(tmp_path / "goal"), to, text_encoder_name_or_path=text))  # type: ignore[arg-type]
+
+
+# Places that cannot be written
+
+
+def test_a_place_below_a_file(ours: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    goal = tmp_path / "file" / "goal"
+    with pytest.raises(UserError, match=f"^{goal}: cannot be written .*; mend that, or name another folder"):
+        convert(ConvertConfig(str(ours), str(goal)))
+
+
+@pytest.mark.parametrize("to", ["pipeline", "official", "paddle", "export"])
+def test_a_full_disk(to: Any, ours: Path, tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(UserError, match=f"^{tmp_path / 'goal'}: cannot be written"):
+            convert(ConvertConfig(str(ours), str(tmp_path / "goal"), to))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mistakes_of_ours_keep_their_traceback(tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        raise RuntimeError("ours")
+
+    with pytest.raises(RuntimeError, match="ours"):
+        put(tmp_path / "goal", False, write)
     assert list(tmp_path.iterdir()) == []
 
 

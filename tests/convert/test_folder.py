@@ -20,6 +20,7 @@ from uvit.convert.folder import (
     TRAINED,
     Conventions,
     is_foreign,
+    load_text_encoder_of_any,
     looks_foreign,
     open_part,
     open_source,
@@ -79,7 +80,7 @@ def test_both_conventions_of_the_port_count(drawn: dict[str, Tensor]) -> None:
 
 def test_what_the_report_says() -> None:
     report = open_source(PORT_FOLDER).report
-    assert len(report.read) == 4 and len(report.converted) == 3 and report.left == []
+    assert len(report.read) == 5 and len(report.converted) == 3 and report.left == []
     assert report.defaulted == [
         "latent scale 0.18215, timestep labels 0..999, as the port's pipeline has them; prediction type epsilon"
     ]
@@ -150,21 +151,28 @@ def test_an_average_that_was_never_updated_is_not_taken(tmp_path: Path) -> None:
 
 
 def test_a_trainers_checkpoint_with_its_encoders(tmp_path: Path) -> None:
-    """Their configs are not in it."""
+    """Their configs are not in it, but beside it, or flags name others."""
     source = open_source(PORT_FOLDER)
-    source.vqvae = None  # its width is not divisible by 32, and only a config could tell its norms
     for name, value in source.unet.named_parameters():
         if is_norm(name):
             value.copy_(torch.full_like(value, name.endswith("weight")))
     write_trainer(source, tmp_path)
     content = read_pdparams(tmp_path / "model_state.pdparams")
     assert "text_encoder.text_model.transformer.layers.0.norm1.weight" in content
-    (tmp_path / "tiny.json").write_text((PORT_FOLDER / "unet" / "config.json").read_text())
-    with pytest.raises(UserError, match="there is no key"):
-        open_source(tmp_path, config_file=str(tmp_path / "tiny.json"))
-    (tmp_path / "tiny.json").write_text(json.dumps(TINY | {"num_layers": 4, "num_text_tokens": 77}))
-    with pytest.raises(UserError, match="text encoder of width 32"):
-        open_source(tmp_path, config_file=str(tmp_path / "tiny.json"))
+    again = open_source(tmp_path)
+    for name in ("unet", "vqvae", "text_encoder"):
+        assert same(getattr(again, name).state_dict(), getattr(source, name).state_dict())
+    assert (again.vqvae.config["norm_num_groups"], again.text_encoder.config.num_attention_heads) == (8, 4)
+    assert again.conventions == source.conventions
+    for name, said in (("text_encoder", "text encoder of width 32"), ("vqvae", r"VAE of widths \[16, 16")):
+        (tmp_path / f"{name}.json").unlink()
+        with pytest.raises(UserError, match=said):
+            open_source(tmp_path)
+    shutil.copy(PORT_FOLDER / "vqvae" / "config.json", tmp_path)
+    assert open_source(tmp_path, given=["text_encoder"]).vqvae.config["norm_num_groups"] == 8
+    (tmp_path / "unet.json").unlink()
+    config = str(PORT_FOLDER / "unet" / "config.json")
+    assert open_source(tmp_path, config_file=config, given=["text_encoder", "vqvae"]).vqvae is None
 
 
 def test_parts_of_others(tmp_path: Path) -> None:
@@ -176,6 +184,25 @@ def test_parts_of_others(tmp_path: Path) -> None:
     assert looks_foreign(str(PORT_FOLDER)) and looks_foreign(str(PORT_FOLDER / "unet"))
     assert not looks_foreign(None) and not looks_foreign("openai/clip") and not looks_foreign(str(tmp_path))
     assert is_foreign(PORT_FOLDER) and not is_foreign(tmp_path)
+
+
+def test_a_text_encoder_of_the_port(tmp_path: Path) -> None:
+    """Its file is called as everybody's is."""
+    wanted = open_source(PORT_FOLDER).text_encoder.state_dict()
+    assert same(load_text_encoder_of_any(str(PORT_FOLDER / "text_encoder")).state_dict(), wanted)
+
+
+def test_a_folder_of_networks_that_are_no_pipeline(tmp_path: Path) -> None:
+    whole = open_source(PORT_FOLDER)
+    for name in ("unet", "vqvae", "text_encoder", "tokenizer"):
+        getattr(whole, name).save_pretrained(tmp_path / name)
+    parts = open_source(tmp_path, given=["tokenizer"])
+    assert parts.tokenizer is None and open_source(tmp_path).tokenizer is not None
+    for name in ("unet", "vqvae", "text_encoder"):
+        assert same(getattr(parts, name).state_dict(), getattr(whole, name).state_dict())
+    (tmp_path / "vqvae" / "config.json").unlink()
+    with pytest.raises(UserError, match=f"^{tmp_path}/vqvae: an AutoencoderKL .* cannot be loaded"):
+        open_source(tmp_path)
 
 
 def test_a_pipeline_needs_all_its_parts(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What is written in another format comes back bit for bit, and what a format cannot say is refused or reported."""
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from tests.convert.conftest import PORT_FOLDER, TINY, same, tiny_unet
 from uvit.convert.folder import Conventions, Parts, open_source
-from uvit.convert.foreign import write_official, write_paddle, write_port, write_trainer
+from uvit.convert.foreign import save_pth, write_official, write_paddle, write_port, write_trainer
 from uvit.convert.pdparams import read_pdparams
 from uvit.convert.read import read_weights
 from uvit.convert.unet import is_norm, transpose_linear
 from uvit.data.tokenizer import train_tokenizer
 from uvit.errors import UserError
+from uvit.model import UViTT2IModel
 
 PARTS = {"unet": "diffusion_paddle_model", "vqvae": "diffusion_paddle_model", "text_encoder": "model"}
 
@@ -52,12 +54,20 @@ def test_the_official_code_there_and_back(tmp_path: Path) -> None:
     assert same(torch.load(tmp_path / "nnet.pth", weights_only=True), tiny_unet(2).state_dict())
     first_stage = torch.load(tmp_path / "autoencoder_kl.pth", weights_only=True)
     assert first_stage["decoder.mid.attn_1.q.weight"].shape == (16, 16, 1, 1)
-    assert "embed_dim=32, depth=2, num_heads=2" in parts.report.converted[0] and parts.report.left == []
-    (tmp_path / "autoencoder_kl.pth").unlink()  # of widths that only a config could tell
-    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    assert "embed_dim=32, depth=2, num_heads=2" in parts.report.converted[0]
+    assert len(parts.report.left) == 1 and "vqvae: norm_num_groups 8 (where 32 is assumed)" in parts.report.left[0]
     again = open_source(tmp_path)
+    latents = torch.randn(1, 4, 4, 4)
+    assert torch.equal(again.vqvae.decode(latents).sample, parts.vqvae.decode(latents).sample)
     assert same(again.unet.state_dict(), tiny_unet(1).state_dict()) and again.raw_unet is not None
     assert same(again.raw_unet, tiny_unet(2).state_dict())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full disk")
+def test_a_file_that_the_disk_does_not_take() -> None:
+    with pytest.raises(OSError, match="No space left"):
+        save_pth(tiny_unet().state_dict(), Path("/dev/full"))
+    gc.collect()  # torch's writer has nothing left to say
 
 
 @pytest.mark.parametrize("container", ["safetensors", "pdparams"])
@@ -95,21 +105,33 @@ def test_layouts_are_of_linear_weights_only() -> None:
 
 
 def test_what_readers_have_in_their_code_is_reported(tmp_path: Path) -> None:
+    for name in ("official", "paddle", "trainer"):
+        (tmp_path / name).mkdir()
     parts = open_source(PORT_FOLDER)
     parts.conventions = Conventions(0.5, "1..1000", "v_prediction")
     parts.scheduler = None
     parts.report.left.clear()
-    write_port(parts, tmp_path, "safetensors")
+    write_port(parts, tmp_path / "port", "safetensors")
     assert parts.report.left == [
         "latent scale 0.5: the port's pipeline has 0.18215 in its code; change it there",
         "timestep labels 1..1000: the port's pipeline has 0..999 in its code",
     ]
     assert parts.report.defaulted[-1] == "scheduler: DDIM, as in the port's folders"
-    written = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
+    written = json.loads((tmp_path / "port" / "scheduler" / "scheduler_config.json").read_text())
     assert written["prediction_type"] == "v_prediction" and written["steps_offset"] == 1
     official = Parts(unet=tiny_unet(), conventions=parts.conventions)
-    write_official(official, tmp_path)
+    write_official(official, tmp_path / "official")
     assert [line.split(":")[0] for line in official.report.left] == ["latent scale 0.5", "prediction type v_prediction"]
+    assert open_source(tmp_path / "official").conventions == parts.conventions
+    paddle = Parts(unet=tiny_unet(), conventions=parts.conventions)
+    write_paddle(paddle, tmp_path / "paddle", "safetensors")
+    left = ["latent scale 0.5", "timestep labels 1..1000", "prediction type v_prediction"]
+    assert [line.split(":")[0] for line in paddle.report.left] == left
+    assert open_source(tmp_path / "paddle").conventions == parts.conventions
+    trainer = Parts(unet=UViTT2IModel(**TINY), conventions=parts.conventions)
+    write_trainer(trainer, tmp_path / "trainer")
+    assert [line.split(":")[0] for line in trainer.report.left] == ["latent scale 0.5", "prediction type v_prediction"]
+    assert open_source(tmp_path / "trainer").conventions == parts.conventions
 
 
 def test_encoders_that_the_port_has_not(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from tests.convert.conftest import same
 from uvit.convert.report import Report
-from uvit.convert.text_encoder import build_text_encoder, our_name, paddlenlp_name, transpose_linear
+from uvit.convert.text_encoder import beyond_arrays, build_text_encoder, our_name, paddlenlp_name, transpose_linear
 from uvit.errors import UserError
 
 PATH = Path("model_state.pdparams")
@@ -56,6 +56,15 @@ def test_paddlenlps_names() -> None:
         "final_layer_norm.bias": "text_model.ln_final.bias",
     }
     assert {name: paddlenlp_name(name) for name in names} == names
+
+
+def test_what_arrays_do_not_tell(encoder: CLIPTextModel) -> None:
+    assert beyond_arrays(encoder) == []
+    other = CLIPTextModel(CLIPTextConfig(**SETTINGS | {"num_attention_heads": 4, "hidden_act": "gelu"}))
+    assert beyond_arrays(other) == [
+        "num_attention_heads 4 (where 1 is assumed)",
+        "hidden_act gelu (where quick_gelu is assumed)",
+    ]
 
 
 def test_what_is_not_whole(encoder: CLIPTextModel) -> None:

@@ -74,6 +74,7 @@ def with_one(name: str, value: Any) -> dict[str, Any]:
         (without("pos_embed"), TINY, "is not whole"),
         (without("context_embed.weight"), TINY, "context_embed.weight"),
         (with_one("extra", torch.zeros(1)), TINY, r"1 arrays that are no U-ViT's \(extra\)"),
+        (with_one("norm.bias", torch.full((32,), torch.nan)), TINY, "norm.bias holds values that are not finite"),
         (with_one("norm.bias", torch.zeros(3)), TINY, r"norm.bias has shape \(3,\), where \(32,\)"),
         (with_one("mid_block.mlp.fc1.weight", torch.zeros(32, 128)), TINY, "mixes layouts: mid_block.mlp.fc1.weight"),
         (without(""), {}, "width 32, and shapes do not tell the heads; name its config with --uvit_config_file"),

@@ -10,7 +10,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
 from tests.convert.conftest import same
 from uvit.convert.report import Report
-from uvit.convert.vae import build_vae, ldm_name, to_ldm, transpose_linear
+from uvit.convert.vae import beyond_arrays, build_vae, ldm_name, to_ldm, transpose_linear
 from uvit.errors import UserError
 
 PATH = Path("autoencoder_kl.pth")
@@ -68,6 +68,22 @@ def test_the_ports_layout_and_diffusers_older_names(vae: Any) -> None:
             name = name.replace(f".{new}.", f".{old}.")
         weights[name] = value
     assert same(build_vae(weights, PATH, None, False, False, Report()).state_dict(), vae.state_dict())
+
+
+def test_no_attention_in_the_middle() -> None:
+    vae: Any = AutoencoderKL(**CONFIG, mid_block_add_attention=False)
+    for ldm, weights in ((False, vae.state_dict()), (True, to_ldm(vae.state_dict(), 3))):
+        assert same(build_vae(weights, PATH, None, False, ldm, Report()).state_dict(), vae.state_dict())
+
+
+def test_what_arrays_do_not_tell(vae: Any) -> None:
+    assert beyond_arrays(vae) == []
+    other = AutoencoderKL(**CONFIG, norm_num_groups=8, act_fn="mish", shift_factor=0.1)
+    assert beyond_arrays(other) == [
+        "norm_num_groups 8 (where 32 is assumed)",
+        "act_fn mish (where silu is assumed)",
+        "shift_factor 0.1 (where None is assumed)",
+    ]
 
 
 def test_what_does_not_fit(vae: Any) -> None:

@@ -84,6 +84,36 @@ def test_folders_of_something_else(vae_folder: Path, text_encoder_folder: Path) 
         encoders.load_text_encoder(str(vae_folder))
 
 
+@pytest.mark.parametrize("name", ["run/autoencoder_kl.pth", "x.safetensors", "./x", "../x", "/x", "~/nowhere", "a/b/c"])
+def test_names_that_are_places(name: str) -> None:
+    """And no ids of the Hub, which would be asked for them."""
+    with pytest.raises(UserError, match=f"^--vae_name_or_path {name}: no such file or folder"):
+        encoders.load_vae(name)
+    assert not encoders.is_place("openai/clip-vit-large-patch14") and not encoders.is_place("shapes")
+
+
+def test_a_folder_that_is_no_pipeline_may_hold_them(
+    tmp_path: Path, vae_folder: Path, text_encoder_folder: Path
+) -> None:
+    shutil.copytree(vae_folder, tmp_path / "vqvae")
+    wanted = encoders.fingerprint(encoders.load_vae(str(vae_folder)))
+    assert encoders.fingerprint(encoders.load_vae(str(tmp_path))) == wanted
+    shutil.copytree(text_encoder_folder, tmp_path / "text_encoder")
+    assert encoders.load_text_encoder(str(tmp_path)) is not None
+    with pytest.raises(UserError, match=f"--tokenizer_name {tmp_path}: .*has no tokenizer files"):
+        encoders.load_tokenizer(str(tmp_path))
+
+
+def test_weights_that_are_not_finite(tmp_path: Path, vae_folder: Path) -> None:
+    folder = shutil.copytree(vae_folder, tmp_path / "vae")
+    path = folder / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["quant_conv.bias"][0] = torch.inf
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"quant_conv\.bias holds values that are not finite"):
+        encoders.load_vae(str(folder))
+
+
 def test_weights_that_are_missing_are_not_made_up(tmp_path: Path, vae_folder: Path, text_encoder_folder: Path) -> None:
     for name, folder, load in [
         ("diffusion_pytorch_model.safetensors", vae_folder, encoders.load_vae),

@@ -1,5 +1,4 @@
 import json
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor
 import uvit
 from tests.sample.parts import tiny_pipeline_folder
 from uvit.data.encoders import decode_latents
+from uvit.errors import UserError
 from uvit.model import UViTT2IModel
 from uvit.sample.pipeline import UViTPipeline
 
@@ -252,12 +252,15 @@ def test_a_scheduler_of_another_process_is_refused(pipeline: UViTPipeline) -> No
         draw(pipeline)
 
 
-def test_pickled_weights_are_not_opened(pipeline: UViTPipeline, tmp_path: Path) -> None:
+def test_pickled_weights_may_ask_for_nothing(pipeline: UViTPipeline, tmp_path: Path) -> None:
     pipeline.save_pretrained(tmp_path)
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    (tmp_path / "unet" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps({}))
-    with pytest.raises(OSError, match="safetensors"):
+    (tmp_path / "unet" / "diffusion_pytorch_model.bin").write_bytes(
+        b"\x80\x02" + f"cos\nsystem\n(S'touch {tmp_path}/ran'\ntR.".encode()
+    )
+    with pytest.raises(UserError, match=r"diffusion_pytorch_model.bin: .*os.system"):
         UViTPipeline.from_pretrained(tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_low_precision_draws_nearly_the_same(pipeline: UViTPipeline) -> None:

@@ -51,6 +51,26 @@ def test_training_goes_on_from_a_folder_of_the_port(tiny_config: Any, tmp_path: 
     assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
 
 
+def test_encoders_come_from_the_pretrained_folder_only_where_it_has_them(
+    tiny_config: Any, encoders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model = set_up(tiny_config(), tmp_path).networks["unet"]
+    model.save_pretrained(tmp_path / "alone" / "unet")
+    alone, vae = str(tmp_path / "alone"), str(encoders[0])
+    run = set_up(tiny_config(pretrained_model_name_or_path=alone), tmp_path)
+    assert torch.equal(run.networks["unet"].pos_embed, model.pos_embed)
+    known = [run.record()[name] for name in ("vae", "text_encoder", "tokenizer")]
+    assert known == [run.features.vae_name, run.features.text_encoder_name, run.features.tokenizer_name]
+    shutil.copytree(vae, tmp_path / "alone" / "vqvae")
+    assert set_up(tiny_config(pretrained_model_name_or_path=alone), tmp_path).record()["vae"] == alone
+    shutil.rmtree(tmp_path / "alone" / "vqvae")
+    flags = {"pretrained_model_name_or_path": alone, "vae_name_or_path": vae, "max_steps": 1, "save_steps": 1}
+    assert train(tiny_config(**flags)) == 0
+    assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
+    with pytest.raises(UserError, match=r"--pretrained_model_name_or_path nowhere\.pth: there is no such file"):
+        set_up(tiny_config(pretrained_model_name_or_path="nowhere.pth"), tmp_path)
+
+
 def test_which_split_is_validated_on(tiny_config: Any, store: Path, tmp_path: Path) -> None:
     def num_samples(**flags: Any) -> int | None:
         validation = set_up(tiny_config(**flags), tmp_path).validation

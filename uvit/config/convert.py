@@ -5,6 +5,19 @@ from typing import Literal
 
 from uvit.errors import UserError
 
+# The encoders that each format holds beside the U-ViT.
+_ALL = ("vae_name_or_path", "text_encoder_name_or_path", "tokenizer_name")
+ENCODERS: dict[str, tuple[str, ...]] = {
+    "pipeline": _ALL,
+    "diffusers": _ALL,
+    "port": _ALL,
+    "trainer": _ALL[:2],
+    "official": _ALL[:1],
+    "paddle": (),
+    "export": (),
+    "onnx": (),
+}
+
 
 @dataclass(frozen=True)
 class ConvertConfig:
@@ -54,6 +67,9 @@ class ConvertConfig:
             raise UserError(f"--weights pdparams: is a container of the Paddle port's, and not of --to {self.to}")
         if self.push_to_hub is not None and self.to not in ("pipeline", "diffusers"):
             raise UserError(f"--push_to_hub {self.push_to_hub}: takes --to pipeline or diffusers, not --to {self.to}")
+        for flag in _ALL:
+            if (name := getattr(self, flag)) is not None and flag not in ENCODERS[self.to]:
+                raise UserError(f"--{flag} {name}: has no place in what --to {self.to} writes; leave it out")
         if self.license is not None and self.to not in ("pipeline", "diffusers"):
             raise UserError(
                 f"--license {self.license}: stands in a pipeline's model card, and --to {self.to} writes none"

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ KINDS: dict[str, tuple[type, ...]] = {  # the arguments of UViTT2IModel
     "num_text_tokens": (int,),
     "conv": (bool,),
 }
+# What the Paddle port's configs say beside these, and the values at which it means nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {"norm_type": ("layer_norm",), "qk_scale": (None,)}
+DROPOUT = ("attn_drop_rate", "drop_rate", "pos_drop_rate")  # weights are the same with it
 
 
 def model_config_names() -> list[str]:
@@ -35,7 +39,8 @@ def resolve_model_config(name_or_path: str) -> dict[str, Any]:
 
     A name is a shipped config's ("giant" serves for "gaint"); so is the file name of a path that is not
     there, because command lines from elsewhere say `config/uvit_t2i_small.json`. Keys that begin with `_`,
-    diffusers' own, are left out. Raises UserError for anything else.
+    diffusers' own, are left out, and so are those of the Paddle port at values that change nothing. Raises UserError
+    for anything else.
     """
     path = Path(name_or_path)
     if not path.is_file():
@@ -54,10 +59,25 @@ def resolve_model_config(name_or_path: str) -> dict[str, Any]:
         raise UserError(f"{FLAG} {path}: cannot be read as JSON ({error})") from None
     if not isinstance(content, dict):
         raise UserError(f"{FLAG} {path}: must map names to values, and holds {type(content).__name__}")
-    config = {key: value for key, value in content.items() if not key.startswith("_")}
+    where = f"{FLAG} {path}"
+    check_neutral(content, where)
+    for key in DROPOUT:
+        if content.get(key, 0) not in (0, None):
+            raise UserError(f"{where}: {key} is {content[key]!r}, and our U-ViT has no dropout; make it 0")
+    of_port = (*NEUTRAL, *DROPOUT, "out_channels")
+    config = {key: value for key, value in content.items() if not key.startswith("_") and key not in of_port}
     for key, value in config.items():
         _check(path, key, value)
     return config
+
+
+def check_neutral(content: Mapping[str, Any], where: object) -> None:
+    """Raises UserError where a config asks for what the Paddle port's U-ViT has and ours has not."""
+    for key, values in NEUTRAL.items():
+        if content.get(key, values[0]) not in values:
+            raise UserError(f"{where}: {key} is {content[key]!r}, which our U-ViT does not have")
+    if content.get("out_channels") not in (None, content.get("in_channels")):
+        raise UserError(f"{where}: out_channels {content['out_channels']} differ from in_channels")
 
 
 def _check(path: Path, key: str, value: Any) -> None:

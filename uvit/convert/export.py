@@ -3,40 +3,40 @@
 import contextlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from uvit import checkpoint
-from uvit.config.convert import ConvertConfig
+from uvit.config.convert import ENCODERS, ConvertConfig
 from uvit.convert.card import push, run_folder, write_card
 from uvit.convert.folder import (
-    INDEX,
     Conventions,
     Parts,
     as_trained,
     load_text_encoder_of_any,
     load_vae_of_any,
-    looks_foreign,
     open_source,
 )
 from uvit.convert.foreign import write_official, write_paddle, write_port, write_trainer
 from uvit.convert.graph import write_export, write_onnx
+from uvit.convert.place import FLAGS, INDEX, looks_foreign, missing_parts
 from uvit.convert.remote import write_code
-from uvit.data.encoders import fingerprint, load_tokenizer, quiet
+from uvit.data.encoders import check_finite, fingerprint, load_tokenizer, quiet
 from uvit.errors import UserError
 from uvit.model import UViTT2IModel
-from uvit.sample.pipeline import UViTPipeline
+from uvit.sample.fit import FILE as FITTED
+from uvit.sample.pipeline import UViTPipeline, check_parts
 from uvit.sample.schedulers import build_scheduler
 
 SOURCE = "training.json"  # in a pipeline folder: which training it comes from
 REPORT = "conversion.json"  # in a pipeline folder: what was converted, and how
-FLAGS = {"vqvae": "vae_name_or_path", "text_encoder": "text_encoder_name_or_path", "tokenizer": "tokenizer_name"}
-WHOLE = ("pipeline", "diffusers", "port", "trainer")  # formats with the encoders
+PIPELINES = ("pipeline", "diffusers")  # the formats that are a pipeline of ours
 
 
 def convert(config: ConvertConfig) -> None:
@@ -48,6 +48,8 @@ def convert(config: ConvertConfig) -> None:
     if parts.unet is None and (config.to != "pipeline" or config.push_to_hub is not None):
         raise UserError(f"{source}: holds no U-ViT, and --to {config.to} needs one ({'; '.join(parts.report.read)})")
     whole = all(getattr(parts, name) is not None for name in FLAGS)
+    if whole and parts.unet is not None:
+        check_fit(parts, source)
     if not whole and (config.to == "diffusers" or config.push_to_hub is not None):
         missing = ", ".join(f"--{flag}" for name, flag in FLAGS.items() if getattr(parts, name) is None)
         raise UserError(f"--to {config.to}: a whole pipeline is needed; name {missing}")
@@ -57,15 +59,17 @@ def convert(config: ConvertConfig) -> None:
         writers: dict[str, Callable[[], None]] = {
             "pipeline": lambda: write_pipeline(parts, folder),
             "diffusers": lambda: write_pipeline(parts, folder),
-            "official": lambda: write_official(parts, folder),
+            "official": lambda: write_official(parts, folder, config.use_ema and parts.facts.get("ema") is not False),
             "paddle": lambda: write_paddle(parts, folder, config.weights),
             "port": lambda: write_port(parts, folder, config.weights),
             "trainer": lambda: write_trainer(parts, folder),
             "export": lambda: write_export(parts.unet, folder, parts.report),
             "onnx": lambda: write_onnx(parts.unet, folder, parts.report),
         }
+        pipeline = config.to in PIPELINES and whole and parts.unet is not None
+        carry_fitted(parts, source, folder if pipeline else None)
         writers[config.to]()
-        if config.to in ("pipeline", "diffusers") and whole and parts.unet is not None:
+        if pipeline:
             name = (config.push_to_hub or goal.name).split("/")[-1]
             write_card(parts, folder, name, config.license, run, config.to == "diffusers")
         if config.to == "diffusers":
@@ -84,25 +88,29 @@ def convert(config: ConvertConfig) -> None:
 def open_any(config: ConvertConfig, source: Path) -> Parts:
     """The parts of whatever the source is, with those that flags name in place of its own."""
     named = (config.vae_name_or_path, config.text_encoder_name_or_path, config.tokenizer_name)
+    given = [name for name, value in zip(FLAGS, named, strict=True) if value is not None]
     ours = (source / checkpoint.RECORD).is_file() or ((source / INDEX).is_file() and not looks_foreign(str(source)))
     if ours and config.uvit_config_file is not None:
         raise UserError(f"--uvit_config_file {config.uvit_config_file}: {source} says its own config; leave it out")
     if (source / checkpoint.RECORD).is_file():
-        return open_checkpoint(source, config.use_ema, *named, with_encoders=config.to in WHOLE)
+        wanted = [name for name, flag in FLAGS.items() if flag in ENCODERS[config.to]]
+        optional = config.to == "official"  # its file of the VAE is one that its users have
+        return open_checkpoint(source, config.use_ema, *named, wanted=wanted, optional=optional)
     if found := checkpoint.folders(source):
         raise UserError(f"{source}: is a training run; name a checkpoint of it, {found[-1]} for example")
     if ours:
         if not config.use_ema:
             raise UserError(f"--use_ema False: {source} is a pipeline, with one set of weights; name a checkpoint")
-        with quiet():
-            pipeline = UViTPipeline.from_pretrained(source)
+        pipeline = open_pipeline(source)
         said = {name: pipeline.config[name] for name in ("latent_scale", "timestep_labels", "prediction_type")}
         parts = Parts(**pipeline.components, conventions=Conventions(**said), facts=exported_facts(source))
         if config.conventions == "trained":
             parts.conventions = as_trained(parts.conventions)
         parts.report.read.append(f"{source}: a pipeline")
     else:
-        parts = open_source(source, config.use_ema, config.uvit_config_file, config.conventions)
+        parts = open_source(source, config.use_ema, config.uvit_config_file, config.conventions, given)
+        if config.uvit_config_file is not None and parts.unet is None:
+            raise UserError(f"--uvit_config_file {config.uvit_config_file}: {source} holds no U-ViT; leave it out")
     vae, text_encoder, tokenizer = named
     if vae is not None:
         parts.vqvae = load_vae_of_any(vae)
@@ -116,15 +124,33 @@ def open_any(config: ConvertConfig, source: Path) -> Parts:
     return parts
 
 
+def open_pipeline(folder: Path) -> UViTPipeline:
+    """A pipeline of ours. Raises UserError where it is damaged, or its parts are of different models."""
+    if missing := missing_parts(folder):
+        raise UserError(f"{folder}: is not whole, it has no {', '.join(missing)}")
+    try:
+        with quiet():
+            pipeline = UViTPipeline.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder}: is not whole, or its parts do not fit ({reason})") from None
+    for name in ("unet", "vqvae", "text_encoder"):
+        check_finite(getattr(pipeline, name).state_dict(), folder / name)
+    return pipeline
+
+
 def open_checkpoint(
     source: Path,
     use_ema: bool = True,
     vae: str | None = None,
     text_encoder: str | None = None,
     tokenizer: str | None = None,
-    with_encoders: bool = True,
+    wanted: Collection[str] = tuple(FLAGS),
+    optional: bool = False,
 ) -> Parts:
-    """The parts of a training checkpoint of ours, with the encoders that it knew or that are named.
+    """The parts of a training checkpoint of ours, with the encoders `wanted` that it knew or that are named.
+
+    optional: an encoder that is not named and cannot be had is left out, and the report says why.
 
     Raises UserError where the checkpoint is not whole, or an encoder cannot be had or did not make the run's features;
     only a `vae` that is named here is taken as it is, so that one with a better decoder may be.
@@ -133,6 +159,7 @@ def open_checkpoint(
     record = found.record
     averaged = use_ema and bool(found.files("ema"))
     weights = found.load("ema" if averaged else "weights")
+    check_finite(weights, source)
     parts = Parts(unet=UViTT2IModel(**record["unet_config"]))
     parts.conventions = Conventions(
         record["latent_scale"], record.get("timestep_labels", "1..1000"), record["prediction_type"]
@@ -141,28 +168,40 @@ def open_checkpoint(
     parts.unet.eval().requires_grad_(False)
     if averaged:
         raw = found.load("weights")
+        check_finite(raw, source)
         parts.raw_unet = {name.removeprefix("unet."): v for name, v in raw.items() if name.startswith("unet.")}
     parts.report.read.append(f"{source}: step {found.step}, {'averaged weights' if averaged else 'weights as trained'}")
     parts.facts = {key: record[key] for key in ("step", "samples", "config", "versions")} | {"ema": averaged}
-    if not with_encoders:
-        return parts
-    if record["text_encoder_config"] and text_encoder is None:
-        parts.text_encoder = CLIPTextModel(CLIPTextConfig(**record["text_encoder_config"]))
-        load_part(parts.text_encoder, weights, "text_encoder.")
-        parts.facts["text_encoder_sha256"] = fingerprint(parts.text_encoder)
-    else:
-        name = known(text_encoder or record["text_encoder"], FLAGS["text_encoder"])
-        parts.text_encoder = load_text_encoder_of_any(name)
-        expected = record.get("text_encoder_sha256")
-        parts.facts["text_encoder_sha256"] = check_fingerprint(
-            parts.text_encoder, expected, FLAGS["text_encoder"], name
-        )
-    name = known(vae or record["vae"], FLAGS["vqvae"])
-    parts.vqvae = load_vae_of_any(name)
-    expected = None if vae else record.get("vae_sha256")
-    parts.facts["vae_sha256"] = check_fingerprint(parts.vqvae, expected, FLAGS["vqvae"], name)
-    parts.tokenizer = load_tokenizer(known(tokenizer or record["tokenizer"], FLAGS["tokenizer"]))
+    if "text_encoder" in wanted:
+        if record["text_encoder_config"] and text_encoder is None:
+            parts.text_encoder = CLIPTextModel(CLIPTextConfig(**record["text_encoder_config"]))
+            load_part(parts.text_encoder, weights, "text_encoder.")
+            parts.facts["text_encoder_sha256"] = fingerprint(parts.text_encoder)
+        else:
+            name = known(text_encoder or record["text_encoder"], FLAGS["text_encoder"])
+            parts.text_encoder = load_text_encoder_of_any(name)
+            expected = record.get("text_encoder_sha256")
+            parts.facts["text_encoder_sha256"] = check_fingerprint(
+                parts.text_encoder, expected, FLAGS["text_encoder"], name
+            )
+    if "vqvae" in wanted:
+        try:
+            add_vae(parts, vae, record)
+        except UserError as error:
+            if vae is not None or not optional:
+                raise
+            parts.report.left.append(f"the VAE: {error}")
+    if "tokenizer" in wanted:
+        parts.tokenizer = load_tokenizer(known(tokenizer or record["tokenizer"], FLAGS["tokenizer"]))
     return parts
+
+
+def add_vae(parts: Parts, named: str | None, record: dict[str, Any]) -> None:
+    name = known(named or record["vae"], FLAGS["vqvae"])
+    loaded = load_vae_of_any(name)
+    expected = None if named else record.get("vae_sha256")
+    parts.facts["vae_sha256"] = check_fingerprint(loaded, expected, FLAGS["vqvae"], name)
+    parts.vqvae = loaded
 
 
 def known(name: str | None, flag: str) -> str:
@@ -188,12 +227,21 @@ def load_part(network: nn.Module, weights: dict[str, Tensor], prefix: str) -> No
     )
 
 
+def check_fit(parts: Parts, source: Path) -> None:
+    """Raises UserError where the parts, all there, are of different models."""
+    try:
+        check_parts(parts.unet, parts.vqvae, parts.text_encoder, parts.tokenizer)
+    except ValueError as error:
+        raise UserError(f"{source}: these parts make no pipeline: {error}") from None
+
+
 # Out
 
 
 def export_checkpoint(source: Path, goal: Path, use_ema: bool = True, replace: bool = False) -> None:
     """Write the pipeline folder of a checkpoint; what stood there is kept under another name. As `open_checkpoint`."""
     parts = open_checkpoint(source, use_ema)
+    check_fit(parts, source)
     parts.report.read.clear()  # a training that ends says so itself
     put(goal, replace, lambda folder: write_pipeline(parts, folder))
 
@@ -222,22 +270,46 @@ def write_pipeline(parts: Parts, folder: Path) -> None:
         write_json(asdict(parts.report), folder / REPORT)
 
 
+def carry_fitted(parts: Parts, source: Path, pipeline: Path | None) -> None:
+    """The solvers fitted to a pipeline go along into another one of its weights; else the report says so."""
+    if not (source / FITTED).is_file():
+        return
+    try:
+        before = str(json.loads((source / INDEX).read_text(encoding="utf-8")).get("timestep_labels"))
+    except (OSError, ValueError, AttributeError):
+        before = None
+    if pipeline is not None and before == parts.conventions.timestep_labels:
+        (pipeline / FITTED).parent.mkdir(parents=True)
+        shutil.copy(source / FITTED, pipeline / FITTED)
+    else:
+        parts.report.left.append(
+            f"{FITTED}: the solvers fitted to this model; `uvit sample --fit_schedule` fits others"
+        )
+
+
 def put(goal: Path, replace: bool, write: Callable[[Path], None]) -> None:
-    """Write a folder whole or not at all; what stood there is kept under another name."""
+    """Write a folder whole or not at all; what stood there is kept under another name.
+
+    Raises UserError where the disk does not take it.
+    """
     if goal.exists() and not replace:
         raise UserError(f"{goal}: is there already")
-    goal.parent.mkdir(parents=True, exist_ok=True)
     aside = goal.with_name(f".{goal.name}.writing")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
     with contextlib.ExitStack() as undo:
-        undo.callback(shutil.rmtree, aside, ignore_errors=True)
-        write(aside)
-        if goal.exists():
-            old = next(p for i in range(1, 10000) if not (p := goal.with_name(f"{goal.name}.old{i}")).exists())
-            goal.rename(old)
-            print(f"{goal} is now {old}")
-        aside.rename(goal)
+        try:
+            goal.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            undo.callback(shutil.rmtree, aside, ignore_errors=True)
+            write(aside)
+            if goal.exists():
+                old = next(p for i in range(1, 10000) if not (p := goal.with_name(f"{goal.name}.old{i}")).exists())
+                goal.rename(old)
+                print(f"{goal} is now {old}")
+            aside.rename(goal)
+        except (OSError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{goal}: cannot be written ({reason}); mend that, or name another folder") from None
         undo.pop_all()
 
 

@@ -6,8 +6,7 @@ What it is, is told by what it holds. The port's pipeline gives its network labe
 they were trained (`TRAINED`).
 """
 
-import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,22 +16,40 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from uvit.config.model import resolve_model_config
-from uvit.convert.read import container_of, read_weights
+from uvit.convert.place import (
+    FLAGS,
+    INDEX,
+    PARTS,
+    Network,
+    config_beside,
+    is_average,
+    is_foreign,
+    is_port_folder,
+    known_of,
+    looks_foreign,
+    part_folders,
+    read_json,
+    weight_files,
+)
+from uvit.convert.read import read_weights
 from uvit.convert.recognise import describe, recognise, unwrap
 from uvit.convert.report import Report, some
 from uvit.convert.text_encoder import build_text_encoder
 from uvit.convert.unet import build_unet, known_config
 from uvit.convert.vae import build_vae
-from uvit.data.encoders import STABLE_DIFFUSION_SCALE, load_text_encoder, load_tokenizer, load_vae, quiet
+from uvit.data.encoders import (
+    STABLE_DIFFUSION_SCALE,
+    WEIGHT_SUFFIXES,
+    load_text_encoder,
+    load_tokenizer,
+    load_vae,
+    quiet,
+)
 from uvit.diffusion import LATENT_SCALE
 from uvit.errors import UserError
 from uvit.sample.limited import LimitedDPMSolverScheduler
 
-INDEX, CONFIG = "model_index.json", "config.json"
-CONVENTIONS = "uvit_conventions.json"  # in a port folder that we wrote: what its model was trained with
-SUFFIXES = (".safetensors", ".pdparams", ".pth", ".pt", ".ckpt", ".bin")
-_PARTS = {"uvit": "unet", "vae": "vqvae", "ldm_vae": "vqvae", "text_encoder": "text_encoder", "trainer": "all"}
-NO_NETWORKS = ("optimizer", "lr_scheduler", "scheduler", "scaler", "step", "training_args", "rng_state")  # of trainers
+CONVENTIONS = "uvit_conventions.json"  # in others' folders that we wrote: what the model was trained with
 
 
 @dataclass(frozen=True)
@@ -66,67 +83,25 @@ class Parts:
     scheduler: Any = None
     conventions: Conventions = TRAINED
     raw_unet: dict[str, Tensor] | None = None  # the weights that `unet` is the average of
+    given: Collection[str] = ()  # of these, which flags name: what the source has instead is not read
     facts: dict[str, Any] = field(default_factory=dict)  # of the training, for the model card
     report: Report = field(default_factory=Report)
-
-
-# Recognising
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises UserError where it is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: must map names to values, and holds {type(content).__name__}")
-    return content
-
-
-def is_port_folder(folder: Path) -> bool:
-    """Whether this is a pipeline folder of the Paddle port."""
-    if not (folder / INDEX).is_file():
-        return False
-    index = read_json(folder / INDEX)
-    libraries = [value[0] for value in index.values() if isinstance(value, list) and value]
-    return "_ppdiffusers_version" in index or any(str(name).startswith(("ppdiffusers", "paddle")) for name in libraries)
-
-
-def has_code(folder: Path) -> bool:
-    """Whether this is a pipeline folder with code of its own, which diffusers would want to run."""
-    unet = read_json(folder / INDEX).get("unet") if (folder / INDEX).is_file() else None
-    return isinstance(unet, list) and len(unet) == 2 and (folder / "unet" / f"{unet[0]}.py").is_file()
-
-
-def is_foreign(path: Path) -> bool:
-    """Whether `open_source` reads it: files, folders of files without an index, pipelines that are not plainly ours."""
-    if path.is_file():
-        return True
-    if (path / INDEX).is_file():
-        return is_port_folder(path) or has_code(path)
-    return path.is_dir() and bool(weight_files(path))
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Files that may hold a network."""
-    files = (path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix in SUFFIXES)
-    return [path for path in files if not path.name.startswith(NO_NETWORKS)]
-
-
-def is_average(path: Path) -> bool:
-    """Trainers tell the average of the weights by its file's name: nnet_ema.pth, model_state.ema.pdparams."""
-    return "ema" in path.stem.replace(".", "_").split("_")
 
 
 # Reading
 
 
 def open_source(
-    path: Path, use_ema: bool = True, config_file: str | None = None, conventions: Choice = "source"
+    path: Path,
+    use_ema: bool = True,
+    config_file: str | None = None,
+    conventions: Choice = "source",
+    given: Collection[str] = (),
 ) -> Parts:
-    """Raises UserError, in one sentence, for what is damaged, mixed, not whole or not known."""
-    parts = Parts()
+    """All parts but those `given`. Raises UserError, in one sentence, for what is damaged, mixed, not whole or not
+    known.
+    """
+    parts = Parts(given=given)
     if path.is_dir() and (path / INDEX).is_file():
         read_pipeline(path, use_ema, parts)
     elif path.is_dir():
@@ -154,29 +129,50 @@ def read_pipeline(folder: Path, use_ema: bool, parts: Parts) -> None:
         name: folder / name for name, value in index.items() if isinstance(value, list) and not name.startswith("_")
     }
     known = {"unet", "vqvae", "text_encoder", "tokenizer", "scheduler"}
-    missing = sorted(name for name in known if name not in names or not names[name].is_dir())
+    wanted = known - set(parts.given)
+    missing = sorted(name for name in wanted if name not in names or not names[name].is_dir())
     if missing:
         raise UserError(f"{folder}: is not whole, it has no {', '.join(missing)}")
     of_port = is_port_folder(folder)
-    for name in ("unet", "vqvae", "text_encoder") if of_port else ("unet",):
-        read_folder(names[name], use_ema, None, parts, name)
+    for name in ("unet", "vqvae", "text_encoder"):
+        if name in wanted and (of_port or name == "unet"):
+            read_folder(names[name], use_ema, None, parts, name)
     if not of_port:
-        parts.vqvae, parts.text_encoder = load_vae(str(folder)), load_text_encoder(str(folder))
-        parts.report.read.append(f"{names['vqvae']}, {names['text_encoder']}")
-    parts.tokenizer = load_tokenizer(str(names["tokenizer"]))
+        load_parts(folder, parts, ("vqvae", "text_encoder"))
+    load_parts(folder, parts, ("tokenizer",))
     parts.scheduler = read_scheduler(names["scheduler"])
-    parts.report.read.append(f"{names['tokenizer']}, {names['scheduler']}")
+    parts.report.read.append(str(names["scheduler"]))
     left = sorted(set(names) - known)
     if left:
         parts.report.left.append(some(left))
     parts.conventions = replace(PORT, prediction_type=parts.scheduler.config["prediction_type"])
     if not of_port:
         parts.conventions = Conventions(**{key: index[key] for key in asdict(TRAINED) if key in index})
-    elif (folder / CONVENTIONS).is_file():
-        content = read_json(folder / CONVENTIONS)
-        if set(content) != set(asdict(PORT)):
-            raise UserError(f"{folder / CONVENTIONS}: holds other keys than {', '.join(asdict(PORT))}")
-        parts.conventions = Conventions(**content)
+    else:
+        parts.conventions = read_conventions(folder) or parts.conventions
+
+
+def read_conventions(folder: Path) -> Conventions | None:
+    """What we wrote beside weights that say nothing of it."""
+    path = folder / CONVENTIONS
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    if set(content) != set(asdict(PORT)):
+        raise UserError(f"{path}: holds other keys than {', '.join(asdict(PORT))}")
+    return Conventions(**content)
+
+
+def load_parts(folder: Path, parts: Parts, names: Collection[str]) -> None:
+    """Of those that flags do not name, what lies in subfolders, as transformers and diffusers write it."""
+    load = {"vqvae": load_vae_of_any, "text_encoder": load_text_encoder_of_any, "tokenizer": load_tokenizer}
+    for name, place in part_folders(folder).items():
+        if name in names and name not in parts.given:
+            try:
+                setattr(parts, name, load[name](str(place)))
+            except UserError as error:
+                raise UserError(str(error).removeprefix(f"--{FLAGS[name]} ")) from None  # which nobody gave
+            parts.report.read.append(str(place))
 
 
 def read_scheduler(folder: Path) -> Any:
@@ -192,8 +188,16 @@ def read_scheduler(folder: Path) -> Any:
 
 
 def read_folder(folder: Path, use_ema: bool, config_file: str | None, parts: Parts, part: str | None = None) -> None:
-    """A folder of files: one network with its config.json, the official code's checkpoint, the port trainer's."""
+    """A folder of files: one network with its config.json, the official code's checkpoint, the port trainer's.
+
+    Or one with folders of networks, as we write them where they make no pipeline.
+    """
     files = weight_files(folder)
+    if not files and part is None and (found := part_folders(folder)):
+        if "unet" in found:
+            read_folder(found["unet"], use_ema, config_file, parts, "unet")
+        load_parts(folder, parts, ("vqvae", "text_encoder", "tokenizer"))
+        return
     averages, plain = [p for p in files if is_average(p)], [p for p in files if not is_average(p)]
     if averages and not plain and not use_ema:
         raise UserError(f"--use_ema False: {folder} has averaged weights only ({some([p.name for p in averages])})")
@@ -201,16 +205,16 @@ def read_folder(folder: Path, use_ema: bool, config_file: str | None, parts: Par
         path for path in plain if "autoencoder" in path.name
     ]
     if not files:
-        raise UserError(f"{folder}: holds no weights (files {', '.join('*' + suffix for suffix in SUFFIXES)})")
+        raise UserError(f"{folder}: holds no weights (files {', '.join('*' + suffix for suffix in WEIGHT_SUFFIXES)})")
     for path in dict.fromkeys(files):
         read_file(path, use_ema, config_file, parts, part)
     if averages and plain and use_ema and parts.unet is not None:
         _add_raw(_unlike(plain), parts)
-    if parts.tokenizer is None and part is None and (folder / "vocab.json").is_file():
+    if "tokenizer" not in parts.given and part is None and (folder / "vocab.json").is_file():
         parts.tokenizer = load_tokenizer(str(folder))
         parts.report.read.append(f"{folder}: tokenizer")
     others = sorted(
-        path.name for path in folder.iterdir() if path.suffix in SUFFIXES and path not in weight_files(folder)
+        path.name for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES and path not in weight_files(folder)
     )
     if others:
         parts.report.left.append(f"{folder}: {some(others)}")
@@ -219,7 +223,7 @@ def read_folder(folder: Path, use_ema: bool, config_file: str | None, parts: Par
 def _unlike(files: list[Path]) -> list[Path]:
     """Of files that hold the same under another suffix, the first kind."""
     kinds = [path.suffix for path in files if path.suffix in (".safetensors", ".pdparams", ".bin")]
-    best = min(kinds, key=SUFFIXES.index, default=None)
+    best = min(kinds, key=WEIGHT_SUFFIXES.index, default=None)
     return [path for path in files if path.suffix == best or path.suffix not in (".safetensors", ".pdparams", ".bin")]
 
 
@@ -248,22 +252,23 @@ def read_file(path: Path, use_ema: bool, config_file: str | None, parts: Parts, 
         parts.report.left.append(
             f"{path}: {len(weights.others)} entries that are no arrays ({some(list(weights.others))})"
         )
-    known = read_json(path.parent / CONFIG) if (path.parent / CONFIG).is_file() else None
-    if part is not None and _PARTS[kind] != part:
+    if part is not None and PARTS[kind] != part:
         raise UserError(f"{path}: is {describe(kind)}, where the pipeline's {part} should be")
+    if PARTS[kind] in parts.given:
+        return
     paddle = weights.paddle if weights.paddle is not None else part is not None
     if kind == "trainer":
         read_trainer(tensors, path, use_ema, config_file, parts)
     elif kind == "uvit":
         _once(parts.unet, path, "U-ViT")
-        parts.unet = build_unet(tensors, path, _uvit_config(known, path, config_file), parts.report)
+        parts.conventions = read_conventions(path.parent) or parts.conventions
+        parts.unet = build_unet(tensors, path, _uvit_config(path, config_file), parts.report)
     elif kind == "text_encoder":
         _once(parts.text_encoder, path, "text encoder")
-        parts.text_encoder = build_text_encoder(tensors, path, known, parts.report)
+        parts.text_encoder = build_text_encoder(tensors, path, known_of(path, "text_encoder"), parts.report)
     else:
         _once(parts.vqvae, path, "VAE")
-        of_vae = known if known is not None and "block_out_channels" in known else None
-        parts.vqvae = build_vae(tensors, path, of_vae, paddle, kind == "ldm_vae", parts.report)
+        parts.vqvae = build_vae(tensors, path, known_of(path, "vqvae"), paddle, kind == "ldm_vae", parts.report)
 
 
 def _once(part: Any, path: Path, what: str) -> None:
@@ -271,22 +276,41 @@ def _once(part: Any, path: Path, what: str) -> None:
         raise UserError(f"{path}: is a second {what} in this folder; name the file that you mean")
 
 
-def _uvit_config(known: Mapping[str, Any] | None, path: Path, config_file: str | None) -> dict[str, Any]:
+def _uvit_config(path: Path, config_file: str | None) -> dict[str, Any]:
     if config_file is not None:
         return resolve_model_config(config_file)
-    return known_config(dict(known), path.parent / CONFIG) if known is not None and "num_layers" in known else {}
+    beside = config_beside(path, "unet")
+    return {} if beside is None else known_config(read_json(beside), beside)
+
+
+def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def read_trainer(
     tensors: Mapping[str, Tensor], path: Path, use_ema: bool, config_file: str | None, parts: Parts
 ) -> None:
-    """The port trainer's one file for everything; its average has the same names without their dots."""
+    """The port trainer's one file for everything."""
+    if "unet" not in parts.given:
+        read_trainers_unet(tensors, path, use_ema, config_file, parts)
+    if "vqvae" not in parts.given and (vae := under(tensors, "vae.")):
+        parts.vqvae = build_vae(vae, path, known_of(path, "vqvae"), True, False, parts.report)
+    if "text_encoder" not in parts.given and (text := under(tensors, "text_encoder.")):
+        parts.text_encoder = build_text_encoder(text, path, known_of(path, "text_encoder"), parts.report)
+    dotless = {name.replace(".", "") for name in under(tensors, "unet.")}
+    others = [n for n in tensors if not n.startswith(("unet.", "vae.", "text_encoder."))]
+    others = [n for n in others if n.removeprefix("model_ema.") not in dotless]
+    if others:
+        parts.report.left.append(some(others))
 
-    def under(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
+def read_trainers_unet(
+    tensors: Mapping[str, Tensor], path: Path, use_ema: bool, config_file: str | None, parts: Parts
+) -> None:
+    """Its average has the same names without their dots."""
     report = parts.report
-    raw, averages = under("unet."), under("model_ema.")
+    parts.conventions = read_conventions(path.parent) or parts.conventions
+    raw, averages = under(tensors, "unet."), under(tensors, "model_ema.")
     dotless = {name.replace(".", ""): name for name in raw}
     ema = {dotless[name]: value for name, value in averages.items() if name in dotless}
     never = bool(ema) and not ema["pos_embed"].any() and bool(raw["pos_embed"].any())
@@ -298,26 +322,18 @@ def read_trainer(
             f"{path}: is not whole, model_ema lacks {some(sorted(set(raw) - set(ema)))}; --use_ema False takes the rest"
         )
     report.read.append(f"{path}: {'the averaged weights, model_ema.*' if taken else 'the weights as trained, unet.*'}")
-    known = _uvit_config(None, path, config_file)
-    parts.unet = build_unet(ema if taken else raw, path, known, report)
+    parts.unet = build_unet(ema if taken else raw, path, _uvit_config(path, config_file), report)
     if taken:
         parts.raw_unet = build_unet(raw, path, dict(parts.unet.config), Report()).state_dict()
-    if vae := under("vae."):
-        parts.vqvae = build_vae(vae, path, None, True, False, report)
-    if text := under("text_encoder."):
-        parts.text_encoder = build_text_encoder(text, path, None, report)
-    others = [n for n in tensors if not n.startswith(("unet.", "vae.", "text_encoder."))]
-    others = [n for n in others if n.removeprefix("model_ema.") not in dotless]
-    if others:
-        report.left.append(some(others))
 
 
 # One part of a source
 
 
-def open_part(path: Path, part: Literal["vqvae", "text_encoder", "unet"]) -> Any:
+def open_part(path: Path, part: Network) -> Any:
     """A network of a foreign file or folder. Raises UserError where it has none."""
-    found = getattr(parts := open_source(path), part)
+    others = {"unet", *FLAGS} - {part}
+    found = getattr(parts := open_source(path, given=others), part)
     if found is None:
         raise UserError(f"{path}: holds no {part} ({'; '.join(parts.report.read)})")
     return found
@@ -336,20 +352,6 @@ def load_text_encoder_of_any(name_or_path: str) -> Any:
     return load_text_encoder(name_or_path)
 
 
-def looks_foreign(name_or_path: str | None) -> bool:
-    """Whether a name given where a network is wanted is a file, or a folder, of the official code or the port."""
-    if name_or_path is None or not (path := Path(name_or_path).expanduser()).exists():
-        return False
-    if path.is_file():
-        return True
-    files = weight_files(path)
-    return is_port_folder(path) or has_code(path) or any(_foreign_file(file) for file in files)
-
-
-def _foreign_file(path: Path) -> bool:
-    return container_of(path) != "safetensors" or "paddle" in path.name
-
-
 def pipeline_parts(name_or_path: Any, given: Mapping[str, Any]) -> dict[str, Any] | None:
     """For `UViTPipeline.from_pretrained`: its arguments where this is foreign, less those given; None: it is not.
 
@@ -358,7 +360,7 @@ def pipeline_parts(name_or_path: Any, given: Mapping[str, Any]) -> dict[str, Any
     path = Path(str(name_or_path)).expanduser()
     if not path.exists() or not is_foreign(path):
         return None
-    parts = open_source(path)
+    parts = open_source(path, given=set(given))
     names = ("vqvae", "text_encoder", "tokenizer", "unet", "scheduler")
     modules = {name: given.get(name, getattr(parts, name)) for name in names}
     missing = [name for name, module in modules.items() if module is None]

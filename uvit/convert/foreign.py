@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -17,9 +17,10 @@ from transformers import CLIPTextModel
 from uvit.convert import text_encoder as text
 from uvit.convert import unet as uvit
 from uvit.convert import vae
-from uvit.convert.folder import CONFIG, CONVENTIONS, INDEX, TRAINED, Parts
+from uvit.convert.folder import CONVENTIONS, PORT, TRAINED, Conventions, Parts
 from uvit.convert.pdparams import write_pdparams
-from uvit.diffusion import LATENT_SCALE, alphas_cumprod, scheduler_config
+from uvit.convert.place import CONFIG, FLAGS, INDEX, Network
+from uvit.diffusion import alphas_cumprod, scheduler_config
 from uvit.errors import UserError
 
 Container = Literal["safetensors", "pdparams"]
@@ -56,12 +57,15 @@ _DDIM_KEYS = [
 # The official code
 
 
-def write_official(parts: Parts, folder: Path) -> None:
-    """nnet_ema.pth, nnet.pth and autoencoder_kl.pth, as far as the source has them."""
+def write_official(parts: Parts, folder: Path, averaged: bool = True) -> None:
+    """nnet_ema.pth, nnet.pth and autoencoder_kl.pth, as far as the source has them, and for `uvit` their configs.
+
+    averaged: whether the U-ViT's weights are.
+    """
     config = parts.unet.config
     if not isinstance(config["sample_size"], int):
         raise UserError(f"--to official: its U-ViT is square, and this one's sample_size is {config['sample_size']}")
-    save_pth(parts.unet.state_dict(), folder / "nnet_ema.pth")
+    save_pth(parts.unet.state_dict(), folder / ("nnet_ema.pth" if averaged else "nnet.pth"))
     if parts.raw_unet is not None:
         save_pth(parts.raw_unet, folder / "nnet.pth")
     if parts.vqvae is not None:
@@ -74,11 +78,35 @@ def write_official(parts: Parts, folder: Path) -> None:
         f"qkv_bias={config['qkv_bias']}, clip_dim={config['clip_dim']}, num_clip_token={config['num_text_tokens']}, "
         f"conv={config['conv']})"
     )
-    _say_what_is_lost(parts, TRAINED.latent_scale, TRAINED.timestep_labels, "the official code")
+    _write_configs(parts, folder, ("unet", "vqvae"), "the official code")
+    _say_what_is_lost(parts, TRAINED, "the official code")
 
 
 def save_pth(tensors: Mapping[str, Tensor], path: Path) -> None:
-    torch.save({name: value.detach().clone().contiguous() for name, value in tensors.items()}, path)
+    """Raises OSError where the disk does not take it."""
+    with path.open("wb") as file:
+        sink: Any = _Sink(file)
+        torch.save({name: value.detach().clone().contiguous() for name, value in tensors.items()}, sink)
+        if sink.error is not None:
+            raise sink.error
+
+
+class _Sink:
+    """A file for torch's writer. Told that a disk is full it may end the process, so `error` says it afterwards."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def flush(self) -> None: ...
 
 
 # The Paddle port
@@ -86,10 +114,15 @@ def save_pth(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 def write_paddle(parts: Parts, folder: Path, container: Container) -> None:
     """The U-ViT's folder: its weights in Paddle's layout, and its config.json."""
+    _write_unet(parts, folder, container)
+    _write_json(asdict(parts.conventions), folder / CONVENTIONS)
+    _say_what_is_lost(parts, PORT, "the port's pipeline")
+
+
+def _write_unet(parts: Parts, folder: Path, container: Container) -> None:
     weights = uvit.transpose_linear(parts.unet.state_dict())
     _write_arrays(weights, folder / UNET_FILE[container], "pd")
-    ours = {key: value for key, value in parts.unet.config.items() if not key.startswith("_")}
-    _write_json({**_of_port("UViTT2IModel"), **_UVIT_EXTRA, **ours}, folder / CONFIG)
+    _write_json({**_of_port("UViTT2IModel"), **_UVIT_EXTRA, **_plain(parts.unet.config)}, folder / CONFIG)
 
 
 def write_port(parts: Parts, folder: Path, container: Container) -> None:
@@ -97,7 +130,7 @@ def write_port(parts: Parts, folder: Path, container: Container) -> None:
     check_encoders(parts, "port")
     for name in ("unet", "vqvae", "text_encoder", "tokenizer", "scheduler"):
         (folder / name).mkdir(parents=True)
-    write_paddle(parts, folder / "unet", container)
+    _write_unet(parts, folder / "unet", container)
     autoencoder, encoder = parts.vqvae, parts.text_encoder
     _write_arrays(vae.transpose_linear(autoencoder.state_dict()), folder / "vqvae" / UNET_FILE[container], "pd")
     said = {key: autoencoder.config[key] for key in _VAE_KEYS if key in autoencoder.config}
@@ -116,7 +149,7 @@ def write_port(parts: Parts, folder: Path, container: Container) -> None:
     index = {name: [library, classes[name]] for name, library in libraries.items()}
     _write_json(_of_port("LDMTextToImageUViTPipeline") | index, folder / INDEX)
     _write_json(asdict(parts.conventions), folder / CONVENTIONS)
-    _say_what_is_lost(parts, 0.18215, "0..999", "the port's pipeline")
+    _say_what_is_lost(parts, PORT, "the port's pipeline", says_prediction=True)
 
 
 def write_trainer(parts: Parts, folder: Path) -> None:
@@ -144,18 +177,15 @@ def write_trainer(parts: Parts, folder: Path) -> None:
     content |= {f"unet.{name}": value for name, value in raw.items()}
     content |= {f"model_ema.{name.replace('.', '')}": value for name, value in ema.items()}
     write_pdparams(folder / "model_state.pdparams", content)
+    _write_configs(parts, folder, ("unet", "vqvae", "text_encoder"), "the port's trainer")
+    _say_what_is_lost(parts, TRAINED, "the port's trainer")
 
 
 def check_encoders(parts: Parts, to: str, whole: bool = True) -> None:
     """Raises UserError where the port has no such part."""
-    missing = [name for name in ("vqvae", "text_encoder", "tokenizer") if getattr(parts, name) is None]
+    missing = [name for name in FLAGS if getattr(parts, name) is None]
     if missing and whole:
-        flags = {
-            "vqvae": "vae_name_or_path",
-            "text_encoder": "text_encoder_name_or_path",
-            "tokenizer": "tokenizer_name",
-        }
-        wanted = ", ".join(f"--{flags[name]}" for name in missing)
+        wanted = ", ".join(f"--{FLAGS[name]}" for name in missing)
         raise UserError(
             f"--to {to}: a whole pipeline is needed, and the source has no {', '.join(missing)}; name {wanted}"
         )
@@ -185,16 +215,36 @@ def port_scheduler(parts: Parts) -> dict[str, Any]:
     return _of_port("DDIMScheduler") | config | {"prediction_type": parts.conventions.prediction_type}
 
 
-def _say_what_is_lost(parts: Parts, latent_scale: float, labels: str, reader: str) -> None:
+def _say_what_is_lost(parts: Parts, theirs: Conventions, reader: str, says_prediction: bool = False) -> None:
     said = parts.conventions
-    if said.latent_scale != latent_scale:
+    if said.latent_scale != theirs.latent_scale:
         parts.report.left.append(
-            f"latent scale {said.latent_scale}: {reader} has {latent_scale} in its code; change it there"
+            f"latent scale {said.latent_scale}: {reader} has {theirs.latent_scale} in its code; change it there"
         )
-    if said.timestep_labels != labels:
-        parts.report.left.append(f"timestep labels {said.timestep_labels}: {reader} has {labels} in its code")
-    if said.prediction_type != "epsilon" and latent_scale == LATENT_SCALE:
-        parts.report.left.append(f"prediction type {said.prediction_type}: {reader} knows epsilon only")
+    if said.timestep_labels != theirs.timestep_labels:
+        labels = f"timestep labels {said.timestep_labels}"
+        parts.report.left.append(f"{labels}: {reader} has {theirs.timestep_labels} in its code")
+    if said.prediction_type != theirs.prediction_type and not says_prediction:
+        parts.report.left.append(
+            f"prediction type {said.prediction_type}: {reader} takes it for {theirs.prediction_type}"
+        )
+
+
+def _write_configs(parts: Parts, folder: Path, names: tuple[Network, ...], reader: str) -> None:
+    """PART.json of each network and the conventions, which `uvit convert` reads and others do not."""
+    _write_json(asdict(parts.conventions), folder / CONVENTIONS)
+    beyond = {"vqvae": vae.beyond_arrays, "text_encoder": text.beyond_arrays}
+    for name in names:
+        if (network := getattr(parts, name)) is None:
+            continue
+        config = network.config if isinstance(network.config, Mapping) else network.config.to_dict()
+        _write_json(_plain(config), folder / f"{name}.json")
+        for line in beyond[name](network) if name in beyond else ():
+            parts.report.left.append(f"{name}: {line}: {reader} must be told; {name}.json, for `uvit`, says it")
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def _write_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """The U-ViT as a graph that runs without this package: torch.export's, and ONNX, each compared with the model."""
 
+import io
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,9 @@ def trace(unet: nn.Module) -> torch.export.ExportedProgram:
 def write_export(unet: Any, folder: Path, report: Report) -> None:
     """unet.pt2: `torch.export.load(path).module()(latents, timestep, context)`."""
     path = folder / "unet.pt2"
-    torch.export.save(trace(unet), path)
+    graph = io.BytesIO()  # torch ends the process where it finds a full disk itself
+    torch.export.save(trace(unet), graph)
+    path.write_bytes(graph.getbuffer())
     loaded = torch.export.load(path).module()
     report.converted.append(f"{path.name}: {compare(unet, loaded)}")
 

@@ -92,6 +92,23 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], bool | None]:
         raise UserError(f"{path}: is damaged or cut short ({error}); get it again") from None
 
 
+def is_paddle_file(path: Path) -> bool:
+    """Whether a safetensors file has the port's layout or its trainer's names, told by its head; no broken one has."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            said = (file.metadata() or {}).get("format")
+            names = set(file.keys())
+            pairs = [(name, f"{name.removesuffix('weight')}bias") for name in names if name.endswith(".fc1.weight")]
+            turned = any(
+                file.get_slice(weight).get_shape()[0] != file.get_slice(bias).get_shape()[0]
+                for weight, bias in pairs
+                if bias in names
+            )
+    except (SafetensorError, OSError, IndexError):
+        return False
+    return said == "pd" or turned or any(name.endswith(".linear1.weight") for name in names)
+
+
 def _read_pth(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         zipped = file.read(2) == b"PK"  # a file of before 1.6 cannot be mapped into memory

@@ -19,6 +19,7 @@ NETWORK, SOLVER = "modeling_uvit", "limited_dpm_solver"  # the files in unet/ an
 IMPORT = re.compile(r"^(\s*)from uvit\.([\w.]+) import ", re.MULTILINE)
 # Modules that a pipeline does without there: reading other formats.
 STUBS = {
+    "convert.pretrained": "from uvit.model import UViTT2IModel as UViTT2IModel\n",
     "convert.folder": '"""Folders of other formats are not read here."""\n\ndef pipeline_parts(*_):\n    return None\n',
 }
 

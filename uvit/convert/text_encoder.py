@@ -102,3 +102,11 @@ def build_text_encoder(
         raise UserError(f"{path}: the config.json beside it describes no CLIP text encoder ({reason})") from None
     fill(encoder, weights, path, "text encoder", report)
     return encoder
+
+
+def beyond_arrays(encoder: CLIPTextModel) -> list[str]:
+    """What its arrays do not tell, where it is not what CLIP has."""
+    config = encoder.config
+    usual = {"num_attention_heads": config.hidden_size // HEAD_DIM, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+    wrong = [key for key, value in usual.items() if getattr(config, key) != value]
+    return [f"{key} {getattr(config, key)} (where {usual[key]} is assumed)" for key in wrong]

@@ -12,15 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uvit.config.model import KINDS, model_config_names, resolve_model_config
+from uvit.config.model import KINDS, check_neutral, model_config_names, resolve_model_config
 from uvit.convert.report import Report, some
+from uvit.data.encoders import check_finite
 from uvit.errors import UserError
 from uvit.model import UViTT2IModel
 
 TEXT_TOKENS = 77  # CLIP's
-# What the port's configs say beside ours, and the values at which it means nothing.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {"norm_type": ("layer_norm",), "qk_scale": (None,)}
-_TRAINING_ONLY = ("attn_drop_rate", "drop_rate", "pos_drop_rate")
 
 
 def is_norm(name: str) -> bool:
@@ -52,11 +50,7 @@ def transpose_linear(tensors: Mapping[str, Tensor], paddle: bool = True) -> dict
 
 def known_config(content: dict[str, Any], path: Path) -> dict[str, Any]:
     """A config of ours, the official code's or the port's -> the arguments of UViTT2IModel that it names."""
-    for key, values in _NEUTRAL.items():
-        if content.get(key, values[0]) not in values:
-            raise UserError(f"{path}: {key} is {content[key]!r}, which our U-ViT does not have")
-    if content.get("out_channels") not in (None, content.get("in_channels")):
-        raise UserError(f"{path}: out_channels {content['out_channels']} differ from in_channels")
+    check_neutral(content, path)
     known = {key: value for key, value in content.items() if key in KINDS}
     for key, value in known.items():
         sizes = value if isinstance(value, list) else [value]
@@ -176,6 +170,7 @@ def fill(module: torch.nn.Module, weights: Mapping[str, Tensor], path: Path, wha
         if value.shape != wanted[name].shape:
             shapes = f"{tuple(value.shape)}, where {tuple(wanted[name].shape)} is needed"
             raise UserError(f"{path}: {name} has shape {shapes}")
+    check_finite(weights, path)
     others = sorted({str(value.dtype).removeprefix("torch.") for value in weights.values()} - {"float32"})
     if others:
         report.converted.append(f"{what}: {', '.join(others)} to float32")

@@ -18,6 +18,14 @@ from uvit.convert.unet import fill
 from uvit.errors import UserError
 
 NORM_GROUPS = 32
+# What no array tells, and what those assume who are told nothing.
+_ASSUMED = {
+    "norm_num_groups": NORM_GROUPS,
+    "act_fn": "silu",
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+}
 _ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out", "group_norm": "norm"}
 _OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # diffusers before 0.17
 
@@ -126,6 +134,16 @@ def config_of(tensors: Mapping[str, Tensor], path: Path, ldm: bool, report: Repo
         "down_block_types": ["DownEncoderBlock2D"] * len(channels),
         "up_block_types": ["UpDecoderBlock2D"] * len(channels),
         "norm_num_groups": NORM_GROUPS,
+        "mid_block_add_attention": any(".mid.attn_1." in n or ".mid_block.attentions." in n for n in tensors),
         "use_quant_conv": "quant_conv.weight" in tensors,
         "use_post_quant_conv": "post_quant_conv.weight" in tensors,
     }
+
+
+def beyond_arrays(vae: Any) -> list[str]:
+    """What its arrays do not tell and nobody would guess: norm_num_groups 8 (where 32 is assumed)."""
+    config = vae.config
+    wrong = [key for key, value in _ASSUMED.items() if config.get(key, value) != value]
+    lines = [f"{key} {config[key]} (where {_ASSUMED[key]} is assumed)" for key in wrong]
+    usual = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+    return lines + [f"{key} other than {kind}" for key, kind in usual.items() if set(config[key]) != {kind}]

@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from uvit.diffusion import LATENT_SCALE
 from uvit.errors import UserError
 
 STABLE_DIFFUSION_SCALE = 0.18215
+WEIGHT_SUFFIXES = (".safetensors", ".pdparams", ".pth", ".pt", ".ckpt", ".bin")
 FIRST_STAGES = Path(__file__).parent.parent / "first_stages"  # those that ship with the package, known by name
 
 
@@ -82,19 +83,18 @@ def load_tokenizer(name_or_path: str) -> Any:
 
 
 def _load(load: Callable[..., Any], name_or_path: str, subfolders: tuple[str, ...], flag: str, what: str) -> Any:
-    """Try the place itself, then a pipeline's subfolders; the first error is the one that tells."""
+    """Try a folder's subfolders, then itself; of the Hub itself first. The first error is the one that tells."""
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         name_or_path = str(folder)
-        if (folder / "model_index.json").is_file():
-            subfolders = tuple(name for name in subfolders if (folder / name).is_dir())
-            places = [{"subfolder": name} for name in subfolders]
-        else:
-            places = [{}]
+        places = [{"subfolder": name} for name in subfolders if (folder / name).is_dir()]
+        if not (folder / "model_index.json").is_file():
+            places.append({})
         if not places:
             raise UserError(f"--{flag} {name_or_path}: is a pipeline folder without {what}")
-    elif folder.exists() or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
-        raise UserError(f"--{flag} {name_or_path}: no such folder; give {what}, by folder or hub id")
+    elif folder.exists() or is_place(name_or_path):
+        found = "is a file" if folder.exists() else "no such file or folder"
+        raise UserError(f"--{flag} {name_or_path}: {found}; give {what}, by folder or hub id")
     else:
         places = [{}, *({"subfolder": name} for name in subfolders)]
     errors = []
@@ -107,14 +107,19 @@ def _load(load: Callable[..., Any], name_or_path: str, subfolders: tuple[str, ..
     raise UserError(f"--{flag} {name_or_path}: {what} cannot be loaded from there ({errors[0]})")
 
 
+def is_place(name: str) -> bool:
+    """Whether this can only be meant as a place on this machine, and is no Hub id."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(WEIGHT_SUFFIXES)
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without the libraries' own messages and bars: what matters is checked, and said in one sentence."""
     loggers = (transformers_logging, diffusers_logging)
     levels = [logger.get_verbosity() for logger in loggers]
-    bar = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    bars = [logger for logger in loggers if logger.is_progress_bar_enabled()]
     for logger in loggers:
+        logger.disable_progress_bar()
         logger.set_verbosity(logger.CRITICAL)
     try:
         with warnings.catch_warnings():
@@ -123,8 +128,8 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.set_verbosity(level)
-        if bar:
-            transformers_logging.enable_progress_bar()
+        for logger in bars:
+            logger.enable_progress_bar()
 
 
 def _check_class(place: str, options: dict[str, Any], expected: str) -> None:
@@ -139,7 +144,20 @@ def _check_class(place: str, options: dict[str, Any], expected: str) -> None:
 def _whole(model: Any, missing: Sequence[str]) -> Any:
     if missing:
         raise ValueError(f"its weights lack {len(missing)} parameters, the first being {sorted(missing)[0]}")
+    if bad := not_finite(model.state_dict()):
+        raise ValueError(f"its array {bad} holds values that are not finite")
     return model.eval().requires_grad_(False)
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first array with NaN or infinity in it."""
+    return next((name for name, value in tensors.items() if not torch.isfinite(value).all()), None)
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: object) -> None:
+    """Raises UserError, naming the array, where there is NaN or infinity in one."""
+    if bad := not_finite(tensors):
+        raise UserError(f"{where}: {bad} holds values that are not finite; take other weights, an earlier checkpoint's")
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from uvit.convert.folder import pipeline_parts
+from uvit.convert.pretrained import UViTT2IModel
 from uvit.data.encoders import decode_latents, downsampling_of, encode_tokens, tokenize
 from uvit.diffusion import LATENT_SCALE
 from uvit.images import to_pil
-from uvit.model import UViTT2IModel
 from uvit.sample.denoise import EVERY_LABEL, denoise
 from uvit.sample.edit import STRENGTH, Original, first_step, read_original
 

@@ -7,6 +7,7 @@ from PIL import Image
 
 from uvit.convert.export import check_fingerprint
 from uvit.convert.folder import load_vae_of_any
+from uvit.convert.place import place_of
 from uvit.data.encoders import decode_latents
 from uvit.errors import UserError
 from uvit.images import contact_sheet, save_png, to_pil
@@ -28,7 +29,7 @@ def load_preview_vae(run: Run) -> AutoencoderKL | None:
     config = run.config
     if config.image_logging_steps <= 0:
         return None
-    named = config.pretrained_model_name_or_path or config.vae_name_or_path
+    named = place_of("vqvae", config.pretrained_model_name_or_path, config.vae_name_or_path)
     try:
         if not (named or run.features.vae_name):
             raise UserError("the features do not say which VAE made them; pass --vae_name_or_path")

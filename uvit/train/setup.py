@@ -11,7 +11,9 @@ from torch import Tensor, nn
 import uvit
 from uvit.config.model import resolve_model_config
 from uvit.config.train import TrainConfig
-from uvit.convert.folder import looks_foreign, open_part
+from uvit.convert.folder import open_part
+from uvit.convert.place import looks_foreign, place_of
+from uvit.data.encoders import is_place
 from uvit.data.features import Features, open_features
 from uvit.data.loader import Batches
 from uvit.diffusion import LATENT_SCALE
@@ -54,6 +56,7 @@ class Run:
     precision: Precision
     latent_scale: float
     frozen_text_encoder: Any | None  # where the features have token ids alone and it is not trained
+    encoders: dict[str, str | None]  # vae, text_encoder, tokenizer: where a pipeline of it takes them from
     text_encoder_sha256: str | None  # of the one that contexts come from; None: it is trained, or not known
     pad_token_id: int  # of the text encoder that is trained or frozen
     max_steps: int
@@ -82,7 +85,6 @@ class Run:
     def record(self) -> dict[str, Any]:
         """What a checkpoint says of itself: enough to resume, and to make a pipeline of it."""
         config, features = self.config, self.features
-        pretrained = config.pretrained_model_name_or_path
         return {
             "samples": self.samples,
             "unet_config": model_config(self.networks["unet"]),
@@ -90,9 +92,7 @@ class Run:
             "prediction_type": config.prediction_type,
             "latent_scale": self.latent_scale,
             "timestep_labels": TIMESTEP_LABELS,
-            "vae": pretrained or config.vae_name_or_path or features.vae_name,
-            "text_encoder": pretrained or config.text_encoder_name_or_path or features.text_encoder_name,
-            "tokenizer": pretrained or config.tokenizer_name or features.tokenizer_name,
+            **self.encoders,
             "vae_sha256": features.vae_sha256,
             "text_encoder_sha256": self.text_encoder_sha256,
             "tokenizer_sha256": fingerprints(features, config.train_text_encoder)["tokenizer"],
@@ -167,6 +167,7 @@ def set_up(config: TrainConfig, output_dir: Path, world: World | None = None) ->
         precision=precision,
         latent_scale=config.latent_scale or features.latent_scale or LATENT_SCALE,
         frozen_text_encoder=frozen,
+        encoders=encoders_of(config, features),
         text_encoder_sha256=text_encoder_sha256,
         pad_token_id=pad_token_id,
         max_steps=config.max_steps,
@@ -180,6 +181,18 @@ def set_up(config: TrainConfig, output_dir: Path, world: World | None = None) ->
     if config.num_train_epochs:
         run.max_steps = max(1, round(config.num_train_epochs * features.num_samples / run.samples_per_step))
     return run
+
+
+def encoders_of(config: TrainConfig, features: Features) -> dict[str, str | None]:
+    """Where they are: in the pipeline to start from as far as it has them, else by a flag, else by the features."""
+    pretrained = config.pretrained_model_name_or_path
+    return {
+        "vae": place_of("vqvae", pretrained, config.vae_name_or_path, features.vae_name),
+        "text_encoder": place_of(
+            "text_encoder", pretrained, config.text_encoder_name_or_path, features.text_encoder_name
+        ),
+        "tokenizer": place_of("tokenizer", pretrained, config.tokenizer_name, features.tokenizer_name),
+    }
 
 
 def spread(networks: nn.ModuleDict, world: World, recompute: bool, compile: bool) -> None:
@@ -213,6 +226,8 @@ def build_unet(config: TrainConfig) -> UViTT2IModel:
     name = config.pretrained_model_name_or_path
     if looks_foreign(name):
         return open_part(Path(name).expanduser(), "unet").requires_grad_(True)
+    if is_place(name) and not Path(name).expanduser().exists():
+        raise UserError(f"--pretrained_model_name_or_path {name}: there is no such file or folder")
     try:
         return UViTT2IModel.from_pretrained(name, subfolder="unet", use_safetensors=True)
     except OSError as error:

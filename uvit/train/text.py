@@ -7,6 +7,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel
 from uvit.config.train import TrainConfig
 from uvit.convert.export import check_fingerprint
 from uvit.convert.folder import load_text_encoder_of_any
+from uvit.convert.place import place_of
 from uvit.data.encoders import load_tokenizer
 from uvit.data.features import Features
 from uvit.errors import UserError
@@ -17,7 +18,7 @@ def build_text_encoder(config: TrainConfig, features: Features, unet: UViTT2IMod
     """-> (the text encoder to train, the padding token's id): an existing one, or a small CLIP's from scratch."""
     tokenizer = load_features_tokenizer(config, features)
     pad_token_id = tokenizer.pad_token_id or 0
-    name = config.pretrained_model_name_or_path or config.text_encoder_name_or_path
+    name = place_of("text_encoder", config.pretrained_model_name_or_path, config.text_encoder_name_or_path)
     if name is not None:
         encoder = load_text_encoder_of_any(name).requires_grad_(True)
         check_sizes(encoder, name, tokenizer, unet)
@@ -43,7 +44,8 @@ def load_frozen_text_encoder(
     config: TrainConfig, features: Features, unet: UViTT2IModel
 ) -> tuple[PreTrainedModel, int, str]:
     """-> (the text encoder, the padding token's id, its fingerprint), for features that have token ids alone."""
-    name = config.pretrained_model_name_or_path or config.text_encoder_name_or_path or features.text_encoder_name
+    flag = config.text_encoder_name_or_path
+    name = place_of("text_encoder", config.pretrained_model_name_or_path, flag, features.text_encoder_name)
     if name is None:
         raise UserError(
             f"--feature_path {config.feature_path}: has token ids and no contexts, and does not say for which text "
@@ -58,7 +60,8 @@ def load_frozen_text_encoder(
 
 
 def load_features_tokenizer(config: TrainConfig, features: Features) -> Any:
-    name = config.pretrained_model_name_or_path or config.tokenizer_name or features.tokenizer_name
+    pretrained = config.pretrained_model_name_or_path
+    name = place_of("tokenizer", pretrained, config.tokenizer_name, features.tokenizer_name)
     if name is None:
         raise UserError("--tokenizer_name: the features do not say which tokenizer made their token ids; name it")
     return load_tokenizer(name)
