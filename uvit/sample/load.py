@@ -1,11 +1,8 @@
 """From what --pipeline names to a pipeline on its device."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from diffusers.utils import logging
 from safetensors import SafetensorError
 
 from uvit import checkpoint
@@ -46,18 +43,6 @@ def find_pipeline(path: str, flag: str = "pipeline") -> Path:
     )
 
 
-@contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """Without the one that counts five parts of a pipeline."""
-    before = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if before:
-            logging.enable_progress_bar()
-
-
 def open_pipeline(
     path: str,
     device: str,
@@ -70,7 +55,7 @@ def open_pipeline(
     folder, chosen = find_pipeline(path), pick_device(device)
     if model_cpu_offload and chosen.type == "cpu":
         raise UserError(f"--enable_model_cpu_offload: spares a GPU's memory, and --device {device} is the CPU here")
-    with quiet(), _no_bars():
+    with quiet():
         try:
             pipeline = UViTPipeline.from_pretrained(folder, dtype=getattr(torch, dtype))
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # of files that are cut short, or missing
