@@ -75,7 +75,11 @@ def convert(config: ConvertConfig) -> None:
         if config.to == "diffusers":
             write_code(folder)
 
-    put(goal, config.overwrite, write)
+    try:
+        put(goal, config.overwrite, write)
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{goal}: cannot be written ({reason}); mend that, or name another folder") from None
     print(parts.report)
     print(f"wrote {goal}" + (f'; try: uvit sample --pipeline {goal} "..."' if (goal / INDEX).is_file() else ""))
     if config.push_to_hub is not None:
@@ -288,28 +292,21 @@ def carry_fitted(parts: Parts, source: Path, pipeline: Path | None) -> None:
 
 
 def put(goal: Path, replace: bool, write: Callable[[Path], None]) -> None:
-    """Write a folder whole or not at all; what stood there is kept under another name.
-
-    Raises UserError where the disk does not take it.
-    """
+    """Write a folder whole or not at all; what stood there is kept under another name."""
     if goal.exists() and not replace:
         raise UserError(f"{goal}: is there already")
     aside = goal.with_name(f".{goal.name}.writing")
     with contextlib.ExitStack() as undo:
-        try:
-            goal.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir()
-            undo.callback(shutil.rmtree, aside, ignore_errors=True)
-            write(aside)
-            if goal.exists():
-                old = next(p for i in range(1, 10000) if not (p := goal.with_name(f"{goal.name}.old{i}")).exists())
-                goal.rename(old)
-                print(f"{goal} is now {old}")
-            aside.rename(goal)
-        except (OSError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"{goal}: cannot be written ({reason}); mend that, or name another folder") from None
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        undo.callback(shutil.rmtree, aside, ignore_errors=True)
+        write(aside)
+        if goal.exists():
+            old = next(p for i in range(1, 10000) if not (p := goal.with_name(f"{goal.name}.old{i}")).exists())
+            goal.rename(old)
+            print(f"{goal} is now {old}")
+        aside.rename(goal)
         undo.pop_all()
 
 
