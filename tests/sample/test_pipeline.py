@@ -172,6 +172,13 @@ def test_parts_of_another_model_are_refused(pipeline: UViTPipeline) -> None:
             UViTPipeline(**{**parts, "unet": unet})
 
 
+def test_who_gives_contexts_needs_no_text_encoder(pipeline: UViTPipeline, tmp_path: Path) -> None:
+    contexts = {"prompt_embeds": pipeline.encode_prompt(PROMPT), "negative_prompt_embeds": pipeline.encode_prompt("")}
+    pipeline.save_pretrained(tmp_path)
+    without = UViTPipeline.from_pretrained(tmp_path, text_encoder=None, tokenizer=None)
+    assert torch.equal(draw(without, None, **contexts), draw(pipeline))
+
+
 def test_a_warning_quotes_the_beginning(pipeline: UViTPipeline) -> None:
     with pytest.warns(UserWarning, match="cut off") as warned:
         pipeline.encode_prompt("a red circle " * 500)

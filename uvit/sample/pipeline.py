@@ -255,15 +255,20 @@ class UViTPipeline(DiffusionPipeline):
 
 
 def check_parts(
-    unet: UViTT2IModel, vqvae: AutoencoderKL, text_encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    unet: UViTT2IModel,
+    vqvae: AutoencoderKL,
+    text_encoder: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
-    """ValueError where the parts of a pipeline are of different models."""
-    width, clip_dim = text_encoder.config.hidden_size, unet.config.clip_dim
-    if width != clip_dim:
-        raise ValueError(f"the text encoder's contexts are {width} wide, and the U-ViT takes {clip_dim}")
+    """ValueError where the parts of a pipeline are of different models. Who gives contexts needs no text encoder."""
     channels, in_channels = vqvae.config.latent_channels, unet.config.in_channels
     if channels != in_channels:
         raise ValueError(f"the VAE's latents have {channels} channels, and the U-ViT's have {in_channels}")
+    if text_encoder is None or tokenizer is None:
+        return
+    width, clip_dim = text_encoder.config.hidden_size, unet.config.clip_dim
+    if width != clip_dim:
+        raise ValueError(f"the text encoder's contexts are {width} wide, and the U-ViT takes {clip_dim}")
     if len(tokenizer) > (size := text_encoder.config.vocab_size):
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, and the text encoder knows {size}")
 
