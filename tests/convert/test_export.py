@@ -212,6 +212,13 @@ def test_fitted_solvers_go_along_or_are_reported(
     assert f"left: {FILE}" in capsys.readouterr().out and not (tmp_path / "trained" / FILE).exists()
 
 
+def test_a_graph_has_its_conventions_beside_it(ours: Path, tmp_path: Path) -> None:
+    convert(ConvertConfig(str(ours), str(tmp_path / "graph"), "export"))
+    index = json.loads((ours / "model_index.json").read_text())
+    said = json.loads((tmp_path / "graph" / "uvit_conventions.json").read_text())
+    assert said == {key: index[key] for key in ("latent_scale", "timestep_labels", "prediction_type")}
+
+
 DAMAGE = {"cut": "not whole", "no vqvae": "it has no vqvae", "no json": "not a valid JSON", "nan": "norm.bias holds"}
 
 

@@ -69,6 +69,10 @@ def test_encoders_come_from_the_pretrained_folder_only_where_it_has_them(
     assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
     with pytest.raises(UserError, match=r"--pretrained_model_name_or_path nowhere\.pth: there is no such file"):
         set_up(tiny_config(pretrained_model_name_or_path="nowhere.pth"), tmp_path)
+    weights = tmp_path / "alone" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"--pretrained_model_name_or_path .*alone: has no U-ViT in unet/"):
+        set_up(tiny_config(pretrained_model_name_or_path=alone), tmp_path)
 
 
 def test_which_split_is_validated_on(tiny_config: Any, store: Path, tmp_path: Path) -> None:

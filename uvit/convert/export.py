@@ -16,6 +16,7 @@ from uvit import checkpoint
 from uvit.config.convert import ENCODERS, ConvertConfig
 from uvit.convert.card import push, run_folder, write_card
 from uvit.convert.folder import (
+    CONVENTIONS,
     Conventions,
     Parts,
     as_trained,
@@ -74,6 +75,8 @@ def convert(config: ConvertConfig) -> None:
             write_card(parts, folder, name, config.license, run, config.to == "diffusers")
         if config.to == "diffusers":
             write_code(folder)
+        if config.to in ("export", "onnx"):  # the network alone
+            write_json(asdict(parts.conventions), folder / CONVENTIONS)
 
     try:
         put(goal, config.overwrite, write)

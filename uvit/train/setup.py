@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import uvit
@@ -230,8 +231,9 @@ def build_unet(config: TrainConfig) -> UViTT2IModel:
         raise UserError(f"--pretrained_model_name_or_path {name}: there is no such file or folder")
     try:
         return UViTT2IModel.from_pretrained(name, subfolder="unet", use_safetensors=True)
-    except OSError as error:
-        raise UserError(f"--pretrained_model_name_or_path {name}: has no U-ViT in unet/ ({error})") from None
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # none, or one that is not whole
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"--pretrained_model_name_or_path {name}: has no U-ViT in unet/ ({reason})") from None
 
 
 @torch.no_grad()
