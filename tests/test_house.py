@@ -29,7 +29,7 @@ LAYERS = [
     ["uvit", "uvit.errors"],
     ["uvit.config", "uvit.shards"],
     ["uvit.model", "uvit.diffusion", "uvit.images", "uvit.device", "uvit.checkpoint", "uvit.config_file"],
-    ["uvit.sample.limited"],
+    ["uvit.sample.limited"],  # of torch and diffusers alone: convert reads it by name, sample draws with it
     ["uvit.cost", "uvit.distributed"],
     ["uvit.data"],
     ["uvit.convert"],  # what others wrote, read
