@@ -19,7 +19,7 @@ from pathlib import Path
 EXTRACT = """
 import sys
 from uvit.cli.main import main
-from uvit.data import extract
+from uvit.extract import extract
 extract.COMMIT_SECONDS = float(sys.argv[1])
 sys.exit(main(["extract", *sys.argv[2:]]))
 """

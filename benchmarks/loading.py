@@ -40,9 +40,12 @@ import webdataset
 from datasets.arrow_writer import ArrowWriter
 from torch.utils.data import DataLoader, Dataset
 
-from uvit.data.features import Features, FeatureStore, OldLayout
-from uvit.data.loader import made_ahead
-from uvit.data.store import EncodedPairs, StoreInfo, StoreWriter
+from uvit.store.npy_layout import NpyFeatures
+from uvit.store.reader import FeatureStore
+from uvit.store.shard import EncodedPairs
+from uvit.store.types import Features
+from uvit.store.writer import StoreInfo, StoreWriter
+from uvit.train.loader import prefetch_in_threads
 
 MOMENTS, CONTEXT, NUM_CAPTIONS = (8, 32, 32), (77, 768), 5
 SHARD_SIZE, TAR_SIZE, BATCH_SIZE, SHUFFLE_BUFFER = 1024, 256, 32, 256
@@ -202,7 +205,7 @@ def load_features(open_them: Callable[[Path], Features]) -> Callable[..., Iterab
             return batch.moments, batch.context
 
         batches = Batched(epochs(num_pairs, num_epochs, seed), read)
-        return made_ahead(batches.__getitem__, range(len(batches)), num_workers)
+        return prefetch_in_threads(batches.__getitem__, range(len(batches)), num_workers)
 
     return load
 
@@ -244,7 +247,7 @@ class Format:
 
 FORMATS = [
     Format(BASELINE, "old", write_old_layout, load_textbook, 3),
-    Format("old layout, uvit's reader", "old", write_old_layout, load_features(OldLayout), 3),
+    Format("old layout, uvit's reader", "old", write_old_layout, load_features(NpyFeatures), 3),
     Format("feature store", "store", write_store, load_features(lambda folder: FeatureStore(folder / "train")), 40),
     Format("WebDataset tars", "tars", write_tars, load_tars, 2),
     Format("Hugging Face Arrow", "arrow", write_arrow, load_arrow, 3),

@@ -24,15 +24,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from uvit.bench.store import write_random_store
+from uvit.bench.random_store import write_random_store
 from uvit.cli.parse import parse
 from uvit.config.model import resolve_model_config
 from uvit.config.train import TrainConfig
-from uvit.cost import hollow_unet
-from uvit.distributed.mesh import Degrees, start, stop
-from uvit.train.estimate import look, plan_of
-from uvit.train.plan import make_plan
-from uvit.train.setup import set_up
+from uvit.distributed.mesh import Degrees, destroy_distributed, init_distributed
+from uvit.train.dry_run import look, make_plan, plan_of_run
+from uvit.train.profiling import meta_unet
+from uvit.train.setup import build_run
 from uvit.train.step import train_step
 from uvit.train.trainer import load_batches
 
@@ -75,12 +74,14 @@ def high_water() -> int:
 
 def measure(kind: str, result: Path, flags: list[str]) -> None:
     config, _ = parse(TrainConfig, flags, prog="uvit train")
-    world = start(Degrees(config.dp_degree, config.sharding_parallel_degree, config.tensor_parallel_degree), "cpu")
+    world = init_distributed(
+        Degrees(config.dp_degree, config.sharding_parallel_degree, config.tensor_parallel_degree), "cpu"
+    )
     profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
     before = high_water()
     if kind == "allocated":
         profile.start()
-    run = set_up(config, Path(config.output_dir), world)
+    run = build_run(config, Path(config.output_dir), world)
     batches = load_batches(run)
     for _ in range(3):
         train_step(run, batches)
@@ -92,7 +93,7 @@ def measure(kind: str, result: Path, flags: list[str]) -> None:
         sizes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
         peak = int(np.cumsum([size for _, size in sizes]).max())
     (result / f"{world.rank}.json").write_text(json.dumps(peak), encoding="utf-8")
-    stop(world)
+    destroy_distributed(world)
 
 
 # In the main process
@@ -102,7 +103,7 @@ def predicted(flags: list[str]) -> tuple[int, float]:
     """-> (bytes a process, the network's parameters in millions), as the dry run tells them."""
     config, _ = parse(TrainConfig, flags, prog="uvit train")
     run = look(config)
-    return sum(plan_of(run).memory.values()), run.unet.num_parameters() / 1e6
+    return sum(plan_of_run(run).memory.values()), run.unet.num_parameters() / 1e6
 
 
 def measured(kind: str, flags: list[str], size: int) -> int:
@@ -181,7 +182,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_random_store(folder, hollow_unet(resolve_model_config("uvit_t2i_small")), num_pairs=64)
+        write_random_store(folder, meta_unet(resolve_model_config("uvit_t2i_small")), num_pairs=64)
         if options.published:
             published(folder)
             on_an_a100()

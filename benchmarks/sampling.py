@@ -24,16 +24,15 @@ from diffusers import DPMSolverMultistepScheduler
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from uvit.cost import count_flops
-from uvit.data.encoders import decode_latents
-from uvit.data.shapes import Scene, scenes
 from uvit.evaluate.prompts import accuracy
 from uvit.images import save_png, to_pil
-from uvit.sample.denoise import EVERY_LABEL, denoise
+from uvit.sample.denoise import ALL_TIMESTEPS, denoise
 from uvit.sample.fit import Draw, Recorder, fit_plan, solve
 from uvit.sample.load import open_pipeline
-from uvit.sample.multistep import MultistepScheduler, Plan, karras_grid, second_order
-from uvit.sample.schedulers import build_scheduler
+from uvit.sample.schedulers import MultistepScheduler, SolverPlan, build_scheduler, karras_grid, second_order
+from uvit.sources.shapes import Scene, scenes
+from uvit.train.profiling import count_flops
+from uvit.weights.encoders import decode_latents
 
 Interval = tuple[float, float]
 
@@ -65,7 +64,7 @@ def read_prompts(source: str) -> list[str]:
 
 
 def drawing(
-    pipeline: Any, prompts: list[str], seeds: list[int], guidance_scale: float, interval: Interval = EVERY_LABEL
+    pipeline: Any, prompts: list[str], seeds: list[int], guidance_scale: float, interval: Interval = ALL_TIMESTEPS
 ) -> Draw:
     """Each prompt from each seed."""
     size = pipeline.unet.config.sample_size
@@ -78,7 +77,7 @@ def drawing(
     )
 
 
-def solver(kind: str, plans: list[Plan]) -> Any:
+def solver(kind: str, plans: list[SolverPlan]) -> Any:
     if kind == "fitted":
         return MultistepScheduler(plans)
     if kind == "plain 2M":
@@ -106,7 +105,7 @@ def measure(
 
     started = time.perf_counter()
     flow = solve(tune)
-    plans = [fit_plan(tune, flow, n, (guidance_scale, *EVERY_LABEL))[0] for n in STEPS["fitted"]]
+    plans = [fit_plan(tune, flow, n, (guidance_scale, *ALL_TIMESTEPS))[0] for n in STEPS["fitted"]]
     fitting = time.perf_counter() - started
     recorder = Recorder([second_order(karras_grid(options.reference_steps))])
     x_0 = report(recorder, options.reference_steps)
@@ -143,7 +142,7 @@ def prompts_right(path: str, options: argparse.Namespace) -> str:
     ways = [OFFICIAL, ("plain 2M", 50), *(("dpmsolver++", n) for n in (50, 24)), ("fitted", 12), ("fitted", 8)]
     lines = ["| guidance | at labels | " + " | ".join(f"{kind}, {n}" for kind, n in ways) + " |"]
     lines.append("|---|---|" + "---|" * len(ways))
-    for scale, interval in itertools.product(options.guidance_scales, (EVERY_LABEL, (100.0, 1000.0))):
+    for scale, interval in itertools.product(options.guidance_scales, (ALL_TIMESTEPS, (100.0, 1000.0))):
         guidance = (scale, *interval)
         tune = drawing(pipeline, known, [1], scale, interval)
         flow = solve(tune)

@@ -30,11 +30,11 @@ os.environ |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 import numpy as np
 
-import uvit.data.extract
+import uvit.extract.extract
 import uvit.sample.pipeline
 import uvit.train.trainer  # noqa: F401 - here, so that no child has to
 from uvit.cli.main import main as uvit_main
-from uvit.train.metrics import MEASURED
+from uvit.train.metrics import TIMING_FIELDS
 
 MODEL = {
     "sample_size": 8,
@@ -179,7 +179,7 @@ def contents(run_folder: Path, num_steps: int = STEPS) -> dict[str, bytes]:
     found = {p.relative_to(run_folder).as_posix(): p.read_bytes() for p in run_folder.rglob("*") if p.is_file()}
     records = [json.loads(line) for line in found["logs/metrics.jsonl"].splitlines()]
     assert [record["step"] for record in records] == list(range(1, num_steps + 1))
-    kept = [{name: value for name, value in record.items() if name not in MEASURED} for record in records]
+    kept = [{name: value for name, value in record.items() if name not in TIMING_FIELDS} for record in records]
     return found | {"logs/metrics.jsonl": json.dumps(kept).encode()}
 
 

@@ -1,6 +1,25 @@
-"""The property tests draw the same examples each time: a red test stays red until it is mended."""
+"""The property tests draw the same examples each time: a red test stays red until it is fixed. And shared encoders."""
 
+from pathlib import Path
+
+import pytest
 from hypothesis import settings
+
+from tests.port import drawn
+from tests.real_images import coco_mini, emoji_tar
+from tests.tiny import tiny_text_encoder_folder, tiny_vae_folder
+
+__all__ = ["coco_mini", "drawn", "emoji_tar"]  # fixtures
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_vae_folder(tmp_path_factory.mktemp("vae"))
+
+
+@pytest.fixture(scope="session")
+def text_encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_text_encoder_folder(tmp_path_factory.mktemp("text_encoder"))

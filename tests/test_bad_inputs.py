@@ -23,7 +23,7 @@ from PIL import Image
 from tests.tiny import tiny_text_encoder_folder, tiny_vae_folder
 from uvit.cli.main import COMMANDS, _load, main
 from uvit.cli.parse import BOOLEANS
-from uvit.data.shapes import ShapesSource
+from uvit.sources.shapes import ShapesSource
 
 SOME = settings(
     max_examples=250, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)

@@ -27,16 +27,16 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up. A module imports from lower layers, or from its own package.
 LAYERS = [
     ["uvit", "uvit.errors"],
-    ["uvit.config", "uvit.shards"],
-    ["uvit.model", "uvit.diffusion", "uvit.images", "uvit.device", "uvit.checkpoint", "uvit.config_file"],
+    ["uvit.config", "uvit.checkpoint.tensors"],
+    ["uvit.model", "uvit.diffusion", "uvit.images", "uvit.device", "uvit.checkpoint.saver", "uvit.io"],
     ["uvit.sample.limited"],  # of torch and diffusers alone: convert reads it by name, sample draws with it
-    ["uvit.cost", "uvit.distributed"],
+    ["uvit.train.dry_run", "uvit.distributed"],
     ["uvit.data"],
     ["uvit.convert"],  # what others wrote, read
     ["uvit.sample"],
-    ["uvit.convert.card", "uvit.convert.foreign", "uvit.convert.graph", "uvit.convert.remote"],
-    ["uvit.convert.export"],
-    ["uvit.data.extract", "uvit.features", "uvit.train", "uvit.evaluate"],
+    ["uvit.export.card", "uvit.export.formats", "uvit.export.graph", "uvit.export.standalone"],
+    ["uvit.export.convert"],
+    ["uvit.extract.extract", "uvit.features", "uvit.train", "uvit.evaluate"],
     ["uvit.bench"],
     ["uvit.cli"],
     ["uvit.__main__"],

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.soak import STEPS, TRAIN, VARIANTS, contents
-from tests.test_checkpoint import files_at_most
+from tests.checkpoint.test_saver import files_at_most
 from uvit.cli.main import main
 
 ROOT = Path(__file__).parents[1]

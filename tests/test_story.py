@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.data.conftest import SHARED
+from tests.real_images import SHARED
 from tests.tiny import tiny_text_encoder_folder, tiny_vae_folder
 from uvit.cli.main import main
-from uvit.data.features import FeatureStore
+from uvit.store.reader import FeatureStore
 
 Pairs = list[tuple[str, bytes, list[str]]]  # file name, the image file's bytes, captions
 

@@ -8,8 +8,10 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from uvit.data.tokenizer import train_tokenizer
-from uvit.data.types import FeatureBatch
+from uvit.checkpoint.saver import Saver
+from uvit.checkpoint.tensors import Groups
+from uvit.extract.tokenizer import train_tokenizer
+from uvit.store.types import FeatureBatch
 
 CAPTIONS = [
     "a red circle on a blue background",
@@ -94,3 +96,10 @@ def array_features(
     num_samples: int = 20, num_tokens: int = 3, width: int = 8, size: int = 4, flipped: bool = False
 ) -> ArrayFeatures:
     return ArrayFeatures(num_samples, num_tokens, width, size, flipped)
+
+
+def save_checkpoint(output_dir: Path, step: int, tensors: Groups, record: dict[str, Any]) -> Path:
+    """Write `checkpoint-{step}` here and now."""
+    with Saver(output_dir) as saver:
+        saver.save(step, tensors, record)
+    return output_dir / f"checkpoint-{step}"

@@ -9,11 +9,12 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "UViTT2IModel": "uvit.convert.pretrained",
+    "UViTT2IModel": "uvit.model",
     "UViTPipeline": "uvit.sample.pipeline",
+    "load_unet": "uvit.weights.components",
     "LDMTextToImageUViTPipeline": "uvit.sample.pipeline",
 }
-__all__ = ["LDMTextToImageUViTPipeline", "UViTPipeline", "UViTT2IModel", "__version__"]
+__all__ = ["LDMTextToImageUViTPipeline", "UViTPipeline", "UViTT2IModel", "__version__", "load_unet"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
+from uvit.io import write_atomically
+
 FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
     "bicubic": Image.Resampling.BICUBIC,
@@ -122,9 +124,8 @@ def save_png(image: Image.Image, path: Path, text: Mapping[str, str] | None = No
     for key, value in (text or {}).items():
         info.add_itxt(key, value)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.writing")
-    image.save(aside, format="PNG", pnginfo=info)
-    aside.replace(path)
+    with write_atomically(path, sync=False) as aside:
+        image.save(aside, format="PNG", pnginfo=info)
 
 
 def _wrap(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, max_lines: int = 4) -> list[str]:

@@ -9,6 +9,7 @@ L = 1 + T + h w tokens (one for time, T for text), D width, N heads, d head dim.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -144,6 +145,11 @@ class UViTT2IModel(ModelMixin, ConfigMixin):
                 nn.init.trunc_normal_(module.weight, std=INIT_STD)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "UViTT2IModel":
+        """As in diffusers, from safetensors only. `uvit.load_unet` opens the formats of other U-ViT systems."""
+        return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
 
     def forward(self, latents: Tensor, timestep: Tensor | float, context: Tensor) -> Tensor:
         """Predict epsilon, v or x_0, whatever the model was trained for.

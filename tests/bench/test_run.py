@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from uvit.bench.run import bench, measure, set_up_run, table
+from uvit.bench.run import bench, build_bench_run, format_table, time_rounds
 from uvit.config.bench import BenchConfig
 
 TINY = {
@@ -42,7 +42,7 @@ def test_the_loader_is_measured_where_asked_for(model: str, capsys: pytest.Captu
 
 
 def test_the_step_is_trainings_own(model: str, tmp_path: Path) -> None:
-    run = set_up_run(
+    run = build_bench_run(
         BenchConfig(model, batch_size=3, precision="bf16", recompute=True, device="cpu"), tmp_path / "bench"
     )
     assert run.config.per_device_train_batch_size == 3
@@ -54,12 +54,14 @@ def test_the_step_is_trainings_own(model: str, tmp_path: Path) -> None:
 def test_each_measurement_stands_beside_the_matmuls_around_it() -> None:
     calls: list[str] = []
     jobs = {name: lambda n=name: calls.append(n) for name in ("a", "b")}
-    timings = measure(jobs, lambda: calls.append("m"), 2, torch.device("cpu"))
+    timings = time_rounds(jobs, lambda: calls.append("m"), 2, torch.device("cpu"))
     assert "".join(calls) == "mmmammmbmmm" * 4, "two rounds to warm up, two measured"
     assert [len(rows) for rows in timings.values()] == [2, 2]
 
 
 def test_the_ratio_is_taken_within_each_round() -> None:
     """A machine that slows down by half, work and yardstick alike, keeps its ratio."""
-    text = table({"step": [(1.0, 0.1), (2.0, 0.2)]}, {"step": 8_000_000_000}, matmul_flops=1_000_000_000, batch_size=4)
+    text = format_table(
+        {"step": [(1.0, 0.1), (2.0, 0.2)]}, {"step": 8_000_000_000}, matmul_flops=1_000_000_000, batch_size=4
+    )
     assert text.splitlines()[-1].split() == ["step", "1500.0", "2.67", "8.0", "5.3", "80.0%"]

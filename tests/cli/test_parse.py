@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from uvit.cli.parse import parse
 from uvit.config.train import TrainConfig
-from uvit.config_file import to_yaml
 from uvit.errors import UserError
+from uvit.io import to_yaml
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from uvit.distributed import ops, state
+from tests.distributed.whole import full
+from uvit.checkpoint import layout as state
+from uvit.distributed import ops
 from uvit.distributed.mesh import World
 from uvit.distributed.parallelize import parallelize
 from uvit.model import UViTT2IModel
@@ -18,13 +20,13 @@ def check(world: World, unet: UViTT2IModel, inputs: tuple[Tensor, Tensor, Tensor
     parallelize(unet, world)
     return {
         "place": [world.data_rank, world.num_data_ranks, world.tp_rank, world.is_main],
-        "held": {name: ops.local(parameter).numel() for name, parameter in unet.named_parameters()},
+        "held": {name: ops.local_tensor(parameter).numel() for name, parameter in unet.named_parameters()},
         "inner": inner_widths(unet, inputs),
         "forward_alone": forward_alone(unet, inputs),
         "numbers": numbers(world),
         "unused": unused(world),
         "infinite": infinite(world, unet, inputs),
-        "full": alike(state.full(dict(unet.named_parameters()), world), whole),
+        "full": alike(full(dict(unet.named_parameters()), world), whole),
         "loaded": loaded(world, unet, whole),
         "replicas": replicas(world, unet),
     }
@@ -56,10 +58,10 @@ def inner_widths(unet: UViTT2IModel, inputs: tuple[Tensor, Tensor, Tensor]) -> d
 
 def forward_alone(unet: UViTT2IModel, inputs: tuple[Tensor, Tensor, Tensor]) -> bool:
     """Whether a forward without a backward leaves the parameters as they were."""
-    before = [(id(parameter), ops.local(parameter).shape) for parameter in unet.parameters()]
+    before = [(id(parameter), ops.local_tensor(parameter).shape) for parameter in unet.parameters()]
     with torch.no_grad():
         unet(*inputs)
-    return before == [(id(parameter), ops.local(parameter).shape) for parameter in unet.parameters()]
+    return before == [(id(parameter), ops.local_tensor(parameter).shape) for parameter in unet.parameters()]
 
 
 def numbers(world: World) -> dict[str, Any]:
@@ -67,7 +69,7 @@ def numbers(world: World) -> dict[str, Any]:
         "mean": ops.mean_over_data(torch.tensor(float(world.data_rank)), world).item(),
         "any": [ops.any_of(world.rank == 1, world), ops.any_of(False, world)],
         "all": [ops.all_of(world.rank == 1, world), ops.all_of(True, world)],
-        "from_main": ops.from_main({"rank": world.rank}, world),
+        "from_main": ops.broadcast({"rank": world.rank}, world),
     }
 
 
@@ -96,7 +98,7 @@ def infinite(world: World, unet: UViTT2IModel, inputs: tuple[Tensor, Tensor, Ten
         grad = unet.get_parameter("mid_block.mlp.fc1.weight").grad
         assert grad is not None
         if found and last and world.degrees.dp == 1:  # replicas would have shared it
-            ops.local(grad).view(-1)[0] = torch.inf
+            ops.local_tensor(grad).view(-1)[0] = torch.inf
         found.append(bool(ops.grad_norm(unet.parameters(), world).isfinite()))
         unet.zero_grad()
     return found
@@ -106,8 +108,8 @@ def loaded(world: World, unet: UViTT2IModel, whole: dict[str, Tensor]) -> list[s
     """Load other weights as a checkpoint does: each process the block that it holds. -> names that came out wrong."""
     other = {name: tensor + 1 for name, tensor in whole.items()}
     names = dict(unet.named_parameters())
-    before = {name: ops.local(parameter).clone() for name, parameter in names.items()}
-    target = state.canonical(names, world)
+    before = {name: ops.local_tensor(parameter).clone() for name, parameter in names.items()}
+    target = state.to_checkpoint_layout(names, world)
     wrong = [name for name, tensor in target.items() if tensor.shape != whole[name].shape]
     with torch.no_grad():
         for name, tensor in target.items():
@@ -117,23 +119,24 @@ def loaded(world: World, unet: UViTT2IModel, whole: dict[str, Tensor]) -> list[s
                     tensor.shape, tensor.device_mesh, tensor.placements
                 )
                 block = block[tuple(slice(o, o + n) for o, n in zip(offsets, shape, strict=True))]
-            ops.local(tensor).copy_(block)
-    state.load_canonical(names, target, world)
-    wrong += alike(state.full(names, world), other) if world.is_main else state.full(names, world).keys()
+            ops.local_tensor(tensor).copy_(block)
+    state.from_checkpoint_layout(names, target, world)
+    wrong += alike(full(names, world), other) if world.is_main else full(names, world).keys()
     for name, parameter in names.items():
-        ops.local(parameter).copy_(before[name])
+        ops.local_tensor(parameter).copy_(before[name])
     return wrong
 
 
 def replicas(world: World, unet: UViTT2IModel) -> list[list[str]]:
     """Tensors found to differ: at first; after the last process changed one bit of pos_embed; then of qkv too."""
     tensors = {
-        name: ops.local(p).clone() if not isinstance(p, DTensor) else p.detach() for name, p in unet.named_parameters()
+        name: ops.local_tensor(p).clone() if not isinstance(p, DTensor) else p.detach()
+        for name, p in unet.named_parameters()
     }
     found = [ops.differing_replicas(tensors, world)]
     for name in ("pos_embed", "mid_block.attn.qkv.weight"):
         if world.rank == world.size - 1:
-            bits = ops.local(tensors[name]).view(-1).view(torch.int32)
+            bits = ops.local_tensor(tensors[name]).view(-1).view(torch.int32)
             bits[0] ^= 1
         found.append(ops.differing_replicas(tensors, world))
     return found

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.multiprocessing import start_processes
 
 from tests.distributed.worker import CASES, run, train
-from uvit.distributed.mesh import Degrees, World, start
+from uvit.distributed.mesh import Degrees, World, init_distributed
 
 OF_TWO = {"2x1x1": ["plain", "all"], "1x2x1": ["plain", "all", "copy"], "1x1x2": ["plain", "all", "bf16"]}
 OF_FOUR = {"2x1x2": ["all"], "1x2x2": ["all"], "2x2x1": ["all"]}
@@ -56,7 +56,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
 
 @pytest.fixture(scope="session")
 def alone() -> World:
-    return start(Degrees(), "cpu")
+    return init_distributed(Degrees(), "cpu")
 
 
 @pytest.fixture(scope="session")

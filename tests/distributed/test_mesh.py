@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed.conftest import OF_FOUR, OF_TWO, Worlds
-from uvit.distributed.mesh import Degrees, World, start, stop
+from uvit.distributed.mesh import Degrees, World, destroy_distributed, init_distributed
 from uvit.errors import UserError
 
 
@@ -18,18 +18,18 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def test_a_world_of_one_uses_no_torch_distributed() -> None:
-    world = start(Degrees(), "cpu")
+    world = init_distributed(Degrees(), "cpu")
     assert world == World(0, 1, Degrees(), torch.device("cpu"), None)
     assert (world.parallel, world.is_main, world.data_rank, world.num_data_ranks) == (False, True, 0, 1)
     assert world.axes() == []
     assert not dist.is_initialized()
-    stop(world)
+    destroy_distributed(world)
 
 
 def test_one_process_of_torchrun_is_a_world_of_one(launched: pytest.MonkeyPatch) -> None:
     launched.setenv("RANK", "0")
     launched.setenv("WORLD_SIZE", "1")
-    assert not start(Degrees(), "cpu").parallel
+    assert not init_distributed(Degrees(), "cpu").parallel
 
 
 @pytest.mark.parametrize("layout", [*OF_TWO, *OF_FOUR])
@@ -41,7 +41,7 @@ def test_processes_of_a_tp_group_read_the_same_data(worlds: Worlds, layout: str)
 
 def test_degrees_without_torchrun_tell_the_command() -> None:
     with pytest.raises(UserError) as error:
-        start(Degrees(dp=2, tp=2), "cpu")
+        init_distributed(Degrees(dp=2, tp=2), "cpu")
     assert str(error.value) == (
         "--dp_degree 2 x --sharding_parallel_degree 1 x --tensor_parallel_degree 2 = 4, but there is 1 process; "
         "start them with torchrun --nproc_per_node 4 -m uvit train ..."
@@ -50,19 +50,19 @@ def test_degrees_without_torchrun_tell_the_command() -> None:
 
 def test_degrees_that_are_not_the_number_of_processes_tell_what_would_be(launched: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError) as error:
-        start(Degrees(tp=2), "cpu")
+        init_distributed(Degrees(tp=2), "cpu")
     assert str(error.value) == (
         "--dp_degree 1 x --sharding_parallel_degree 1 x --tensor_parallel_degree 2 = 2, but there are 4 processes; "
         "pass --dp_degree 2, or start them with torchrun --nproc_per_node 2 -m uvit train ..."
     )
     with pytest.raises(UserError, match=r"= 1, but there are 4 processes; pass --dp_degree 4, or start one without"):
-        start(Degrees(), "cpu")
+        init_distributed(Degrees(), "cpu")
     with pytest.raises(UserError, match=r"= 3, but there are 4 processes; start them with torchrun --nproc_per_node 3"):
-        start(Degrees(shard=3), "cpu")
+        init_distributed(Degrees(shard=3), "cpu")
     assert not dist.is_initialized()
 
 
 @pytest.mark.parametrize("degrees", [Degrees(dp=0), Degrees(dp=-2, shard=-2)])
 def test_degrees_below_one_are_refused(launched: pytest.MonkeyPatch, degrees: Degrees) -> None:
     with pytest.raises(UserError, match=rf"^--dp_degree {degrees.dp}: must be 1 or more$"):
-        start(degrees, "cpu")
+        init_distributed(degrees, "cpu")

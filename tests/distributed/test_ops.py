@@ -54,7 +54,7 @@ def test_in_a_world_of_one_nothing_is_asked_of_others(alone: World) -> None:
     assert ops.mean_over_data(torch.tensor(3.0), alone).item() == 3
     assert [ops.any_of(True, alone), ops.any_of(False, alone)] == [True, False]
     assert [ops.all_of(True, alone), ops.all_of(False, alone)] == [True, False]
-    assert ops.from_main("x", alone) == "x"
+    assert ops.broadcast("x", alone) == "x"
     assert ops.differing_replicas({"x": torch.zeros(2)}, alone) == []
     ops.barrier(alone)
 

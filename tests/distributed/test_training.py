@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.soak import contents
 from tests.distributed.training_worker import World, write_worlds
-from uvit import checkpoint
+from uvit.checkpoint.folder import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
 ONE = (1, 1, 1)
@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tensors(run: Path, step: int) -> dict[str, Tensor]:
-    found = checkpoint.read(run / f"checkpoint-{step}")
+    found = read_checkpoint(run / f"checkpoint-{step}")
     groups = {group: found.load(group) for group in ("weights", "ema", "optimizer")}
     return {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
 
@@ -111,7 +111,7 @@ def test_what_is_not_finite_in_one_process_is_skipped_by_both(folder: Path, name
     run, one = folder / f"{name}-float16" / "run", folder / "one-float16" / "run"
     same_but_for_rounding(run, one, step=6, tolerance=2**-8)
     assert 0 < sum(line["skipped"] for line in lines(one)) < 6
-    scales = [checkpoint.read(some / "checkpoint-6").record["loss_scale"] for some in (run, one)]
+    scales = [read_checkpoint(some / "checkpoint-6").record["loss_scale"] for some in (run, one)]
     assert scales[0] == scales[1] and scales[0]["scale"] < 2.0**16
 
 

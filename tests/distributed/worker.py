@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.distributed.checks import check
-from uvit.distributed import mesh, ops, state
+from tests.distributed.whole import full
+from uvit.distributed import mesh, ops
 from uvit.distributed.mesh import Degrees, World
 from uvit.distributed.parallelize import parallelize
 from uvit.model import UViTT2IModel
@@ -58,7 +59,7 @@ def microbatch(step: int, index: int, count: int) -> tuple[Tensor, Tensor, Tenso
 
 
 def locals_of(network: nn.Module) -> list[Tensor]:
-    return [ops.local(parameter) for parameter in network.parameters()]
+    return [ops.local_tensor(parameter) for parameter in network.parameters()]
 
 
 def train(
@@ -121,9 +122,9 @@ def train(
     results = {}
     if world.is_main:
         results = {"losses": torch.stack(losses), "norms": torch.stack(norms), "differing": differing}
-    results |= state.full(dict(unet.named_parameters()), world)
-    results |= state.full({f"ema/{name}": p for name, p in average.named_parameters()}, world)
-    return results | state.full(moments, world)
+    results |= full(dict(unet.named_parameters()), world)
+    results |= full({f"ema/{name}": p for name, p in average.named_parameters()}, world)
+    return results | full(moments, world)
 
 
 def run(rank: int, size: int, port: int, folder: Path, layouts: dict[str, list[str]]) -> None:
@@ -133,7 +134,7 @@ def run(rank: int, size: int, port: int, folder: Path, layouts: dict[str, list[s
     os.environ.update({name: str(value) for name, value in places.items()})
     world = None
     for layout, cases in layouts.items():
-        world = mesh.start(Degrees(*map(int, layout.split("x"))), "cpu")
+        world = mesh.init_distributed(Degrees(*map(int, layout.split("x"))), "cpu")
         for case in cases:
             results = train(world, **CASES[case])  # type: ignore[arg-type]
             if world.is_main:
@@ -141,4 +142,4 @@ def run(rank: int, size: int, port: int, folder: Path, layouts: dict[str, list[s
         found = check(world, tiny(), microbatch(0, 0, 1)[:3])
         (folder / f"{layout}-{rank}.json").write_text(json.dumps(found))
     assert world is not None
-    mesh.stop(world)
+    mesh.destroy_distributed(world)

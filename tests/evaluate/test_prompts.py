@@ -8,8 +8,8 @@ import pytest
 
 from tests.sample.parts import tiny_pipeline_folder
 from uvit.config.evaluate import EvaluateConfig
-from uvit.data.shapes import Scene, render, scenes
 from uvit.evaluate.prompts import accuracy, chance, evaluate, sheet
+from uvit.sources.shapes import Scene, render, scenes
 
 SCENES: list[Any] = scenes("heldout")
 

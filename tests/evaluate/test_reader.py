@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from uvit.data.shapes import Scene, neighbours, render, scenes
+from tests.scenes import neighbours
 from uvit.evaluate.reader import ATTRIBUTES, CHANCE, read_scene
+from uvit.sources.shapes import Scene, render, scenes
 
 EVERYTHING = [scene for split in ("train", "heldout") for scene in scenes(split) if isinstance(scene, Scene)]
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from tests.tiny import tiny_text_encoder_folder, tiny_vae_folder
-from uvit.data.encoders import load_text_encoder, load_tokenizer, load_vae
 from uvit.diffusion import PredictionType, convert_prediction, log_snr, signal_and_noise
 from uvit.model import UViTT2IModel
-from uvit.sample.export import save_pipeline
+from uvit.sample.pipeline import UViTPipeline
+from uvit.sample.schedulers import build_scheduler
+from uvit.weights.encoders import load_diffusers_vae, load_tokenizer, load_transformers_encoder
 
 NAMES = ("dpmsolver++", "unipc", "euler", "heun", "ddim", "ddpm")
 PREDICTIONS: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample")
@@ -36,9 +37,10 @@ def tiny_pipeline_folder(
         for parameter in unet.parameters():
             parameter.mul_(5 if parameter.ndim > 1 else 1)
     folder = path / "pipeline"
-    vae = load_vae(str(tiny_vae_folder(path / "vae")))
-    encoder, tokenizer = load_text_encoder(text_folder), load_tokenizer(text_folder)
-    save_pipeline(folder, unet, vae, encoder, tokenizer, latent_scale, prediction_type)
+    vae = load_diffusers_vae(str(tiny_vae_folder(path / "vae")))
+    encoder, tokenizer = load_transformers_encoder(text_folder), load_tokenizer(text_folder)
+    pipeline = UViTPipeline(vae, encoder, tokenizer, unet, build_scheduler(), latent_scale, prediction_type)
+    pipeline.save_pretrained(folder)
     return folder
 
 

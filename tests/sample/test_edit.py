@@ -9,12 +9,12 @@ from PIL import Image
 from torch import Tensor
 
 from tests.sample.parts import NAMES, gaussian_predictor, tiny_pipeline_folder
-from uvit.data.encoders import encode_images
 from uvit.diffusion import signal_and_noise
 from uvit.sample.denoise import at_step, denoise, timestep_labels
 from uvit.sample.edit import first_step
 from uvit.sample.pipeline import UViTPipeline
 from uvit.sample.schedulers import build_scheduler
+from uvit.weights.encoders import encode_images
 
 ALL_NAMES = sorted({*NAMES, "official"})
 SHAPE = (2, 4, 8, 8)

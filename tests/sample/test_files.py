@@ -10,16 +10,16 @@ from safetensors.torch import load_file
 from uvit.config.sample import SampleConfig
 from uvit.errors import UserError
 from uvit.sample.files import (
-    NOT_RECORDED,
-    is_drawn,
+    UNRECORDED_FLAGS,
+    is_generated,
     metadata,
     need_writable,
     next_number,
     numbered,
-    save_picture,
+    save_image,
     save_sheet,
 )
-from uvit.sample.plan import Picture, Variant
+from uvit.sample.jobs import ImageJob, Variant
 
 RED = Image.new("RGB", (8, 8), "red")
 LATENTS = torch.randn(4, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -33,9 +33,9 @@ def test_every_flag_that_matters_to_a_picture_is_recorded(tmp_path: Path) -> Non
     text = metadata(SampleConfig("p", negative_prompt="blue"), variant(tmp_path), "abc")
     assert text.pop("software").startswith("uvit ")
     flags = {field.name for field in dataclasses.fields(SampleConfig)}
-    assert flags > NOT_RECORDED
+    assert flags > UNRECORDED_FLAGS
     unset = {"init_image", "mask", "strength"}
-    assert {*flags - NOT_RECORDED - unset, "pipeline", "guidance_scale", "unet_sha256"} == set(text)
+    assert {*flags - UNRECORDED_FLAGS - unset, "pipeline", "guidance_scale", "unet_sha256"} == set(text)
     assert (text["guidance_scale"], text["negative_prompt"]) == ("2.0", "blue")
 
 
@@ -52,7 +52,7 @@ def test_numbers_go_on_from_the_highest(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["npy", "safetensors", None])
 def test_latents_lie_beside_the_picture(tmp_path: Path, kind: str | None) -> None:
     path = tmp_path / "new" / "00000-a.png"
-    save_picture(path, RED, LATENTS, {"seed": "1"}, kind)
+    save_image(path, RED, LATENTS, {"seed": "1"}, kind)
     assert {file.name for file in path.parent.iterdir()} == {"00000-a.png"} | ({f"00000-a.{kind}"} if kind else set())
     if kind:
         file = path.with_suffix(f".{kind}")
@@ -72,32 +72,32 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_a_picture_is_known_by_what_made_it(tmp_path: Path) -> None:
     path = tmp_path / "00000-a.png"
     text = {"software": "uvit 1", "prompt": "ein Stern ★", "seed": "1"}
-    save_picture(path, RED, LATENTS, text, None)
-    assert is_drawn(path, text, None)
-    assert is_drawn(path, text | {"software": "uvit 2", "pipeline": "./p", "mask": "./m.png"}, None)
-    assert not is_drawn(path, text, "npy")
+    save_image(path, RED, LATENTS, text, None)
+    assert is_generated(path, text, None)
+    assert is_generated(path, text | {"software": "uvit 2", "pipeline": "./p", "mask": "./m.png"}, None)
+    assert not is_generated(path, text, "npy")
     for other, message in [
         (text | {"seed": "2"}, "seed: 1 there, 2 here"),
         (text | {"mask_sha256": "abc"}, "mask_sha256: nothing there, abc here"),
         ({"prompt": text["prompt"]}, "seed: 1 there, nothing here"),
     ]:
         with pytest.raises(UserError, match=message):
-            is_drawn(path, other, None)
+            is_generated(path, other, None)
     for content in (path.read_bytes()[:-30], b"no picture"):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"cannot be read .*; delete it, and it is drawn again"):
-            is_drawn(path, text, None)
+            is_generated(path, text, None)
         with pytest.raises(UserError, match=r"00000-a.png: cannot be read"):
-            save_sheet(SampleConfig("p", output_dir=str(tmp_path)), [variant(tmp_path)], [Picture(0, "a", 1)], {})
+            save_sheet(SampleConfig("p", output_dir=str(tmp_path)), [variant(tmp_path)], [ImageJob(0, "a", 1)], {})
 
 
 def test_a_sheet_waits_for_all_pictures(tmp_path: Path) -> None:
     config = SampleConfig("p", output_dir=str(tmp_path))
-    pictures, variants = [Picture(i, "a", i) for i in range(2)], [variant(tmp_path / name, name) for name in "xy"]
+    pictures, variants = [ImageJob(i, "a", i) for i in range(2)], [variant(tmp_path / name, name) for name in "xy"]
     for one in variants:
         assert save_sheet(config, variants, pictures, {}) is None
         for picture in pictures:
-            save_picture(one.folder / picture.file_name, RED, LATENTS, {}, None)
+            save_image(one.folder / picture.file_name, RED, LATENTS, {}, None)
     sheet = save_sheet(config, variants, pictures, {"dtype": "float32"})
     assert sheet == tmp_path / "contact_sheet.png"
     with Image.open(sheet) as image:
@@ -111,7 +111,7 @@ def test_a_sheet_waits_for_all_pictures(tmp_path: Path) -> None:
 
 def test_a_sheet_of_very_many_shows_the_first(tmp_path: Path) -> None:
     config = SampleConfig("p", output_dir=str(tmp_path))
-    pictures = [Picture(i, "a", i) for i in range(401)]
+    pictures = [ImageJob(i, "a", i) for i in range(401)]
     for picture in pictures[:400]:
-        save_picture(tmp_path / picture.file_name, RED, LATENTS, {}, None)
+        save_image(tmp_path / picture.file_name, RED, LATENTS, {}, None)
     assert save_sheet(config, [variant(tmp_path)], pictures, {}) is not None

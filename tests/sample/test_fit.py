@@ -8,8 +8,8 @@ from torch import Tensor
 from tests.sample.parts import mixture_flow, mixture_predictor
 from uvit.errors import UserError
 from uvit.sample.denoise import denoise
-from uvit.sample.fit import FILE, Draw, fit_plan, least_squares, read_plans, relative_error, solve, store_plan
-from uvit.sample.multistep import MultistepScheduler, Plan, karras_grid, second_order
+from uvit.sample.fit import FITTED_FILE, Draw, fit_plan, least_squares, read_plans, relative_error, solve, store_plan
+from uvit.sample.schedulers import MultistepScheduler, SolverPlan, karras_grid, second_order
 
 NONE = (1.0, 1.0, 1000.0)  # guidance
 
@@ -73,16 +73,16 @@ def test_terms_that_are_alike_keep_to_the_prior() -> None:
     assert least_squares([term, term], term, [0.25, 0.75]) == pytest.approx([0.25, 0.75], abs=1e-6)
 
 
-def plan(num_steps: int, guidance_scale: float) -> Plan:
+def plan(num_steps: int, guidance_scale: float) -> SolverPlan:
     plain = second_order(karras_grid(num_steps))
-    return Plan(plain.log_snrs, plain.weights, (guidance_scale, 1, 1000))
+    return SolverPlan(plain.log_snrs, plain.weights, (guidance_scale, 1, 1000))
 
 
 def test_plans_are_stored_with_the_pipeline(tmp_path: Path) -> None:
     assert read_plans(tmp_path) == []
     for each in (plan(4, 2.0), plan(4, 7.5), plan(6, 2.0)):
-        assert store_plan(tmp_path, each) == tmp_path / FILE
-    again = Plan(plan(4, 2.0).log_snrs, ((1.0, 0.0),) * 4, (2.0, 1, 1000))
+        assert store_plan(tmp_path, each) == tmp_path / FITTED_FILE
+    again = SolverPlan(plan(4, 2.0).log_snrs, ((1.0, 0.0),) * 4, (2.0, 1, 1000))
     store_plan(tmp_path, again)
     assert read_plans(tmp_path) == [plan(4, 7.5), plan(6, 2.0), again]
     assert [path.name for path in (tmp_path / "scheduler").iterdir()] == ["fitted.json"]
@@ -102,13 +102,13 @@ def test_plans_are_stored_with_the_pipeline(tmp_path: Path) -> None:
 )
 def test_a_file_that_is_none_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "scheduler").mkdir()
-    (tmp_path / FILE).write_text(text)
+    (tmp_path / FITTED_FILE).write_text(text)
     with pytest.raises(UserError, match=r"fitted\.json: cannot be read"):
         read_plans(tmp_path)
 
 
 def test_what_is_stored_can_be_read_by_people(tmp_path: Path) -> None:
     store_plan(tmp_path, plan(3, 2.0))
-    (stored,) = json.loads((tmp_path / FILE).read_text())["plans"]
+    (stored,) = json.loads((tmp_path / FITTED_FILE).read_text())["plans"]
     assert stored["guidance"] == [2, 1, 1000]
     assert len(stored["log_snrs"]) == len(stored["weights"]) == 3

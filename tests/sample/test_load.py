@@ -7,11 +7,10 @@ from diffusers import UniPCMultistepScheduler
 from diffusers.utils import logging
 
 from tests.sample.parts import tiny_pipeline_folder
-from tests.tiny import tiny_text_encoder_folder
-from uvit import checkpoint
-from uvit.data.encoders import load_text_encoder
+from tests.tiny import save_checkpoint, tiny_text_encoder_folder
 from uvit.errors import UserError
 from uvit.sample.load import find_pipeline, open_pipeline
+from uvit.weights.encoders import load_transformers_encoder
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +31,7 @@ def test_what_to_do_where_there_is_none(tmp_path: Path) -> None:
         find_pipeline(str(tmp_path), "compare_with")
 
     for step in (9, 10):
-        checkpoint.save(tmp_path / "run", step, {"weights": {"w": torch.zeros(1)}}, {})
+        save_checkpoint(tmp_path / "run", step, {"weights": {"w": torch.zeros(1)}}, {})
     run = tmp_path / "run"
     with pytest.raises(UserError, match=f"not finished; .*: uvit convert {run}/checkpoint-10 {run}/pipeline$"):
         find_pipeline(str(run))
@@ -59,7 +58,7 @@ def test_a_pipeline_that_is_not_whole_is_one_sentence(folder: Path, tmp_path: Pa
     else:
         shutil.rmtree(copy / "text_encoder")
         text = tiny_text_encoder_folder(tmp_path / "text", width=16)
-        load_text_encoder(str(text)).save_pretrained(copy / "text_encoder")
+        load_transformers_encoder(str(text)).save_pretrained(copy / "text_encoder")
     with pytest.raises(UserError, match=f"--pipeline {copy}: is not whole, or its parts do not fit") as caught:
         open_pipeline(str(copy), "cpu")
     assert ("contexts are 16 wide, and the U-ViT takes 32" in str(caught.value)) == damage.startswith("another")

@@ -6,8 +6,14 @@ from tests.sample.parts import gaussian_flow, gaussian_predictor, mixture_predic
 from uvit.diffusion import log_snr
 from uvit.errors import UserError
 from uvit.sample.denoise import denoise
-from uvit.sample.multistep import MultistepScheduler, Plan, karras_grid, second_order
-from uvit.sample.schedulers import build_scheduler, check_scheduler
+from uvit.sample.schedulers import (
+    MultistepScheduler,
+    SolverPlan,
+    build_scheduler,
+    check_scheduler,
+    karras_grid,
+    second_order,
+)
 
 NOISE = torch.linspace(-2.5, 2.5, 32).view(1, 1, 4, 8)
 CONTEXT = torch.zeros(1, 1, 1)
@@ -44,7 +50,7 @@ def test_any_grid_will_do() -> None:
 def test_the_plan_is_that_of_the_steps_and_the_guidance() -> None:
     three, two = second_order(karras_grid(3)), second_order(karras_grid(2))
     plans = [
-        Plan(plain.log_snrs, plain.weights, (scale, 1, 1000))
+        SolverPlan(plain.log_snrs, plain.weights, (scale, 1, 1000))
         for plain, scale in ((three, 2.0), (three, 4.0), (two, 2.0))
     ]
     scheduler = MultistepScheduler(plans)

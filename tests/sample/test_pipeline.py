@@ -10,10 +10,10 @@ from torch import Tensor
 
 import uvit
 from tests.sample.parts import tiny_pipeline_folder
-from uvit.data.encoders import decode_latents
 from uvit.errors import UserError
 from uvit.model import UViTT2IModel
 from uvit.sample.pipeline import UViTPipeline
+from uvit.weights.encoders import decode_latents
 
 PROMPT = "a red circle on a blue background"
 

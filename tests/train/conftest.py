@@ -12,9 +12,9 @@ import pytest
 from tests.tiny import tiny_text_encoder_folder, tiny_vae_folder
 from uvit.config.extract import ExtractConfig
 from uvit.config.train import TrainConfig
-from uvit.data.extract import extract
-from uvit.data.features import FeatureStore
-from uvit.data.loader import Batches
+from uvit.extract.extract import extract
+from uvit.store.reader import FeatureStore
+from uvit.train.loader import BatchDataset
 
 TINY_MODEL = {
     "sample_size": 4,
@@ -81,7 +81,7 @@ def poisoned_store(edited_store: Callable[..., str]) -> Callable[..., str]:
 
     def poison(*counters: int) -> str:
         copy = edited_store()
-        rows = Batches(FeatureStore(Path(copy) / "train"), 4, TrainConfig.seed).rows(np.array(counters))
+        rows = BatchDataset(FeatureStore(Path(copy) / "train"), 4, TrainConfig.seed).rows(np.array(counters))
         moments = np.load(Path(copy) / "train" / "moments-00000.npy", mmap_mode="r+")
         moments[rows] = np.nan
         moments.flush()

@@ -9,14 +9,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from tests.data.pictures import png
+from tests.sources.pictures import png
 from uvit.config.autoencoder import AutoencoderConfig
-from uvit.data.encoders import encode_images, latent_scale_of, load_vae
-from uvit.data.sources import indexed, open_source
 from uvit.diffusion import draw_latents
 from uvit.errors import UserError
 from uvit.images import to_unit
-from uvit.train.autoencoder import build, load_images, measure, split_rows, train_autoencoder
+from uvit.sources.open import open_source, require_random_access
+from uvit.train.autoencoder import build_vae, load_images, measure_vae, split_rows, train_autoencoder
+from uvit.weights.encoders import encode_images, latent_scale_of, load_diffusers_vae
 
 
 def config(folder: Path, **flags: Any) -> AutoencoderConfig:
@@ -40,15 +40,15 @@ def test_train_measure_write_open(tmp_path: Path, capsys: pytest.CaptureFixture[
     folder = tmp_path / "vae"
     train_autoencoder(config(folder, preview_steps=75))
     facts = json.loads((folder / "training.json").read_text())
-    source = indexed(open_source("shapes", resolution=16), "--source shapes")
+    source = require_random_access(open_source("shapes", resolution=16), "--source shapes")
     held_out, rows = split_rows(len(source), 1234)
     images = load_images(source, rows, 16)
-    untrained = measure(build(config(folder)), load_images(source, held_out, 16), images[:8])
+    untrained = measure_vae(build_vae(config(folder)), load_images(source, held_out, 16), images[:8])
     assert facts["psnr"] > untrained["psnr"] + 1 and facts["steps"] == 150
     assert (folder / "previews" / "step-000075.png").is_file() and (folder / "previews" / "last.png").is_file()
     assert "PSNR" in capsys.readouterr().out
 
-    vae = load_vae(str(folder))
+    vae = load_diffusers_vae(str(folder))
     assert AutoencoderKL.from_pretrained(folder).config.scaling_factor == facts["latent_scale"]
     assert latent_scale_of(vae) == facts["latent_scale"]
     moments = encode_images(vae, to_unit(images))
@@ -58,12 +58,12 @@ def test_train_measure_write_open(tmp_path: Path, capsys: pytest.CaptureFixture[
     with pytest.raises(UserError, match="--overwrite_output_dir"):
         train_autoencoder(config(folder))
     train_autoencoder(config(folder, overwrite_output_dir=True, max_steps=1))
-    assert (folder / "config.old1.json").is_file() and load_vae(str(folder))
+    assert (folder / "config.old1.json").is_file() and load_diffusers_vae(str(folder))
 
 
 @pytest.mark.parametrize("factor", [4, 8])
 def test_the_factor_is_the_factor(factor: Any, tmp_path: Path) -> None:
-    vae = build(config(tmp_path, factor=factor, latent_channels=6))
+    vae = build_vae(config(tmp_path, factor=factor, latent_channels=6))
     moments = vae.encode(torch.zeros(1, 3, 16, 16)).latent_dist.parameters
     assert moments.shape == (1, 12, 16 // factor, 16 // factor)
 
@@ -76,19 +76,19 @@ def test_held_out_images_are_not_trained_on() -> None:
 
 
 def test_measured_psnr_is_psnr(tmp_path: Path) -> None:
-    vae = build(config(tmp_path)).eval()
+    vae = build_vae(config(tmp_path)).eval()
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, 3, 16, 16), dtype=np.uint8))
     with torch.no_grad():
         decoded = vae.decode(vae.encode(to_unit(images)).latent_dist.mean).sample.clamp(-1, 1)
     error = ((decoded - to_unit(images)) / 2).square().mean().item()
-    assert measure(vae, images, images, batch_size=4)["psnr"] == pytest.approx(-10 * np.log10(error), rel=1e-5)
+    assert measure_vae(vae, images, images, batch_size=4)["psnr"] == pytest.approx(-10 * np.log10(error), rel=1e-5)
 
 
 def test_images_that_cannot_be_used_are_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(8):
         (tmp_path / f"{number}.txt").write_text("red")
         (tmp_path / f"{number}.png").write_bytes(png("red"))
-    source = indexed(open_source(str(tmp_path)), "--source")
+    source = require_random_access(open_source(str(tmp_path)), "--source")
     (tmp_path / "3.png").write_bytes(png("red")[:-30])
     assert load_images(source, np.array([2, 3, 4, 3]), 16).shape == (2, 3, 16, 16)
     assert load_images(source, np.array([3]), 16).shape == (0, 3, 16, 16)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from uvit.errors import UserError
-from uvit.train.boards import TensorBoard, check_boards, has_wandb, open_boards
+from uvit.train.metrics import TensorBoard, check_trackers, has_wandb, open_trackers
 from uvit.train.trainer import train
 
 
@@ -21,7 +21,7 @@ from uvit.train.trainer import train
     ],
 )
 def test_which_boards_there_are(flags: dict[str, Any], number: int, tiny_config: Any, tmp_path: Path) -> None:
-    boards = open_boards(tiny_config(**flags), tmp_path, tmp_path / "logs", 0)
+    boards = open_trackers(tiny_config(**flags), tmp_path, tmp_path / "logs", 0)
     assert [type(board) for board in boards] == [TensorBoard] * number
     for board in boards:
         board.close()
@@ -33,8 +33,8 @@ def test_without_weights_and_biases(tiny_config: Any, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"^--report_to wandb: .* pip install wandb$"):
             train(tiny_config(report_to="wandb", **flags))
     assert not (tmp_path / "run").exists()
-    check_boards(tiny_config(report_to="all"))
-    [board] = open_boards(tiny_config(report_to="all"), tmp_path, tmp_path / "logs", 0)
+    check_trackers(tiny_config(report_to="all"))
+    [board] = open_trackers(tiny_config(report_to="all"), tmp_path, tmp_path / "logs", 0)
     assert isinstance(board, TensorBoard)
     board.close()
 
@@ -47,7 +47,7 @@ def test_weights_and_biases_without_a_network(
     monkeypatch.setenv("WANDB_SILENT", "true")
     logs = tmp_path / "logs"
     logs.mkdir()
-    boards = open_boards(tiny_config(report_to="all"), tmp_path / "run", logs, 5)
+    boards = open_trackers(tiny_config(report_to="all"), tmp_path / "run", logs, 5)
     assert len(boards) == 2
     for board in boards:
         board.scalars({"train/loss": 0.5}, 6)

@@ -11,10 +11,10 @@ import pytest
 
 from tests.tiny import array_features
 from tests.train.conftest import TINY_MODEL
-from uvit.data.features import open_features
 from uvit.errors import UserError
+from uvit.store.reader import open_features
 from uvit.train.checks import check_latents
-from uvit.train.setup import set_up
+from uvit.train.setup import build_run
 from uvit.train.trainer import train
 
 OTHER = {"name": "elsewhere", "sha256": "0123456789abcdef"}
@@ -41,7 +41,7 @@ def test_contradictions(
     path = tmp_path / "model.json"
     path.write_text(json.dumps(TINY_MODEL | changes))
     with pytest.raises(UserError, match=message):
-        set_up(tiny_config(uvit_config_file=str(path), **flags), tmp_path)
+        build_run(tiny_config(uvit_config_file=str(path), **flags), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -68,9 +68,9 @@ def test_features_to_validate_on_must_belong_to_those_to_train_on(
 ) -> None:
     other = edited_store("heldout", **fields)
     with pytest.raises(UserError, match=f"--feature_path {other}: .*{message}"):
-        set_up(tiny_config(feature_path=other, validation_split="heldout", **flags), tmp_path)
+        build_run(tiny_config(feature_path=other, validation_split="heldout", **flags), tmp_path)
     with pytest.raises(UserError, match=f"--validation_feature_path {other}: .*{message}"):
-        set_up(tiny_config(validation_feature_path=other, validation_split="heldout", **flags), tmp_path)
+        build_run(tiny_config(validation_feature_path=other, validation_split="heldout", **flags), tmp_path)
 
 
 def test_a_trained_text_encoder_need_not_be_the_one_that_the_features_know(
@@ -78,7 +78,7 @@ def test_a_trained_text_encoder_need_not_be_the_one_that_the_features_know(
 ) -> None:
     other = edited_store("heldout", text_encoder=OTHER)
     config = tiny_config(validation_feature_path=other, validation_split="heldout", train_text_encoder=True)
-    assert set_up(config, tmp_path).validation is not None
+    assert build_run(config, tmp_path).validation is not None
 
 
 def test_a_pipeline_to_start_from_must_have_the_encoders_of_the_features(
@@ -93,11 +93,11 @@ def test_a_pipeline_to_start_from_must_have_the_encoders_of_the_features(
         other = edited_store(**{name: OTHER})
         config = tiny_config(feature_path=other, pretrained_model_name_or_path=str(pipeline))
         with pytest.raises(UserError, match=f"--pretrained_model_name_or_path {pipeline}: its {what} is not the one"):
-            set_up(config, tmp_path)
-    assert set_up(tiny_config(pretrained_model_name_or_path=str(pipeline)), tmp_path)
+            build_run(config, tmp_path)
+    assert build_run(tiny_config(pretrained_model_name_or_path=str(pipeline)), tmp_path)
     (pipeline / "training.json").write_text(json.dumps(facts | {"timestep_labels": "0..999"}))
     with pytest.raises(UserError, match=r"was trained with the timestep labels 0\.\.999, and here they are 1\.\.1000"):
-        set_up(tiny_config(pretrained_model_name_or_path=str(pipeline)), tmp_path)
+        build_run(tiny_config(pretrained_model_name_or_path=str(pipeline)), tmp_path)
 
 
 def test_latents_of_an_unusual_size_are_warned_of(
@@ -105,9 +105,9 @@ def test_latents_of_an_unusual_size_are_warned_of(
 ) -> None:
     features = open_features(tiny_config().feature_path)
     means = features.read(np.arange(648), np.zeros(648)).moments[:, :4].astype(np.float64)
-    set_up(tiny_config(latent_scale=1 / means.std()), tmp_path)
+    build_run(tiny_config(latent_scale=1 / means.std()), tmp_path)
     assert capsys.readouterr().out == ""
-    set_up(tiny_config(latent_scale=10 / means.std()), tmp_path)
+    build_run(tiny_config(latent_scale=10 / means.std()), tmp_path)
     said = capsys.readouterr().out
     found = re.search(
         r"64 samples times the latent scale (\S+) .* deviation of (\S+), .*--latent_scale (\S+) would", said

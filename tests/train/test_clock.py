@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from uvit.train.clock import PARTS, Clock, peak_memory_bytes
+from uvit.train.clock import PHASES, Clock, peak_memory_bytes
 
 
 def test_parts_add_up_until_they_are_read() -> None:
@@ -16,7 +16,7 @@ def test_parts_add_up_until_they_are_read() -> None:
     with clock.compute("forward"):
         time.sleep(0.03)
     read = clock.read()
-    assert set(read) == {f"{part}_seconds" for part in PARTS}
+    assert set(read) == {f"{part}_seconds" for part in PHASES}
     assert 0.04 <= read["data_seconds"] < 0.5 and 0.03 <= read["forward_seconds"] < 0.5
     assert read["backward_seconds"] == 0
     assert set(clock.read().values()) == {0}

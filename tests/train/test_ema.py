@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from uvit.train.ema import EMA, bits
+from uvit.train.optimizer import EMA, checksum
 
 
 def test_it_follows_its_definition() -> None:
@@ -31,8 +31,8 @@ def test_it_moves_by_less_than_low_precision_could_hold() -> None:
 
 def test_bits_tell_whether_anything_moved() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    before = bits(model)
-    assert bits(model) == before
+    before = checksum(model)
+    assert checksum(model) == before
     with torch.no_grad():
         model[1].bias[1] = torch.nextafter(model[1].bias[1], torch.tensor(9.0))
-    assert bits(model) != before
+    assert checksum(model) != before

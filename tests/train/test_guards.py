@@ -6,7 +6,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from uvit.train.guards import Guards, first_sample, stretches
+from uvit.train.guards import Guards, next_kept_sample, step_ranges
 
 PASSED_OVER = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)).map(lambda p: (p[0], p[0] + p[1])), max_size=4)
 
@@ -59,7 +59,7 @@ def test_the_state_survives_json_to_the_bit() -> None:
 
 @given(st.integers(0, 40), st.integers(1, 7), PASSED_OVER)
 def test_a_step_begins_behind_what_it_would_touch(samples: int, size: int, passed_over: list[tuple[int, int]]) -> None:
-    first = first_sample(samples, size, passed_over)
+    first = next_kept_sample(samples, size, passed_over)
     bad = {counter for stretch in passed_over for counter in range(*stretch)}
     assert first >= samples and not bad & set(range(first, first + size))
     for earlier in range(samples, first):  # nothing good is lost but what does not fill a step
@@ -73,7 +73,7 @@ def test_stretches_are_the_steps_one_by_one(
     expected = []
     counter = samples
     for _ in range(num_steps):
-        expected.append(first_sample(counter, size, passed_over))
+        expected.append(next_kept_sample(counter, size, passed_over))
         counter = expected[-1] + size
-    parts = list(stretches(samples, size, num_steps, passed_over))
+    parts = list(step_ranges(samples, size, num_steps, passed_over))
     assert [first + i * size for first, count in parts for i in range(count)] == expected

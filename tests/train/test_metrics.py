@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from uvit.errors import UserError
-from uvit.train.metrics import MEASURED, PART_SECONDS, Metrics, advice, keep_lines
-from uvit.train.utilisation import Work
+from uvit.train.metrics import PART_SECONDS, TIMING_FIELDS, Metrics, data_hints, truncate_log
+from uvit.train.profiling import MfuReference
 from uvit.train.validate import TIMESTEPS
 
-WORK = Work(flops=10, peak=40.0, sentence="")  # half of what can be done in half a second
+WORK = MfuReference(flops=10, peak=40.0, sentence="")  # half of what can be done in half a second
 
 
 def record(step: int, loss: float | None = 1.0, data_seconds: float = 0.0) -> dict[str, Any]:
@@ -24,25 +24,25 @@ def record(step: int, loss: float | None = 1.0, data_seconds: float = 0.0) -> di
 def test_lines_after_the_checkpoint_are_cut(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(record(step)) + "\n" for step in range(1, 8)) + '{"step": 8, "lo')
-    assert len(keep_lines(path, 5, 10)) == 5
+    assert len(truncate_log(path, 5, 10)) == 5
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5]
-    assert keep_lines(tmp_path / "none.jsonl", 5, 10) == []
+    assert truncate_log(tmp_path / "none.jsonl", 5, 10) == []
 
 
 def test_the_next_mean_is_that_of_a_run_never_stopped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     losses = [1.0, 2.0, 3.0, None, 5.0]
     path.write_text("".join(json.dumps(record(step, loss)) + "\n" for step, loss in enumerate(losses, 1)))
-    assert keep_lines(path, 5, 3) == [5.0]
-    assert keep_lines(path, 3, 3) == []
-    assert keep_lines(path, 3, 2) == [3.0]
+    assert truncate_log(path, 5, 3) == [5.0]
+    assert truncate_log(path, 3, 3) == []
+    assert truncate_log(path, 3, 2) == [3.0]
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("what\n")
     with pytest.raises(UserError, match=r"metrics.jsonl, line 1"):
-        keep_lines(path, 5, 10)
+        truncate_log(path, 5, 10)
 
 
 def test_console_and_board(tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,14 +67,16 @@ def test_a_line_has_what_was_measured_under_names_that_say_so(tiny_config: Any, 
     metrics.step(record(1))
     metrics.close()
     line = json.loads((tmp_path / "logs" / "metrics.jsonl").read_text())
-    assert set(MEASURED) <= line.keys() and line["mfu"] == 0.5 and line["samples_per_second"] == 16
-    assert line.keys() - set(MEASURED) == {"step", "loss", "grad_norm", "lr", "skipped"}
+    assert set(TIMING_FIELDS) <= line.keys() and line["mfu"] == 0.5 and line["samples_per_second"] == 16
+    assert line.keys() - set(TIMING_FIELDS) == {"step", "loss", "grad_norm", "lr", "skipped"}
 
 
 def test_an_unknown_peak_shows_no_utilisation(
     tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    metrics = Metrics(tiny_config(report_to="tensorboard", benchmark=True), tmp_path, 0, 10, 8, Work(10, None, ""))
+    metrics = Metrics(
+        tiny_config(report_to="tensorboard", benchmark=True), tmp_path, 0, 10, 8, MfuReference(10, None, "")
+    )
     metrics.step(record(1))
     metrics.step(record(2))
     metrics.close()
@@ -106,7 +108,7 @@ def test_a_validation_is_told_everywhere(tiny_config: Any, tmp_path: Path, capsy
     assert shown["val/loss"] == [(1, pytest.approx(0.35))] and shown["val/loss_raw"] == [(1, pytest.approx(0.5))]
     for label, loss in zip(TIMESTEPS, losses, strict=True):
         assert shown[f"val/loss_t{label}"] == [(1, pytest.approx(loss))]
-    assert len(keep_lines(path, 2, 10)) == 2
+    assert len(truncate_log(path, 2, 10)) == 2
     assert '"val_loss": 0.35' in path.read_text()
 
 
@@ -138,7 +140,7 @@ def test_waiting_is_shown_and_much_of_it_warned_of_once(
 
 def test_advice_is_what_can_be_done(tiny_config: Any) -> None:
     cores = os.cpu_count()
-    assert f"more --dataloader_num_workers (now 0 of {cores} cores)" in advice(tiny_config(), old_layout=False)
-    assert "num_workers" not in advice(tiny_config(dataloader_num_workers=10_000), old_layout=False)
-    assert "uvit features import" not in advice(tiny_config(), old_layout=False)
-    assert "uvit features import" in advice(tiny_config(), old_layout=True)
+    assert f"more --dataloader_num_workers (now 0 of {cores} cores)" in data_hints(tiny_config(), old_layout=False)
+    assert "num_workers" not in data_hints(tiny_config(dataloader_num_workers=10_000), old_layout=False)
+    assert "uvit features import" not in data_hints(tiny_config(), old_layout=False)
+    assert "uvit features import" in data_hints(tiny_config(), old_layout=True)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from uvit.train.setup import set_up
+from uvit.train.setup import build_run
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from uvit.train.setup import set_up
 def test_the_four_ways(
     flags: dict[str, Any], dtype: torch.dtype, has_copy: bool, scales: bool, tiny_config: Any, tmp_path: Path
 ) -> None:
-    precision = set_up(tiny_config(**flags), tmp_path).precision
+    precision = build_run(tiny_config(**flags), tmp_path).precision
     assert (precision.dtype, precision.has_copy, precision.scale.enabled) == (dtype, has_copy, scales)
     assert {p.dtype for p in precision.masters.parameters()} == {torch.float32}
     assert {p.dtype for p in precision.networks.parameters()} == {dtype if has_copy else torch.float32}

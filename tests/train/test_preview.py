@@ -8,31 +8,31 @@ import pytest
 
 from tests.tiny import tiny_vae_folder
 from uvit.errors import UserError
-from uvit.train.preview import load_preview_vae, preview
-from uvit.train.setup import set_up
+from uvit.train.setup import build_run
+from uvit.train.validate import load_preview_vae, preview_sheet
 
 
 @pytest.mark.parametrize("text", ["stored", "trained", "frozen"])
 def test_a_preview(text: str, tiny_config: Any, token_store: str, tmp_path: Path) -> None:
     flags = {"stored": {}, "trained": {"train_text_encoder": True}, "frozen": {"feature_path": token_store}}[text]
-    run = set_up(tiny_config(image_logging_steps=2, num_inference_steps=2, **flags), tmp_path)
+    run = build_run(tiny_config(image_logging_steps=2, num_inference_steps=2, **flags), tmp_path)
     vae = load_preview_vae(run)
     assert vae is not None
-    sheet = preview(run, vae)
+    sheet = preview_sheet(run, vae)
     assert sheet.width > 8 * 64 and sheet.height > 3 * 64
-    assert preview(run, vae).tobytes() == sheet.tobytes()
+    assert preview_sheet(run, vae).tobytes() == sheet.tobytes()
     assert (tmp_path / "previews" / "step-00000000.png").is_file()
 
 
 def test_without_a_vae(tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = set_up(tiny_config(image_logging_steps=2), tmp_path)
+    run = build_run(tiny_config(image_logging_steps=2), tmp_path)
     run.features.vae_name = None
     assert load_preview_vae(run) is None
     assert "--vae_name_or_path" in capsys.readouterr().out
-    named = set_up(tiny_config(image_logging_steps=2, vae_name_or_path="/nowhere"), tmp_path)
+    named = build_run(tiny_config(image_logging_steps=2, vae_name_or_path="/nowhere"), tmp_path)
     with pytest.raises(UserError, match="/nowhere"):
         load_preview_vae(named)
-    assert load_preview_vae(set_up(tiny_config(), tmp_path)) is None
+    assert load_preview_vae(build_run(tiny_config(), tmp_path)) is None
 
 
 def test_another_vae_than_the_features(
@@ -40,9 +40,9 @@ def test_another_vae_than_the_features(
 ) -> None:
     """Named, it is a mistake; found in the store under a name that has since become another's, it is passed over."""
     other = tiny_vae_folder(tmp_path / "vae", scaling_factor=0.3, seed=1)
-    named = set_up(tiny_config(image_logging_steps=2, vae_name_or_path=str(other)), tmp_path)
+    named = build_run(tiny_config(image_logging_steps=2, vae_name_or_path=str(other)), tmp_path)
     with pytest.raises(UserError, match=rf"--vae_name_or_path {other}: .*fingerprint \w{{12}}, theirs \w{{12}}\)"):
         load_preview_vae(named)
     changed = edited_store(vae={"name": str(other), "sha256": "0123456789abcdef"})
-    assert load_preview_vae(set_up(tiny_config(image_logging_steps=2, feature_path=changed), tmp_path)) is None
+    assert load_preview_vae(build_run(tiny_config(image_logging_steps=2, feature_path=changed), tmp_path)) is None
     assert "no previews" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from uvit.train.repeatable import repeatable
+from uvit.train.process import deterministic_mode
 from uvit.train.trainer import train
 
 
@@ -25,9 +25,9 @@ def chosen() -> list[bool]:
 def test_what_is_chosen_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # a person's own choice stays
     before = chosen()
-    with repeatable(False):
+    with deterministic_mode(False):
         assert chosen() == before
-    with repeatable(True):
+    with deterministic_mode(True):
         assert chosen() == [True, True, False, False]
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
     assert chosen() == before

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from tests.train.test_trainer import lines, same
-from uvit import checkpoint
-from uvit.data.features import FeatureStore
+from uvit.checkpoint.folder import checkpoint_folders, read_checkpoint
 from uvit.errors import UserError
+from uvit.store.reader import FeatureStore
 from uvit.train.rollback import MAX_ROLLBACKS, good_checkpoint
 from uvit.train.trainer import train
 
@@ -41,7 +41,7 @@ def test_a_run_goes_back_and_passes_over(config: Any, tmp_path: Path, capsys: py
         assert features.ids(sample["row"]) == sample["id"]
         assert list(features.captions(sample["row"])) == sample["captions"]
     assert f"row {named[0]['row']} ({named[0]['id']})" in said
-    record = checkpoint.read(run / "checkpoint-8").record
+    record = read_checkpoint(run / "checkpoint-8").record
     assert record["guards"]["passed_over"] == [[16, 28]] and record["guards"]["good"] == "checkpoint-8"
 
 
@@ -89,5 +89,5 @@ def test_going_back_in_vain_ends_too(tiny_config: Any, tmp_path: Path, capsys: p
     with pytest.raises(UserError, match=r"checkpoint-3, and going back 3 times did not help.*lower --learning_rate"):
         train(config)
     assert capsys.readouterr().out.count("going back to") == MAX_ROLLBACKS
-    [last] = checkpoint.folders(tmp_path / "run")
-    assert checkpoint.read(last).step == 3
+    [last] = checkpoint_folders(tmp_path / "run")
+    assert read_checkpoint(last).step == 3

@@ -7,28 +7,28 @@ from typing import Any
 import pytest
 import torch
 
-from tests.convert.conftest import PORT_FOLDER
+from tests.port import PORT_FOLDER
 from uvit.config.extract import ExtractConfig
-from uvit.data.extract import extract
 from uvit.errors import UserError
-from uvit.train.setup import set_up
+from uvit.extract.extract import extract
+from uvit.train.setup import build_run
 from uvit.train.trainer import train
 
 
 def test_epochs_count_instead_of_steps(tiny_config: Any, tmp_path: Path) -> None:
-    run = set_up(tiny_config(num_train_epochs=2.5), tmp_path)
+    run = build_run(tiny_config(num_train_epochs=2.5), tmp_path)
     assert run.max_steps == 405 and run.samples_per_step == 4  # 648 pairs
 
 
 def test_the_seed_makes_the_weights(tiny_config: Any, tmp_path: Path) -> None:
-    one, same, other = (set_up(tiny_config(seed=seed), tmp_path).networks.state_dict() for seed in (1, 1, 2))
+    one, same, other = (build_run(tiny_config(seed=seed), tmp_path).networks.state_dict() for seed in (1, 1, 2))
     assert all((one[key] == same[key]).all() for key in one)
     assert any((one[key] != other[key]).any() for key in one)
 
 
 def test_a_wider_initialisation(tiny_config: Any, tmp_path: Path) -> None:
     plain, wide = (
-        set_up(tiny_config(**flags), tmp_path).networks["unet"]
+        build_run(tiny_config(**flags), tmp_path).networks["unet"]
         for flags in ({}, {"weight_init_std": 0.06, "position_init_std": 0.5})
     )
     torch.testing.assert_close(wide.mid_block.mlp.fc1.weight, 3 * plain.mid_block.mlp.fc1.weight)
@@ -54,30 +54,30 @@ def test_training_goes_on_from_a_folder_of_the_port(tiny_config: Any, tmp_path: 
 def test_encoders_come_from_the_pretrained_folder_only_where_it_has_them(
     tiny_config: Any, encoders: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    model = set_up(tiny_config(), tmp_path).networks["unet"]
+    model = build_run(tiny_config(), tmp_path).networks["unet"]
     model.save_pretrained(tmp_path / "alone" / "unet")
     alone, vae = str(tmp_path / "alone"), str(encoders[0])
-    run = set_up(tiny_config(pretrained_model_name_or_path=alone), tmp_path)
+    run = build_run(tiny_config(pretrained_model_name_or_path=alone), tmp_path)
     assert torch.equal(run.networks["unet"].pos_embed, model.pos_embed)
     known = [run.record()[name] for name in ("vae", "text_encoder", "tokenizer")]
     assert known == [run.features.vae_name, run.features.text_encoder_name, run.features.tokenizer_name]
     shutil.copytree(vae, tmp_path / "alone" / "vqvae")
-    assert set_up(tiny_config(pretrained_model_name_or_path=alone), tmp_path).record()["vae"] == alone
+    assert build_run(tiny_config(pretrained_model_name_or_path=alone), tmp_path).record()["vae"] == alone
     shutil.rmtree(tmp_path / "alone" / "vqvae")
     flags = {"pretrained_model_name_or_path": alone, "vae_name_or_path": vae, "max_steps": 1, "save_steps": 1}
     assert train(tiny_config(**flags)) == 0
     assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
     with pytest.raises(UserError, match=r"--pretrained_model_name_or_path nowhere\.pth: there is no such file"):
-        set_up(tiny_config(pretrained_model_name_or_path="nowhere.pth"), tmp_path)
+        build_run(tiny_config(pretrained_model_name_or_path="nowhere.pth"), tmp_path)
     weights = tmp_path / "alone" / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"--pretrained_model_name_or_path .*alone: has no U-ViT in unet/"):
-        set_up(tiny_config(pretrained_model_name_or_path=alone), tmp_path)
+        build_run(tiny_config(pretrained_model_name_or_path=alone), tmp_path)
 
 
 def test_which_split_is_validated_on(tiny_config: Any, store: Path, tmp_path: Path) -> None:
     def num_samples(**flags: Any) -> int | None:
-        validation = set_up(tiny_config(**flags), tmp_path).validation
+        validation = build_run(tiny_config(**flags), tmp_path).validation
         return validation and validation.num_samples
 
     assert num_samples() is None  # there is no split val, and nobody asked for it
@@ -101,4 +101,4 @@ def test_a_validation_split_that_was_asked_for_must_be_there(
     flags: dict[str, Any], message: str, tiny_config: Any, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message):
-        set_up(tiny_config(**flags), tmp_path)
+        build_run(tiny_config(**flags), tmp_path)

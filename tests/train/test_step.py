@@ -6,19 +6,19 @@ from typing import Any
 import pytest
 import torch
 
-from uvit.data.loader import load
-from uvit.train.setup import Run, set_up
+from uvit.train.loader import prefetch
+from uvit.train.setup import Run, build_run
 from uvit.train.step import batch_loss, train_step
 
 
 def start(config: Any) -> Run:
-    run = set_up(config, Path(config.output_dir))
+    run = build_run(config, Path(config.output_dir))
     run.step = 2  # past the warm-up, where the rate is 0
     return run
 
 
 def steps(run: Run, count: int) -> list[Any]:
-    batches = load(run.batches, range(100), 0, run.device)
+    batches = prefetch(run.batches, range(100), 0, run.device)
     return [train_step(run, batches) for _ in range(count)]
 
 
@@ -46,7 +46,7 @@ def test_what_is_not_finite_changes_nothing(flags: dict[str, Any], tiny_config: 
     before = [p.clone() for p in [*run.networks.parameters(), *run.averaged.parameters()]]
     state = [value.clone() for entry in run.optimizer.state.values() for value in entry.values()]
     scale = run.precision.scale.value
-    bad = next(load(run.batches, range(5, 6), 0, run.device))
+    bad = next(prefetch(run.batches, range(5, 6), 0, run.device))
     bad.noise[:] = float("nan")
     result = train_step(run, iter([bad]))
     assert not result.finite
@@ -79,7 +79,7 @@ def test_a_spike_changes_nothing_either(flags: dict[str, Any], tiny_config: Any)
     run = start(tiny_config(**flags))
     run.precision.scale.value = min(run.precision.scale.value, 256.0)  # float16 holds the large one too
     usual = steps(run, 1)[0].grad_norm
-    large = next(load(run.batches, range(5, 6), 0, run.device))
+    large = next(prefetch(run.batches, range(5, 6), 0, run.device))
     large.noise[:] *= 100
     before = [p.clone() for p in [*run.networks.parameters(), *run.averaged.parameters()]]
     scale = run.precision.scale.value
@@ -119,7 +119,7 @@ def test_every_parametrisation_trains(tiny_config: Any) -> None:
     before = {}
     for prediction_type in ("epsilon", "v_prediction", "sample"):
         run = start(tiny_config(prediction_type=prediction_type))
-        fixed = list(load(run.batches, range(50, 60), 0, run.device))
+        fixed = list(prefetch(run.batches, range(50, 60), 0, run.device))
         before[prediction_type] = sum(batch_loss(run, batch).item() for batch in fixed)
         steps(run, 30)
         assert sum(batch_loss(run, batch).item() for batch in fixed) < before[prediction_type]
@@ -128,7 +128,7 @@ def test_every_parametrisation_trains(tiny_config: Any) -> None:
 
 def test_the_joint_text_encoder_gets_gradients(tiny_config: Any) -> None:
     run = start(tiny_config(train_text_encoder=True))
-    batch = next(load(run.batches, range(1), 0, run.device))
+    batch = next(prefetch(run.batches, range(1), 0, run.device))
     batch_loss(run, batch).backward()
     embedding = run.networks["text_encoder"].get_input_embeddings().weight
     assert embedding.grad is not None and embedding.grad.abs().max() > 0

@@ -11,35 +11,35 @@ from safetensors.torch import load_file
 
 from tests.tiny import tiny_text_encoder_folder
 from uvit import UViTPipeline
-from uvit.data.encoders import encode_tokens
-from uvit.data.loader import load
 from uvit.errors import UserError
-from uvit.train.setup import set_up
+from uvit.train.loader import prefetch
+from uvit.train.setup import build_run
 from uvit.train.step import batch_loss, encode_text, train_step
 from uvit.train.trainer import train
+from uvit.weights.encoders import encode_tokens
 
 
 def test_the_text_encoder_is_made_for_the_model_and_the_tokenizer(tiny_config: Any, tmp_path: Path) -> None:
-    run = set_up(tiny_config(train_text_encoder=True, text_encoder_layers=3), tmp_path)
+    run = build_run(tiny_config(train_text_encoder=True, text_encoder_layers=3), tmp_path)
     config = run.networks["text_encoder"].config
     assert (config.hidden_size, config.num_hidden_layers, config.max_position_embeddings) == (32, 3, 16)
 
 
 def test_an_existing_text_encoder_is_trained_on(tiny_config: Any, encoders: tuple[Path, Path], tmp_path: Path) -> None:
-    run = set_up(tiny_config(train_text_encoder=True, text_encoder_name_or_path=str(encoders[1])), tmp_path)
+    run = build_run(tiny_config(train_text_encoder=True, text_encoder_name_or_path=str(encoders[1])), tmp_path)
     assert all(parameter.requires_grad for parameter in run.networks["text_encoder"].parameters())
     assert run.networks["text_encoder"].config.num_hidden_layers == 2
 
 
 def test_frozen_contexts_are_those_of_a_store(tiny_config: Any, token_store: str, tmp_path: Path) -> None:
     """Up to the rounding to float16 that a store's contexts have been through: 11 bits."""
-    stored = set_up(tiny_config(), tmp_path)
-    encoded = set_up(tiny_config(feature_path=token_store), tmp_path)
+    stored = build_run(tiny_config(), tmp_path)
+    encoded = build_run(tiny_config(feature_path=token_store), tmp_path)
     assert stored.frozen_text_encoder is None and encoded.frozen_text_encoder is not None
     assert list(encoded.networks) == ["unet"]
     for one, other in zip(
-        load(stored.batches, range(8), 0, stored.device),
-        load(encoded.batches, range(8), 0, encoded.device),
+        prefetch(stored.batches, range(8), 0, stored.device),
+        prefetch(encoded.batches, range(8), 0, encoded.device),
         strict=True,
     ):
         assert one.context is not None and other.token_ids is not None
@@ -50,15 +50,15 @@ def test_frozen_contexts_are_those_of_a_store(tiny_config: Any, token_store: str
 
 def test_training_on_token_ids_follows_training_on_contexts(tiny_config: Any, token_store: str, tmp_path: Path) -> None:
     def trace(**flags: Any) -> list[float]:
-        run = set_up(tiny_config(**flags), tmp_path)
-        batches = load(run.batches, range(20), 0, run.device)
+        run = build_run(tiny_config(**flags), tmp_path)
+        batches = prefetch(run.batches, range(20), 0, run.device)
         return [train_step(run, batches).loss for _ in range(20)]
 
     assert trace(feature_path=token_store) == pytest.approx(trace(), rel=1e-3)
 
 
 def test_the_frozen_encoder_works_in_float32(tiny_config: Any, token_store: str, tmp_path: Path) -> None:
-    run = set_up(tiny_config(feature_path=token_store, bf16=True), tmp_path)
+    run = build_run(tiny_config(feature_path=token_store, bf16=True), tmp_path)
     ids = torch.arange(32).view(2, 16)
     with run.precision.autocast():
         context = encode_text(run, run.networks, ids)
@@ -87,7 +87,7 @@ def test_another_encoder_is_refused(tiny_config: Any, token_store: str, tmp_path
     with pytest.raises(
         UserError, match=rf"--text_encoder_name_or_path {other}: .*fingerprint \w{{12}}, theirs \w{{12}}\)"
     ):
-        set_up(tiny_config(feature_path=token_store, text_encoder_name_or_path=str(other)), tmp_path)
+        build_run(tiny_config(feature_path=token_store, text_encoder_name_or_path=str(other)), tmp_path)
 
 
 def test_an_encoder_that_nobody_knows_must_be_named(
@@ -97,10 +97,10 @@ def test_an_encoder_that_nobody_knows_must_be_named(
     with pytest.raises(
         UserError, match=r"--text_encoder_name_or_path, train one with --train_text_encoder, or extract"
     ):
-        set_up(tiny_config(feature_path=unknown), tmp_path)
-    run = set_up(tiny_config(feature_path=unknown, text_encoder_name_or_path=str(encoders[1])), tmp_path)
+        build_run(tiny_config(feature_path=unknown), tmp_path)
+    run = build_run(tiny_config(feature_path=unknown, text_encoder_name_or_path=str(encoders[1])), tmp_path)
     assert run.frozen_text_encoder is not None
-    assert run.record()["text_encoder_sha256"] == set_up(tiny_config(), tmp_path).record()["text_encoder_sha256"]
+    assert run.record()["text_encoder_sha256"] == build_run(tiny_config(), tmp_path).record()["text_encoder_sha256"]
 
 
 @pytest.mark.parametrize("train_text_encoder", [False, True])
@@ -127,4 +127,4 @@ def test_an_encoder_that_does_not_fit_is_refused(
         train_text_encoder=train_text_encoder,
     )
     with pytest.raises(UserError, match=message):
-        set_up(config, tmp_path)
+        build_run(config, tmp_path)

@@ -15,10 +15,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from uvit import UViTPipeline, checkpoint
-from uvit.config_file import write_yaml
+from uvit import UViTPipeline
+from uvit.checkpoint.folder import checkpoint_folders, read_checkpoint
 from uvit.errors import UserError
-from uvit.train.metrics import MEASURED
+from uvit.io import write_yaml
+from uvit.train.metrics import TIMING_FIELDS
 from uvit.train.trainer import train
 
 FILES = ("weights", "ema", "optimizer")
@@ -37,7 +38,7 @@ def same(one: Path, other: Path) -> bool:
 
 def lines(run: Path) -> list[dict[str, Any]]:
     records = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key not in MEASURED} for record in records]
+    return [{key: value for key, value in record.items() if key not in TIMING_FIELDS} for record in records]
 
 
 VARIANTS = {
@@ -108,8 +109,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(tiny_config: Any, tmp_path: 
         assert process.wait(60) == 128 + signal.SIGTERM
     assert "run the same command again" in said
     assert re.search(r"saved .*checkpoint-\d+ \(\d+\.\d s\)", said)
-    [stopped] = checkpoint.folders(tmp_path / "run")
-    step = checkpoint.read(stopped).step
+    [stopped] = checkpoint_folders(tmp_path / "run")
+    step = read_checkpoint(stopped).step
     assert train(tiny_config(max_steps=step + 1)) == 0
     assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, step + 2))
 
@@ -118,11 +119,11 @@ def test_a_run_folder_has_what_it_should(tiny_config: Any, tmp_path: Path, capsy
     config = tiny_config(image_logging_steps=4, num_inference_steps=2, report_to="tensorboard", train_text_encoder=True)
     assert train(config) == 0
     run = tmp_path / "run"
-    assert [path.name for path in checkpoint.folders(run)] == ["checkpoint-3", "checkpoint-6"]
+    assert [path.name for path in checkpoint_folders(run)] == ["checkpoint-3", "checkpoint-6"]
     assert yaml.safe_load((run / "config.yaml").read_text())["learning_rate"] == 1e-3
     assert [path.name for path in (run / "previews").iterdir()] == ["step-00000004.png"]
     assert list((run / "logs").glob("events.out.tfevents.*"))
-    record = checkpoint.read(run / "checkpoint-6").record
+    record = read_checkpoint(run / "checkpoint-6").record
     assert record["samples"] == 24 and record["latent_scale"] == 0.5 and record["config"]["seed"] == 1234
     pipeline = UViTPipeline.from_pretrained(run / "pipeline")
     assert pipeline.config.latent_scale == 0.5
@@ -134,7 +135,7 @@ def test_a_run_folder_has_what_it_should(tiny_config: Any, tmp_path: Path, capsy
 
 def test_only_the_latest_checkpoints_stay(tiny_config: Any, tmp_path: Path) -> None:
     train(tiny_config(save_steps=1, save_total_limit=2))
-    assert [path.name for path in checkpoint.folders(tmp_path / "run")] == ["checkpoint-5", "checkpoint-6"]
+    assert [path.name for path in checkpoint_folders(tmp_path / "run")] == ["checkpoint-5", "checkpoint-6"]
     assert not list((tmp_path / "run").glob(".*"))
 
 

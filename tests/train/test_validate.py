@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from uvit.diffusion import add_noise, draw_latents, target
-from uvit.train.setup import Run, set_up
+from uvit.train.setup import Run, build_run
 from uvit.train.validate import TIMESTEPS, losses, read_batch, validate, validation_rows
 
 
 def start(config: Any, path: Path) -> Run:
-    run = set_up(config, path)
+    run = build_run(config, path)
     with torch.no_grad():  # fresh averages are the weights themselves
         for parameter in run.averaged.parameters():
             parameter.mul_(1.5)

@@ -10,19 +10,19 @@ import torch
 
 from uvit.cli.parse import parse
 from uvit.config.train import TrainConfig
-from uvit.data.loader import load
-from uvit.distributed.mesh import Degrees, World, start
+from uvit.distributed.mesh import Degrees, World, init_distributed
 from uvit.errors import UserError
-from uvit.train.saving import Saving
-from uvit.train.setup import set_up
+from uvit.train.checkpointing import Checkpointer
+from uvit.train.loader import prefetch
+from uvit.train.setup import build_run
 from uvit.train.step import train_step
 from uvit.train.trainer import train
 
 
 def differ(config: TrainConfig, world: World, folder: Path) -> None:
-    run = set_up(config, folder, world)
-    batches = load(run.batches, range(world.data_rank, 10, 2), 0, run.device)
-    with Saving(run) as saving:
+    run = build_run(config, folder, world)
+    batches = prefetch(run.batches, range(world.data_rank, 10, 2), 0, run.device)
+    with Checkpointer(run) as saving:
         train_step(run, batches)
         saving.save_and_wait()
         train_step(run, batches)
@@ -38,7 +38,7 @@ def differ(config: TrainConfig, world: World, folder: Path) -> None:
 def main() -> int:
     torch.set_num_threads(1)
     config, _ = parse(TrainConfig, ["--config", sys.argv[1]], prog="uvit train")
-    differ(config, start(Degrees(dp=2), "cpu"), Path(sys.argv[2]))
+    differ(config, init_distributed(Degrees(dp=2), "cpu"), Path(sys.argv[2]))
     return train(config)
 
 

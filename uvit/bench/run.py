@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from uvit.bench.store import write_random_store
+from uvit.bench.random_store import write_random_store
 from uvit.config.bench import BenchConfig
 from uvit.config.model import resolve_model_config
 from uvit.config.train import TrainConfig
-from uvit.cost import count_flops
-from uvit.data.loader import Batches
 from uvit.model import UViTT2IModel
-from uvit.train.setup import Run, set_up
+from uvit.train.loader import BatchDataset
+from uvit.train.profiling import count_flops
+from uvit.train.setup import Run, build_run
 from uvit.train.step import train_step
 
 LOADER_BATCH_SIZE = 32
@@ -38,24 +38,24 @@ def bench(config: BenchConfig) -> None:
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     with tempfile.TemporaryDirectory(prefix="uvit-bench-") as folder:
-        run = set_up_run(config, Path(folder))
-        print(describe(config, run))
+        run = build_bench_run(config, Path(folder))
+        print(describe_run(config, run))
         matmul, forward, step = make_jobs(config, run)
-        timings = measure({"forward": forward, "training step": step}, matmul, config.steps, run.device)
+        timings = time_rounds({"forward": forward, "training step": step}, matmul, config.steps, run.device)
         forward_flops, step_flops = count_flops(resolve_model_config(config.uvit_config_file), config.batch_size)
         work = {"forward": forward_flops, "training step": step_flops}
-        print(table(timings, work, 2 * config.matmul_size**3, config.batch_size))
+        print(format_table(timings, work, 2 * config.matmul_size**3, config.batch_size))
         if config.loader:
             rate = loader_rate(run)
             print(f"loader: {rate:,.0f} samples/s in one process, batches of {LOADER_BATCH_SIZE}, all drawn")
 
 
-def set_up_run(config: BenchConfig, folder: Path) -> Run:
+def build_bench_run(config: BenchConfig, folder: Path) -> Run:
     """A training run on random features."""
     with torch.device("meta"):
         unet = UViTT2IModel(**resolve_model_config(config.uvit_config_file))
     num_pairs = LOADER_PAIRS if config.loader else config.batch_size
-    return set_up(
+    return build_run(
         TrainConfig(
             feature_path=str(write_random_store(folder / "features", unet, num_pairs)),
             output_dir=str(folder / "run"),
@@ -87,7 +87,7 @@ def make_jobs(config: BenchConfig, run: Run) -> tuple[Job, Job, Job]:
     return lambda: torch.mm(left, right, out=product), forward, lambda: train_step(run, batches)
 
 
-def measure(jobs: dict[str, Job], matmul: Job, rounds: int, device: torch.device) -> dict[str, list[Timing]]:
+def time_rounds(jobs: dict[str, Job], matmul: Job, rounds: int, device: torch.device) -> dict[str, list[Timing]]:
     """{name: [(seconds, seconds of the matmul, the mean of those just before and after), ...]}."""
     timings: dict[str, list[Timing]] = {name: [] for name in jobs}
     for round_ in tqdm(range(-NUM_WARM_UPS, rounds), desc="bench", leave=False):
@@ -115,7 +115,7 @@ def seconds(job: Job, device: torch.device) -> float:
 
 def loader_rate(run: Run) -> float:
     """Samples per second of the batches' own making, from a store in memory: the median of ten stretches."""
-    batches = Batches(run.features, LOADER_BATCH_SIZE, run.config.seed)
+    batches = BatchDataset(run.features, LOADER_BATCH_SIZE, run.config.seed)
     stretch = LOADER_PAIRS // LOADER_BATCH_SIZE
 
     def epoch(number: int) -> None:
@@ -127,7 +127,7 @@ def loader_rate(run: Run) -> float:
     return LOADER_PAIRS / statistics.median(seconds(lambda i=i: epoch(i), cpu) for i in range(1, 11))  # type: ignore[misc]
 
 
-def describe(config: BenchConfig, run: Run) -> str:
+def describe_run(config: BenchConfig, run: Run) -> str:
     cuda, num_threads = run.device.type == "cuda", torch.get_num_threads()
     place = torch.cuda.get_device_name(run.device) if cuda else f"{num_threads} thread{'s'[: num_threads > 1]}"
     options = [config.precision, *(name for name in ("compile", "recompute") if getattr(config, name))]
@@ -139,7 +139,7 @@ def describe(config: BenchConfig, run: Run) -> str:
     )
 
 
-def table(timings: dict[str, list[Timing]], work: dict[str, int], matmul_flops: int, batch_size: int) -> str:
+def format_table(timings: dict[str, list[Timing]], work: dict[str, int], matmul_flops: int, batch_size: int) -> str:
     """Median time and rates; the last column is the median of each measurement's ratio to its own matmul."""
     matmul = statistics.median(beside for rows in timings.values() for _, beside in rows)
     lines = [f"{'':<14}{'ms':>10}{'samples/s':>11}{'GFLOP':>10}{'GFLOP/s':>10}{'of matmul':>11}"]

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from uvit import __version__
 from uvit.cli.parse import parse
-from uvit.config_file import to_yaml
 from uvit.errors import UserError
+from uvit.io import to_yaml
 
 # What is wrong with a place that a person named, or with its disk.
 PLACES = {
@@ -40,47 +40,47 @@ COMMANDS = {
     "tokenizer": Command(
         "build a tokenizer from a source's captions",
         "uvit.config.extract:TokenizerConfig",
-        "uvit.data.tokenizer:build_tokenizer",
+        "uvit.extract.tokenizer:build_tokenizer",
     ),
     "extract": Command(
         "encode captioned images into a feature store",
         "uvit.config.extract:ExtractConfig",
-        "uvit.data.extract:extract",
+        "uvit.extract.extract:extract",
     ),
     "features info": Command(
         "say what a feature store, or a folder in the old layout, holds",
         "uvit.config.features:FeaturesInfoConfig",
-        "uvit.features.info:info",
+        "uvit.store.info:info",
         positional=("path",),
     ),
     "features verify": Command(
         "read every byte of a feature store and compare it with its checksums",
         "uvit.config.features:FeaturesVerifyConfig",
-        "uvit.features.verify:verify",
+        "uvit.store.verify:verify",
         positional=("path",),
     ),
     "features import": Command(
         "turn features in the old layout into a feature store",
         "uvit.config.features:FeaturesImportConfig",
-        "uvit.features.old_layout:import_",
+        "uvit.store.npy_convert:import_npy",
         positional=("path",),
     ),
     "features export": Command(
         "turn a feature store into the old layout",
         "uvit.config.features:FeaturesExportConfig",
-        "uvit.features.old_layout:export",
+        "uvit.store.npy_convert:export_npy",
         positional=("path",),
     ),
     "features merge": Command(
         "make one feature store of several",
         "uvit.config.features:FeaturesMergeConfig",
-        "uvit.features.merge:merge",
+        "uvit.store.merge:merge",
         positional=("paths",),
     ),
     "features sample": Command(
         "show a few pairs of a feature store as a picture",
         "uvit.config.features:FeaturesSampleConfig",
-        "uvit.features.sample:sample",
+        "uvit.store.show:show",
         positional=("path",),
     ),
     "train": Command(
@@ -91,13 +91,13 @@ COMMANDS = {
     "sample": Command(
         "draw images from prompts",
         "uvit.config.sample:SampleConfig",
-        "uvit.sample.generate:sample",
+        "uvit.sample.command:sample",
         positional=("prompts",),
     ),
     "convert": Command(
         "turn a model from one format into another: a checkpoint into a pipeline, others' weights into ours, and back",
         "uvit.config.convert:ConvertConfig",
-        "uvit.convert.export:convert",
+        "uvit.export.convert:convert",
         positional=("source", "dest"),
     ),
     "evaluate": Command(

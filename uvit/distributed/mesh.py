@@ -79,12 +79,12 @@ class World:
         return self.mesh.get_group(axis)
 
 
-def alone(device: str = "auto") -> World:
+def single_process_world(device: str = "auto") -> World:
     """The world of a single process."""
     return World(0, 1, Degrees(), pick_device(device), None)
 
 
-def start(degrees: Degrees, device: str = "auto") -> World:
+def init_distributed(degrees: Degrees, device: str = "auto") -> World:
     """Join the processes that torchrun started, if it did. Raises UserError where their number is not the degrees'."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check_degrees(degrees, size, launched="WORLD_SIZE" in os.environ)
@@ -97,12 +97,12 @@ def start(degrees: Degrees, device: str = "auto") -> World:
     if not dist.is_initialized():  # a process may lay out its mesh more than once
         # Objects and flags on the CPU go by gloo, whatever the tensors go by.
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=own_store(), rank=rank, world_size=size)
+        dist.init_process_group(backend, store=restart_safe_store(), rank=rank, world_size=size)
     mesh = init_device_mesh(chosen.type, (degrees.dp, degrees.shard, degrees.tp), mesh_dim_names=AXES)
     return World(rank, size, degrees, chosen, mesh)
 
 
-def own_store() -> dist.Store:
+def restart_safe_store() -> dist.Store:
     """torchrun's, apart from what processes before a restart have left there: their addresses, nobody answers at them.
 
     On one machine the restarts are counted alike; on several they are not.
@@ -113,7 +113,7 @@ def own_store() -> dist.Store:
     return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
-def stop(world: World) -> None:
+def destroy_distributed(world: World) -> None:
     """Leave the others; at the end of the process."""
     if world.parallel:
         dist.destroy_process_group()

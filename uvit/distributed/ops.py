@@ -21,7 +21,7 @@ BUCKET_BYTES = 25 * 2**20  # gradients sent at a time: few enough calls, and ear
 
 
 @torch.no_grad()
-def local(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds, in the same memory and free of autograd; all of a plain one."""
     if not isinstance(tensor, DTensor):
         return tensor.detach()
@@ -29,7 +29,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local().detach()
 
 
-def cut_axes(tensor: Tensor) -> tuple[str, ...]:
+def sharded_axes(tensor: Tensor) -> tuple[str, ...]:
     """The axes of the mesh along which a tensor is cut into parts; along the others it is replicated."""
     if not isinstance(tensor, DTensor):
         return ()
@@ -74,7 +74,7 @@ class GradientAverage:
     def _hook(self, parameters: list[nn.Parameter], bucket_bytes: int) -> None:
         filled = bucket_bytes
         for parameter in reversed(parameters):  # about the order in which a backward comes by
-            size = local(parameter).nbytes
+            size = local_tensor(parameter).nbytes
             if filled + size > bucket_bytes or parameter.dtype != self.buckets[-1][0].dtype:
                 self.buckets.append([])
                 filled = 0
@@ -95,7 +95,7 @@ class GradientAverage:
     @torch.no_grad()
     def _send(self) -> None:
         parameters = self.buckets[len(self.sent)]
-        grads = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        grads = [local_tensor(parameter.grad) for parameter in parameters if parameter.grad is not None]
         if not grads:
             grads = [torch.zeros(1, device=self.world.device)]
         flat = torch.cat([grad.flatten() for grad in grads])
@@ -137,7 +137,7 @@ def grad_norm(parameters: Iterable[Tensor], world: World) -> Tensor:
     # Sums of squares by the axes along which the gradients are cut. Along `dp` nothing is cut: it only replicates.
     parts: dict[tuple[str, ...], list[Tensor]] = {(): [], ("shard",): [], ("tp",): [], ("shard", "tp"): []}
     for grad in grads:
-        parts[cut_axes(grad)].append(local(grad))
+        parts[sharded_axes(grad)].append(local_tensor(grad))
     kinds = list(parts)
     squares = torch.stack([torch.nn.utils.get_total_norm(some).square().to(world.device) for some in parts.values()])
     for axis in world.axes("shard", "tp"):
@@ -151,7 +151,7 @@ def grad_norm(parameters: Iterable[Tensor], world: World) -> Tensor:
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float, norm: Tensor) -> None:
     """Scale all gradients down so that their norm, which is `norm`, is at most `max_norm`."""
-    grads = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    grads = [local_tensor(parameter.grad) for parameter in parameters if parameter.grad is not None]
     torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
 
 
@@ -185,7 +185,7 @@ def barrier(world: World) -> None:
     any_of(False, world)
 
 
-def from_main(value: T, world: World) -> T:
+def broadcast(value: T, world: World) -> T:
     """The main process's value, in every process."""
     if not world.parallel:
         return value
@@ -211,7 +211,7 @@ def differing_replicas(tensors: Mapping[str, Tensor], world: World) -> list[str]
         lowest, highest = digests.clone(), digests.clone()
         dist.all_reduce(lowest, dist.ReduceOp.MIN, group=world.group(axis))
         dist.all_reduce(highest, dist.ReduceOp.MAX, group=world.group(axis))
-        replicated = torch.tensor([axis not in cut_axes(tensors[name]) for name in names], device=world.device)
+        replicated = torch.tensor([axis not in sharded_axes(tensors[name]) for name in names], device=world.device)
         differs |= ((lowest != highest) & replicated).long()
     dist.all_reduce(differs, dist.ReduceOp.MAX)
     return [name for name, found in zip(names, differs.tolist(), strict=True) if found]
@@ -219,5 +219,5 @@ def differing_replicas(tensors: Mapping[str, Tensor], world: World) -> list[str]
 
 def digest(tensor: Tensor) -> int:
     """63 bits that tell the bytes of this process's part from others."""
-    raw = local(tensor).cpu().contiguous().flatten().view(torch.uint8).numpy()
+    raw = local_tensor(tensor).cpu().contiguous().flatten().view(torch.uint8).numpy()
     return int.from_bytes(hashlib.sha256(raw.data).digest()[:8], "little") >> 1

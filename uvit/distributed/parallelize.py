@@ -21,7 +21,7 @@ from uvit.model import Attention, Block, UViTT2IModel
 def parallelize(unet: UViTT2IModel, world: World, *, recompute: bool = False, compile: bool = False) -> None:
     """In place. Raises UserError where the sizes of the network do not divide by the degrees."""
     blocks: list[Block] = [*unet.in_blocks, unet.mid_block, *unet.out_blocks]
-    check_sizes(blocks[0], world)
+    check_divisibility(blocks[0], world)
     if world.degrees.tp > 1:
         for block in blocks:
             split_block(block, world)
@@ -34,7 +34,7 @@ def parallelize(unet: UViTT2IModel, world: World, *, recompute: bool = False, co
     shard(unet, world, blocks)
 
 
-def check_sizes(block: Block, world: World) -> None:
+def check_divisibility(block: Block, world: World) -> None:
     tp, shard = world.degrees.tp, world.degrees.shard
     width, hidden = block.mlp.fc1.in_features, block.mlp.fc1.out_features
     num_heads = width // block.attn.head_dim

@@ -8,13 +8,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from uvit.config.evaluate import EvaluateConfig
-from uvit.data.shapes import Scene, render, scenes
 from uvit.evaluate.reader import ATTRIBUTES, CHANCE, read_scene
 from uvit.images import SHEET_COLOUR, contact_sheet, save_png
-from uvit.sample.generate import generate, open_pipeline
+from uvit.sample.command import generate
+from uvit.sample.load import open_pipeline
+from uvit.sources.shapes import Scene, render, scenes
 
 NUM_WORDINGS = 4
-MAX_ON_SHEET = 24
+MAX_SHEET_PROMPTS = 24
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -33,7 +34,7 @@ def evaluate(config: EvaluateConfig) -> None:
     save_png(sheet([scene for scene, _ in wanted], prompts, images), output_dir / "contact_sheet.png")
     facts = {**results, "num_prompts": len(prompts), "split": config.split, "guidance_scale": config.guidance_scale}
     (output_dir / "results.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    print(table(results, len(prompts), config.split))
+    print(accuracy_table(results, len(prompts), config.split))
     print(f"asked (left) and drawn (right): {output_dir / 'contact_sheet.png'}")
 
 
@@ -57,7 +58,7 @@ def chance() -> dict[str, float]:
     return {**CHANCE, "attributes": sum(CHANCE.values()) / len(CHANCE), "prompts": whole}
 
 
-def table(results: dict[str, float], num_prompts: int, split: str) -> str:
+def accuracy_table(results: dict[str, float], num_prompts: int, split: str) -> str:
     guess = chance()
     names = {**{name: name for name in ATTRIBUTES}, "attributes": "all attributes", "prompts": "whole prompts"}
     rows = [f"  {label:<15} {results[name]:>7.1%}   {guess[name]:>7.1%}" for name, label in names.items()]
@@ -67,10 +68,10 @@ def table(results: dict[str, float], num_prompts: int, split: str) -> str:
 def sheet(asked: Sequence[Scene], prompts: Sequence[str], images: Sequence[Image.Image]) -> Image.Image:
     """What was asked beside what was drawn, with the prompt beneath."""
     cells = []
-    for scene, image in list(zip(asked, images, strict=True))[:MAX_ON_SHEET]:
+    for scene, image in list(zip(asked, images, strict=True))[:MAX_SHEET_PROMPTS]:
         side = image.width
         cell = Image.new("RGB", (2 * side + 1, side), SHEET_COLOUR)
         cell.paste(render(scene, side), (0, 0))
         cell.paste(image, (side + 1, 0))
         cells.append(cell.resize((cell.width * 4, cell.height * 4), Image.Resampling.NEAREST))
-    return contact_sheet(cells, prompts[:MAX_ON_SHEET], columns=6, cell=200)
+    return contact_sheet(cells, prompts[:MAX_SHEET_PROMPTS], columns=6, cell=200)

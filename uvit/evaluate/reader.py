@@ -10,7 +10,7 @@ import itertools
 import numpy as np
 from PIL import Image
 
-from uvit.data.shapes import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, SIZES, Scene, render
+from uvit.sources.shapes import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, SIZES, Scene, render
 
 CHANCE = {
     "colour": 1 / len(COLOURS),

@@ -18,10 +18,9 @@ from uvit.diffusion import (
     timestep_of_log_snr,
 )
 from uvit.errors import UserError
-from uvit.sample.multistep import MultistepScheduler
-from uvit.sample.schedulers import check_scheduler
+from uvit.sample.schedulers import MultistepScheduler, check_scheduler
 
-EVERY_LABEL = (1.0, 1000.0)
+ALL_TIMESTEPS = (1.0, 1000.0)
 
 
 @torch.no_grad()
@@ -40,7 +39,7 @@ def denoise(
     first_label: int = 1,
     start: int = 0,
     image: Tensor | None = None,
-    guidance_interval: tuple[float, float] = EVERY_LABEL,
+    guidance_interval: tuple[float, float] = ALL_TIMESTEPS,
 ) -> Tensor:
     """Draw latents.
 

@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
-from uvit.data.encoders import encode_images
 from uvit.images import on_white
 from uvit.sample.denoise import at_step
+from uvit.weights.encoders import encode_images
 
 STRENGTH = 0.8  # where none is given and there is no mask, as in diffusers
 

@@ -17,12 +17,13 @@ from uvit import __version__
 from uvit.config.sample import SampleConfig
 from uvit.errors import UserError
 from uvit.images import contact_sheet, save_png
-from uvit.sample.plan import Picture, Variant
+from uvit.io import write_atomically
+from uvit.sample.jobs import ImageJob, Variant
 
 SHEET = "contact_sheet.png"
-MAX_ON_SHEET = 400
+MAX_SHEET_IMAGES = 400
 # Flags that make no difference to a picture, or that stand in its metadata under names of their own.
-NOT_RECORDED = {
+UNRECORDED_FLAGS = {
     "pipeline", "guidance_scale", "compare_with", "prompts", "prompts_file", "seed", "num_images_per_prompt",
     "output_dir", "batch_size", "device", "enable_vae_slicing", "enable_vae_tiling", "enable_model_cpu_offload",
     "shard", "skip_existing", "save_latents", "grid", "columns", "disable_tqdm", "speed",
@@ -31,12 +32,12 @@ NOT_RECORDED = {
 
 
 # Where things lie may be spelled in many ways; the SHA-256 of what was used stands beside them.
-NOT_COMPARED = {"software", "pipeline", "init_image", "mask"}
+UNCOMPARED_FIELDS = {"software", "pipeline", "init_image", "mask"}
 
 
 def metadata(config: SampleConfig, variant: Variant, unet_sha256: str) -> dict[str, str]:
     """What made a picture, under the flags' names; its prompt and seed come on top."""
-    flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_RECORDED}
+    flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in UNRECORDED_FLAGS}
     values = {
         "software": f"uvit {__version__}",
         "pipeline": variant.pipeline,
@@ -71,7 +72,7 @@ def next_number(folder: Path) -> int:
     return max(numbered(folder), default=-1) + 1
 
 
-def is_drawn(path: Path, text: Mapping[str, str], latents: str | None) -> bool:
+def is_generated(path: Path, text: Mapping[str, str], latents: str | None) -> bool:
     """Whether all that is to be written is there. Raises UserError where the picture is, but made otherwise."""
     try:
         with Image.open(path) as image:
@@ -79,7 +80,7 @@ def is_drawn(path: Path, text: Mapping[str, str], latents: str | None) -> bool:
             found = {str(name): value for name, value in image.info.items() if isinstance(value, str)}
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error}); delete it, and it is drawn again") from None
-    for name in sorted({*found, *text} - NOT_COMPARED):
+    for name in sorted({*found, *text} - UNCOMPARED_FIELDS):
         if found.get(name) != text.get(name):
             there, here = found.get(name, "nothing"), text.get(name, "nothing")
             raise UserError(
@@ -89,28 +90,27 @@ def is_drawn(path: Path, text: Mapping[str, str], latents: str | None) -> bool:
     return latents is None or path.with_suffix(f".{latents}").is_file()
 
 
-def save_picture(
+def save_image(
     path: Path, image: Image.Image, latents: Tensor, text: Mapping[str, str], latents_as: str | None
 ) -> None:
     """The PNG, and before it its latents (C, h, w) where they are asked for: what has its PNG is all there."""
     if latents_as is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         goal = path.with_suffix(f".{latents_as}")
-        aside = goal.with_name(f".{goal.name}.writing")
-        if latents_as == "npy":
-            with aside.open("wb") as file:
-                np.save(file, latents.cpu().numpy())
-        else:
-            save_file({"latents": latents.cpu().contiguous()}, aside)
-        aside.replace(goal)
+        with write_atomically(goal, sync=False) as aside:
+            if latents_as == "npy":
+                with aside.open("wb") as file:
+                    np.save(file, latents.cpu().numpy())
+            else:
+                save_file({"latents": latents.cpu().contiguous()}, aside)
     save_png(image, path, text)
 
 
 def save_sheet(
-    config: SampleConfig, variants: list[Variant], pictures: list[Picture], settings: Mapping[str, str]
+    config: SampleConfig, variants: list[Variant], pictures: list[ImageJob], settings: Mapping[str, str]
 ) -> Path | None:
     """The pictures, read back from their files, variants side by side. None while some are still being drawn."""
-    shown = pictures[: max(1, MAX_ON_SHEET // len(variants))]
+    shown = pictures[: max(1, MAX_SHEET_IMAGES // len(variants))]
     paths = [variant.folder / picture.file_name for picture in shown for variant in variants]
     if not all(path.is_file() for path in paths):
         return None

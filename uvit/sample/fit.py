@@ -8,7 +8,6 @@ they mend some of it. Fitting a step asks the network no more than drawing with 
 import itertools
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,11 +18,12 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from uvit.errors import UserError
-from uvit.sample.multistep import MultistepScheduler, Plan, karras_grid, second_order
+from uvit.io import write_json
+from uvit.sample.schedulers import MultistepScheduler, SolverPlan, karras_grid, second_order
 
 NUM_PREDICTIONS = 3  # that a step looks back on
 NUM_REFERENCE_STEPS = 300
-FILE = Path("scheduler") / "fitted.json"  # in a pipeline's folder
+FITTED_FILE = Path("scheduler") / "fitted.json"  # in a pipeline's folder
 
 Draw = Callable[[MultistepScheduler, int], Tensor]
 
@@ -69,7 +69,7 @@ class Recorder(MultistepScheduler):
 class Fitter(MultistepScheduler):
     """Replaces each step's weights by those that lead closest to `goals[step]`."""
 
-    def __init__(self, plan: Plan, goals: list[Tensor]):
+    def __init__(self, plan: SolverPlan, goals: list[Tensor]):
         super().__init__([plan])
         self.goals = goals
 
@@ -105,7 +105,7 @@ def least_squares(terms: list[Tensor], goal: Tensor, prior: list[float], ridge: 
 
 def fit_plan(
     draw: Draw, reference: Reference, num_steps: int, guidance: tuple[float, float, float]
-) -> tuple[Plan, Tensor]:
+) -> tuple[SolverPlan, Tensor]:
     """A plan of so many steps, at least 2, and what it draws.
 
     Args:
@@ -122,40 +122,35 @@ def relative_error(latents: Tensor, reference: Tensor) -> float:
     return ((latents - reference).square().mean() / reference.square().mean()).sqrt().item()
 
 
-def read_plans(pipeline: Path) -> list[Plan]:
+def read_plans(pipeline: Path) -> list[SolverPlan]:
     """Those stored with a pipeline. Raises UserError where the file cannot be read."""
-    path = pipeline / FILE
+    path = pipeline / FITTED_FILE
     if not path.is_file():
         return []
     try:
-        return [plan_of(stored) for stored in json.loads(path.read_text(encoding="utf-8"))["plans"]]
+        return [parse_plan(stored) for stored in json.loads(path.read_text(encoding="utf-8"))["plans"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); delete it and fit again with --fit_schedule") from None
 
 
-def plan_of(stored: dict[str, Any]) -> Plan:
+def parse_plan(stored: dict[str, Any]) -> SolverPlan:
     """Raises KeyError, TypeError or ValueError where it is none."""
     log_snrs = tuple(map(float, stored["log_snrs"]))
     weights = tuple(tuple(map(float, row)) for row in stored["weights"])
     if len(weights) != len(log_snrs) or not all(map(math.isfinite, [*log_snrs, *itertools.chain(*weights)])):
         raise ValueError("a plan needs a row of finite weights for each step")
     scale, lowest, highest = map(float, stored["guidance"])
-    return Plan(log_snrs, weights, (scale, lowest, highest))
+    return SolverPlan(log_snrs, weights, (scale, lowest, highest))
 
 
-def store_plan(pipeline: Path, plan: Plan) -> Path:
+def store_plan(pipeline: Path, plan: SolverPlan) -> Path:
     """Add a plan to those of a pipeline, instead of that for as many steps and the same guidance. -> the file"""
     others = [
         other
         for other in read_plans(pipeline)
         if (len(other.log_snrs), other.guidance) != (len(plan.log_snrs), plan.guidance)
     ]
-    path = pipeline / FILE
+    path = pipeline / FITTED_FILE
     path.parent.mkdir(exist_ok=True)
-    aside = path.with_name(f".{path.name}.writing")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(json.dumps({"plans": [asdict(each) for each in [*others, plan]]}, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    write_json(path, {"plans": [asdict(each) for each in [*others, plan]]}, indent=1)
     return path

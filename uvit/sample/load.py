@@ -5,14 +5,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from uvit import checkpoint
-from uvit.data.encoders import quiet
+from uvit.checkpoint.folder import RECORD, checkpoint_folders
 from uvit.device import pick_device
 from uvit.errors import UserError
 from uvit.sample.fit import read_plans
-from uvit.sample.multistep import MultistepScheduler
 from uvit.sample.pipeline import UViTPipeline
-from uvit.sample.schedulers import DEFAULT_SCHEDULER, build_scheduler
+from uvit.sample.schedulers import DEFAULT_SCHEDULER, MultistepScheduler, build_scheduler
+from uvit.weights.encoders import quiet
 
 INDEX = "model_index.json"
 
@@ -31,10 +30,10 @@ def find_pipeline(path: str, flag: str = "pipeline") -> Path:
         raise UserError(f"{where} is a file; make a pipeline of weights: uvit convert {path} pipeline")
     if not folder.is_dir():
         raise UserError(f"{where} there is no such folder; give OUTPUT_DIR/pipeline of a finished training run")
-    if (folder / checkpoint.RECORD).is_file():
+    if (folder / RECORD).is_file():
         goal = folder.with_name(f"pipeline-{folder.name.removeprefix('checkpoint-')}")
         raise UserError(f"{where} is a training checkpoint; make a pipeline of it: uvit convert {folder} {goal}")
-    if found := checkpoint.folders(folder):
+    if found := checkpoint_folders(folder):
         how = f"uvit convert {found[-1]} {folder / 'pipeline'}"
         raise UserError(f"{where} is a training run that is not finished; make a pipeline of a checkpoint: {how}")
     raise UserError(

@@ -12,16 +12,17 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from uvit.convert.folder import pipeline_parts
-from uvit.convert.pretrained import UViTT2IModel
-from uvit.data.encoders import decode_latents, downsampling_of, encode_tokens, tokenize
 from uvit.diffusion import LATENT_SCALE
 from uvit.images import to_pil
-from uvit.sample.denoise import EVERY_LABEL, denoise
+from uvit.model import UViTT2IModel
+from uvit.sample.denoise import ALL_TIMESTEPS, denoise
 from uvit.sample.edit import STRENGTH, Original, first_step, read_original
+from uvit.sample.schedulers import scheduler_from_config
+from uvit.weights.components import pipeline_components
+from uvit.weights.encoders import decode_latents, downsampling_of, encode_tokens, tokenize
 
 Generators = torch.Generator | list[torch.Generator]
-FIRST_LABELS = {"1..1000": 1, "0..999": 0}  # by the pipeline's `timestep_labels`
+TIMESTEP_OFFSETS = {"1..1000": 1, "0..999": 0}  # by the pipeline's `timestep_labels`
 StepCallback = Callable[["UViTPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 
 
@@ -54,12 +55,12 @@ class UViTPipeline(DiffusionPipeline):
         timestep_labels: str = "1..1000",
     ):
         super().__init__()
-        check_parts(unet, vqvae, text_encoder, tokenizer)
+        check_components(unet, vqvae, text_encoder, tokenizer)
         self.register_modules(
             vqvae=vqvae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler
         )
-        if timestep_labels not in FIRST_LABELS:
-            raise ValueError(f"timestep_labels {timestep_labels!r} is none of {', '.join(map(repr, FIRST_LABELS))}")
+        if timestep_labels not in TIMESTEP_OFFSETS:
+            raise ValueError(f"timestep_labels {timestep_labels!r} is none of {', '.join(map(repr, TIMESTEP_OFFSETS))}")
         self.register_to_config(
             latent_scale=latent_scale, prediction_type=prediction_type, timestep_labels=timestep_labels
         )
@@ -67,7 +68,9 @@ class UViTPipeline(DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "UViTPipeline":
         """As in diffusers, from safetensors only; and of the Paddle port's folders and files, converted in memory."""
-        if (arguments := pipeline_parts(pretrained_model_name_or_path, kwargs)) is not None:
+        if (arguments := pipeline_components(pretrained_model_name_or_path, kwargs)) is not None:
+            if (config := arguments.pop("scheduler_config", None)) is not None:
+                arguments["scheduler"] = scheduler_from_config(config)
             dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
             return cls(**arguments) if dtype is None else cls(**arguments).to(dtype)
         return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
@@ -93,9 +96,9 @@ class UViTPipeline(DiffusionPipeline):
         for text in dict.fromkeys(prompts):
             cut = self.tokenizer(text, verbose=False).input_ids[num_tokens - 1 :]
             if len(cut) > 1:  # more than the closing token
-                rest = shorten(self.tokenizer.decode(cut, skip_special_tokens=True))
+                rest = truncate(self.tokenizer.decode(cut, skip_special_tokens=True))
                 warnings.warn(
-                    f"the model reads {num_tokens} tokens; cut off: {rest!r} of {shorten(text)!r}", stacklevel=3
+                    f"the model reads {num_tokens} tokens; cut off: {rest!r} of {truncate(text)!r}", stacklevel=3
                 )
         token_ids = tokenize(self.tokenizer, prompts, num_tokens).to(self._execution_device)
         return encode_tokens(self.text_encoder, token_ids, self.tokenizer.pad_token_id)
@@ -108,7 +111,7 @@ class UViTPipeline(DiffusionPipeline):
         width: int | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 7.5,
-        guidance_interval: tuple[float, float] = EVERY_LABEL,
+        guidance_interval: tuple[float, float] = ALL_TIMESTEPS,
         negative_prompt: str | list[str] | None = None,
         image: Any = None,
         mask_image: Any = None,
@@ -191,7 +194,7 @@ class UViTPipeline(DiffusionPipeline):
             generator=generator,
             progress=self.progress_bar,
             on_step=on_step,
-            first_label=FIRST_LABELS[self.config.timestep_labels],
+            first_label=TIMESTEP_OFFSETS[self.config.timestep_labels],
             start=start,
             image=None if original is None else original.latents,
             guidance_interval=guidance_interval,
@@ -254,7 +257,7 @@ class UViTPipeline(DiffusionPipeline):
         return images.permute(0, 2, 3, 1).cpu().numpy() if output_type == "np" else images
 
 
-def check_parts(
+def check_components(
     unet: UViTT2IModel,
     vqvae: AutoencoderKL,
     text_encoder: PreTrainedModel | None,
@@ -273,7 +276,7 @@ def check_parts(
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, and the text encoder knows {size}")
 
 
-def shorten(text: str, length: int = 120) -> str:
+def truncate(text: str, length: int = 120) -> str:
     return text if len(text) <= length else f"{text[:length]}..."
 
 

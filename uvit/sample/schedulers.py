@@ -4,8 +4,12 @@ Every scheduler is built from one config, so that swapping one for another in di
 `DDIMScheduler.from_config(pipeline.scheduler.config)`, finds in it what it needs.
 """
 
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -15,9 +19,12 @@ from diffusers import (
     HeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
-from uvit.diffusion import NUM_TIMESTEPS, PredictionType, alphas_cumprod, log_snr, scheduler_config
+from uvit.diffusion import NUM_TIMESTEPS, PredictionType, alphas_cumprod, log_snr, scheduler_config, timestep_of_log_snr
+from uvit.errors import UserError
 from uvit.sample.limited import LimitedDPMSolverScheduler
 
 DEFAULT_SCHEDULER = "dpmsolver++"
@@ -88,6 +95,20 @@ def shared_config(prediction_type: PredictionType) -> dict[str, Any]:
     }
 
 
+def scheduler_from_config(config: Mapping[str, Any]) -> Any:
+    """The scheduler that a pipeline folder's scheduler_config.json describes: one of diffusers, or of this file.
+
+    Raises UserError where its class is neither.
+    """
+    name = str(config.get("_class_name"))
+    own = {cls.__name__: cls for cls in (LimitedDPMSolverScheduler, OfficialScheduler)}
+    cls: Any = own.get(name) or getattr(diffusers, name, None)
+    if not isinstance(cls, type) or not issubclass(cls, SchedulerMixin):
+        raise UserError(f"scheduler_config.json: {name} is no scheduler of diffusers")
+    scheduler: Any = cls
+    return scheduler.from_config({key: value for key, value in config.items() if not key.startswith("_")})
+
+
 def check_scheduler(scheduler: Any) -> None:
     """ValueError if it steps through another diffusion process than the network was trained with."""
     abar = getattr(scheduler, "alphas_cumprod", torch.empty(0)).double().cpu()
@@ -99,3 +120,106 @@ def check_scheduler(scheduler: Any) -> None:
         )
     if scheduler.config.get("clip_sample"):
         raise ValueError(f"{name} clips to [-1, 1], which latents exceed; make it with clip_sample=False")
+
+
+# A solver that is a table of numbers: a grid of noise levels, and how each step weighs what it has seen.
+#
+# A step is x' = w_0 x + w_1 D_0 + w_2 D_1 + ..., the latents and the x_0 predicted at this step, the one before, and so
+# on. DPM-Solver++ is of this form on any grid; `uvit.sample.fit` finds better weights for a model.
+
+
+KARRAS_RHO = 7
+
+
+@dataclass(frozen=True)
+class SolverPlan:
+    """All that a solver is."""
+
+    log_snrs: tuple[float, ...]
+    """(N,), rising from label 1000's: log(a^2 / s^2) wherever the network is asked."""
+    weights: tuple[tuple[float, ...], ...]
+    """Of each of the N steps: of the latents, of the x_0 just predicted, of the one before, ..."""
+    guidance: tuple[float, float, float] | None = None
+    """What it was fitted for: scale, lowest and highest label with guidance. None: it was not, and goes for any."""
+
+
+def karras_grid(num_steps: int) -> Tensor:
+    """Log-SNRs (num_steps,) float64 from label 1000's to label 1's (Karras et al. 2022, rho 7).
+
+    Most of them are at little noise; even steps in time, which have most at much noise, need more of them.
+    """
+    ends = log_snr(torch.tensor([NUM_TIMESTEPS, 1]))
+    first, last = torch.exp(-ends / 2 / KARRAS_RHO).tolist()  # roots of the noise levels s_n / a_n
+    return -2 * KARRAS_RHO * torch.linspace(first, last, num_steps, dtype=torch.float64).log()
+
+
+def second_order(log_snrs: Tensor) -> SolverPlan:
+    """DPM-Solver++ (2M) of Lu et al. 2022 on that grid; the first step and the last, to x_0, are of first order."""
+    half = (log_snrs / 2).tolist()  # lambda = log(a / s)
+    a, s = (torch.sigmoid(sign * log_snrs).sqrt().tolist() for sign in (1, -1))
+    weights = []
+    for i in range(len(half) - 1):
+        h = half[i + 1] - half[i]
+        gain = -a[i + 1] * math.expm1(-h)
+        back = 0.5 * h / (half[i] - half[i - 1]) if i else 0.0
+        weights.append((s[i + 1] / s[i], gain * (1 + back), -gain * back))
+    return SolverPlan(tuple(log_snrs.tolist()), (*weights, (0.0, 1.0, 0.0)))
+
+
+class MultistepScheduler(SchedulerMixin, ConfigMixin):
+    """Steps through plans, in the way of diffusers' schedulers.
+
+    Which of the plans is a matter of the number of steps and of `guidance`, to be set before `set_timesteps`.
+    """
+
+    order = 1
+    init_noise_sigma = 1.0
+
+    def __init__(self, plans: Sequence[SolverPlan] = ()):
+        self.register_to_config(**shared_config("sample"))
+        self.plans = plans
+        self.alphas_cumprod = alphas_cumprod()[1:]
+        self.guidance: tuple[float, float, float] | None = None
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+        """Raises UserError where no plan is for that."""
+        self.plan = self.plan_for(num_inference_steps)
+        self.num_inference_steps = num_inference_steps
+        labels = timestep_of_log_snr(torch.tensor(self.plan.log_snrs, dtype=torch.float64))
+        self.timesteps = (labels - 1).float().to(device)
+        self.predicted: list[Tensor] = []  # newest first
+        self.step_index = 0
+
+    def plan_for(self, num_steps: int) -> SolverPlan:
+        for plan in self.plans:
+            if len(plan.log_snrs) == num_steps and plan.guidance in (None, self.guidance):
+                return plan
+        known = (
+            "; ".join(f"{len(plan.log_snrs)} for {describe_guidance(plan.guidance)}" for plan in self.plans) or "none"
+        )
+        raise UserError(
+            f"no solver of {num_steps} steps is fitted for {describe_guidance(self.guidance)} (there are: {known}); "
+            "fit it with --fit_schedule, or choose another --scheduler or --speed"
+        )
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        if begin_index:
+            raise UserError("--scheduler fitted: begins with noise alone; choose another to begin with a picture")
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        return sample
+
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor) -> SchedulerOutput:
+        """From the x_0 predicted and the latents, in float32, to those of the next step."""
+        weights = self.plan.weights[self.step_index]
+        self.predicted = [model_output, *self.predicted][: len(weights) - 1]
+        self.step_index += 1
+        terms = zip(weights, [sample, *self.predicted], strict=False)  # the first steps have less to look back on
+        return SchedulerOutput(prev_sample=sum(weight * value for weight, value in terms))
+
+
+def describe_guidance(guidance: tuple[float, float, float] | None) -> str:
+    if guidance is None:
+        return "any guidance"
+    scale, lowest, highest = guidance
+    return f"guidance {scale:g}" + ("" if (lowest, highest) == (1, NUM_TIMESTEPS) else f" at {lowest:g} to {highest:g}")

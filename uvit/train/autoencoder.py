@@ -16,13 +16,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from uvit.config.autoencoder import AutoencoderConfig
-from uvit.data.sources import indexed, open_source
-from uvit.data.types import PairError, Source
 from uvit.device import pick_device
 from uvit.diffusion import draw_latents
 from uvit.errors import UserError
 from uvit.images import contact_sheet, save_png, to_pil, to_pixels, to_unit
-from uvit.train.ema import EMA
+from uvit.sources.open import open_source, require_random_access
+from uvit.sources.types import PairError, Source
+from uvit.train.optimizer import EMA
 
 NUM_WARMUP_STEPS = 100
 INITIAL_LOG_VARIANCE = -6.0
@@ -69,7 +69,7 @@ def _report(message: str) -> None:
     print(f"left out: {message}", file=sys.stderr)
 
 
-def build(config: AutoencoderConfig) -> AutoencoderKL:
+def build_vae(config: AutoencoderConfig) -> AutoencoderKL:
     num_levels = int(math.log2(config.factor)) + 1
     vae = AutoencoderKL(
         sample_size=config.resolution,
@@ -86,7 +86,7 @@ def build(config: AutoencoderConfig) -> AutoencoderKL:
     return vae
 
 
-def loss(vae: AutoencoderKL, images: Tensor, noise: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
+def vae_loss(vae: AutoencoderKL, images: Tensor, noise: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
     """(squared error + kl_weight KL, squared error); images (B, 3, R, R) in [-1, 1], noise like the latents."""
     moments = vae.quant_conv(vae.encoder(images))
     mean, log_variance = moments.float().chunk(2, dim=1)
@@ -105,7 +105,7 @@ def train_autoencoder(config: AutoencoderConfig) -> None:
             "--overwrite_output_dir"
         )
     device = pick_device(config.device)
-    source = indexed(
+    source = require_random_access(
         open_source(config.source, config.split, config.image_folder, config.resolution),
         f"--source {' '.join(config.source)}",
     )
@@ -113,7 +113,7 @@ def train_autoencoder(config: AutoencoderConfig) -> None:
     while len(rows) > 1 and not len(load_images(source, held_out, config.resolution)):  # none of them can be used
         held_out, rows = rows[:1], rows[1:]
     torch.manual_seed(config.seed)
-    vae = build(config).to(device)
+    vae = build_vae(config).to(device)
     ema = EMA(vae, config.ema_decay)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
     generator = torch.Generator(device).manual_seed(config.seed)
@@ -135,7 +135,7 @@ def train_autoencoder(config: AutoencoderConfig) -> None:
             images = to_unit(pixels.to(device))
             noise = torch.randn(len(images), config.latent_channels, size, size, device=device, generator=generator)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-                total, error = loss(vae, images, noise, config.kl_weight)
+                total, error = vae_loss(vae, images, noise, config.kl_weight)
             if not torch.isfinite(total):
                 raise UserError(
                     f"step {step}: the loss is {float(total)}; try a lower --learning_rate than {config.learning_rate}"
@@ -152,13 +152,13 @@ def train_autoencoder(config: AutoencoderConfig) -> None:
                 if config.disable_tqdm:
                     print(f"step {steps_done}/{config.max_steps}: {report}", flush=True)
             if config.preview_steps > 0 and steps_done % config.preview_steps == 0:
-                preview(ema.model, held_out_images, output_dir / "previews" / f"step-{steps_done:06d}.png")
+                save_reconstructions(ema.model, held_out_images, output_dir / "previews" / f"step-{steps_done:06d}.png")
     except KeyboardInterrupt:
         print(f"\nstopped after {steps_done} of {config.max_steps} steps; writing what was learnt so far")
 
     averaged: Any = ema.model
-    measured = measure(averaged, held_out_images, load_some_images(source, rows[:MAX_MEASURED], config.resolution))
-    preview(averaged, held_out_images, output_dir / "previews" / "last.png")
+    measured = measure_vae(averaged, held_out_images, load_some_images(source, rows[:MAX_MEASURED], config.resolution))
+    save_reconstructions(averaged, held_out_images, output_dir / "previews" / "last.png")
     averaged.register_to_config(scaling_factor=measured["latent_scale"])
     facts = {
         **measured,
@@ -167,7 +167,7 @@ def train_autoencoder(config: AutoencoderConfig) -> None:
         "source": config.source,
         "seed": config.seed,
     }
-    write(averaged, facts, output_dir)
+    write_vae(averaged, facts, output_dir)
     print(
         f"PSNR {measured['psnr']:.2f} dB on {len(held_out_images)} images that it was not trained on, "
         f"latent scale {measured['latent_scale']:.4f}: {output_dir}"
@@ -191,7 +191,7 @@ def psnr_of(squared_error: float) -> float:
 
 
 @torch.no_grad()
-def measure(vae: AutoencoderKL, held_out: Tensor, others: Tensor, batch_size: int = 64) -> dict[str, float]:
+def measure_vae(vae: AutoencoderKL, held_out: Tensor, others: Tensor, batch_size: int = 64) -> dict[str, float]:
     """PSNR of the mean's reconstruction over all held-out pixels, and 1 / std of the latents, from uint8 images."""
     error = latent_sum = latent_square = count = 0.0
     for pixels in held_out.split(batch_size):
@@ -208,7 +208,7 @@ def measure(vae: AutoencoderKL, held_out: Tensor, others: Tensor, batch_size: in
 
 
 @torch.no_grad()
-def preview(vae: AutoencoderKL, pixels: Tensor, path: Path, num_images: int = 16) -> None:
+def save_reconstructions(vae: AutoencoderKL, pixels: Tensor, path: Path, num_images: int = 16) -> None:
     """Held-out images in the upper half, their reconstructions in the lower."""
     images = to_unit(pixels[:num_images].to(vae.device))
     decoded = vae.decode(vae.encode(images).latent_dist.mean).sample
@@ -217,7 +217,7 @@ def preview(vae: AutoencoderKL, pixels: Tensor, path: Path, num_images: int = 16
     save_png(contact_sheet([image for row in rows for image in to_pil(row)], columns=half), path)
 
 
-def write(vae: AutoencoderKL, facts: dict[str, object], output_dir: Path) -> None:
+def write_vae(vae: AutoencoderKL, facts: dict[str, object], output_dir: Path) -> None:
     """Weights, config and what was measured; whatever stood there before is set aside under another name."""
     aside = output_dir / f".writing-{os.getpid()}"
     vae.save_pretrained(aside)

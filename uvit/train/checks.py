@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 
 from uvit.config.train import TrainConfig
-from uvit.convert.export import exported_facts
-from uvit.data.features import Features, FeatureStore
 from uvit.diffusion import NUM_TIMESTEPS
 from uvit.errors import UserError
+from uvit.export.convert import training_facts
 from uvit.model import UViTT2IModel
+from uvit.store.reader import FeatureStore
+from uvit.store.types import Features
 
 TIMESTEP_LABELS = f"1..{NUM_TIMESTEPS}"  # what the network is told of the least and the most noise
 NUM_LATENTS = 64  # to look at before a run
@@ -78,7 +79,7 @@ def fingerprints(features: Features, train_text_encoder: bool) -> dict[str, str 
     }
 
 
-def difference(ours: dict[str, str | None], theirs: dict[str, str | None]) -> tuple[str, str] | None:
+def differing_fingerprint(ours: dict[str, str | None], theirs: dict[str, str | None]) -> tuple[str, str] | None:
     """The first of the fingerprints that differ where both are known: (what, the two in words)."""
     for what, mine in ours.items():
         other = theirs.get(what)
@@ -90,7 +91,7 @@ def difference(ours: dict[str, str | None], theirs: dict[str, str | None]) -> tu
 def check_validation(config: TrainConfig, features: Features, validation: Features, flag: str, path: str) -> None:
     """Raises UserError where the features to validate on were made by other encoders than those to train on."""
     ours, theirs = (fingerprints(either, config.train_text_encoder) for either in (features, validation))
-    if found := difference(ours, theirs):
+    if found := differing_fingerprint(ours, theirs):
         what, both = found
         raise UserError(
             f"--{flag} {path}: its split {config.validation_split} was made by another {what} than the training "
@@ -103,14 +104,14 @@ def check_pretrained(config: TrainConfig, features: Features) -> None:
     name = config.pretrained_model_name_or_path
     if name is None:
         return
-    facts = exported_facts(Path(name).expanduser())
+    facts = training_facts(Path(name).expanduser())
     if (labels := facts.get("timestep_labels", TIMESTEP_LABELS)) != TIMESTEP_LABELS:
         raise UserError(
             f"--pretrained_model_name_or_path {name}: was trained with the timestep labels {labels}, and here they are "
             f"{TIMESTEP_LABELS}; start from another pipeline"
         )
     theirs = {"VAE": facts.get("vae_sha256"), "text encoder": facts.get("text_encoder_sha256")}
-    if found := difference(fingerprints(features, config.train_text_encoder), theirs):
+    if found := differing_fingerprint(fingerprints(features, config.train_text_encoder), theirs):
         what, both = found
         raise UserError(
             f"--pretrained_model_name_or_path {name}: its {what} is not the one that made the features ({both}); "

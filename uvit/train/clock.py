@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-PARTS = ("data", "forward", "backward", "optimizer", "save")
+PHASES = ("data", "forward", "backward", "optimizer", "save")
 
 
 class Clock:
@@ -21,7 +21,7 @@ class Clock:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.seconds = dict.fromkeys(PHASES, 0.0)
         self.running: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @contextlib.contextmanager
@@ -49,7 +49,7 @@ class Clock:
         while self.running and self.running[0][2].query():
             part, begin, end = self.running.popleft()
             self.seconds[part] += begin.elapsed_time(end) / 1000
-        seconds, self.seconds = self.seconds, dict.fromkeys(PARTS, 0.0)
+        seconds, self.seconds = self.seconds, dict.fromkeys(PHASES, 0.0)
         return {f"{part}_seconds": round(value, 6) for part, value in seconds.items()}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 NUM_NORMS = 100  # how many gradients say what is usual
 
-Stretch = tuple[int, int]  # of the sample counter: [first, end)
+SampleRange = tuple[int, int]  # of the sample counter: [first, end)
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Guards:
     norms: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_NORMS))  # the last finite ones
     skipped_in_a_row: int = 0
     skipped_from: int = 0  # the sample counter where these began
-    passed_over: list[Stretch] = field(default_factory=list)
+    passed_over: list[SampleRange] = field(default_factory=list)
     failed_at: int = 0  # the last step that a rollback undid
     num_rollbacks: int = 0  # since an update was made after that step
     good: str | None = None  # name of the last checkpoint that was not written amidst skipped updates
@@ -66,7 +66,7 @@ class Guards:
         self.failed_at, self.num_rollbacks, self.good = state["failed_at"], state["num_rollbacks"], state["good"]
 
 
-def first_sample(samples: int, samples_per_step: int, passed_over: Iterable[Stretch]) -> int:
+def next_kept_sample(samples: int, samples_per_step: int, passed_over: Iterable[SampleRange]) -> int:
     """Where the next step begins: at `samples`, or behind the stretches that it would touch."""
     for first, end in sorted(passed_over):
         if first < samples + samples_per_step and samples < end:
@@ -74,10 +74,12 @@ def first_sample(samples: int, samples_per_step: int, passed_over: Iterable[Stre
     return samples
 
 
-def stretches(samples: int, samples_per_step: int, num_steps: int, passed_over: list[Stretch]) -> Iterator[Stretch]:
+def step_ranges(
+    samples: int, samples_per_step: int, num_steps: int, passed_over: list[SampleRange]
+) -> Iterator[SampleRange]:
     """The next steps in parts with nothing to pass over within: (first sample, number of steps)."""
     while num_steps:
-        start = first_sample(samples, samples_per_step, passed_over)
+        start = next_kept_sample(samples, samples_per_step, passed_over)
         ahead = [(first - start) // samples_per_step for first, _ in passed_over if first >= start]
         count = min([num_steps, *ahead])
         yield start, count

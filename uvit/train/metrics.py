@@ -1,10 +1,12 @@
 """What a run tells: a line a step in metrics.jsonl, points on the boards, progress on the console."""
 
+import importlib.util
 import json
 import os
 from collections import deque
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -12,14 +14,14 @@ from tqdm import tqdm
 
 from uvit.config.train import TrainConfig
 from uvit.errors import UserError
-from uvit.train.boards import open_boards
-from uvit.train.clock import PARTS
-from uvit.train.utilisation import Work
+from uvit.io import write_bytes
+from uvit.train.clock import PHASES
+from uvit.train.profiling import MfuReference
 from uvit.train.validate import TIMESTEPS
 
-PART_SECONDS = tuple(f"{part}_seconds" for part in PARTS)
+PART_SECONDS = tuple(f"{part}_seconds" for part in PHASES)
 # What is measured, and so differs where all else in two runs' metrics.jsonl is the same.
-MEASURED = ("seconds", *PART_SECONDS, "samples_per_second", "mfu", "peak_memory_bytes")
+TIMING_FIELDS = ("seconds", *PART_SECONDS, "samples_per_second", "mfu", "peak_memory_bytes")
 SHARE_TO_SHOW, SHARE_TO_WARN = 0.05, 0.2  # of the time, spent waiting for data
 
 
@@ -33,17 +35,17 @@ class Metrics:
         first_step: int,
         max_steps: int,
         samples_per_step: int,
-        work: Work,
+        work: MfuReference,
         old_layout: bool = False,
     ):
         self.config, self.max_steps, self.samples_per_step, self.work = config, max_steps, samples_per_step, work
         folder = logs_folder(config, output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.losses = keep_lines(
+        self.losses = truncate_log(
             folder / "metrics.jsonl", first_step, config.logging_steps
         )  # since the last logged step
         self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self.boards = open_boards(config, output_dir, folder, first_step)
+        self.boards = open_trackers(config, output_dir, folder, first_step)
         self.progress = tqdm(
             total=max_steps, initial=first_step, unit="step", desc="train", disable=config.disable_tqdm, smoothing=0.05
         )
@@ -51,7 +53,7 @@ class Metrics:
         self.times: list[dict[str, float]] = []  # since the last line
         self.all_times: list[dict[str, float]] = []  # for --benchmark
         self.num_lines, self.warned = 0, False
-        self.advice = advice(config, old_layout)
+        self.advice = data_hints(config, old_layout)
         self.validated = ""
         self.skipped = 0
 
@@ -84,7 +86,7 @@ class Metrics:
         rate, mfu, waiting = (
             self.samples_per_step / seconds,
             self.work.utilisation(seconds),
-            share_of_waiting(self.times),
+            data_wait_share(self.times),
         )
         line = f"loss {loss:.4f}, |grad| {grad_norm:.3g}, lr {record['lr']:.2e}, {rate:.1f} samples/s"
         if mfu is not None:
@@ -148,7 +150,7 @@ class Metrics:
         mfu = self.work.utilisation(median)
         return (
             f"{self.samples_per_step / median:.1f} samples/s, {median * 1000:.1f} ms a step (median of {len(steady)} "
-            f"steps), {'' if mfu is None else f'{mfu:.1%} MFU, '}{share_of_waiting(steady):.0%} waiting for data"
+            f"steps), {'' if mfu is None else f'{mfu:.1%} MFU, '}{data_wait_share(steady):.0%} waiting for data"
         )
 
     def close(self) -> None:
@@ -162,7 +164,7 @@ def logs_folder(config: TrainConfig, output_dir: Path) -> Path:
     return Path(config.logging_dir or output_dir / "logs")
 
 
-class Silent:
+class NullMetrics:
     """The Metrics of processes other than the main one, which speaks for all."""
 
     def step(self, record: dict[str, Any]) -> None: ...
@@ -174,12 +176,12 @@ class Silent:
         return ""
 
 
-def share_of_waiting(times: list[dict[str, float]]) -> float:
+def data_wait_share(times: list[dict[str, float]]) -> float:
     total = sum(step["seconds"] for step in times)
     return sum(step["data_seconds"] for step in times) / total if total else 0.0
 
 
-def advice(config: TrainConfig, old_layout: bool) -> str:
+def data_hints(config: TrainConfig, old_layout: bool) -> str:
     """What makes data come faster."""
     cores = os.cpu_count() or 1
     num_workers = min(config.dataloader_num_workers, cores)
@@ -190,7 +192,7 @@ def advice(config: TrainConfig, old_layout: bool) -> str:
     return ", ".join(ways)
 
 
-def keep_lines(path: Path, last_step: int, logging_steps: int) -> list[float]:
+def truncate_log(path: Path, last_step: int, logging_steps: int) -> list[float]:
     """Cut metrics.jsonl after `last_step`: what a killed run wrote past its checkpoint is done again.
 
     Returns the losses since the last logged step, so that the next mean is what it would have been.
@@ -206,9 +208,7 @@ def keep_lines(path: Path, last_step: int, logging_steps: int) -> list[float]:
         if record is None or record["step"] > last_step:
             break
         kept.append(record)
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    aside.replace(path)
+    write_bytes(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
     logged = last_step - last_step % logging_steps
     return [record["loss"] for record in kept if record["loss"] is not None and record["step"] > logged]
 
@@ -221,3 +221,81 @@ def _duration(seconds: float) -> str:
 
 def _rounded(share: float | None) -> float | None:
     return None if share is None else round(share, 4)
+
+
+# Where curves and previews are shown besides the console: TensorBoard, Weights & Biases
+
+
+class Tracker(Protocol):
+    def scalars(self, points: dict[str, float], step: int) -> None:
+        """{`train/loss`: ..., ...}"""
+        ...
+
+    def image(self, name: str, image: Image.Image, step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def open_trackers(config: TrainConfig, output_dir: Path, folder: Path, first_step: int) -> list[Tracker]:
+    """Those that the flags ask for, from step `first_step` on; `folder` is that of the logs."""
+    boards: list[Tracker] = []
+    if config.enable_tensorboard and config.report_to in ("tensorboard", "all"):
+        boards.append(TensorBoard(folder, first_step))
+    if config.report_to == "wandb" or (config.report_to == "all" and has_wandb()):
+        boards.append(WeightsAndBiases(config, output_dir, folder, first_step))
+    return boards
+
+
+def has_wandb() -> bool:
+    return importlib.util.find_spec("wandb") is not None
+
+
+def check_trackers(config: TrainConfig) -> None:
+    """Raises UserError where Weights & Biases is asked for by name and not installed."""
+    if config.report_to == "wandb" and not has_wandb():
+        raise UserError("--report_to wandb: Weights & Biases is not installed; pip install wandb")
+
+
+class TensorBoard:
+    """A run that goes on takes back what it showed after its checkpoint."""
+
+    def __init__(self, folder: Path, first_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder), purge_step=first_step + 1)
+
+    def scalars(self, points: dict[str, float], step: int) -> None:
+        for name, value in points.items():
+            self.writer.add_scalar(name, value, step)
+
+    def image(self, name: str, image: Image.Image, step: int) -> None:
+        self.writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """A run of the project $WANDB_PROJECT, or else `uvit`, for each time that training starts or goes on."""
+
+    def __init__(self, config: TrainConfig, output_dir: Path, folder: Path, first_step: int):
+        import wandb
+
+        self.wandb: Any = wandb
+        self.run: Any = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "uvit"),
+            group=output_dir.name,
+            name=f"{output_dir.name} from step {first_step}" if first_step else output_dir.name,
+            dir=str(folder),
+            config=asdict(config),
+        )
+        self.run.define_metric("*", step_metric="step")
+
+    def scalars(self, points: dict[str, float], step: int) -> None:
+        self.run.log({**points, "step": step})
+
+    def image(self, name: str, image: Image.Image, step: int) -> None:
+        self.run.log({name: self.wandb.Image(image), "step": step})
+
+    def close(self) -> None:
+        self.run.finish()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from uvit.config.train import TrainConfig
-from uvit.distributed.ops import local
+from uvit.distributed.ops import local_tensor
 
 
 class LossScale:
@@ -75,7 +75,9 @@ class Precision:
                 master.grad = None if worker.grad is None else worker.grad.float()
                 worker.grad = None
         if self.scale.enabled:
-            grads = [local(parameter.grad) for parameter in self.masters.parameters() if parameter.grad is not None]
+            grads = [
+                local_tensor(parameter.grad) for parameter in self.masters.parameters() if parameter.grad is not None
+            ]
             torch._foreach_mul_(grads, 1 / self.scale.value)
 
     def step(self, optimizer: torch.optim.Optimizer, update: bool, finite: bool) -> None:
@@ -91,5 +93,5 @@ class Precision:
     def publish(self) -> None:
         """The masters' values to the copy that computes."""
         if self.has_copy:
-            copies = [local(parameter) for parameter in self.networks.parameters()]
-            torch._foreach_copy_(copies, [local(parameter) for parameter in self.masters.parameters()])
+            copies = [local_tensor(parameter) for parameter in self.networks.parameters()]
+            torch._foreach_copy_(copies, [local_tensor(parameter) for parameter in self.masters.parameters()])

@@ -10,17 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from uvit import checkpoint
-from uvit.data.features import Features, FeatureStore
-from uvit.distributed.ops import from_main
+from uvit.checkpoint.folder import read_checkpoint
+from uvit.distributed.ops import broadcast
 from uvit.errors import UserError
-from uvit.train.guards import Stretch
+from uvit.io import write_bytes
+from uvit.store.reader import FeatureStore
+from uvit.store.types import Features
+from uvit.train.checkpointing import restore
+from uvit.train.guards import SampleRange
 from uvit.train.metrics import logs_folder
-from uvit.train.saving import restore
 from uvit.train.setup import Run
 
 MAX_ROLLBACKS = 3  # without an update after the step that failed
-NUM_NAMED = 5  # samples on the console
+MAX_NAMED_SAMPLES = 5  # samples on the console
 
 
 def roll_back(run: Run) -> None:
@@ -34,20 +36,20 @@ def roll_back(run: Run) -> None:
         raise UserError(too_many_skipped(run))
     failed_at, num_rollbacks, before = run.step, guards.num_rollbacks + 1, guards.passed_over
     stretch, num_steps = (guards.skipped_from, run.samples), guards.skipped_in_a_row
-    found = checkpoint.read(from_main(good_checkpoint(run.checkpoint, guards.good), run.world))
+    found = read_checkpoint(broadcast(good_checkpoint(run.checkpoint, guards.good), run.world))
     restore(run, found)
     guards.passed_over, guards.failed_at, guards.num_rollbacks = [*before, stretch], failed_at, num_rollbacks
     guards.skipped_in_a_row = 0
     if run.world.is_main:
         samples = samples_of(run, stretch, before)
-        path = passed_over_file(run)
+        path = skipped_samples_file(run)
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-        named = ", ".join(name_of(sample) for sample in samples[:NUM_NAMED])
+        named = ", ".join(name_of(sample) for sample in samples[:MAX_NAMED_SAMPLES])
         print(
             f"the loss or gradient was far too large or not finite for {num_steps} steps in a "
             f"row, up to step {failed_at}: going back to {found.folder} and passing over their {len(samples)} "
-            f"samples: {named}{', ...' if len(samples) > NUM_NAMED else ''} (all of them in {path})",
+            f"samples: {named}{', ...' if len(samples) > MAX_NAMED_SAMPLES else ''} (all of them in {path})",
             flush=True,
         )
 
@@ -71,7 +73,7 @@ def too_many_skipped(run: Run) -> str:
     )
 
 
-def samples_of(run: Run, stretch: Stretch, passed_over: list[Stretch]) -> list[dict[str, Any]]:
+def samples_of(run: Run, stretch: SampleRange, passed_over: list[SampleRange]) -> list[dict[str, Any]]:
     """What is known of the samples of a stretch that were not passed over before."""
     counters = np.arange(*stretch)
     for first, end in passed_over:
@@ -93,21 +95,19 @@ def name_of(sample: dict[str, Any]) -> str:
     return f"{name} ({sample['id']})" if "id" in sample else name
 
 
-def passed_over_file(run: Run) -> Path:
+def skipped_samples_file(run: Run) -> Path:
     return logs_folder(run.config, run.output_dir) / "passed_over.jsonl"
 
 
-def keep_passed_over(run: Run) -> None:
+def forget_unskipped(run: Run) -> None:
     """Forget samples that the run, gone on from a checkpoint, does not know of: it will come by them again."""
-    path = passed_over_file(run)
+    path = skipped_samples_file(run)
     if not path.exists():
         return
     lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    kept = [line for line in lines if is_passed_over(json.loads(line)["sample"], run.guards.passed_over)]
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_text("".join(kept), encoding="utf-8")
-    aside.replace(path)
+    kept = [line for line in lines if is_skipped(json.loads(line)["sample"], run.guards.passed_over)]
+    write_bytes(path, "".join(kept).encode())
 
 
-def is_passed_over(counter: int, passed_over: list[Stretch]) -> bool:
+def is_skipped(counter: int, passed_over: list[SampleRange]) -> bool:
     return any(first <= counter < end for first, end in passed_over)

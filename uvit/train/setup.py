@@ -8,21 +8,20 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel
 
 import uvit
 from uvit.config.model import resolve_model_config
 from uvit.config.train import TrainConfig
-from uvit.convert.folder import open_part
-from uvit.convert.place import looks_foreign, place_of
-from uvit.data.encoders import is_place
-from uvit.data.features import Features, open_features
-from uvit.data.loader import Batches
 from uvit.diffusion import LATENT_SCALE
-from uvit.distributed.mesh import World, alone
+from uvit.distributed.mesh import World, single_process_world
 from uvit.distributed.ops import GradientAverage
 from uvit.distributed.parallelize import parallelize, shard
 from uvit.errors import UserError
+from uvit.export.convert import check_fingerprint
 from uvit.model import INIT_STD, UViTT2IModel
+from uvit.store.reader import open_features
+from uvit.store.types import Features
 from uvit.train.checks import (
     TIMESTEP_LABELS,
     check_features,
@@ -32,11 +31,13 @@ from uvit.train.checks import (
     fingerprints,
 )
 from uvit.train.clock import Clock
-from uvit.train.ema import EMA
 from uvit.train.guards import Guards
-from uvit.train.optim import build_optimizer
+from uvit.train.loader import BatchDataset
+from uvit.train.optimizer import EMA, build_optimizer
 from uvit.train.precision import Precision
-from uvit.train.text import build_text_encoder, load_frozen_text_encoder
+from uvit.weights.components import load_text_encoder, read_network
+from uvit.weights.detect import first_that_has, is_third_party
+from uvit.weights.encoders import is_local_path, load_tokenizer
 
 DEFAULT_SPLIT = TrainConfig.validation_split
 
@@ -50,7 +51,7 @@ class Run:
     device: torch.device
     features: Features
     validation: Features | None  # other samples, to validate on
-    batches: Batches
+    batches: BatchDataset
     networks: nn.ModuleDict  # unet, and text_encoder where it is trained; float32
     optimizer: torch.optim.AdamW
     ema: EMA | None
@@ -119,12 +120,12 @@ def model_config(unet: Any) -> dict[str, Any]:
     return {key: value for key, value in unet.config.items() if not key.startswith("_")}
 
 
-def set_up(config: TrainConfig, output_dir: Path, world: World | None = None) -> Run:
+def build_run(config: TrainConfig, output_dir: Path, world: World | None = None) -> Run:
     """A run at step 0. Raises UserError where features, model and flags contradict one another.
 
     Every process of a world calls this alike; without one, this is the only process.
     """
-    world = world or alone(config.device)
+    world = world or single_process_world(config.device)
     device = world.device
     features = open_features(config.feature_path, "train", "feature_path")
     check_pretrained(config, features)
@@ -147,7 +148,7 @@ def set_up(config: TrainConfig, output_dir: Path, world: World | None = None) ->
     precision = Precision(config, networks, device)
     for copy in {id(n): n for n in (networks, precision.networks, ema.model if ema else networks)}.values():
         computes = copy is precision.networks
-        spread(copy, world, recompute=computes and config.recompute, compile=computes and config.compile)  # type: ignore[arg-type]
+        parallelize_networks(copy, world, recompute=computes and config.recompute, compile=computes and config.compile)  # type: ignore[arg-type]
     optimizer = build_optimizer(networks, config)
     run = Run(
         config=config,
@@ -155,7 +156,7 @@ def set_up(config: TrainConfig, output_dir: Path, world: World | None = None) ->
         device=device,
         features=features,
         validation=validation,
-        batches=Batches(
+        batches=BatchDataset(
             features,
             config.per_device_train_batch_size,
             config.seed,
@@ -188,15 +189,15 @@ def encoders_of(config: TrainConfig, features: Features) -> dict[str, str | None
     """Where they are: in the pipeline to start from as far as it has them, else by a flag, else by the features."""
     pretrained = config.pretrained_model_name_or_path
     return {
-        "vae": place_of("vqvae", pretrained, config.vae_name_or_path, features.vae_name),
-        "text_encoder": place_of(
+        "vae": first_that_has("vqvae", pretrained, config.vae_name_or_path, features.vae_name),
+        "text_encoder": first_that_has(
             "text_encoder", pretrained, config.text_encoder_name_or_path, features.text_encoder_name
         ),
-        "tokenizer": place_of("tokenizer", pretrained, config.tokenizer_name, features.tokenizer_name),
+        "tokenizer": first_that_has("tokenizer", pretrained, config.tokenizer_name, features.tokenizer_name),
     }
 
 
-def spread(networks: nn.ModuleDict, world: World, recompute: bool, compile: bool) -> None:
+def parallelize_networks(networks: nn.ModuleDict, world: World, recompute: bool, compile: bool) -> None:
     """Over the processes, each copy of the networks alike."""
     unet: Any = networks["unet"]
     parallelize(unet, world, recompute=recompute, compile=compile)
@@ -225,9 +226,9 @@ def build_unet(config: TrainConfig) -> UViTT2IModel:
         rescale_initialisation(unet, config.weight_init_std, config.position_init_std)
         return unet
     name = config.pretrained_model_name_or_path
-    if looks_foreign(name):
-        return open_part(Path(name).expanduser(), "unet").requires_grad_(True)
-    if is_place(name) and not Path(name).expanduser().exists():
+    if is_third_party(name):
+        return read_network(Path(name).expanduser(), "unet").requires_grad_(True)
+    if is_local_path(name) and not Path(name).expanduser().exists():
         raise UserError(f"--pretrained_model_name_or_path {name}: there is no such file or folder")
     try:
         return UViTT2IModel.from_pretrained(name, subfolder="unet", use_safetensors=True)
@@ -243,3 +244,80 @@ def rescale_initialisation(unet: UViTT2IModel, weight_std: float, position_std: 
         if isinstance(module, nn.Linear):
             module.weight.mul_(weight_std / INIT_STD)
     unet.pos_embed.mul_(position_std / INIT_STD)
+
+
+# The text encoder of a run on token ids: trained with the U-ViT, or frozen and encoding them as they come
+
+
+def build_text_encoder(config: TrainConfig, features: Features, unet: UViTT2IModel) -> tuple[PreTrainedModel, int]:
+    """-> (the text encoder to train, the padding token's id): an existing one, or a small CLIP's from scratch."""
+    tokenizer = load_features_tokenizer(config, features)
+    pad_token_id = tokenizer.pad_token_id or 0
+    name = first_that_has("text_encoder", config.pretrained_model_name_or_path, config.text_encoder_name_or_path)
+    if name is not None:
+        encoder = load_text_encoder(name).requires_grad_(True)
+        check_text_encoder_sizes(encoder, name, tokenizer, unet)
+        return encoder, pad_token_id
+    width = unet.config.clip_dim
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=config.text_encoder_layers,
+            num_attention_heads=max(1, width // 64),
+            max_position_embeddings=unet.config.num_text_tokens,
+            projection_dim=width,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=pad_token_id,
+        )
+    ), pad_token_id
+
+
+def load_frozen_text_encoder(
+    config: TrainConfig, features: Features, unet: UViTT2IModel
+) -> tuple[PreTrainedModel, int, str]:
+    """-> (the text encoder, the padding token's id, its fingerprint), for features that have token ids alone."""
+    flag = config.text_encoder_name_or_path
+    name = first_that_has("text_encoder", config.pretrained_model_name_or_path, flag, features.text_encoder_name)
+    if name is None:
+        raise UserError(
+            f"--feature_path {config.feature_path}: has token ids and no contexts, and does not say for which text "
+            "encoder; name it with --text_encoder_name_or_path, train one with --train_text_encoder, or extract with "
+            "--text contexts"
+        )
+    tokenizer = load_features_tokenizer(config, features)
+    encoder = load_text_encoder(name)
+    check_text_encoder_sizes(encoder, name, tokenizer, unet)
+    sha256 = check_fingerprint(encoder, features.text_encoder_sha256, "text_encoder_name_or_path", name)
+    return encoder, tokenizer.pad_token_id or 0, sha256
+
+
+def load_features_tokenizer(config: TrainConfig, features: Features) -> Any:
+    pretrained = config.pretrained_model_name_or_path
+    name = first_that_has("tokenizer", pretrained, config.tokenizer_name, features.tokenizer_name)
+    if name is None:
+        raise UserError("--tokenizer_name: the features do not say which tokenizer made their token ids; name it")
+    return load_tokenizer(name)
+
+
+def check_text_encoder_sizes(encoder: Any, name: str, tokenizer: Any, unet: UViTT2IModel) -> None:
+    """The encoder takes the features' token ids, and gives what the U-ViT takes."""
+    width, vocab_size = encoder.config.hidden_size, encoder.config.vocab_size
+    positions = getattr(encoder.config, "max_position_embeddings", None)
+    if width != unet.config.clip_dim:
+        raise UserError(
+            f"--text_encoder_name_or_path {name}: its width is {width}, the U-ViT's clip_dim "
+            f"{unet.config.clip_dim}; choose another --uvit_config_file"
+        )
+    if len(tokenizer) > vocab_size:
+        raise UserError(
+            f"--text_encoder_name_or_path {name}: knows {vocab_size} tokens, the features' tokenizer has "
+            f"{len(tokenizer)}; name the encoder that belongs to it"
+        )
+    if positions is not None and positions < unet.config.num_text_tokens:
+        raise UserError(
+            f"--text_encoder_name_or_path {name}: takes {positions} tokens at most, the U-ViT's num_text_tokens is "
+            f"{unet.config.num_text_tokens}; choose another"
+        )

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from uvit.data.encoders import encode_tokens
-from uvit.data.types import Batch
 from uvit.diffusion import add_noise, draw_latents
 from uvit.diffusion import loss as diffusion_loss
 from uvit.distributed.ops import all_of, any_of, clip_gradients, grad_norm, mean_over_data
-from uvit.train.guards import first_sample
-from uvit.train.optim import learning_rate_factor, set_learning_rate
+from uvit.train.guards import next_kept_sample
+from uvit.train.loader import Batch
+from uvit.train.optimizer import learning_rate_factor, set_learning_rate
 from uvit.train.setup import Run
+from uvit.weights.encoders import encode_tokens
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def train_step(run: Run, batches: Iterator[Batch]) -> StepResult:
         if run.ema and not skipped:
             run.ema.update(run.networks)
 
-    first = first_sample(run.samples, run.samples_per_step, guards.passed_over)
+    first = next_kept_sample(run.samples, run.samples_per_step, guards.passed_over)
     run.step, run.samples = run.step + 1, first + run.samples_per_step
     guards.note(run.step, first, size if finite else None, skipped)
     return StepResult(loss, size, lr, skipped)

@@ -1,0 +1,47 @@
+"""Graphs of the U-ViT compute what it does, for any number of images."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.port import tiny_unet
+from uvit.errors import UserError
+from uvit.export.graph import compare, inputs_of, write_export, write_onnx
+from uvit.weights.report import Report
+
+HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
+
+
+def test_export(tmp_path: Path) -> None:
+    unet, report = tiny_unet(), Report()
+    write_export(unet, tmp_path, report)
+    assert report.converted[0].startswith("unet.pt2: differs from the model by ")
+    graph = torch.export.load(tmp_path / "unet.pt2").module()
+    for batch in (1, 5):
+        inputs = inputs_of(unet, batch)
+        torch.testing.assert_close(graph(*inputs), unet(*inputs))
+
+
+def test_a_graph_that_differs_is_refused() -> None:
+    unet = tiny_unet()
+    assert compare(unet, unet) == "differs from the model by 0.0e+00 of its largest output"
+    with pytest.raises(UserError, match=r"the graph differs from the model by 1\.0e-02"):
+        compare(unet, lambda *inputs: unet(*inputs) * 1.01)
+    with pytest.raises(UserError, match="differs from the model by nan"):
+        compare(unet, lambda *inputs: unet(*inputs) * float("nan"))
+
+
+@pytest.mark.skipif(not HAS_ONNX, reason="the onnx extra is not installed")
+@pytest.mark.filterwarnings("ignore")  # the exporter's own
+def test_onnx(tmp_path: Path) -> None:
+    report = Report()
+    write_onnx(tiny_unet(), tmp_path, report)
+    assert report.converted[0].startswith("unet.onnx: differs from the model by ") and report.left == []
+
+
+@pytest.mark.skipif(HAS_ONNX, reason="the onnx extra is installed")
+def test_onnx_that_is_not_installed_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--to onnx: onnx\w* is not installed; pip install 'uvit\[onnx\]'"):
+        write_onnx(tiny_unet(), tmp_path, Report())

@@ -1,0 +1,56 @@
+"""Images with a .txt beside them."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.sources.pictures import png
+from uvit.sources.files import has_captioned_images, open_folder
+from uvit.sources.types import PairError
+
+
+def write(folder: Path, **files: str | bytes) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        path = folder / name.replace("_", ".")
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def test_pairs_come_in_sorted_order_at_any_depth(tmp_path: Path) -> None:
+    write(tmp_path / "z", b_JPG=png("red", format="JPEG"), b_txt="\ufeffred \n")
+    write(tmp_path, c_png=png("blue"), c_txt="blue", y_webp=png("lime", format="WEBP"), y_txt="green", README_txt="?")
+    write(tmp_path / ".cache", d_png=png("blue"), d_txt="hidden")
+    write(tmp_path, _hidden_png=png("blue"), _hidden_txt="hidden")
+    source = open_folder(tmp_path)
+    pairs = [source[row] for row in range(len(source))]
+    assert [(pair.id, pair.captions) for pair in pairs] == [
+        ("c.png", ("blue",)),
+        ("y.webp", ("green",)),
+        ("z/b.JPG", ("red",)),
+    ]
+    assert pairs[0].image.getpixel((0, 0)) == (0, 0, 255)
+    assert source.problems() == []
+
+
+def test_what_is_wrong_with_a_pair_stays_with_it(tmp_path: Path) -> None:
+    write(tmp_path, a_png=png("red"), b_png=png("red"), b_txt=" ", c_png=png("red"), c_txt=b"\xff")
+    write(tmp_path, d_png=b"", d_txt="d", e_png=png("red"), e_txt="e", f_png=png("red"), f_txt="f")
+    source = open_folder(tmp_path)
+    (tmp_path / "f.txt").unlink()
+    assert [problem.id for problem in source.problems()] == ["a.png"]
+    kinds = []
+    for row in (0, 1, 2, 3, 5):
+        with pytest.raises(PairError) as error:
+            _ = source[row]
+        kinds.append(error.value.problem.kind)
+    assert kinds == ["no caption", "no caption", "not UTF-8", "broken image", "no caption"]
+    assert (source[4].captions, source.captions(3)) == (("e",), ("d",))
+
+
+def test_a_folder_counts_when_one_image_has_a_caption(tmp_path: Path) -> None:
+    write(tmp_path / "deep", a_png=png("red"))
+    write(tmp_path, a_txt="elsewhere")
+    assert not has_captioned_images(tmp_path)
+    write(tmp_path / "deep", a_txt="red")
+    assert has_captioned_images(tmp_path)
+    assert not has_captioned_images(tmp_path / "gone")

@@ -1,0 +1,260 @@
+"""What --source names is recognised, joined and divided; what does not go together is a sentence that says so."""
+
+import gzip
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.sources.pictures import (
+    PICTURES,
+    ROWS,
+    coco_of_pictures,
+    png,
+    write_coco,
+    write_images,
+    write_lines,
+    write_table,
+    write_tar,
+)
+from uvit.errors import UserError
+from uvit.sources.open import captions_of, open_source, require_random_access
+from uvit.sources.types import Source
+
+ALL = [captions for _, captions in PICTURES.values()]
+
+
+def opened(*places: Path | str, **flags: Any) -> Source:
+    source = open_source([str(place) for place in places], **flags)
+    assert pickle.loads(pickle.dumps(source)) is not source
+    return require_random_access(source, "--source")
+
+
+def captions_in(source: Source) -> list[tuple[str, ...]]:
+    return [source.captions(row) for row in range(len(source))]
+
+
+def tar_of(path: Path, *letters: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    members = [each for x in letters for each in [(f"{x}.png", png("red")), (f"{x}.txt", x.encode())]]
+    return write_tar(path, members)
+
+
+def captioned_image(folder: Path, name: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.png").write_bytes(png("red"))
+    (folder / f"{name}.txt").write_text(name)
+    return folder
+
+
+# What a place is
+
+
+@pytest.mark.parametrize("name", ["shapes", "shapes:two"])
+def test_shapes_of_train_and_heldout_share_no_caption_and_come_at_the_resolution(name: str) -> None:
+    train, heldout = opened(name, resolution=32), opened(name, split="heldout", resolution=32)
+    assert train[0].image.size == heldout[0].image.size == (32, 32)
+    assert not set(captions_of(train)) & set(captions_of(heldout))
+    assert next(captions_of(train)) == train[0].captions[0] == train.captions(0)[0]
+    assert train.problems() == []
+
+
+def test_lists_by_their_suffix_and_metadata_by_its_name(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    rows = [{"file_name": name, "text": list(captions)} for name, (_, captions) in PICTURES.items()]
+    for path in (
+        write_lines(tmp_path / "other.jsonl", rows),
+        write_table(tmp_path / "list.csv", ROWS),
+        write_table(tmp_path / "list.tsv", ROWS),
+    ):
+        assert captions_in(opened(path)) == ALL
+    write_lines(tmp_path / "metadata.jsonl", rows)
+    assert captions_in(opened(tmp_path)) == ALL
+    (tmp_path / "metadata.jsonl").unlink()
+    write_table(tmp_path / "metadata.csv", ROWS, ("file_name", "text"))
+    assert captions_in(opened(tmp_path)) == ALL
+
+
+def test_parquet_of_paths_is_a_list_and_parquet_of_images_a_data_set(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    write_images(tmp_path)
+    columns = {"image": [name for name, _ in ROWS], "text": [caption for _, caption in ROWS]}
+    parquet.write_table(arrow.table(columns), tmp_path / "paths.parquet")
+    assert captions_in(opened(tmp_path / "paths.parquet")) == ALL
+    images = [{"bytes": png(colour), "path": None} for colour, _ in PICTURES.values()]
+    parquet.write_table(arrow.table({"image": images, "text": list(map(list, ALL))}), tmp_path / "images.parquet")
+    source = opened(tmp_path / "images.parquet")
+    assert captions_in(source) == ALL and source[1].image.getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_coco_files_and_folders(tmp_path: Path) -> None:
+    write_images(tmp_path / "train2014")
+    path = coco_of_pictures(tmp_path / "annotations" / "captions_train2014.json")
+    packed = tmp_path / "packed.json.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    write_coco(tmp_path / "annotations" / "captions_val2014.json", [], [])
+    images = [str(tmp_path / "train2014")]
+    for source in (opened(tmp_path), opened(path, image_folder=images), opened(packed, image_folder=images)):
+        assert captions_in(source) == ALL and source[0].image.getpixel((0, 0)) == (0, 0, 255)
+    with pytest.raises(UserError, match="needs --image_folder"):
+        open_source(str(path))
+    with pytest.raises(UserError, match=r"val2014\.json: lists no image"):
+        open_source(str(tmp_path), "val2014", images)
+
+
+def test_tars_by_name_by_pattern_and_by_folder(tmp_path: Path) -> None:
+    tar_of(tmp_path / "0.tar", "a", "b")
+    tar_of(tmp_path / "1.tar", "c")
+    for place in (tmp_path / "{0..1}.tar", tmp_path / "*.tar", tmp_path):
+        assert captions_in(opened(place)) == [("a",), ("b",), ("c",)]
+    assert captions_in(opened(tmp_path / "1.tar", tmp_path / "0.tar")) == [("c",), ("a",), ("b",)]
+
+
+def test_folders_of_images_with_text_files(tmp_path: Path) -> None:
+    captioned_image(tmp_path / "deep", "b")
+    captioned_image(tmp_path, "a")
+    assert captions_in(opened(tmp_path)) == [("a",), ("b",)]
+
+
+def test_folders_of_parts(tmp_path: Path) -> None:
+    for kind in ("metadata", "tars", "images"):
+        for part in ("train", "val"):
+            folder = captioned_image(tmp_path / kind / part, part)
+            if kind == "metadata":
+                write_lines(folder / "metadata.jsonl", [{"file_name": f"{part}.png", "text": part}])
+            if kind == "tars":
+                tar_of(folder / "0.tar", part)
+        for part in ("train", "val"):
+            assert captions_in(opened(tmp_path / kind, split=part)) == [(part,)]
+        with pytest.raises(UserError, match=r"--split test: .* has no such part"):
+            open_source(str(tmp_path / kind), "test")
+        for part in ("train", "val"):
+            with pytest.raises(UserError, match=f"--val_every 2: .* has parts already, {part}/"):
+                open_source(str(tmp_path / kind), part, val_every=2)
+
+
+def test_what_is_at_a_url_is_a_stream(tmp_path: Path) -> None:
+    url = tar_of(tmp_path / "0.tar", "a", "b").as_uri()
+    source = open_source(url)
+    assert list(captions_of(source)) == ["a", "b"]
+    with pytest.raises(UserError, match=r"^--source there: can only be read from beginning to end"):
+        require_random_access(source, "--source there")
+
+
+# Several places, and parts of them
+
+
+def test_several_places_follow_one_another_whatever_they_are(tmp_path: Path) -> None:
+    write_images(tmp_path / "list")
+    path = write_table(tmp_path / "list" / "list.csv", ROWS)
+    tar = tar_of(tmp_path / "0.tar", "x", "y")
+    folder = captioned_image(tmp_path / "folder", "z")
+    expected = [("x",), ("y",), *ALL, ("z",)]
+    source = opened(tar, path, folder)
+    assert captions_in(source) == expected
+    assert source[3].image.getpixel((0, 0)) == (255, 0, 0)
+    assert len(opened("shapes", tar)) == len(opened("shapes")) + 2
+    stream = open_source([tar.as_uri(), str(path), str(folder)])
+    assert list(captions_of(stream)) == [caption for captions in expected for caption in captions]
+
+
+def test_coco_files_about_the_same_images_are_joined_and_others_follow(tmp_path: Path) -> None:
+    one, two = write_images(tmp_path / "one"), write_images(tmp_path / "two")
+    first = coco_of_pictures(tmp_path / "first.json")
+    second = write_coco(
+        tmp_path / "second.json", [{"id": 1, "file_name": "a.png"}], [{"image_id": 1, "caption": "rouge"}]
+    )
+    joined = [ALL[0], (*ALL[1], "rouge"), ALL[2]]
+    assert captions_in(opened(first, second, image_folder=[str(one)])) == joined
+    assert captions_in(opened(first, second, image_folder=[str(one), str(two)])) == [*ALL, ("rouge",)]
+    with pytest.raises(UserError, match="--image_folder: 3 folders for 2 files"):
+        open_source([str(first), str(second)], image_folder=[str(one)] * 3)
+
+
+def test_val_every_divides_what_has_no_parts(tmp_path: Path) -> None:
+    tar = tar_of(tmp_path / "tars" / "0.tar", *"abcde")
+    folder = captioned_image(tmp_path / "folder", "f")
+    assert captions_in(opened(tar, folder, val_every=3)) == [("a",), ("b",), ("d",), ("e",)]
+    assert captions_in(opened(tar, folder, split="val", val_every=3)) == [("c",), ("f",)]
+    stream = open_source([tar.as_uri()], "val", val_every=2)
+    assert [(row, pair and pair.captions) for row, pair in stream.read(0, lambda _: True)] == [(0, ("b",)), (1, ("d",))]  # type: ignore[union-attr]
+    for places, split in (([str(tar)], "val"), (["shapes", str(tar)], "heldout")):
+        with pytest.raises(UserError, match=f"--split {split}: .* has no such part; .*--val_every"):
+            open_source(places, split)
+    with pytest.raises(UserError, match="--val_every 6: leaves --split val empty, of 5 pairs"):
+        open_source(str(tar), "val", val_every=6)
+    for split in ("train", "val"):
+        with pytest.raises(UserError, match="--val_every 10: --source shapes has parts already"):
+            open_source("shapes", split, val_every=10)
+
+
+def test_val_every_divides_a_coco_folder_of_one_captions_file(tmp_path: Path) -> None:
+    write_images(tmp_path / "images")
+    coco_of_pictures(tmp_path / "annotations" / "captions_mini.json")
+    assert captions_in(opened(tmp_path, split="val", val_every=2)) == [ALL[1]]
+    write_coco(tmp_path / "annotations" / "captions_train.json", [], [])
+    with pytest.raises(UserError, match="has parts already"):
+        open_source(str(tmp_path), "val", val_every=2)
+
+
+def test_captions_leave_out_pairs_that_cannot_be_used(tmp_path: Path) -> None:
+    folder = captioned_image(tmp_path, "a")
+    captioned_image(tmp_path, "b")
+    (folder / "a.txt").write_text(" ")
+    assert list(captions_of(open_source(str(folder)))) == ["b"]
+
+
+# What is wrong
+
+
+@pytest.mark.parametrize(
+    ("source", "flags", "says"),
+    [
+        ("no/such/place", {}, "no such file or folder"),
+        ("no/such/{0..2}.tar", {}, r"--source no/such/0\.tar: no such file"),
+        ("shapes:three", {}, "shapes and shapes:two"),
+        ("shapes", {"split": "val"}, "--split val: shapes have"),
+        ("shapes", {"image_folder": ["images"]}, "--image_folder images"),
+        ("shapes", {"image_column": "image"}, "--image_column image: goes with"),
+        ("shapes", {"caption_column": "text"}, "--caption_column text: goes with"),
+        ("shapes", {"streaming": True}, "--streaming: goes with"),
+        ([], {}, "--source: names nothing"),
+    ],
+)
+def test_names_and_flags_that_do_not_go_together(source: str, flags: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        open_source(source, **flags)
+
+
+def test_files_that_are_no_source(tmp_path: Path) -> None:
+    for name, says in [
+        ("words.tar", "words.tar"),
+        ("words.tar.gz", "words.tar.gz"),
+        ("words.csv", "its columns are 'not any"),
+        ("words.parquet", "is not a whole parquet file"),
+        ("words.doc", r"is a \.doc file; give shapes"),
+        ("words", "is a nameless file"),
+    ]:
+        (tmp_path / name).write_text("not any of these")
+        if name == "words.parquet":
+            pytest.importorskip("pyarrow")
+        with pytest.raises(UserError, match=says):
+            open_source(str(tmp_path / name))
+
+
+def test_folders_that_are_no_source(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds nothing, and no annotations/, metadata\.jsonl"):
+        open_source(str(tmp_path))
+    for name in "abcdefg":
+        (tmp_path / f"{name}.png").write_bytes(png("red"))
+    with pytest.raises(UserError, match=r"holds a\.png, b\.png, c\.png, d\.png, e\.png and 2 more, and no"):
+        open_source(str(tmp_path))
+
+
+def test_real_tar(emoji_tar: Path) -> None:
+    source = opened(emoji_tar)
+    assert len(source) == 1911
+    assert (source[0].id, source[0].captions) == ("1f600", ("an emoji of grinning face",))
+    assert source[1910].image.size == (64, 64)
+    assert source[0].image.getpixel((0, 0)) == (255, 255, 255)

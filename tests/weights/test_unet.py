@@ -1,0 +1,99 @@
+"""A U-ViT of either layout is the same model; what is missing, mixed or not told is said."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.port import TINY, same, tiny_unet
+from uvit.config.model import model_config_names, resolve_model_config
+from uvit.errors import UserError
+from uvit.model import UViTT2IModel
+from uvit.weights.report import Report
+from uvit.weights.unet import is_norm, is_paddle, known_config, transpose_unet, unet_config, unet_from_tensors
+
+PATH = Path("nnet.pth")
+
+
+@pytest.mark.parametrize("paddle", [False, True])
+def test_both_layouts(paddle: bool) -> None:
+    unet = tiny_unet()
+    weights = transpose_unet(unet.state_dict(), paddle)
+    assert is_paddle(weights, PATH) is paddle
+    report = Report()
+    again = unet_from_tensors(weights, PATH, TINY, report)
+    assert same(again.state_dict(), unet.state_dict()) and again.grid == unet.grid
+    assert bool(report.converted) is paddle
+    assert same(transpose_unet(transpose_unet(unet.state_dict())), unet.state_dict())
+
+
+@pytest.mark.parametrize("name", model_config_names())
+def test_shapes_tell_every_shipped_config(name: str) -> None:
+    config = resolve_model_config(name)
+    with torch.device("meta"):
+        weights = UViTT2IModel(**config).state_dict()
+    report = Report()
+    assert unet_config(weights, PATH, {}, report) == config
+    assert (
+        "attention heads" in report.defaulted[0]
+        and f"num_text_tokens {config['num_text_tokens']}" in report.defaulted[1]
+    )
+
+
+def test_norms_that_the_file_has_not_are_1_and_0() -> None:
+    unet, report = tiny_unet(), Report()
+    weights = {name: value for name, value in unet.state_dict().items() if not is_norm(name)}
+    again = unet_from_tensors(weights, PATH, TINY, report)
+    for name, value in again.state_dict().items():
+        assert (value == name.endswith("weight")).all() if is_norm(name) else torch.equal(value, weights[name])
+    assert report.defaulted == [
+        f"{sum(map(is_norm, again.state_dict()))} LayerNorm weights and biases, at 1 and 0: the file's network has none"
+    ]
+
+
+def test_half_precision_is_said() -> None:
+    report = Report()
+    unet = unet_from_tensors(
+        {name: value.half() for name, value in tiny_unet().state_dict().items()}, PATH, TINY, report
+    )
+    assert report.converted == ["U-ViT: float16 to float32"] and unet.dtype == torch.float32
+
+
+def without(name: str) -> dict[str, Any]:
+    return {key: value for key, value in tiny_unet().state_dict().items() if key != name}
+
+
+def with_one(name: str, value: Any) -> dict[str, Any]:
+    return dict(tiny_unet().state_dict()) | {name: value}
+
+
+@pytest.mark.parametrize(
+    ("weights", "known", "said"),
+    [
+        (without("norm.bias"), TINY, r"is not whole, 1 arrays of a U-ViT are missing \(norm.bias\)"),
+        (without("in_blocks.0.mlp.fc1.weight"), TINY, "in_blocks.0.mlp.fc1.weight"),
+        (without("pos_embed"), TINY, "is not whole"),
+        (without("context_embed.weight"), TINY, "context_embed.weight"),
+        (with_one("extra", torch.zeros(1)), TINY, r"1 arrays that are no U-ViT's \(extra\)"),
+        (with_one("norm.bias", torch.full((32,), torch.nan)), TINY, "norm.bias holds values that are not finite"),
+        (with_one("norm.bias", torch.zeros(3)), TINY, r"norm.bias has shape \(3,\), where \(32,\)"),
+        (with_one("mid_block.mlp.fc1.weight", torch.zeros(32, 128)), TINY, "mixes layouts: mid_block.mlp.fc1.weight"),
+        (without(""), {}, "width 32, and shapes do not tell the heads; name its config with --uvit_config_file"),
+        (without(""), TINY | {"clip_dim": 48}, "has clip_dim 32, and the config says 48"),
+        (without(""), TINY | {"num_attention_heads": 3}, "the config says 3 attention heads of 16"),
+        (without(""), TINY | {"num_text_tokens": 9}, "has 24 positions, which are not one for time, 9 for text"),
+        (without(""), TINY | {"sample_size": 4}, "has 24 positions"),
+    ],
+)
+def test_what_does_not_fit(weights: dict[str, Any], known: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=f"^nnet.pth: .*{said}"):
+        unet_from_tensors(weights, PATH, known, Report())
+
+
+def test_the_ports_configs() -> None:
+    extra = {"norm_type": "layer_norm", "qk_scale": None, "out_channels": None, "drop_rate": 0.1, "_class_name": "x"}
+    assert known_config(TINY | extra, PATH) == TINY
+    for changed in ({"qk_scale": 2.0}, {"norm_type": "rms"}, {"out_channels": 8, "in_channels": 4}):
+        with pytest.raises(UserError, match=next(iter(changed))):
+            known_config(TINY | extra | changed, PATH)

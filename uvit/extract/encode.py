@@ -1,0 +1,183 @@
+"""Decoded pairs through the VAE and the text encoder, several batches at once and in order.
+
+On a CPU each batch is computed by one thread: the number of threads that share a product changes its last bits, and so
+what is stored would depend on the machine's cores.
+"""
+
+import contextlib
+import functools
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uvit.errors import UserError
+from uvit.extract.workers import Decoded
+from uvit.images import to_unit
+from uvit.sources.types import Problem
+from uvit.store.shard import EncodedPairs
+from uvit.weights.encoders import encode_images, encode_tokens, tokenize
+
+PIXELS_AT_ONCE = 2**18  # of a batch on a CPU: several are encoded at once, and what a VAE holds of an image is large
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """What pairs are encoded with; no text encoder where contexts are not wanted. For any number of threads."""
+
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
+    device: torch.device
+    precision: torch.dtype  # that of autocast; float32: none
+    num_tokens: int
+    batch_size: int
+    flip: bool  # encode the mirrored images as well
+    dtype: np.dtype  # of moments and contexts
+    token_dtype: np.dtype | None  # None: token ids are not wanted
+    skip: bool  # leave out a pair that cannot be stored; False: stop
+    stopped: threading.Event = field(default_factory=threading.Event)  # set: give up at the next opportunity
+
+    def tokenize(self, captions: list[str]) -> Tensor:
+        """c captions -> (c, T). For one thread at a time: fast tokenizers refuse more."""
+        if not captions:
+            return torch.empty((0, self.num_tokens), dtype=torch.int64)
+        return tokenize(self.tokenizer, captions, self.num_tokens)
+
+    def encode(self, batch: Decoded, token_ids: Tensor) -> EncodedPairs:
+        """Raises UserError where all pairs, or with `skip` unset any, come out infinite or not a number."""
+        try:
+            with self._computing():
+                flipped = self._images(batch.pixels[..., ::-1].copy()) if self.flip else None
+                moments, contexts = self._images(batch.pixels), self._contexts(token_ids)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"--batch_size {self.batch_size}: does not fit into the memory of {self.device}; run the same command"
+                " with a smaller one to go on"
+            ) from None
+        counts = np.array([len(captions) for captions in batch.captions], dtype=np.int64)
+        owners = np.repeat(np.arange(len(batch.ids)), counts)  # (c,)
+        good = np.ones(len(batch.ids), dtype=bool)
+        problems = []
+        for what, features, rows in (
+            ("moments", moments, np.arange(len(batch.ids))),
+            ("moments", flipped, np.arange(len(batch.ids))),
+            ("contexts", contexts, owners),
+        ):
+            if features is None:
+                continue
+            finite = torch.isfinite(self._stored(features).flatten(1)).all(dim=1).numpy()
+            bad = np.unique(rows[~finite])
+            if len(bad) and (not self.skip or len(bad) == len(batch.ids) > 1):
+                raise UserError(self._not_finite(f"some {what}", features))
+            for i in bad[good[bad]]:
+                message = self._not_finite(f"the {what} of {batch.ids[i]}", features[torch.from_numpy(rows == i)])
+                problems.append(Problem(batch.ids[i], "not finite", message))
+            good[bad] = False
+        kept, kept_captions = np.flatnonzero(good), np.flatnonzero(good[owners])
+        return EncodedPairs(
+            ids=[batch.ids[i] for i in kept],
+            captions=[batch.captions[i] for i in kept],
+            moments=self._stored(moments).numpy()[kept],
+            flipped=None if flipped is None else self._stored(flipped).numpy()[kept],
+            contexts=None if contexts is None else self._stored(contexts).numpy()[kept_captions],
+            token_ids=self._token_ids(token_ids[torch.from_numpy(kept_captions)]),
+            problems=(*batch.problems, *problems),
+        )
+
+    def empty(self) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """The empty caption's context (T, D) and token ids (T,); None for what is not wanted."""
+        token_ids = self.tokenize([""])
+        with self._computing():
+            contexts = self._contexts(token_ids)
+        ids = self._token_ids(token_ids)
+        return None if contexts is None else self._stored(contexts).numpy()[0], None if ids is None else ids[0]
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Both are a thread's own."""
+        low = self.precision != torch.float32
+        with torch.inference_mode(), torch.autocast(self.device.type, self.precision if low else None, enabled=low):
+            yield
+
+    def _images(self, pixels: np.ndarray) -> Tensor:
+        """(B, 3, R, R) uint8 -> moments (B, 2 C, h, w), on the CPU."""
+        at_once = self.batch_size
+        if self.device.type == "cpu":
+            at_once = max(1, PIXELS_AT_ONCE // (pixels.shape[2] * pixels.shape[3]))
+        parts = [encode_images(self.vae, to_unit(self._to_device(part))) for part in self._split(pixels, at_once)]
+        return torch.cat(parts).cpu() if parts else torch.empty((0, *self._moments_shape(pixels)))
+
+    def _contexts(self, token_ids: Tensor) -> Tensor | None:
+        """(c, T) -> (c, T, D), on the CPU."""
+        if self.text_encoder is None:
+            return None
+        parts = [
+            encode_tokens(self.text_encoder, self._to_device(part), self.tokenizer.pad_token_id)
+            for part in self._split(token_ids.numpy(), self.batch_size)
+        ]
+        width = self.text_encoder.config.hidden_size
+        return torch.cat(parts).cpu() if parts else torch.empty((0, self.num_tokens, width))
+
+    def _split(self, items: np.ndarray, size: int) -> Iterator[Tensor]:
+        for start in range(0, len(items), size):
+            if self.stopped.is_set():
+                raise CancelledError
+            yield torch.from_numpy(items[start : start + size])
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+    def _moments_shape(self, pixels: np.ndarray) -> tuple[int, ...]:
+        factor = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        return 2 * self.vae.config["latent_channels"], pixels.shape[2] // factor, pixels.shape[3] // factor
+
+    def _stored(self, features: Tensor) -> Tensor:
+        return features.to(getattr(torch, self.dtype.name))
+
+    def _token_ids(self, token_ids: Tensor) -> np.ndarray | None:
+        return None if self.token_dtype is None else token_ids.numpy().astype(self.token_dtype)
+
+    def _not_finite(self, what: str, features: Tensor) -> str:
+        reason = "give --dtype float32" if torch.isfinite(features).all() else "the encoder itself gives them"
+        return f"--dtype {self.dtype.name}: {what} come out infinite or not a number; {reason}"
+
+
+@contextlib.contextmanager
+def encoding_threads(encoders: Encoders) -> Iterator[tuple[ThreadPoolExecutor, int]]:
+    """(pool, batches at once). On a CPU every thread, this one too, computes alone while it lasts."""
+    on_cpu, before = encoders.device.type == "cpu", torch.get_num_threads()
+    at_once = before if on_cpu else 2  # on a GPU one computes while the other one's results are copied
+    if on_cpu:
+        torch.set_num_threads(1)
+    alone = functools.partial(torch.set_num_threads, 1)
+    pool = ThreadPoolExecutor(at_once, "encode", initializer=alone if on_cpu else None)
+    try:
+        yield pool, at_once
+    finally:
+        encoders.stopped.set()
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
+
+
+def encode_in_order(
+    encoders: Encoders, decoded: Iterator[Decoded], pool: ThreadPoolExecutor, at_once: int
+) -> Iterator[tuple[Decoded, EncodedPairs]]:
+    """One batch more than are encoded at once is on its way."""
+    waiting = deque[tuple[Decoded, Future[EncodedPairs]]]()
+    for batch in decoded:
+        token_ids = encoders.tokenize([caption for captions in batch.captions for caption in captions])
+        waiting.append((batch, pool.submit(encoders.encode, batch, token_ids)))
+        if len(waiting) > at_once:
+            first, encoded = waiting.popleft()
+            yield first, encoded.result()
+    for batch, encoded in waiting:
+        yield batch, encoded.result()

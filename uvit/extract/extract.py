@@ -1,0 +1,365 @@
+"""`uvit extract`: pairs -> feature store.
+
+Worker processes decode images, threads encode them, and one thread writes; batches pass from one to the next in order.
+What was written is committed every few seconds, so that a kill loses no more than that, and an extraction that was
+stopped and gone on with writes the same bytes as one that was not. Several processes share the shards without talking
+to one another: what lies in the folder tells each of them what is left.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sized
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from uvit.config.extract import ExtractConfig
+from uvit.config.part import share_of
+from uvit.device import pick_device
+from uvit.errors import UserError
+from uvit.extract.encode import Encoders, encode_in_order, encoding_threads
+from uvit.extract.provenance import describe_store, find_tokenizer, scale_reason
+from uvit.extract.tokenizer import save_tokenizer
+from uvit.extract.workers import Decoded, Preprocessing, ShardPlan, decode_batches
+from uvit.io import format_bytes
+from uvit.sources.open import open_source
+from uvit.sources.types import PairError, Problem, Source, Stream
+from uvit.store.shard import EncodedPairs, ShardWriter
+from uvit.store.writer import StoreWriter, refuse_earlier_layouts
+from uvit.weights.components import load_text_encoder, load_vae
+from uvit.weights.encoders import downsampling_of, latent_scale_of
+
+COMMIT_SECONDS = 2.0  # the least between two commits, each of which waits for the disk
+
+
+def extract(config: ExtractConfig) -> None:
+    """The command `uvit extract`. Raises UserError for what cannot be read, encoded or written."""
+    part, num_parts = share_of(config.shard)
+    folder = Path(config.output_dir).expanduser() / config.split
+    refuse_earlier_layouts(folder)
+    source = open_source(
+        config.source,
+        config.split,
+        config.image_folder,
+        config.resolution,
+        val_every=config.val_every,
+        image_column=config.image_column,
+        caption_column=config.caption_column,
+        streaming=config.streaming,
+    )
+    report_index_problems(config, source)
+    with extraction_errors(config):
+        vae, text_encoder = load_encoders(config)
+        tokenizer, tokenizer_record = find_tokenizer(config, source, folder)
+        latent_scale = config.latent_scale or latent_scale_of(vae)
+        print(f"Latent scale {latent_scale:g}: {scale_reason(config, vae, latent_scale)}.")
+        info = describe_store(config, source, vae, text_encoder, tokenizer, tokenizer_record, latent_scale)
+        writer = StoreWriter(folder, info)
+        if writer.complete:
+            print_summary(folder)
+            return
+        if info.token_dtype:
+            with writer.alone():
+                if not (folder / "tokenizer").is_dir():  # the settings vouch for the one that is there
+                    save_tokenizer(tokenizer, folder / "tokenizer")
+        check_disk(source, writer)
+        device = device_of(config)
+        encoders = Encoders(
+            vae=vae.to(device),
+            text_encoder=text_encoder.to(device) if info.context_shape else None,
+            tokenizer=tokenizer,
+            device=device,
+            precision=torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32,
+            num_tokens=config.model_max_length,
+            batch_size=config.batch_size,
+            flip=config.random_flip,
+            dtype=np.dtype(config.dtype),
+            token_dtype=np.dtype(info.token_dtype) if info.token_dtype else None,
+            skip=config.on_error == "skip",
+        )
+        begun = {int(path.stem[-5:]) for name in ("shard-*.json", ".partial-*") for path in folder.glob(name)}
+        next_rows = {shard: writer.next_row(shard) for shard in begun}
+        encode_all(
+            config,
+            source,
+            writer,
+            ShardPlan(config.shard_size, config.batch_size, part, num_parts, next_rows),
+            encoders,
+        )
+
+
+def encode_all(
+    config: ExtractConfig, source: Source | Stream, writer: StoreWriter, plan: ShardPlan, encoders: Encoders
+) -> None:
+    """All shards of this process; and what completes the store, if they were the last."""
+    reading = Preprocessing(config.resolution, config.crop, config.resize, config.min_image_size, encoders.skip)
+    all_done = writer.num_shards is not None and all(map(writer.done, plan.shards(writer.num_shards)))
+    nothing = (batch for batch in list[Decoded]())
+    decoded = nothing if all_done else decode_batches(source, plan, reading, config.num_workers)
+    total = plan.num_rows(len(source)) if isinstance(source, Sized) else None
+    done = plan.num_rows_done()
+    if done:
+        print(f"Going on after {done:,} of {f'{total:,}' if total is not None else '?'} pairs.")
+    progress = ExtractionProgress(done, total, config.disable_tqdm)
+    with contextlib.closing(decoded), sigterm_as_exit(), encoding_threads(encoders) as (pool, at_once):
+        try:
+            write_all(writer, encode_in_order(encoders, decoded, pool, at_once), progress)
+        except (KeyboardInterrupt, SystemExit):
+            print(f"\nStopped after {progress.bar.n:,} pairs; run the same command to go on.")
+            raise
+        finally:
+            progress.bar.close()
+        assert writer.num_shards is not None
+        for shard in plan.shards(writer.num_shards):
+            if not writer.done(shard):  # all of its rows were dealt with before, or its stream ended
+                with writer.open_shard(shard) as opened:
+                    opened.finish()
+        left = sum(not writer.done(shard) for shard in range(writer.num_shards))
+        if left:
+            print(
+                f"This part is done. {left} of {writer.num_shards} shards are left to the other processes, the last of"
+                " which completes the store."
+            )
+            return
+        writer.finish(*encoders.empty())
+    print_summary(writer.folder)
+
+
+def write_all(
+    writer: StoreWriter, encoded: Iterator[tuple[Decoded, EncodedPairs]], progress: "ExtractionProgress"
+) -> None:
+    """In a thread of its own; whatever stops this, what has reached the files is committed."""
+    with ShardAppender(writer) as writing, ThreadPoolExecutor(1, "write") as pen:
+        under_way = deque[tuple[Decoded, Future[None]]]()
+
+        def wait_for_one() -> None:
+            batch, written = under_way.popleft()
+            written.result()
+            progress.add(len(batch.rows))
+
+        for batch, pairs in encoded:
+            if batch.num_source_pairs is not None:
+                under_way.append((batch, pen.submit(writer.end_stream, batch.num_source_pairs)))
+            else:
+                under_way.append((batch, pen.submit(writing.append, batch.rows, pairs)))
+            if len(under_way) > 2:
+                wait_for_one()
+        while under_way:
+            wait_for_one()
+
+
+class ShardAppender:
+    """Puts batches into their shards, one after the other."""
+
+    def __init__(self, writer: StoreWriter):
+        self.writer = writer
+        self._shard: ShardWriter | None = None
+        self._committed = time.monotonic()
+
+    def append(self, rows: range, part: EncodedPairs) -> None:
+        number = rows.start // self.writer.info.shard_size
+        if self._shard is None or self._shard.number != number:
+            self.__exit__(None, None, None)
+            self._shard = self.writer.open_shard(number).__enter__()
+        if self._shard.next_row != rows.start:
+            raise UserError(
+                f"--output_dir {self.writer.folder}: another process has worked at shard {number} meanwhile"
+            )
+        self._shard.append(part, rows.stop)
+        if rows.stop == self.writer.rows(number).stop:
+            self._shard.finish()
+            self.__exit__(None, None, None)
+        elif time.monotonic() - self._committed >= COMMIT_SECONDS:
+            self._shard.commit()
+            self._committed = time.monotonic()
+
+    def __enter__(self) -> "ShardAppender":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        shard, self._shard = self._shard, None
+        if shard:
+            shard.__exit__(kind, error, trace)
+
+
+# What is settled first
+
+
+def device_of(config: ExtractConfig) -> torch.device:
+    """With `auto`, each of several processes of a machine takes a GPU of its own."""
+    if config.device == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        return pick_device(f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}")
+    return pick_device(config.device)
+
+
+def report_index_problems(config: ExtractConfig, source: Source | Stream) -> None:
+    """Before any network is loaded: what is known to be wrong. Raises UserError if that is to stop."""
+    problems = cast(Source, source).problems() if isinstance(source, Sized) else []
+    if not problems:
+        return
+    if config.on_error == "stop":
+        raise UserError(
+            f"{problems[0].message} (the first of {len(problems):,} problems); --on_error skip leaves such pairs out"
+        )
+    print(f"Problems that the index shows: {by_kind(problems)}; what cannot be used is left out.")
+
+
+def load_encoders(config: ExtractConfig) -> tuple[Any, Any]:
+    """(VAE, text encoder or None). Raises UserError where the sizes asked for do not suit them."""
+    vae = load_vae(config.vae_name_or_path)
+    factor = downsampling_of(vae)
+    if config.resolution % factor:
+        raise UserError(
+            f"--resolution {config.resolution}: must be a multiple of {factor}, by which the VAE scales down"
+        )
+    if not config.text_encoder_name_or_path:
+        return vae, None
+    text_encoder = load_text_encoder(config.text_encoder_name_or_path)
+    positions = getattr(text_encoder.config, "max_position_embeddings", None)
+    if positions and config.model_max_length > positions:
+        raise UserError(f"--model_max_length {config.model_max_length}: the text encoder takes {positions} at most")
+    return vae, text_encoder
+
+
+# What may go wrong
+
+
+@contextlib.contextmanager
+def extraction_errors(config: ExtractConfig) -> Iterator[None]:
+    """A full disk and a killed worker, in a sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"--output_dir {config.output_dir}: its disk is full; make room and run the same command to go on"
+        ) from None
+    except RuntimeError as error:  # the loader raises it wherever the main thread is then
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"--num_workers {config.num_workers}: a process that reads images was ended from outside, as systems do"
+            " that run out of memory; run the same command to go on, with fewer of them or a smaller --batch_size"
+        ) from None
+
+
+@contextlib.contextmanager
+def sigterm_as_exit() -> Iterator[None]:
+    """A polite kill ends like Ctrl-C, with everything committed; its status says what it was."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# What is said at the end
+
+
+def print_summary(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    on_disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"{folder} is complete: {manifest['num_pairs']:,} pairs, {format_bytes(on_disk)}.")
+    if manifest["problems"]:
+        counts = ", ".join(f"{count:,} {kind}" for kind, count in manifest["problems"].items())
+        print(f"Problems: {counts}; {manifest['num_left_out']:,} pairs left out. See {folder / 'problems.jsonl'}.")
+
+
+# Before an extraction: what it will take on the disk. While it runs: when it will be done
+
+
+NUM_SAMPLED_PAIRS = 1000  # pairs whose captions are counted
+FIRST_SECONDS = 5.0  # after which the first guess is made at how long it takes
+
+
+def check_disk(source: Source | Stream, writer: StoreWriter) -> None:
+    """Say what there is to extract and what it takes. Raises UserError where the disk has not that much."""
+    free = shutil.disk_usage(writer.folder).free
+    arrays = writer.info.arrays().values()
+    per_pair, per_caption = (
+        sum(array.dtype.itemsize * int(np.prod(array.shape)) for array in arrays if array.per_caption == kind)
+        for kind in (False, True)
+    )
+    if not isinstance(source, Sized):
+        print(
+            f"A stream, its end not known: {format_bytes(per_pair)} for each pair and {format_bytes(per_caption)} for"
+            f" each caption to write, {format_bytes(free)} free in {writer.folder}."
+        )
+        return
+    rows = np.unique(np.linspace(0, len(source) - 1, min(NUM_SAMPLED_PAIRS, len(source))).round().astype(int)).tolist()
+    captions = list[tuple[str, ...]]()
+    for row in rows:
+        try:
+            captions.append(cast(Source, source).captions(row))
+        except PairError:
+            captions.append(())
+    id = "an id of the usual"  # length
+    lines = sum(len(json.dumps({"id": id, "captions": each}, ensure_ascii=False).encode()) + 1 for each in captions)
+    num_captions = round(len(source) * sum(map(len, captions)) / max(1, len(rows)))
+    total = len(source) * (per_pair + lines // max(1, len(rows))) + num_captions * per_caption
+    there = sum(path.stat().st_size for path in writer.folder.rglob("*") if path.is_file())
+    needed = max(0, total - there)
+    about = "about " if len(rows) < len(source) else ""
+    print(
+        f"{len(source):,} pairs, {about}{num_captions:,} captions: {format_bytes(needed)} to write,"
+        f" {format_bytes(free)} free in {writer.folder}."
+    )
+    if needed > free:
+        raise UserError(
+            f"--output_dir {writer.folder}: needs {format_bytes(needed)}, and its disk has {format_bytes(free)} left;"
+            " choose another disk, or store less"
+        )
+
+
+class ExtractionProgress:
+    """A bar, and one line of what to expect once that can be told."""
+
+    def __init__(self, done: int, total: int | None, disable_tqdm: bool):
+        self.bar = tqdm(total=total, initial=done, unit="pair", disable=disable_tqdm)
+        self.to_do = None if total is None else total - done
+        self._first: float | None = None  # when the first batch was there; the rate counts those after it
+        self._pairs = 0
+        self._said = False
+
+    def add(self, num_pairs: int) -> None:
+        self.bar.update(num_pairs)
+        if self.to_do is not None:
+            self.to_do -= num_pairs
+        if self._first is None:
+            self._first = time.monotonic()
+            return
+        self._pairs += num_pairs
+        seconds = time.monotonic() - self._first
+        if not self._said and seconds >= FIRST_SECONDS and self._pairs:
+            rate = self._pairs / seconds
+            left = "" if self.to_do is None else f": about {hours(self.to_do / rate)} left"
+            tqdm.write(f"{rate:,.1f} pairs/s{left}")
+            self._said = True
+
+
+def hours(seconds: float) -> str:
+    """H:MM."""
+    minutes = round(seconds / 60)
+    return f"{minutes // 60}:{minutes % 60:02d}"
+
+
+def by_kind(problems: Iterable[Problem]) -> str:
+    """`3 broken image, 1 no caption`."""
+    counts = Counter(problem.kind for problem in problems)
+    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(counts.items()))

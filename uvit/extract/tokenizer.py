@@ -1,0 +1,102 @@
+"""A tokenizer of one's own: byte-level BPE learnt from captions, in English, Chinese or anything else."""
+
+import json
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from uvit.config.extract import TokenizerConfig
+from uvit.errors import UserError
+from uvit.io import write_folder_atomically
+from uvit.sources.open import captions_of, open_source
+
+PAD, START_TOKEN, END_TOKEN = "<|pad|>", "<|startoftext|>", "<|endoftext|>"
+SMALLEST_VOCABULARY = 256 + 3  # every byte, and the three above
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int, model_max_length: int = 77) -> PreTrainedTokenizerFast:
+    """Learn at most `vocab_size` tokens from captions; the same captions, in any order, give the same tokens.
+
+    Captions are lower-cased and put in Unicode's composed form; nothing is unknown: each byte is a token.
+    Raises UserError for a vocabulary that cannot hold the bytes.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(
+            f"--vocab_size {vocab_size}: must be at least {SMALLEST_VOCABULARY}, one for each byte and 3 more"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFC(),
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Strip(),
+        ]
+    )
+    # The prefix space makes a word the same token at the start of a caption as within it.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[PAD, START_TOKEN, END_TOKEN],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{START_TOKEN} $A {END_TOKEN}",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (START_TOKEN, END_TOKEN)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=START_TOKEN,
+        eos_token=END_TOKEN,
+        pad_token=PAD,
+        model_max_length=model_max_length,
+    )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write the folder whole or not at all; the same tokenizer there already is left alone.
+
+    Raises UserError where something else is there.
+    """
+    if not folder.exists():
+        with write_folder_atomically(folder) as aside:
+            tokenizer.save_pretrained(aside)
+        return
+    with tempfile.TemporaryDirectory() as place:
+        tokenizer.save_pretrained(place)
+        same = _content(folder) == _content(Path(place))
+    if not same:
+        raise UserError(
+            f"--output_dir {folder}: exists and is not this tokenizer; choose another folder or move it away"
+        )
+
+
+def _content(folder: Path) -> list[object]:
+    files = (folder / "tokenizer.json", folder / "tokenizer_config.json")
+    return [json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None for file in files]
+
+
+def build_tokenizer(config: TokenizerConfig) -> None:
+    """The command `uvit tokenizer`."""
+    source = open_source(config.source, config.split, config.image_folder, caption_column=config.caption_column)
+    num_captions = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal num_captions
+        for num_captions, caption in enumerate(captions_of(source), start=1):  # noqa: B007
+            yield caption
+
+    tokenizer = train_tokenizer(counted(), config.vocab_size, config.model_max_length)
+    if not num_captions:
+        raise UserError(f"--source {config.source[0]}: has no caption that can be used")
+    folder = Path(config.output_dir)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(tokenizer, folder)
+    print(f"Tokenizer of {len(tokenizer):,} tokens from {num_captions:,} captions: {folder}")

@@ -1,0 +1,233 @@
+"""Where pairs come from: what `--source` names is recognised, opened, joined and divided here.
+
+A source is opened by reading its index; images are decoded when a pair is asked for. All are picklable and hold no
+open files, so loader processes may share them.
+"""
+
+import re
+from collections.abc import Iterator, Sequence, Sized
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import cycle, groupby
+from pathlib import Path
+from typing import Literal, cast
+
+from uvit.errors import UserError
+from uvit.sources import huggingface, tars
+from uvit.sources.coco import find_captions, open_coco
+from uvit.sources.combine import ConcatSource, ConcatStream, SplitRule, SplitSource, SplitStream, StreamView
+from uvit.sources.files import LIST_SUFFIXES, has_captioned_images, lists_paths, open_folder, open_list
+from uvit.sources.shapes import ShapesSource
+from uvit.sources.types import Source, Stream
+
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+SOURCE_KINDS = (
+    "shapes, shapes:two, .tar files, a COCO captions .json, a .jsonl, .csv, .tsv or .parquet list, hf:HUB_ID, or a "
+    "folder of one of these or of images, each with a .txt"
+)
+
+SourceKind = Literal["shapes", "tars", "coco", "list", "images", "dataset"]
+
+
+@dataclass(frozen=True)
+class _Input:
+    """What one place of --source was recognised as."""
+
+    name: str  # as it was given
+    kind: SourceKind
+    files: tuple[str, ...]  # what to read
+    folder: Path | None = None  # of the images, where the place has its own; --image_folder is stronger
+    parts: str | None = None  # what its parts are, for people; None: it is one, `train`
+
+
+def open_source(
+    source: Sequence[str] | str,
+    split: str = "train",
+    image_folder: Sequence[str] = (),
+    resolution: int = 256,
+    *,
+    val_every: int | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    streaming: bool = False,
+) -> Source | Stream:
+    """Find out what each place of `source` is, read its index, and put one after the other.
+
+    Args:
+        split: `train` or `heldout` of shapes; of folders and data sets, the part so named.
+        image_folder: the images of COCO captions files and of lists: one folder for all, or one for each.
+        resolution: at which shapes are drawn; other images keep their size.
+        val_every: of places without parts, each so-manieth pair is `val` and the others `train`.
+        image_column, caption_column: of lists and Hugging Face data sets, where the names are not the usual ones.
+        streaming: read Hugging Face data sets as they come.
+
+    Raises UserError, naming the file and what was found in it, where there is nothing to read.
+    """
+    names = [name for place in ([source] if isinstance(source, str) else source) for name in tars.expand(place)]
+    if not names:
+        raise UserError(f"--source: names nothing; give {SOURCE_KINDS}")
+    try:
+        places = [_recognise(name, split, val_every is not None, image_column, caption_column) for name in names]
+        _check_parts(places, split, val_every)
+        _check_flags(places, image_column, caption_column, streaming)
+        places = _with_folders(places, image_folder)
+        # A data set has its parts; to divide it means to divide the one for training.
+        open_dataset = partial(
+            huggingface.open_dataset,
+            split=split if val_every is None else "train",
+            image_column=image_column,
+            caption_column=caption_column,
+            streaming=streaming,
+        )
+        opened: list[Source | Stream] = []
+        for (kind, folder), group in groupby(places, key=lambda place: (place.kind, place.folder)):
+            files = [file for place in group for file in place.files]
+            if kind == "shapes":
+                opened += [_shapes(name, split, resolution) for name in files]
+            elif kind == "tars":
+                opened.append(tars.open_tars(files))
+            elif kind == "coco":  # files with one folder are about the same images
+                opened.append(open_coco([Path(file) for file in files], cast(Path, folder)))
+            elif kind == "list":
+                opened += [open_list(Path(file), folder, image_column, caption_column) for file in files]
+            elif kind == "images":
+                opened += [open_folder(Path(file)) for file in files]
+            else:
+                opened += [open_dataset(file) for file in files]
+    except OSError as error:
+        raise UserError(f"--source {error.filename or names[0]}: cannot be read ({error.strerror})") from None
+    whole = _concatenate(opened)
+    if val_every is None:
+        return whole
+    rows = SplitRule(val_every, split)
+    if not isinstance(whole, Sized):
+        return SplitStream(whole, rows)
+    part = SplitSource(cast(Source, whole), rows)
+    if not len(part):
+        raise UserError(f"--val_every {val_every}: leaves --split {split} empty, of {len(whole)} pairs; give less")
+    return part
+
+
+def require_random_access(source: Source | Stream, flag: str) -> Source:
+    """A source any pair of which can be had at once; `flag`, with its value, is what gave another."""
+    if isinstance(source, Sized):
+        return cast(Source, source)
+    raise UserError(f"{flag}: can only be read from beginning to end, and here any pair must be had; download it first")
+
+
+def captions_of(source: Source | Stream) -> Iterator[str]:
+    """All captions in order, without drawing or decoding images; those of pairs that cannot be used are left out."""
+    return StreamView(cast(Source, source)).all_captions() if isinstance(source, Sized) else source.all_captions()
+
+
+def _concatenate(opened: list[Source | Stream]) -> Source | Stream:
+    if len(opened) == 1:
+        return opened[0]
+    if all(isinstance(source, Sized) for source in opened):
+        return ConcatSource(cast(list[Source], opened))
+    return ConcatStream([StreamView(source) if isinstance(source, Sized) else source for source in opened])
+
+
+def _shapes(name: str, split: str, resolution: int) -> Source:
+    if split not in ("train", "heldout"):
+        raise UserError(f"--split {split}: shapes have the splits train and heldout")
+    return ShapesSource(split, resolution, 2 if name == "shapes:two" else 1)
+
+
+# What a place is
+
+
+def _recognise(name: str, split: str, divided: bool, image_column: str | None, caption_column: str | None) -> _Input:
+    if name == "shapes" or name.startswith("shapes:"):
+        if name not in ("shapes", "shapes:two"):
+            raise UserError(f"--source {name}: the built-in sources are shapes and shapes:two")
+        return _Input(name, "shapes", (name,), parts="train and heldout")
+    if name.startswith("hf:"):
+        return _Input(name, "dataset", (name,), parts="its own")
+    if tars.is_remote(name):
+        return _Input(name, "tars", (name,))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _recognise_folder(name, path, split, divided)
+    if not path.is_file():
+        raise UserError(f"--source {name}: no such file or folder; give {SOURCE_KINDS}")
+    if re.search(r"\.(tar|tar\.\w+|tgz)$", path.name):
+        return _Input(name, "tars", (str(path),))
+    if path.name.endswith((".json", ".json.gz")):
+        return _Input(name, "coco", (str(path),))
+    if path.suffix == ".parquet" and not lists_paths(path, image_column, caption_column):
+        return _Input(name, "dataset", (str(path),))
+    if path.suffix in LIST_SUFFIXES:
+        return _Input(name, "list", (str(path),))
+    raise UserError(f"--source {name}: is a {path.suffix or 'nameless'} file; give {SOURCE_KINDS}")
+
+
+def _recognise_folder(name: str, path: Path, split: str, divided: bool) -> _Input:
+    if (path / "annotations").is_dir():
+        captions, folder, is_one_of_several = find_captions(path, "train" if divided else split)
+        return _Input(name, "coco", (str(captions),), folder, "its captions files" if is_one_of_several else None)
+    # Folders of parts come first. To divide a folder that has them would mix them, so then any is looked for.
+    inner = [path / part for part in dict.fromkeys([split, "train"] if divided else [split])]
+    bases: list[tuple[Path, str | None]] = [(base, f"{base.name}/") for base in inner if base.is_dir()] + [(path, None)]
+    for base, parts in bases:
+        for metadata in METADATA:
+            if (base / metadata).is_file():
+                return _Input(name, "list", (str(base / metadata),), parts=parts)
+    if huggingface.is_dataset(path):
+        return _Input(name, "dataset", (str(path),), parts="its own")
+    for base, parts in bases:
+        if found := sorted(base.glob("*.tar")):
+            return _Input(name, "tars", tuple(map(str, found)), parts=parts)
+    for base, parts in bases:
+        if has_captioned_images(base):
+            return _Input(name, "images", (str(base),), parts=parts)
+    found_names = sorted(inside.name for inside in path.iterdir())
+    shown = ", ".join(found_names[:5]) + (f" and {len(found_names) - 5} more" if len(found_names) > 5 else "")
+    raise UserError(
+        f"--source {name}: holds {shown or 'nothing'}, and no annotations/, {METADATA[0]}, {METADATA[1]}, data set, "
+        ".tar files or images, each with a .txt"
+    )
+
+
+# What goes with what
+
+
+def _check_parts(places: list[_Input], split: str, val_every: int | None) -> None:
+    for place in places:
+        if val_every is not None and place.parts and place.kind != "dataset":
+            raise UserError(
+                f"--val_every {val_every}: --source {place.name} has parts already, {place.parts}; name one by --split"
+            )
+        if val_every is None and not place.parts and split != "train":
+            raise UserError(
+                f"--split {split}: --source {place.name} has no such part; leave --split out, or let --val_every 100 "
+                "make every hundredth pair val"
+            )
+
+
+def _check_flags(places: list[_Input], image_column: str | None, caption_column: str | None, streaming: bool) -> None:
+    kinds, name = {place.kind for place in places}, places[0].name
+    for flag, value in (("image_column", image_column), ("caption_column", caption_column)):
+        if value is not None and not kinds & {"list", "dataset"}:
+            raise UserError(
+                f"--{flag} {value}: goes with a list or a Hugging Face data set; --source {name} is neither"
+            )
+    if streaming and "dataset" not in kinds:
+        raise UserError(f"--streaming: goes with a Hugging Face data set, which --source {name} is not")
+
+
+def _with_folders(places: list[_Input], given: Sequence[str]) -> list[_Input]:
+    """Places with the folder of their images, as far as they need one."""
+    takers = [place for place in places if place.kind in ("coco", "list")]
+    if given and not takers:
+        raise UserError(f"--image_folder {given[0]}: goes with COCO or a list, which --source {places[0].name} is not")
+    if len(given) not in (0, 1, len(takers)):
+        raise UserError(
+            f"--image_folder: {len(given)} folders for {len(takers)} files of captions; give one, or one for each"
+        )
+    folders = cycle(Path(folder).expanduser() for folder in given)
+    placed = [replace(place, folder=next(folders, place.folder)) if place in takers else place for place in places]
+    for place in placed:
+        if place.kind == "coco" and place.folder is None:
+            raise UserError(f"--source {place.name}: needs --image_folder, the folder with its images")
+    return placed

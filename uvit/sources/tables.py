@@ -1,0 +1,199 @@
+"""Tables of pairs: a column holds the images, another the captions, and maybe one the ids."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+
+from uvit.errors import UserError
+from uvit.sources.decode import CAPTION_COLUMNS, IMAGE_COLUMNS, caption_values, clean_captions, decode_image
+from uvit.sources.types import Pair, PairError, Problem
+
+# Not image_id: an image may come in several rows, each with a caption.
+ID_COLUMNS = ("id", "key", "__key__")
+
+TableRow = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Columns:
+    image: str
+    caption: str
+    id: str | None  # None: the number of the row, from 0
+
+
+def choose_columns(schema: Any, place: str, image: str | None, caption: str | None) -> Columns:
+    """`schema`: Arrow's. Takes the columns given, else those of the usual names, else the one that holds images."""
+    kinds = {name: _kind(schema.field(name).type) for name in schema.names}
+    columns = ", ".join(schema.names)
+    for flag, name in (("image_column", image), ("caption_column", caption)):
+        if name is not None and name not in kinds:
+            raise UserError(f"--{flag} {name}: --source {place} has no such column; it has {columns}")
+    if image is None:
+        usual = [name for name in IMAGE_COLUMNS if kinds.get(name) == "image"]
+        others = [name for name in schema.names if kinds[name] == "image"]
+        paths = [name for name in IMAGE_COLUMNS if kinds.get(name) == "text"]
+        image = next(iter(usual + others + paths), None)
+    if caption is None:
+        caption = next((name for name in CAPTION_COLUMNS if kinds.get(name) in ("text", "texts")), None)
+    if image is None:
+        raise UserError(f"--source {place}: no column holds images; name one with --image_column, of {columns}")
+    if caption is None:
+        raise UserError(f"--source {place}: no column holds captions; name one with --caption_column, of {columns}")
+    if kinds[image] not in ("image", "text"):
+        raise UserError(f"--image_column {image}: holds {schema.field(image).type} in --source {place}, and no images")
+    if kinds[caption] not in ("text", "texts"):
+        raise UserError(
+            f"--caption_column {caption}: must hold a string or a list of strings in each row; in --source {place} it"
+            f" holds {schema.field(caption).type}"
+        )
+    return Columns(image, caption, next((name for name in ID_COLUMNS if name in kinds), None))
+
+
+def _kind(type: Any) -> str:
+    """What an Arrow type can hold: `image` (bytes, or a struct with them), `text`, `texts` or `other`."""
+    from pyarrow import types
+
+    if types.is_dictionary(type):
+        type = type.value_type
+    if types.is_string(type) or types.is_large_string(type) or types.is_string_view(type):
+        return "text"
+    if types.is_list(type) or types.is_large_list(type) or types.is_fixed_size_list(type):
+        return "texts" if _kind(type.value_type) == "text" else "other"
+    if types.is_struct(type):
+        fields = {field.name: field.type for field in type}
+        return "image" if "bytes" in fields and _kind(fields["bytes"]) == "image" else "other"
+    binary = types.is_binary(type) or types.is_large_binary(type) or types.is_fixed_size_binary(type)
+    return "image" if binary or types.is_binary_view(type) else "other"
+
+
+@dataclass(frozen=True)
+class TableRows:
+    """From rows to pairs."""
+
+    place: str
+    columns: Columns
+    folder: Path | None  # in which paths of images are; None: the hub, whose paths may be URLs
+
+    def all_columns(self) -> tuple[str, ...]:
+        return (self.columns.image, *self.text_columns())
+
+    def text_columns(self) -> tuple[str, ...]:
+        names = (self.columns.caption, self.columns.id)
+        return tuple(name for name in dict.fromkeys(names) if name is not None and name != self.columns.image)
+
+    def id(self, row: TableRow, index: int) -> str:
+        value = row[self.columns.id] if self.columns.id else None
+        return str(index) if value is None else str(value)
+
+    def captions(self, row: TableRow, index: int) -> tuple[tuple[str, ...], tuple[Problem, ...]]:
+        id, where = self.id(row, index), f"{self.place}, row {index}"
+        return clean_captions(caption_values(row, (self.columns.caption,), id, where), id, where)
+
+    def pair(self, row: TableRow, index: int) -> Pair:
+        id, where = self.id(row, index), f"{self.place}, row {index}"
+        captions, problems = self.captions(row, index)
+        return Pair(id, self._image(row[self.columns.image], id, where), captions, problems)
+
+    def _image(self, value: Any, id: str, where: str) -> Image.Image:
+        path = None
+        if isinstance(value, dict):
+            value, path = value["bytes"], value.get("path")
+        elif isinstance(value, str):
+            value, path = None, value
+        if value is None and path:
+            value, where = self._read(path, id, where), f"{where}, {path}"
+        if value is None:
+            raise PairError(Problem(id, "missing image", f"{where}: has no image"))
+        return decode_image(value, id, where)
+
+    def _read(self, path: str, id: str, where: str) -> bytes:
+        import fsspec
+
+        try:
+            if self.folder is not None:
+                return (self.folder / path).read_bytes()  # a URL is no such file: nothing is fetched unasked
+            with fsspec.open(path, "rb") as file:
+                return file.read()
+        except OSError as error:
+            reason = error.strerror or error
+            raise PairError(Problem(id, "missing image", f"{where}: {path} cannot be read ({reason})")) from None
+
+
+class Table(Protocol):
+    """Picklable, and holds no open files."""
+
+    def __len__(self) -> int: ...
+    def schema(self) -> Any: ...
+    def row(self, index: int, columns: tuple[str, ...]) -> TableRow: ...
+    def column(self, name: str) -> list[Any]: ...
+
+
+class StreamedTable(Protocol):
+    def schema(self) -> Any: ...
+    def rows(self, columns: tuple[str, ...], start: int) -> Iterator[Callable[[], TableRow]]:
+        """Rows from `start` on, each to be called where it is wanted."""
+        ...
+
+
+class TableSource:
+    """Rows any of which can be had at once."""
+
+    def __init__(self, table: Table, rows: TableRows):
+        self._table, self._rows = table, rows
+        self._problems = dict[int, Problem]()
+        if not len(table):
+            raise UserError(f"--source {rows.place}: has no rows")
+        if rows.columns.id:
+            seen = set[str]()
+            for index, value in enumerate(table.column(rows.columns.id)):
+                id = rows.id({rows.columns.id: value}, index)
+                if id in seen:
+                    message = f"{rows.place}, row {index}: {rows.columns.id} {id} comes a second time"
+                    self._problems[index] = Problem(id, "duplicate id", message)
+                seen.add(id)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def problems(self) -> list[Problem]:
+        return list(self._problems.values())
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._rows.captions(self._row(index, self._rows.text_columns()), index)[0]
+
+    def __getitem__(self, index: int) -> Pair:
+        return self._rows.pair(self._row(index, self._rows.all_columns()), index)
+
+    def _row(self, index: int, columns: tuple[str, ...]) -> TableRow:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        if index in self._problems:
+            raise PairError(self._problems[index])
+        return self._table.row(index, columns)
+
+
+class TableStream:
+    """Rows that come one after the other. Ids that come twice go unnoticed: to notice takes all ids in memory."""
+
+    def __init__(self, table: StreamedTable, rows: TableRows):
+        self._table, self._rows = table, rows
+
+    def read(self, start: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, Pair | PairError | None]]:
+        for index, row in enumerate(self._table.rows(self._rows.all_columns(), start), start):
+            if not wanted(index):
+                yield index, None
+                continue
+            try:
+                yield index, self._rows.pair(row(), index)
+            except PairError as error:
+                yield index, error
+
+    def all_captions(self) -> Iterator[str]:
+        for index, row in enumerate(self._table.rows(self._rows.text_columns(), 0)):
+            try:
+                yield from self._rows.captions(row(), index)[0]
+            except PairError:
+                continue

@@ -1,0 +1,284 @@
+"""WebDataset tars: the members of one name, up to its first dot, are a pair: an image and a .txt or .json of captions.
+
+Tars on disk are indexed by their headers, so that any pair can be had at once. Tars behind a URL are read from their
+beginning to their end, one after the other.
+"""
+
+import glob
+import re
+from array import array
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from contextlib import closing
+from itertools import groupby, takewhile
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from uvit.errors import UserError
+from uvit.sources.decode import (
+    CAPTION_COLUMNS,
+    IMAGE_SUFFIXES,
+    caption_values,
+    clean_captions,
+    decode_image,
+    decode_object,
+    decode_text,
+)
+from uvit.sources.remote import RemoteFile, check_protocol, is_remote
+from uvit.sources.tar_format import Bytes, Member, members
+from uvit.sources.types import Pair, PairError, Problem, Source, Stream
+
+
+def open_tars(places: list[str]) -> Source | Stream:
+    """Tars that follow one another. Raises UserError for what is no tar or holds nothing."""
+    places = [tar for place in places for tar in expand(place)]
+    for place, times in Counter(places).items():
+        if times > 1:
+            raise UserError(f"--source {place}: is given twice")
+    if not any(is_remote(place) for place in places):
+        return TarSource([Path(place).expanduser() for place in places])
+    for place in filter(is_remote, places):
+        check_protocol(place)
+    return TarStream(places)
+
+
+def expand(place: str) -> list[str]:
+    """The tars that braces, {000..099} or {a,b}, and the wildcards * ? [] stand for; of URLs, braces only."""
+    if Path(place).expanduser().exists():
+        return [place]
+    patterns = _braces(place)
+    if is_remote(place):
+        if "*" in place:
+            raise UserError(f"--source {place}: * finds nothing behind a URL; write a range, such as {{000..099}}")
+        return patterns
+    found: list[str] = []
+    for pattern in patterns:
+        matches = [pattern]
+        if re.search(r"[*?[]", pattern):
+            # Path.glob would also find hidden files, which may be half written.
+            matches = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))  # noqa: PTH207
+        if not matches:
+            raise UserError(f"--source {place}: no file is called {pattern}")
+        found += matches
+    return found
+
+
+def _braces(text: str) -> list[str]:
+    """As a shell does, but for braces inside braces."""
+    for match in re.finditer(r"\{([^{}]*)\}", text):
+        if ends := re.fullmatch(r"(\d+)\.\.(\d+)", match[1]):
+            first, last = int(ends[1]), int(ends[2])
+            padded = any(end.startswith("0") and len(end) > 1 for end in ends.groups())
+            width = max(map(len, ends.groups())) if padded else 0
+            step = 1 if last >= first else -1
+            choices = [f"{number:0{width}}" for number in range(first, last + step, step)]
+        elif "," in match[1]:
+            choices = match[1].split(",")
+        else:
+            continue
+        rests = _braces(text[match.end() :])
+        return [text[: match.start()] + choice + rest for choice in choices for rest in rests]
+    return [text]
+
+
+# Pairs
+
+
+def _parts(found: list[Member], id: str, place: object, again: bool) -> tuple[Member, Member] | Problem:
+    """-> (image, captions). `again`: the tar has had this pair before."""
+    images = [member for member in found if member.suffix in IMAGE_SUFFIXES]
+    texts = [member for suffix in ("txt", "json") for member in found if member.suffix == suffix]
+    suffixes = ", ".join(f".{member.suffix}" for member in found if member.suffix)
+    if any(member.cut for member in found):
+        return Problem(id, "cut off", f"{place}: is cut off or damaged in {id}; what follows in it is lost")
+    if again:
+        return Problem(id, "duplicate id", f"{place}: {id} comes a second time")
+    if not images:
+        return Problem(
+            id, "missing image", f"{place}: {id} needs an image ({', '.join(IMAGE_SUFFIXES)}), has {suffixes}"
+        )
+    if len(images) > 1:
+        return Problem(id, "several images", f"{place}: {id} must have one image, has {suffixes}")
+    if not texts:
+        return Problem(id, "no caption", f"{place}: {id} needs a .txt or .json of captions, has {suffixes}")
+    return images[0], texts[0]
+
+
+def _captions(data: bytes, suffix: str, id: str, place: object) -> tuple[tuple[str, ...], tuple[Problem, ...]]:
+    where = f"{place}, {id}.{suffix}"
+    text = decode_text(data, id, where)
+    values = [text] if suffix == "txt" else caption_values(decode_object(text, id, where), CAPTION_COLUMNS, id, where)
+    return clean_captions(values, id, where)
+
+
+def _prefixes(places: list[str]) -> list[str]:
+    """What goes before the keys of each tar: nothing of a single one, else its path below what all have in common."""
+    if len(places) == 1:
+        return [""]
+    paths = [PurePosixPath(urlsplit(place).path if is_remote(place) else place).with_suffix("") for place in places]
+    if len(set(paths)) < len(paths):  # URLs may differ elsewhere
+        return [f"{number}/" for number in range(len(paths))]
+    shared = len(
+        list(takewhile(lambda parts: len(set(parts)) == 1, zip(*(path.parts for path in paths), strict=False)))
+    )
+    return ["/".join(path.parts[shared:]) + "/" for path in paths]
+
+
+# On disk
+
+
+class TarSource:
+    """Pairs of tars on disk. The index is compact: there may be millions."""
+
+    def __init__(self, paths: list[Path]):
+        self.paths = paths
+        self._prefixes = _prefixes([str(path) for path in paths])
+        self._firsts = array("q")  # row of each tar's first pair
+        self._keys = bytearray()  # one after the other, UTF-8
+        self._key_ends = array("q")
+        self._spans = array("q")  # offset and size of the image, of the captions; zeros where there is a problem
+        self._is_json = bytearray()
+        self._problems: dict[int, Problem] = {}
+        for path, prefix in zip(paths, self._prefixes, strict=True):
+            self._firsts.append(len(self))
+            try:
+                with path.open("rb") as file:
+                    self._add(members(file, path), path, prefix)
+            except OSError as error:
+                raise _unreadable(path, error) from None
+        if not len(self):
+            raise UserError(f"--source {paths[0]}: holds no files" + (", nor do the others" if len(paths) > 1 else ""))
+
+    def _add(self, found: Iterator[Member], path: Path, prefix: str) -> None:
+        seen = set[str]()
+        for key, group in groupby(found, key=lambda member: member.key):
+            parts = _parts(list(group), prefix + key, path, key in seen)
+            seen.add(key)
+            self._keys += key.encode()
+            if isinstance(parts, Problem):
+                self._problems[len(self)] = parts
+                self._spans.extend((0, 0, 0, 0))
+                self._is_json.append(False)
+            else:
+                image, text = parts
+                self._spans.extend((image.offset, image.size, text.offset, text.size))
+                self._is_json.append(text.suffix == "json")
+            self._key_ends.append(len(self._keys))
+
+    def __len__(self) -> int:
+        return len(self._key_ends)
+
+    def problems(self) -> list[Problem]:
+        return list(self._problems.values())
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        id, path, _, text = self._row(index)
+        return _captions(self._read(path, *text), self._suffix(index), id, path)[0]
+
+    def __getitem__(self, index: int) -> Pair:
+        id, path, image, text = self._row(index)
+        captions, problems = _captions(self._read(path, *text), self._suffix(index), id, path)
+        return Pair(id, decode_image(self._read(path, *image), id, path), captions, problems)
+
+    def _row(self, index: int) -> tuple[str, Path, tuple[int, int], tuple[int, int]]:
+        """-> (id, tar, offset and size of the image, of the captions)"""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        if index in self._problems:
+            raise PairError(self._problems[index])
+        tar = bisect_right(self._firsts, index) - 1
+        start = self._key_ends[index - 1] if index else 0
+        key = self._keys[start : self._key_ends[index]].decode()
+        a, b, c, d = self._spans[4 * index : 4 * index + 4]
+        return self._prefixes[tar] + key, self.paths[tar], (a, b), (c, d)
+
+    def _suffix(self, index: int) -> str:
+        return "json" if self._is_json[index] else "txt"
+
+    def _read(self, path: Path, offset: int, size: int) -> bytes:
+        try:
+            with path.open("rb") as file:
+                file.seek(offset)
+                return file.read(size)
+        except OSError as error:  # not this pair's fault: the disk is gone
+            raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"--source {path}: cannot be read ({error.strerror})")
+
+
+# Behind a URL
+
+
+class TarStream:
+    """Pairs of tars of which some or all are behind a URL: each is read once, from its beginning."""
+
+    def __init__(self, places: list[str]):
+        self.places = places
+
+    def read(self, start: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, Pair | PairError | None]]:
+        suffixes = (*IMAGE_SUFFIXES, "txt", "json")
+        for position, row in enumerate(self._rows(lambda position: position >= start and wanted(position), suffixes)):
+            if position < start:
+                continue
+            if row is None:
+                yield position, None
+                continue
+            try:
+                (image, text), id, place, contents = row.parts(), row.id, row.place, row.contents
+                captions, problems = _captions(contents[text], text.suffix, id, place)
+                yield position, Pair(id, decode_image(contents[image], id, place), captions, problems)
+            except PairError as error:
+                yield position, error
+
+    def all_captions(self) -> Iterator[str]:
+        for row in self._rows(lambda _: True, ("txt", "json")):
+            try:
+                assert row is not None
+                _, text = row.parts()
+                yield from _captions(row.contents[text], text.suffix, row.id, row.place)[0]
+            except PairError:
+                continue
+
+    def _rows(self, wanted: Callable[[int], bool], suffixes: Collection[str]) -> Iterator["_Row | None"]:
+        """All pairs in order, with the contents of their members of those suffixes; None where not wanted."""
+        position = 0
+        for place, prefix in zip(self.places, _prefixes(self.places), strict=True):
+            seen = set[str]()
+            with closing(RemoteFile(place)) as file:
+                for key, group in groupby(members(file, place), key=lambda member: member.key):
+                    again = key in seen
+                    seen.add(key)
+                    row = None
+                    if wanted(position):
+                        row = _Row(prefix + key, place, again, {})
+                        for member in group:  # one at a time: there is no way back to the contents of the last
+                            row.add(file, member, member.suffix in suffixes)
+                    position += 1
+                    yield row
+
+
+class _Row(NamedTuple):
+    """What was read of a pair."""
+
+    id: str
+    place: str
+    again: bool  # the tar has had this id before
+    contents: dict[Member, bytes]  # of all members; empty where not wanted
+
+    def add(self, file: Bytes, member: Member, wanted: bool) -> None:
+        data = b""
+        if wanted:
+            file.seek(member.offset)
+            data = file.read(member.size)
+        self.contents[member] = data
+
+    def parts(self) -> tuple[Member, Member]:
+        """-> (image, captions). Raises PairError."""
+        parts = _parts(list(self.contents), self.id, self.place, self.again)
+        if isinstance(parts, Problem):
+            raise PairError(parts)
+        return parts

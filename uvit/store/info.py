@@ -1,0 +1,121 @@
+"""`uvit features info`: what a folder of features holds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from uvit.config.features import FeaturesInfoConfig
+from uvit.io import format_bytes
+from uvit.store.npy_layout import load_npy, num_captions
+from uvit.store.splits import Split, find_splits
+
+SHORT_SHA = 12  # characters: enough to tell encoders apart
+
+
+def info(config: FeaturesInfoConfig) -> None:
+    """The command. Raises UserError where there are no features."""
+    splits = [describe_split(split) for split in find_splits(config.path, config.split)]
+    if config.json:
+        print(json.dumps({"path": str(Path(config.path).expanduser().absolute()), "splits": splits}, indent=1))
+        return
+    for split in splits:
+        rows = lines(split)
+        width = max(len(name) for name, _ in rows)
+        print(f"{split['split']}  ({split['folder']})")
+        print("\n".join(f"  {name:<{width}}  {value}" for name, value in rows) + "\n")
+
+
+def describe_split(split: Split) -> dict[str, Any]:
+    """One split, for programs."""
+    paths = list(split.own_files())
+    common = {
+        "split": split.name,
+        "folder": str(split.folder),
+        "layout": split.kind,
+        "bytes": sum(path.stat().st_size for path in paths),
+        "num_files": len(paths),
+    }
+    if split.kind == "old layout":
+        return common | _old_layout(split)
+    keys = "dtype moments_shape context_shape num_tokens token_dtype latent_scale source vae text_encoder tokenizer"
+    common |= {key: split.settings.get(key) for key in keys.split()}
+    common["flipped"] = split.settings.get("flipped", False)
+    if split.manifest is None:
+        num_shards = len(list(split.folder.glob("shard-*.json")))
+        return common | {"num_source_pairs": split.settings.get("num_source_pairs"), "num_shards_done": num_shards}
+    return common | {
+        "version": split.manifest.fields["version"],
+        "num_pairs": split.manifest.num_pairs,
+        "num_captions": sum(split.manifest.captions),
+        "num_shards": len(split.manifest.rows),
+        "problems": split.manifest.fields.get("problems", {}),
+        "num_left_out": split.manifest.fields.get("num_left_out", 0),
+    }
+
+
+def _old_layout(split: Split) -> dict[str, Any]:
+    counts = num_captions(split.folder)
+    moments, context = load_npy(split.folder / "0.npy"), load_npy(split.folder / "0_0.npy")
+    return {
+        "num_pairs": len(counts),
+        "num_captions": int(np.sum(counts)),
+        "dtype": moments.dtype.name,
+        "moments_shape": list(moments.shape),
+        "context_shape": list(context.shape),
+        "num_tokens": context.shape[0],
+    }
+
+
+def lines(split: dict[str, Any]) -> list[tuple[str, str]]:
+    """A described split, for people: (what, how it is)."""
+    rows = [("layout", _layout(split))]
+    if split["layout"] == "unfinished":
+        rows.append(("shards", f"{split['num_shards_done']:,} whole; run the command that began it again to go on"))
+        rows += [("pairs", f"of {split['num_source_pairs']:,}")] if split["num_source_pairs"] else []
+    else:
+        pairs, captions = split["num_pairs"], split["num_captions"]
+        rows += [("pairs", f"{pairs:,}"), ("captions", f"{captions:,}, {captions / max(1, pairs):.2f} a pair")]
+    mirrored = ", mirrored ones as well" if split.get("flipped") else ""
+    rows.append(("moments", f"{_shape(split['moments_shape'])} {split['dtype']}{mirrored}"))
+    context = split["context_shape"]
+    rows.append(("contexts", f"{_shape(context)} {split['dtype']}" if context else "not stored"))
+    if split["layout"] != "old layout":
+        tokens = split["token_dtype"]
+        rows.append(("token ids", f"({split['num_tokens']},) {tokens}" if tokens else "not stored"))
+        rows += [(key.replace("_", " "), _encoder(split[key])) for key in ("vae", "text_encoder", "tokenizer")]
+        rows.append(("latent scale", f"{split['latent_scale']:g}"))
+        rows += [
+            (key.replace("_", " "), _value(value)) for key, value in split["source"].items() if value not in (None, [])
+        ]
+    rows.append(("on disk", f"{format_bytes(split['bytes'])} in {split['num_files']:,} files"))
+    if split.get("problems"):
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in split["problems"].items())
+        rows.append(("problems", f"{kinds}; {split['num_left_out']:,} pairs left out (see problems.jsonl)"))
+    return rows
+
+
+def _layout(split: dict[str, Any]) -> str:
+    if split["layout"] == "old layout":
+        return "old: a file for each array; `uvit features import` makes a store of it"
+    if split["layout"] == "unfinished":
+        return "feature store, not finished"
+    return f"feature store, version {split['version']}, {split['num_shards']:,} shards"
+
+
+def _shape(shape: list[int]) -> str:
+    return "(" + ", ".join(map(str, shape)) + ")"
+
+
+def _value(value: Any) -> str:
+    """An entry of `source`: of the parts of a merged store, their folders."""
+    if isinstance(value, list):
+        return ", ".join(item["folder"] if isinstance(item, dict) else str(item) for item in value)
+    return str(value)
+
+
+def _encoder(encoder: dict[str, str | None] | None) -> str:
+    if not encoder or not encoder["name"]:
+        return "not recorded"
+    return f"{encoder['name']}  sha256 {(encoder['sha256'] or 'not known')[:SHORT_SHA]}"

@@ -1,0 +1,281 @@
+"""One shard of a feature store, written so that a kill at any moment loses seconds of work and nothing else.
+
+It grows in a folder of its own, `.partial-0000i/`:
+
+    lock                 held by the one process that is at this shard
+    moments-0000i.npy    and the shard's other files, under the names that they will have
+    progress.json        what was committed last: everything in the files after that is cut off on going on
+    shard-0000i.json     the shard's record, once its files are whole; all that is left is to rename them into place
+
+The record goes into place last: a shard that has one is whole.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from uvit.errors import UserError
+from uvit.io import read_json, sync_path, write_json
+from uvit.sources.types import Problem
+
+
+@dataclass(frozen=True)
+class EncodedPairs:
+    """Some pairs as features; their captions follow one another."""
+
+    ids: list[str]  # b
+    captions: list[tuple[str, ...]]  # b, in all c captions
+    moments: np.ndarray  # (b, 2 C, h, w)
+    flipped: np.ndarray | None  # (b, 2 C, h, w), of the mirrored images
+    contexts: np.ndarray | None  # (c, T, D)
+    token_ids: np.ndarray | None  # (c, T)
+    problems: tuple[Problem, ...] = ()  # of these pairs and of those left out among them
+    counts: list[int] | None = None  # b: how many captions each has where their text is not known, and () above
+
+
+@dataclass(frozen=True)
+class ArrayInfo:
+    """An array of a shard: its first axis counts pairs or captions."""
+
+    shape: tuple[int, ...]  # of an item
+    dtype: np.dtype
+    per_caption: bool = False
+
+
+class ShardWriter:
+    """Use it as a context manager: it holds the shard's lock, and commits what was appended when it is left.
+
+    `next_row` is the first source row that is not yet dealt with. `rows` tells a shard's source rows. Raises UserError
+    where another process is at this shard.
+    """
+
+    def __init__(self, folder: Path, number: int, rows: Callable[[int], range], arrays: dict[str, ArrayInfo]):
+        self.folder, self.number = folder, number
+        self.partial = folder / f".partial-{number:05d}"
+        self.next_row = rows(number).start
+        self._rows = rows
+        self._arrays = {f"{kind}-{number:05d}.npy": array for kind, array in arrays.items()}
+        self._captions_file = f"captions-{number:05d}.jsonl"
+        self._record = self.partial / record_name(number)
+        self._num_pairs = self._num_captions = self._caption_bytes = 0
+        self._problems: list[Problem] = []
+        self._committed = -1  # next_row then
+        self._files: dict[str, io.FileIO] = {}
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> "ShardWriter":
+        with contextlib.ExitStack() as opening:
+            opening.enter_context(self._lock())
+            if committed_row(self.folder, self.number, self._rows(self.number)) is None:
+                for path in self.partial.iterdir():
+                    if path.name != "lock":
+                        path.unlink()
+            if self._record.is_file():  # its files may be in place already
+                self.next_row = self._rows(self.number).stop
+            else:
+                self._go_on()
+                for name, size in self._sizes().items():
+                    file = (self.partial / name).open("r+b" if self._committed >= 0 else "x+b", buffering=0)
+                    self._files[name] = opening.enter_context(file)
+                    file.truncate(size)
+                    file.seek(size)
+            self._open = opening.pop_all()
+        return self
+
+    def append(self, part: EncodedPairs, next_row: int) -> None:
+        """Add pairs, which deal with the source's rows up to `next_row`. Kept for good at the next commit."""
+        counts = part.counts or [len(captions) for captions in part.captions]
+        lines = [
+            json.dumps({"id": id, "captions": captions}, ensure_ascii=False) + "\n"
+            for id, captions in zip(part.ids, part.captions, strict=True)
+        ]
+        items = {
+            "moments": part.moments,
+            "flipped": part.flipped,
+            "contexts": part.contexts,
+            "tokens": part.token_ids,
+            "counts": np.array(counts, dtype=np.int32),
+        }
+        for name, array in self._arrays.items():
+            values = items[name.partition("-")[0]]
+            expected = (sum(counts) if array.per_caption else len(part.ids), *array.shape)
+            assert values is not None, name
+            assert values.shape == expected, (name, values.shape, expected)
+            _write_all(self._files[name], np.ascontiguousarray(values, dtype=array.dtype).reshape(-1).view(np.uint8))
+        text = "".join(lines).encode()
+        _write_all(self._files[self._captions_file], np.frombuffer(text, dtype=np.uint8))
+        self._num_pairs += len(part.ids)
+        self._num_captions += sum(counts)
+        self._caption_bytes += len(text)
+        self._problems += part.problems
+        self.next_row = next_row
+
+    def commit(self) -> None:
+        """Make sure that what was appended so far outlives a kill and a power cut."""
+        if not self._files or self.next_row == self._committed:
+            return
+        self._sync()
+        progress = {
+            "next_row": self.next_row,
+            "rows": self._num_pairs,
+            "captions": self._num_captions,
+            "bytes": self._sizes(),
+            "problems": [asdict(problem) for problem in self._problems],
+        }
+        write_json(self.partial / "progress.json", progress, indent=1)
+        self._committed = self.next_row
+
+    def finish(self) -> None:
+        """Put the shard in its place; all of its rows must have been dealt with."""
+        assert self.next_row == self._rows(self.number).stop, (self.number, self.next_row)
+        if not self._record.is_file():
+            self.commit()
+            for name, array in self._arrays.items():
+                self._files[name].seek(0)
+                _write_all(self._files[name], np.frombuffer(self._header(array), dtype=np.uint8))
+            self._sync()
+            record = {
+                "rows": self._num_pairs,
+                "captions": self._num_captions,
+                "problems": [asdict(problem) for problem in self._problems],
+                "files": file_records(self.partial / name for name in self._files),
+            }
+            write_json(self._record, record, indent=1)
+        for name in read_record(self._record)["files"]:
+            if (self.partial / name).exists():  # not moved before a kill
+                (self.partial / name).replace(self.folder / name)
+        sync_path(self.folder)
+        self._record.replace(self.folder / self._record.name)
+        sync_path(self.folder)
+        self._files.clear()
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        with self._open:
+            if not isinstance(error, OSError):  # on a full disk it would only fail again
+                self.commit()
+
+    def _lock(self) -> io.FileIO:
+        busy = UserError(
+            f"--output_dir {self.folder}: another process is at shard {self.number}; let each do a part of its own, as"
+            " with --shard 0/2 and --shard 1/2"
+        )
+        while True:
+            self.partial.mkdir(exist_ok=True)
+            try:
+                file = (self.partial / "lock").open("a+b", buffering=0)
+            except FileNotFoundError:  # whoever finished this shard has just removed the folder
+                continue
+            with contextlib.ExitStack() as opened:
+                opened.enter_context(file)
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise busy from None
+                if (self.folder / self._record.name).exists():
+                    shutil.rmtree(self.partial, ignore_errors=True)
+                    raise busy
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(file.fileno()), (self.partial / "lock").stat()):
+                        opened.pop_all()
+                        return file
+
+    def _go_on(self) -> None:
+        if not (self.partial / "progress.json").is_file():
+            return
+        progress = read_record(self.partial / "progress.json")
+        self.next_row = self._committed = progress["next_row"]
+        self._num_pairs, self._num_captions = progress["rows"], progress["captions"]
+        self._caption_bytes = progress["bytes"][self._captions_file]
+        self._problems = [Problem(**problem) for problem in progress["problems"]]
+        assert self._sizes() == progress["bytes"], "the settings that this shard was begun with are not these"
+
+    def _sizes(self) -> dict[str, int]:
+        """Bytes of each file."""
+        return {
+            **{
+                name: len(self._header(array)) + self._length(array) * array.dtype.itemsize * int(np.prod(array.shape))
+                for name, array in self._arrays.items()
+            },
+            self._captions_file: self._caption_bytes,
+        }
+
+    def _length(self, array: ArrayInfo) -> int:
+        return self._num_captions if array.per_caption else self._num_pairs
+
+    def _header(self, array: ArrayInfo) -> bytes:
+        """Of an .npy; NumPy leaves room for the first axis to grow, so that its size stays."""
+        header = io.BytesIO()
+        shape = (self._length(array), *array.shape)
+        descr = np.lib.format.dtype_to_descr(array.dtype)
+        np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": shape})
+        return header.getvalue()
+
+    def _sync(self) -> None:
+        for file in self._files.values():
+            os.fsync(file.fileno())
+
+
+def record_name(number: int) -> str:
+    return f"shard-{number:05d}.json"
+
+
+def committed_row(folder: Path, number: int, rows: range) -> int | None:
+    """The first source row that a shard being written has not yet dealt with; None where it must be begun afresh."""
+    partial = folder / f".partial-{number:05d}"
+    record, progress = partial / record_name(number), partial / "progress.json"
+    try:
+        if record.is_file():
+            for name, described in read_record(record)["files"].items():
+                path = partial / name if (partial / name).exists() else folder / name
+                if path.stat().st_size != described["bytes"]:
+                    return None
+            return rows.stop
+        content = read_record(progress)
+        if any((partial / name).stat().st_size < size for name, size in content["bytes"].items()):
+            return None
+        next_row = content["next_row"]
+    except (OSError, UserError, KeyError, TypeError, AttributeError):
+        return None
+    return next_row if isinstance(next_row, int) and rows.start <= next_row <= rows.stop else None
+
+
+# Files
+
+
+def read_record(path: Path) -> Any:
+    """A JSON file of a store being written. Raises UserError where it is damaged."""
+    try:
+        return read_json(path)
+    except ValueError:
+        raise UserError(
+            f"--output_dir {path.parent}: {path.name} is damaged; remove it to do that part again"
+        ) from None
+
+
+def file_records(files: Iterable[Path], folder: Path | None = None) -> dict[str, dict[str, Any]]:
+    """{name, within the folder if one is given: {"bytes", "sha256"}}."""
+    described: dict[str, dict[str, Any]] = {}
+    for path in files:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        name = path.relative_to(folder).as_posix() if folder else path.name
+        described[name] = {"bytes": path.stat().st_size, "sha256": digest}
+    return described
+
+
+def _write_all(file: io.FileIO, data: np.ndarray) -> None:
+    """(n,) uint8. Unbuffered, so that nothing is left to fail when the file is closed."""
+    view = data.data
+    while view:
+        view = view[file.write(view) :]

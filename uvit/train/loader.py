@@ -1,0 +1,208 @@
+"""Features -> batches. Item j of the dataset is the j-th batch of the run, computed from (seed, sample counter) alone.
+
+So nothing has to be saved to resume, and which samples a step draws, with which caption, timestep and noise, depends on
+neither the number of workers, of processes nor of accumulation steps.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uvit.diffusion import CONTEXT_DROP_PROBABILITY, NUM_TIMESTEPS
+from uvit.store.types import Features
+
+ORDER, DRAWS, FLIPS = 1, 2, 3  # streams of random numbers that must not meet
+NUM_ROUNDS = 8
+ITEMS_AHEAD = 4  # for each thread
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """All that one forward pass of training consumes; nothing is drawn after this.
+
+    With captions dropped for guidance already replaced by the empty one. `context` or `token_ids` is there.
+    """
+
+    moments: Tensor  # (B, 2 C, h, w), as stored
+    context: Tensor | None  # (B, T, D), as stored
+    token_ids: Tensor | None  # (B, T), int64
+    posterior_noise: Tensor  # (B, C, h, w), float32
+    noise: Tensor  # (B, C, h, w), float32
+    timesteps: Tensor  # (B,), int64, labels 1..1000
+
+    def to(self, device: torch.device) -> "Batch":
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items() if tensor is not None})
+
+
+def permute(positions: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of 0..size-1 keyed by (seed, epoch), at `positions`: without the memory of a shuffled list.
+
+    A Feistel network over the next power of four, walked until it lands below `size`. (B,) -> (B,) int64.
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
+    keys = np.random.Philox(key=[seed, ORDER], counter=[0, 0, 0, epoch]).random_raw(NUM_ROUNDS)
+    out = positions.astype(np.uint64)
+    outside = np.ones(len(out), dtype=bool)
+    while outside.any():
+        left, right = out[outside] >> shift, out[outside] & mask
+        for key in keys:
+            left, right = right, left ^ (_mix(right + key) & mask)
+        out[outside] = left << shift | right
+        outside = out >= size
+    return out.astype(np.int64)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser (Steele et al. 2014): every input bit reaches every output bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class RandomDraws:
+    """What is drawn for B samples."""
+
+    captions: np.ndarray  # (B,) in [0, 1): which of the captions
+    dropped: np.ndarray  # (B,) bool: the caption gives way to the empty one
+    timesteps: np.ndarray  # (B,) int64, labels 1..1000
+    posterior_noise: np.ndarray  # (B, C, h, w) float32
+    noise: np.ndarray  # (B, C, h, w) float32
+
+
+def random_draws(
+    counters: np.ndarray, seed: int, latent_shape: tuple[int, ...], noise_offset: float = 0.0
+) -> RandomDraws:
+    """All draws of the samples with these counters: each has a stretch of a Philox stream of its own."""
+    num_samples = len(counters)
+    uniform = np.empty((num_samples, 3))
+    posterior_noise = np.empty((num_samples, *latent_shape), dtype=np.float32)
+    noise = np.empty_like(posterior_noise)
+    for i, generator in enumerate(_generators(counters, seed, DRAWS)):
+        generator.random(out=uniform[i])
+        generator.standard_normal(dtype=np.float32, out=posterior_noise[i])
+        generator.standard_normal(dtype=np.float32, out=noise[i])
+        if noise_offset:
+            noise[i] += noise_offset * generator.standard_normal((latent_shape[0], 1, 1), dtype=np.float32)
+    return RandomDraws(
+        captions=uniform[:, 0],
+        dropped=uniform[:, 1] < CONTEXT_DROP_PROBABILITY,
+        timesteps=(uniform[:, 2] * NUM_TIMESTEPS).astype(np.int64) + 1,
+        posterior_noise=posterior_noise,
+        noise=noise,
+    )
+
+
+def flip_draws(counters: np.ndarray, seed: int) -> np.ndarray:
+    """(B,) in [0, 1): whether an image or its mirror image is taken. Of their own stream: the draws above stay."""
+    return np.array([generator.random() for generator in _generators(counters, seed, FLIPS)])
+
+
+def _generators(counters: np.ndarray, seed: int, stream: int) -> Iterator[np.random.Generator]:
+    """One generator, at the beginning of each sample's stretch of a stream in turn."""
+    bits = np.random.Philox(key=[seed, stream])
+    generator = np.random.Generator(bits)
+    state = bits.state
+    for counter in counters:
+        state["state"]["counter"][:] = (0, 0, 0, counter)
+        bits.state = state
+        yield generator
+
+
+class BatchDataset:
+    """Item j: samples j B .. (j+1) B - 1 of the run, counted from `first_sample`, which may be set at any time.
+
+    Args:
+        use_tokens: deliver token ids, to be encoded in training, instead of stored contexts.
+    """
+
+    def __init__(
+        self, features: Features, batch_size: int, seed: int, use_tokens: bool = False, noise_offset: float = 0.0
+    ):
+        self.features, self.batch_size, self.seed = features, batch_size, seed
+        self.use_tokens, self.noise_offset = use_tokens, noise_offset
+        self.first_sample = 0
+
+    def rows(self, counters: np.ndarray) -> np.ndarray:
+        """Which row of the features each sample is: each once an epoch, every epoch in another order."""
+        size = self.features.num_samples
+        epochs = counters // size
+        rows = np.empty_like(counters)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            rows[here] = permute(counters[here] % size, size, self.seed, int(epoch))
+        return rows
+
+    def __getitem__(self, index: int) -> Batch:
+        features = self.features
+        counters = self.first_sample + np.arange(index * self.batch_size, (index + 1) * self.batch_size)
+        channels, height, width = features.moments_shape
+        draws = random_draws(counters, self.seed, (channels // 2, height, width), self.noise_offset)
+        flips = flip_draws(counters, self.seed) if features.flipped else None
+        read = features.read(self.rows(counters), draws.captions, flips)
+        context, token_ids = None, None
+        if self.use_tokens:
+            assert read.token_ids is not None and features.empty_token_ids is not None
+            token_ids = read.token_ids.astype(np.int64)
+            token_ids[draws.dropped] = features.empty_token_ids
+        else:
+            assert read.context is not None and features.empty_context is not None
+            context = read.context
+            context[draws.dropped] = features.empty_context
+        return Batch(
+            moments=torch.from_numpy(read.moments),
+            context=None if context is None else torch.from_numpy(context),
+            token_ids=None if token_ids is None else torch.from_numpy(token_ids),
+            posterior_noise=torch.from_numpy(draws.posterior_noise),
+            noise=torch.from_numpy(draws.noise),
+            timesteps=torch.from_numpy(draws.timesteps),
+        )
+
+
+def prefetch(batches: BatchDataset, items: range, num_workers: int, device: torch.device) -> Iterator[Batch]:
+    """These items, in order, on the device, made ahead of time by `num_workers` threads; 0 makes them when asked."""
+
+    def make(item: int) -> Batch:
+        batch = batches[item]
+        return batch.pin_memory() if device.type == "cuda" else batch
+
+    return (batch.to(device) for batch in prefetch_in_threads(make, items, min(num_workers, os.cpu_count() or 1)))
+
+
+def prefetch_in_threads(make: Callable[[int], T], items: Sequence[int], num_threads: int) -> Iterator[T]:
+    """make(item) of each item, in order.
+
+    Threads, and not the processes of a DataLoader: reading and drawing let go of the interpreter's lock, and handing
+    4 MB from one process to another takes as long as making them.
+    """
+    if not num_threads:
+        yield from map(make, items)
+        return
+    ahead = deque[Future[T]]()
+    pool = ThreadPoolExecutor(num_threads, "load")
+    try:
+        for item in items:
+            ahead.append(pool.submit(make, item))
+            if len(ahead) > ITEMS_AHEAD * num_threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,115 @@
+"""The optimizer and the learning rate."""
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uvit.config.train import TrainConfig
+from uvit.distributed.ops import fused_groups, local_tensor
+
+# The optimizer
+
+
+def init_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter the state that AdamW's first step would begin with, in the parameter's layout.
+
+    So a checkpoint can be loaded into it; and each has all of the state, also of parameters that got no gradient yet.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not optimizer.state[parameter]:
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                    "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                }
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]) -> dict[str, Tensor]:
+    """The optimizer's state, the tensors themselves, called `exp_avg/unet.pos_embed` and so on."""
+    return {
+        f"{key}/{names[parameter]}": value
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def learning_rate_factor(step: int, config: TrainConfig, max_steps: int) -> float:
+    """What the peak learning rate is multiplied with at optimizer step `step`, counted from 0.
+
+    With a warm-up the first update has rate 0. A pure function, so a resumed run needs no scheduler's state.
+    """
+    kind = config.lr_scheduler_type
+    if kind == "constant":
+        return 1.0
+    num_warmup = max(1, config.warmup_steps or math.ceil(config.warmup_ratio * max_steps))
+    if step < num_warmup:
+        return step / num_warmup
+    lowest = config.min_lr / config.learning_rate if config.learning_rate else 0.0
+    return max(lowest, _decay(kind, min(1.0, (step - num_warmup) / max(1, max_steps - num_warmup)), config))
+
+
+def _decay(kind: str, progress: float, config: TrainConfig) -> float:
+    """The factor after `progress` (0..1) of the steps that follow the warm-up."""
+    if kind == "linear":
+        return 1 - progress
+    if kind == "cosine":
+        return 0.5 * (1 + math.cos(2 * math.pi * (config.num_cycles or 0.5) * progress))
+    if kind == "cosine_with_restarts":
+        return 0.5 * (1 + math.cos(math.pi * (((config.num_cycles or 1) * progress) % 1))) if progress < 1 else 0.0
+    if kind == "polynomial":
+        end = config.lr_end / config.learning_rate if config.learning_rate else 0.0
+        return end + (1 - end) * (1 - progress) ** config.power
+    return 1.0
+
+
+def build_optimizer(networks: nn.ModuleDict, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over the networks, each with its own peak learning rate (`peak_lr`)."""
+    rates = {"unet": config.unet_learning_rate, "text_encoder": config.text_encoder_learning_rate}
+    groups: list[dict[str, Any]] = []
+    for name, network in networks.items():
+        rate = config.learning_rate if rates[name] is None else rates[name]
+        groups += [{"params": group, "lr": rate, "peak_lr": rate} for group in fused_groups(network.parameters())]
+    return torch.optim.AdamW(
+        groups,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        fused=True,  # one kernel; on CPU 7 times as fast as the default
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
+    """Returns the first group's rate, the U-ViT's."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    return optimizer.param_groups[0]["lr"]
+
+
+# An exponential moving average of a model's parameters, in float32
+
+
+class EMA:
+    """Keeps `model`, a frozen float32 copy whose parameters follow: ema = decay ema + (1 - decay) parameter."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.model = copy.deepcopy(model).float().eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Once an optimizer step."""
+        averages = [local_tensor(average) for average in self.model.parameters()]
+        parameters = [local_tensor(parameter) for parameter in model.parameters()]
+        torch._foreach_lerp_(averages, parameters, 1 - self.decay)
+
+
+@torch.no_grad()
+def checksum(model: nn.Module) -> int:
+    """A sum of the float32 parameters' bits, of this process's parts: another one wherever anything moved."""
+    sums = [local_tensor(parameter).view(torch.int32).sum(dtype=torch.int64) for parameter in model.parameters()]
+    return int(torch.stack(sums).sum().item())

@@ -1,0 +1,101 @@
+"""Where a run hangs: every process prints its stack where no step ends for too long."""
+
+import contextlib
+import faulthandler
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import TypeVar
+
+import torch
+
+from uvit.distributed.mesh import World
+
+T = TypeVar("T")
+
+APART = 0.1  # seconds from one process's stack to the next one's, so that they do not mingle
+
+
+def reset_hang_timer(seconds: float, world: World) -> None:
+    """Print all stacks, and go on, unless this is called again within `seconds`. 0: never.
+
+    The printing needs neither the interpreter nor its lock, so that it works whatever it is that hangs.
+    """
+    if seconds:
+        faulthandler.dump_traceback_later(seconds + APART * world.rank, file=2)
+
+
+@contextlib.contextmanager
+def hang_watchdog(seconds: float, world: World) -> Iterator[None]:
+    reset_hang_timer(seconds, world)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def run_in_named_frame(name: str, function: Callable[[], T]) -> T:
+    """Call a function from a frame of this name: a stack that faulthandler prints can say no more than names."""
+
+    def frame() -> T:
+        return function()
+
+    frame.__code__ = frame.__code__.replace(co_name=name)
+    return frame()
+
+
+class StopSignal:
+    """The signal that asked to stop, or 0. The second one stops at once."""
+
+    signal = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+        print("\nstopping after this step (again: at once, without saving)", flush=True)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[StopSignal]:
+    stop = StopSignal()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# `--deterministic`: the same command computes the same bits on a GPU too
+
+
+@contextlib.contextmanager
+def deterministic_mode(wanted: bool) -> Iterator[None]:
+    """Only deterministic kernels meanwhile; an operation that has none is an error. Enter it before CUDA starts."""
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.deterministic,
+        torch.backends.cudnn.benchmark,
+        torch.backends.cuda.cudnn_sdp_enabled(),
+    )
+    _set_deterministic(True, True, False, False)  # attention is left to kernels that heed the first of these
+    try:
+        yield
+    finally:
+        _set_deterministic(*before)
+
+
+def _set_deterministic(algorithms: bool, cudnn: bool, benchmark: bool, cudnn_attention: bool) -> None:
+    torch.use_deterministic_algorithms(algorithms)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn, benchmark
+    torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)

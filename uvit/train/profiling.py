@@ -1,0 +1,136 @@
+"""How much of the hardware a run makes use of: model FLOPs utilisation (Chowdhery et al. 2022, appendix B).
+
+The FLOPs of the U-ViT's forward and backward passes, and not those of recomputing, over the FLOPs that the hardware
+could do in the same time. A text encoder's work is not counted.
+"""
+
+import functools
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from uvit.model import UViTT2IModel
+from uvit.train.setup import Run, model_config
+
+# FLOP/s of dense matrix products, from the makers' data sheets: words of the GPU's name, 16 bits, float32.
+PEAKS = (
+    ("B200", 2250e12, 75e12),
+    ("H200", 989e12, 67e12),
+    ("H100 PCIe", 756e12, 51e12),
+    ("H100 NVL", 835e12, 60e12),
+    ("H100", 989e12, 67e12),
+    ("A100", 312e12, 19.5e12),
+    ("A40", 149.7e12, 37.4e12),
+    ("A10", 125e12, 31.2e12),
+    ("L40S", 362e12, 91.6e12),
+    ("L4", 121e12, 30.3e12),
+    ("RTX 4090", 165.2e12, 82.6e12),
+    ("RTX 3090", 71e12, 35.6e12),
+)
+SIDE, SECONDS = 512, 0.1  # of the matrix products that a CPU is measured with
+
+
+@dataclass(frozen=True)
+class MfuReference:
+    """Of one optimizer step, over all processes."""
+
+    flops: int
+    peak: float | None  # FLOP/s; None: not known
+    sentence: str  # what the utilisation is relative to
+
+    def utilisation(self, seconds: float) -> float | None:
+        """A share of 1, of a step that takes so long."""
+        return None if self.peak is None else self.flops / (seconds * self.peak)
+
+
+def mfu_reference(run: Run) -> MfuReference:
+    _, height, width = run.features.moments_shape
+    _, flops = count_flops(model_config(run.networks["unet"]), size=(height, width))
+    dtype, device = run.precision.dtype, run.device
+    kind = str(dtype).removeprefix("torch.")
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        peak = known_peak(name, dtype)
+        source = f"the data sheet of {name} for {kind}"
+    else:
+        peak = max(measured_peak(dtype), measured_peak(torch.float32))  # half precision may be the slower one here
+        kinds = kind if dtype == torch.float32 else f"{kind} or float32"
+        source = f"measured just now: {kinds} matrix products on this CPU"
+    if peak is None:
+        return MfuReference(
+            flops * run.samples_per_step, None, f"no utilisation (MFU): the peak of {name} is not known here"
+        )
+    sentence = f"utilisation (MFU) is relative to {peak / 1e9:,.0f} GFLOP/s a process, {source}"
+    return MfuReference(flops * run.samples_per_step, peak * run.world.size, sentence)
+
+
+def known_peak(name: str, dtype: torch.dtype) -> float | None:
+    """FLOP/s of a GPU by its name, such as `NVIDIA H100 80GB HBM3`."""
+    words = set(re.split(r"[\s-]+", name))
+    for part, half, single in PEAKS:
+        if set(part.split()) <= words and "Laptop" not in words:
+            return single if dtype == torch.float32 else half
+    return None
+
+
+@functools.cache
+def measured_peak(dtype: torch.dtype) -> float:
+    """The best of some matrix products on the CPU, with the threads that there are; takes a tenth of a second."""
+    left, right = (torch.ones(SIDE, SIDE).to(dtype) for _ in range(2))
+    product = left @ right
+    best, started = float("inf"), time.perf_counter()
+    while time.perf_counter() - started < SECONDS:
+        before = time.perf_counter()
+        torch.mm(left, right, out=product)
+        best = min(best, time.perf_counter() - before)
+    return 2 * SIDE**3 / best
+
+
+# Work and memory of a U-ViT, counted without doing the work or taking the memory
+
+
+def meta_unet(model_config: dict[str, Any], tp: int = 1) -> UViTT2IModel:
+    """A U-ViT of shapes alone. `tp`: with the part of each block that one of so many tensor parallel processes has."""
+    with torch.device("meta"):
+        unet = UViTT2IModel(**model_config).train()
+        for block in [*unet.in_blocks, unet.mid_block, *unet.out_blocks] if tp > 1 else []:
+            attention, mlp = block.attn, block.mlp
+            dim, hidden = mlp.fc1.in_features, mlp.fc1.out_features
+            attention.qkv = nn.Linear(dim, 3 * dim // tp, bias=attention.qkv.bias is not None)
+            attention.proj = nn.Linear(dim // tp, dim)
+            mlp.fc1, mlp.fc2 = nn.Linear(dim, hidden // tp), nn.Linear(hidden // tp, dim)
+    return unet
+
+
+# Work
+
+
+def count_flops(
+    model_config: dict[str, Any], batch_size: int = 1, size: tuple[int, int] | None = None
+) -> tuple[int, int]:
+    """FLOPs of matrix products, convolutions and attention in (a forward pass, a forward and backward pass).
+
+    A multiplication with its addition is 2. `size`: height and width of the latents, where not the model's own.
+    """
+    unet = meta_unet(model_config)  # on the meta device attention is plain matrix products, which the counter knows
+    with torch.device("meta"):
+        inputs = meta_inputs(unet, batch_size, size)
+    with FlopCounterMode(display=False) as forward:
+        prediction = unet(*inputs)
+    with FlopCounterMode(display=False) as backward:
+        prediction.sum().backward()
+    return forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()
+
+
+def meta_inputs(unet: UViTT2IModel, batch_size: int, size: tuple[int, int] | None) -> tuple[Tensor, Tensor, Tensor]:
+    sizes: Any = unet.config
+    rows, columns = unet.grid
+    height, width = size or (rows * unet.patch_size, columns * unet.patch_size)
+    latents = torch.empty(batch_size, sizes.in_channels, height, width)
+    context = torch.empty(batch_size, sizes.num_text_tokens, sizes.clip_dim)
+    return latents, torch.ones(batch_size), context

@@ -1,0 +1,222 @@
+"""The VAE and the text encoder: loading them, and images and captions through them.
+
+Shapes: B batch, T text tokens, D width of the text encoder, C latent channels, (h, w) latent size.
+"""
+
+import contextlib
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, CLIPTextModel
+from transformers import logging as transformers_logging
+
+from uvit.diffusion import LATENT_SCALE
+from uvit.errors import UserError
+
+STABLE_DIFFUSION_SCALE = 0.18215
+WEIGHT_SUFFIXES = (".safetensors", ".pdparams", ".pth", ".pt", ".ckpt", ".bin")
+VAE_PRESETS = Path(__file__).parent.parent / "first_stages"  # those that ship with the package, known by name
+
+
+# Loading
+
+
+def load_diffusers_vae(name_or_path: str) -> Any:
+    """An AutoencoderKL from its folder, a pipeline folder or a hub id: float32, eval mode, frozen.
+
+    `shapes` is the first stage that ships for the built-in pictures. Only safetensors are read. Raises UserError where
+    it cannot be had.
+    """
+    if (VAE_PRESETS / name_or_path).is_dir() and not Path(name_or_path).exists():
+        name_or_path = str(VAE_PRESETS / name_or_path)
+
+    def load(place: str, **options: Any) -> Any:
+        _check_class(place, options, "AutoencoderKL")
+        model, info = AutoencoderKL.from_pretrained(place, use_safetensors=True, output_loading_info=True, **options)
+        return _whole(model, info["missing_keys"])
+
+    return _load(load, name_or_path, ("vqvae", "vae"), "vae_name_or_path", "an AutoencoderKL with safetensors weights")
+
+
+def load_transformers_encoder(name_or_path: str) -> Any:
+    """A CLIP, T5 or BERT-like encoder of text, found and prepared like the VAE."""
+
+    def load(place: str, **options: Any) -> Any:
+        config = AutoConfig.from_pretrained(place, **options)
+        # A CLIP of both towers gives its text tower; the others have a class for this purpose.
+        cls: Any = CLIPTextModel if config.model_type in ("clip", "clip_text_model") else AutoModelForTextEncoding
+        model, info = cls.from_pretrained(
+            place, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
+        )
+        return _whole(model, [key for key in info["missing_keys"] if "pooler" not in key])  # the pooler is not used
+
+    return _load(
+        load,
+        name_or_path,
+        ("text_encoder",),
+        "text_encoder_name_or_path",
+        "a text encoder with safetensors weights",
+    )
+
+
+def load_tokenizer(name_or_path: str) -> Any:
+    """A transformers tokenizer, found like the VAE."""
+
+    def load(place: str, **options: Any) -> Any:
+        folder = Path(place, options.get("subfolder", ""))
+        if folder.is_dir() and not any(folder.glob("*token*")) and not (folder / "vocab.json").is_file():
+            raise OSError("has no tokenizer files")
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        if tokenizer.pad_token_id is None:
+            raise ValueError("the tokenizer has no padding token")
+        return tokenizer
+
+    return _load(load, name_or_path, ("tokenizer",), "tokenizer_name", "a tokenizer with a padding token")
+
+
+def _load(load: Callable[..., Any], name_or_path: str, subfolders: tuple[str, ...], flag: str, what: str) -> Any:
+    """Try a folder's subfolders, then itself; of the Hub itself first. The first error is the one that tells."""
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        name_or_path = str(folder)
+        places = [{"subfolder": name} for name in subfolders if (folder / name).is_dir()]
+        if not (folder / "model_index.json").is_file():
+            places.append({})
+        if not places:
+            raise UserError(f"--{flag} {name_or_path}: is a pipeline folder without {what}")
+    elif folder.exists() or is_local_path(name_or_path):
+        found = "is a file" if folder.exists() else "no such file or folder"
+        raise UserError(f"--{flag} {name_or_path}: {found}; give {what}, by folder or hub id")
+    else:
+        places = [{}, *({"subfolder": name} for name in subfolders)]
+    errors = []
+    for place in places:
+        try:
+            with quiet():
+                return load(name_or_path, **place)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            errors.append(" ".join(str(error).split())[:300])
+    raise UserError(f"--{flag} {name_or_path}: {what} cannot be loaded from there ({errors[0]})")
+
+
+def is_local_path(name: str) -> bool:
+    """Whether this can only be meant as a place on this machine, and is no Hub id."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(WEIGHT_SUFFIXES)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the libraries' own messages and bars: what matters is checked, and said in one sentence."""
+    loggers = (transformers_logging, diffusers_logging)
+    levels = [logger.get_verbosity() for logger in loggers]
+    bars = [logger for logger in loggers if logger.is_progress_bar_enabled()]
+    for logger in loggers:
+        logger.disable_progress_bar()
+        logger.set_verbosity(logger.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.set_verbosity(level)
+        for logger in bars:
+            logger.enable_progress_bar()
+
+
+def _check_class(place: str, options: dict[str, Any], expected: str) -> None:
+    """diffusers would fill the class it is told to load with another one's weights as far as they go."""
+    config = Path(place, options.get("subfolder", ""), "config.json")
+    if config.is_file():
+        found = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
+        if found != expected:
+            raise ValueError(f"its config.json has _class_name {found!r}, not {expected!r}")
+
+
+def _whole(model: Any, missing: Sequence[str]) -> Any:
+    if missing:
+        raise ValueError(f"its weights lack {len(missing)} parameters, the first being {sorted(missing)[0]}")
+    if bad := not_finite(model.state_dict()):
+        raise ValueError(f"its array {bad} holds values that are not finite")
+    return model.eval().requires_grad_(False)
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first array with NaN or infinity in it."""
+    return next((name for name, value in tensors.items() if not torch.isfinite(value).all()), None)
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: object) -> None:
+    """Raises UserError, naming the array, where there is NaN or infinity in one."""
+    if bad := not_finite(tensors):
+        raise UserError(f"{where}: {bad} holds values that are not finite; take other weights, an earlier checkpoint's")
+
+
+def fingerprint(module: nn.Module) -> str:
+    """sha256 over names, types, shapes and values of a module's weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# Images
+
+
+def latent_scale_of(vae: Any) -> float:
+    """The factor from the VAE's latents to those a U-ViT is trained on.
+
+    It is stored with the VAE as `scaling_factor`, but for Stable Diffusion's: that says 0.18215 (as does any
+    AutoencoderKL that was told nothing), where U-ViT has always used 0.23010.
+    """
+    scale = float(vae.config["scaling_factor"])
+    return LATENT_SCALE if scale == STABLE_DIFFUSION_SCALE else scale
+
+
+def downsampling_of(vae: Any) -> int:
+    """Pixels a side for each latent: H / h."""
+    return 2 ** (len(vae.config["block_out_channels"]) - 1)
+
+
+def encode_images(vae: Any, pixels: Tensor) -> Tensor:
+    """(B, 3, H, W) in [-1, 1] -> moments (B, 2 C, h, w): mean and log-variance, the latter within -30..20.
+
+    So bounded it fits float16, and a draw from the moments is the same.
+    """
+    posterior = vae.encode(pixels).latent_dist
+    return torch.cat([posterior.mean, posterior.logvar], dim=1)  # diffusers clamps the log-variance to these bounds
+
+
+def decode_latents(vae: Any, latents: Tensor, latent_scale: float) -> Tensor:
+    """(B, C, h, w), scaled as in training -> images (B, 3, H, W) in [-1, 1]."""
+    return vae.decode(latents / latent_scale).sample.clamp(-1, 1)
+
+
+# Captions
+
+
+def tokenize(tokenizer: Any, captions: Sequence[str], num_tokens: int) -> Tensor:
+    """Token ids (B, T), int64, padded and cut to T = `num_tokens`."""
+    encoded = tokenizer(
+        list(captions), padding="max_length", truncation=True, max_length=num_tokens, return_tensors="pt"
+    )
+    return encoded["input_ids"]
+
+
+def encode_tokens(text_encoder: Any, token_ids: Tensor, pad_token_id: int) -> Tensor:
+    """(B, T) -> context (B, T, D), the last hidden state; differentiable.
+
+    CLIP reads its padding, as it does for Stable Diffusion and U-ViT; other encoders are told not to.
+    """
+    if text_encoder.config.model_type.startswith("clip"):
+        return text_encoder(input_ids=token_ids).last_hidden_state
+    return text_encoder(input_ids=token_ids, attention_mask=(token_ids != pad_token_id).long()).last_hidden_state

@@ -1,0 +1,149 @@
+"""A VAE's weights from elsewhere: the Paddle port's, diffusers' older names, and the first names of all.
+
+Stable Diffusion's autoencoder, `autoencoder_kl.pth` in the official code, was published under other names than
+diffusers gives it; there its attention is made of 1x1 convolutions.
+"""
+
+import inspect
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from uvit.errors import UserError
+from uvit.weights.report import Report
+from uvit.weights.unet import fill
+
+NORM_GROUPS = 32
+# What no array tells, and what those assume who are told nothing.
+_ASSUMED = {
+    "norm_num_groups": NORM_GROUPS,
+    "act_fn": "silu",
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+}
+_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out", "group_norm": "norm"}
+_OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # diffusers before 0.17
+
+
+def ldm_name(name: str, num_blocks: int) -> str:
+    """diffusers' name of an AutoencoderKL's weight -> its first name."""
+
+    def up(found: re.Match[str]) -> str:
+        return f"decoder.up.{num_blocks - 1 - int(found[1])}."  # counted from the pixels' end
+
+    name = re.sub(r"^decoder\.up_blocks\.(\d+)\.", up, name)
+    name = re.sub(r"^encoder\.down_blocks\.", "encoder.down.", name)
+    name = re.sub(r"mid_block\.resnets\.(\d+)\.", lambda found: f"mid.block_{int(found[1]) + 1}.", name)
+    name = re.sub(r"\.resnets\.", ".block.", name)
+    name = name.replace(".conv_shortcut.", ".nin_shortcut.").replace(".conv_norm_out.", ".norm_out.")
+    name = re.sub(r"\.(down|up)samplers\.0\.", r".\1sample.", name)
+    for ours, theirs in _ATTENTION.items():
+        name = name.replace(f".mid_block.attentions.0.{ours}.", f".mid.attn_1.{theirs}.")
+    return name
+
+
+def is_attention_linear(name: str) -> bool:
+    return ".attentions." in name and name.endswith(".weight") and ".group_norm." not in name
+
+
+def from_ldm(tensors: Mapping[str, Tensor], names: list[str], num_blocks: int) -> dict[str, Tensor]:
+    """First names -> diffusers' `names`; what has another name keeps it."""
+    ours = {ldm_name(name, num_blocks): name for name in names}
+    found = {ours.get(name, name): value for name, value in tensors.items()}
+    return {
+        name: value[:, :, 0, 0] if is_attention_linear(name) and value.ndim == 4 else value
+        for name, value in found.items()
+    }
+
+
+def to_ldm(tensors: Mapping[str, Tensor], num_blocks: int) -> dict[str, Tensor]:
+    return {
+        ldm_name(name, num_blocks): value[:, :, None, None] if is_attention_linear(name) else value
+        for name, value in tensors.items()
+    }
+
+
+def transpose_vae(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Between Paddle's layout and ours."""
+    return {name: value.t().contiguous() if is_attention_linear(name) else value for name, value in tensors.items()}
+
+
+def vae_from_tensors(
+    tensors: Mapping[str, Tensor], path: Path, known: Mapping[str, Any] | None, paddle: bool, ldm: bool, report: Report
+) -> AutoencoderKL:
+    """The VAE of tensors under any of the names, float32; `known`: its config, else the shapes tell it."""
+    tensors = {
+        re.sub(r"\.(query|key|value|proj_attn)\.", lambda m: f".{_OLDER[m[1]]}.", n): v for n, v in tensors.items()
+    }
+    if known is None:
+        known = vae_config(tensors, path, ldm, report)
+    arguments = set(inspect.signature(AutoencoderKL.__init__).parameters)
+    try:
+        vae = AutoencoderKL(**{key: value for key, value in known.items() if key in arguments})
+    except Exception as error:  # whatever a wrong value leads to
+        raise UserError(f"{path}: the config.json beside it describes no AutoencoderKL ({error})") from None
+    if ldm:
+        tensors = from_ldm(tensors, list(vae.state_dict()), len(vae.config["block_out_channels"]))
+        left = [name for name in tensors if name.startswith(("loss.", "model_ema."))]
+        if left:
+            report.left.append(f"{len(left)} arrays of the VAE's training (loss.*, model_ema.*)")
+            tensors = {name: value for name, value in tensors.items() if name not in left}
+        report.converted.append(f"VAE: {len(tensors)} arrays to diffusers' names")
+    elif paddle:
+        tensors = transpose_vae(tensors)
+        linear = sum(is_attention_linear(name) for name in tensors)
+        report.converted.append(f"VAE: {linear} Linear weights from (in, out)")
+    fill(vae, tensors, path, "VAE", report)
+    return vae
+
+
+def vae_config(tensors: Mapping[str, Tensor], path: Path, ldm: bool, report: Report) -> dict[str, Any]:
+    """An AutoencoderKL's config from shapes. The number of groups of its norms is not in them: 32, as everywhere."""
+    block = "encoder.down.{}.block.{}.conv1.weight" if ldm else "encoder.down_blocks.{}.resnets.{}.conv1.weight"
+    channels: list[int] = []
+    layers = 0
+    while (first := tensors.get(block.format(len(channels), 0))) is not None:
+        channels.append(first.shape[0])
+    while block.format(0, layers) in tensors:
+        layers += 1
+    try:
+        in_channels, latent_channels = (
+            tensors["encoder.conv_in.weight"].shape[1],
+            tensors["decoder.conv_in.weight"].shape[1],
+        )
+        out_channels = tensors["decoder.conv_out.weight"].shape[0]
+    except (KeyError, IndexError) as error:
+        raise UserError(f"{path}: is not whole, {error} is missing from a VAE; get it again") from None
+    if not channels or any(width % NORM_GROUPS for width in channels):
+        raise UserError(
+            f"{path}: is a VAE of widths {channels}, which {NORM_GROUPS} does not divide; its config.json must lie "
+            "beside it"
+        )
+    report.defaulted.append(f"VAE: norm_num_groups {NORM_GROUPS}, scaling_factor 0.18215")
+    return {
+        "in_channels": in_channels,
+        "out_channels": out_channels,
+        "latent_channels": latent_channels,
+        "block_out_channels": channels,
+        "layers_per_block": layers,
+        "down_block_types": ["DownEncoderBlock2D"] * len(channels),
+        "up_block_types": ["UpDecoderBlock2D"] * len(channels),
+        "norm_num_groups": NORM_GROUPS,
+        "mid_block_add_attention": any(".mid.attn_1." in n or ".mid_block.attentions." in n for n in tensors),
+        "use_quant_conv": "quant_conv.weight" in tensors,
+        "use_post_quant_conv": "post_quant_conv.weight" in tensors,
+    }
+
+
+def non_default_vae_config(vae: Any) -> list[str]:
+    """What its arrays do not tell and nobody would guess: norm_num_groups 8 (where 32 is assumed)."""
+    config = vae.config
+    wrong = [key for key, value in _ASSUMED.items() if config.get(key, value) != value]
+    lines = [f"{key} {config[key]} (where {_ASSUMED[key]} is assumed)" for key in wrong]
+    usual = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+    return lines + [f"{key} other than {kind}" for key, kind in usual.items() if set(config[key]) != {kind}]
