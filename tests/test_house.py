@@ -52,6 +52,7 @@ TESTS_OF_THE_WHOLE = {
     "test_story.py",
     "test_bad_inputs.py",
     "test_reliability.py",
+    "test_old_files.py",
     "distributed/test_equality.py",
     "distributed/test_training.py",
 }
