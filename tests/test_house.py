@@ -16,7 +16,7 @@ import torch
 from uvit.cli.main import COMMANDS, _load
 from uvit.cli.parse import parse
 from uvit.config.model import resolve_model_config
-from uvit.config.train import NOT_NEEDED, PARALLEL_NEVER, TrainConfig
+from uvit.config.train import IGNORED_FLAGS, UNSUPPORTED, TrainConfig
 from uvit.errors import UserError
 from uvit.model import UViTT2IModel
 
@@ -201,7 +201,7 @@ def config_reads() -> set[str]:
 
 
 # Flags that nothing reads because the config's own checks are all that they do.
-CHECKED_ONLY = {"train": {"do_train", "optim", *NOT_NEEDED, *PARALLEL_NEVER}}
+CHECKED_ONLY = {"train": {"do_train", "optim", *IGNORED_FLAGS, *UNSUPPORTED}}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -211,15 +211,15 @@ def test_no_flag_is_inert(name: str) -> None:
 
 
 def test_flags_that_are_not_needed_say_why() -> None:
-    assert "not_needed" in config_reads(), "nobody shows the reasons"
+    assert "ignored_flags" in config_reads(), "nobody shows the reasons"
     for field in dataclasses.fields(TrainConfig):
-        if field.name in NOT_NEEDED:
+        if field.name in IGNORED_FLAGS:
             other = not field.default if isinstance(field.default, bool) else 7
             config = TrainConfig("features", "out", **{field.name: other})
-            assert config.not_needed() == [f"--{field.name}: not needed here ({NOT_NEEDED[field.name]})"]
+            assert config.ignored_flags() == [f"--{field.name}: not needed here ({IGNORED_FLAGS[field.name]})"]
 
 
-@pytest.mark.parametrize("name", PARALLEL_NEVER)
+@pytest.mark.parametrize("name", UNSUPPORTED)
 def test_degrees_other_than_one_are_refused_with_the_reason(name: str) -> None:
     with pytest.raises(UserError, match=f"^--{name} 2: .* 1"):
         TrainConfig("features", "out", **{name: 2})

@@ -1,7 +1,7 @@
 import pytest
 
 from uvit.cli.parse import parse
-from uvit.config.sample import SampleConfig
+from uvit.config.sample import EvaluateConfig, SampleConfig
 from uvit.errors import UserError
 
 
@@ -76,3 +76,11 @@ def test_guidance_interval() -> None:
     for wrong in ((0, 10), (10, 5), (1, 1001)):
         with pytest.raises(UserError, match="--guidance_interval {} {}: ".format(*wrong)):
             SampleConfig("p", guidance_interval=wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("split", "test"), ("max_prompts", 0), ("num_inference_steps", 0), ("batch_size", 0)]
+)
+def test_an_evaluation_that_cannot_work(name: str, value: object) -> None:
+    with pytest.raises(UserError, match=f"^--{name} {value}: must be "):
+        EvaluateConfig("pipeline", "out", **{name: value})  # type: ignore[arg-type]

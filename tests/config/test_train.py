@@ -61,8 +61,8 @@ def test_what_looks_odd_and_is_right() -> None:
     assert config(do_train=False, dry_run=True).dry_run
     assert config(profiler_options="10,15").profiled_steps() == (10, 15)
     assert config().profiled_steps() is None
-    assert config().not_needed() == []
+    assert config().ignored_flags() == []
     assert config(eval_steps=-1).eval_steps == -1
     assert config(spike_factor=0.0, hang_timeout=0.0).spike_factor == 0
-    [sentence] = config(do_eval=True).not_needed()
+    [sentence] = config(do_eval=True).ignored_flags()
     assert "validation runs whenever there is a validation split" in sentence

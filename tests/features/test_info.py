@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.test_features import NUM_CAPTIONS, NUM_PAIRS, info
-from uvit.config.features import FeaturesInfoConfig
+from uvit.config.store import FeaturesInfoConfig
 from uvit.data.store import StoreWriter
 from uvit.features.info import info as show
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.data.test_features import NUM_PAIRS, info, write_store
-from uvit.config.features import FeaturesMergeConfig, FeaturesVerifyConfig
+from uvit.config.store import FeaturesMergeConfig, FeaturesVerifyConfig
 from uvit.data.features import FeatureStore, open_features
 from uvit.errors import UserError
 from uvit.features.merge import merge

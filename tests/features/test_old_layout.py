@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.data.test_features import NUM_CAPTIONS, NUM_PAIRS, info, write_store
-from uvit.config.features import FeaturesExportConfig, FeaturesImportConfig
+from uvit.config.store import FeaturesExportConfig, FeaturesImportConfig
 from uvit.data.encoders import encode_tokens, load_text_encoder, load_tokenizer
 from uvit.data.features import open_features
 from uvit.data.store import EncodedPairs, StoreWriter

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from tests.data.test_features import info
-from uvit.config.features import FeaturesSampleConfig
+from uvit.config.store import FeaturesSampleConfig
 from uvit.data.encoders import fingerprint, load_vae
 from uvit.data.features import open_features
 from uvit.data.store import EncodedPairs, StoreWriter

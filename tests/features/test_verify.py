@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.data.test_features import encoded, info, write_store
-from uvit.config.features import FeaturesVerifyConfig
+from uvit.config.store import FeaturesVerifyConfig
 from uvit.data.store import StoreWriter
 from uvit.errors import UserError
 from uvit.features.verify import verify

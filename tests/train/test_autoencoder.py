@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from tests.data.pictures import png
-from uvit.config.autoencoder import AutoencoderConfig
+from uvit.config.extract import AutoencoderConfig
 from uvit.data.encoders import encode_images, latent_scale_of, load_vae
 from uvit.data.sources import indexed, open_source
 from uvit.diffusion import draw_latents

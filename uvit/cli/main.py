@@ -34,7 +34,7 @@ class Command:
 COMMANDS = {
     "autoencoder": Command(
         "train a first stage (AutoencoderKL) of your own on a source of images",
-        "uvit.config.autoencoder:AutoencoderConfig",
+        "uvit.config.extract:AutoencoderConfig",
         "uvit.train.autoencoder:train_autoencoder",
     ),
     "tokenizer": Command(
@@ -49,37 +49,37 @@ COMMANDS = {
     ),
     "features info": Command(
         "say what a feature store, or a folder in the old layout, holds",
-        "uvit.config.features:FeaturesInfoConfig",
+        "uvit.config.store:FeaturesInfoConfig",
         "uvit.features.info:info",
         positional=("path",),
     ),
     "features verify": Command(
         "read every byte of a feature store and compare it with its checksums",
-        "uvit.config.features:FeaturesVerifyConfig",
+        "uvit.config.store:FeaturesVerifyConfig",
         "uvit.features.verify:verify",
         positional=("path",),
     ),
     "features import": Command(
         "turn features in the old layout into a feature store",
-        "uvit.config.features:FeaturesImportConfig",
+        "uvit.config.store:FeaturesImportConfig",
         "uvit.features.old_layout:import_",
         positional=("path",),
     ),
     "features export": Command(
         "turn a feature store into the old layout",
-        "uvit.config.features:FeaturesExportConfig",
+        "uvit.config.store:FeaturesExportConfig",
         "uvit.features.old_layout:export",
         positional=("path",),
     ),
     "features merge": Command(
         "make one feature store of several",
-        "uvit.config.features:FeaturesMergeConfig",
+        "uvit.config.store:FeaturesMergeConfig",
         "uvit.features.merge:merge",
         positional=("paths",),
     ),
     "features sample": Command(
         "show a few pairs of a feature store as a picture",
-        "uvit.config.features:FeaturesSampleConfig",
+        "uvit.config.store:FeaturesSampleConfig",
         "uvit.features.sample:sample",
         positional=("path",),
     ),
@@ -102,7 +102,7 @@ COMMANDS = {
     ),
     "evaluate": Command(
         "measure how often a model trained on the built-in shapes draws what the words ask for",
-        "uvit.config.evaluate:EvaluateConfig",
+        "uvit.config.sample:EvaluateConfig",
         "uvit.evaluate.prompts:evaluate",
         positional=("pipeline",),
     ),

@@ -1,10 +1,10 @@
-"""Flags of `uvit extract` and `uvit tokenizer`."""
+"""Flags of `uvit autoencoder`, `uvit tokenizer` and `uvit extract`: all that comes before training."""
 
 import re
 from dataclasses import dataclass
 from typing import Literal
 
-from uvit.config.part import part_of
+from uvit.config.sharding import parse_shard
 from uvit.errors import UserError
 
 
@@ -17,6 +17,86 @@ def check_split(split: str) -> None:
     """A split is the name of a folder."""
     if not re.fullmatch(r"\w[\w.-]*", split):
         raise UserError(f"--split {split}: must be a plain name, such as train or val")
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Train a first stage, an AutoencoderKL, on the images of a source."""
+
+    source: tuple[str, ...]
+    """The images: shapes, shapes:two, a .tar, a COCO folder or captions file, a folder with metadata.jsonl."""
+    output_dir: str
+    """The folder to write: opens with diffusers' AutoencoderKL and as --vae_name_or_path."""
+    split: str = "train"
+    """Which split of the source."""
+    image_folder: tuple[str, ...] = ()
+    """The images of a COCO captions file."""
+    resolution: int = 64
+    """Side of the square images, in pixels."""
+    factor: Literal[4, 8] = 8
+    """How many times smaller than the image the latents are, a side."""
+    channels: int = 32
+    """Width of the first level; the deeper ones have twice that."""
+    layers_per_block: int = 1
+    """Residual layers a level."""
+    latent_channels: int = 4
+    """Channels of the latents; the U-ViT's in_channels."""
+    max_steps: int = 5000
+    """Optimizer steps."""
+    batch_size: int = 32
+    """Images a step."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW; it warms up over 100 steps and falls to zero as a cosine."""
+    kl_weight: float = 1e-4
+    """Weight of the KL divergence, mean over latents, beside the squared error, mean over pixels."""
+    ema_decay: float = 0.995
+    """Decay of the averaged weights, which are what is written."""
+    preview_steps: int = 1000
+    """Steps between pictures of reconstructions, in OUTPUT_DIR/previews; -1: only at the end."""
+    num_workers: int = 0
+    """Processes that decode images."""
+    seed: int = 1234
+    """Seed of the weights, the batches and the posterior draws."""
+    bf16: bool = False
+    """Compute in bfloat16 over float32 weights; faster on GPUs, and on CPUs with instructions for it."""
+    device: str = "auto"
+    """cpu, cuda, or auto: a GPU where there is one."""
+    overwrite_output_dir: bool = False
+    """Write into an OUTPUT_DIR that holds an autoencoder already; the old one is kept under another name."""
+    disable_tqdm: bool = False
+    """No progress bar."""
+
+    def __post_init__(self) -> None:
+        if self.resolution % self.factor:
+            raise UserError(f"--resolution {self.resolution}: must be a multiple of --factor {self.factor}")
+        for name in ("max_steps", "batch_size", "channels", "layers_per_block", "latent_channels", "resolution"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if self.channels % 8:
+            raise UserError(f"--channels {self.channels}: must be a multiple of 8, for group normalisation")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Build a tokenizer (byte-level BPE, any language, lower-cased) from a source's captions."""
+
+    source: tuple[str, ...]
+    """Where the captions are: a source as in `uvit extract`."""
+    output_dir: str
+    """The folder to write, which transformers' AutoTokenizer opens."""
+    split: str = "train"
+    """Which part of the source."""
+    image_folder: tuple[str, ...] = ()
+    """The images of COCO captions files or of lists."""
+    caption_column: str | None = None
+    """The captions in a list or Hugging Face dataset."""
+    vocab_size: int = 8192
+    """Tokens at most; captions of few words need fewer."""
+    model_max_length: int = 77
+    """Tokens of the longest caption, start and end included, that the tokenizer says it takes."""
+
+    def __post_init__(self) -> None:
+        _at_least("model_max_length", self.model_max_length, 3)
 
 
 @dataclass(frozen=True)
@@ -103,7 +183,7 @@ class ExtractConfig:
             raise UserError(f"--split {self.split}: --val_every {self.val_every} makes the splits train and val")
         if self.bf16 and self.fp16:
             raise UserError("--bf16 and --fp16: choose one")
-        part_of(self.shard)
+        parse_shard(self.shard)
         _at_least("num_workers", self.num_workers, 0)
         if self.latent_scale is not None and not self.latent_scale > 0:
             raise UserError(f"--latent_scale {self.latent_scale}: must be above 0")
@@ -112,26 +192,3 @@ class ExtractConfig:
         given = "tokenizer_name" if self.tokenizer_name else "text_encoder_name_or_path"
         if self.vocab_size is not None and (self.tokenizer_name or self.text_encoder_name_or_path):
             raise UserError(f"--vocab_size {self.vocab_size}: no tokenizer is built where --{given} has one")
-
-
-@dataclass(frozen=True)
-class TokenizerConfig:
-    """Build a tokenizer (byte-level BPE, any language, lower-cased) from a source's captions."""
-
-    source: tuple[str, ...]
-    """Where the captions are: a source as in `uvit extract`."""
-    output_dir: str
-    """The folder to write, which transformers' AutoTokenizer opens."""
-    split: str = "train"
-    """Which part of the source."""
-    image_folder: tuple[str, ...] = ()
-    """The images of COCO captions files or of lists."""
-    caption_column: str | None = None
-    """The captions in a list or Hugging Face dataset."""
-    vocab_size: int = 8192
-    """Tokens at most; captions of few words need fewer."""
-    model_max_length: int = 77
-    """Tokens of the longest caption, start and end included, that the tokenizer says it takes."""
-
-    def __post_init__(self) -> None:
-        _at_least("model_max_length", self.model_max_length, 3)

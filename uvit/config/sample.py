@@ -1,10 +1,10 @@
-"""Flags of `uvit sample`."""
+"""Flags of `uvit sample` and `uvit evaluate`."""
 
 import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from uvit.config.part import part_of
+from uvit.config.sharding import parse_shard
 from uvit.errors import UserError
 
 SPEEDS = {"fast": 8, "balanced": 12, "quality": 24}  # steps of solvers that are fitted to the model
@@ -121,13 +121,48 @@ class SampleConfig:
             )
         if self.columns is not None and not self.grid:
             raise UserError(f"--columns {self.columns}: --grid False asks for no contact sheet")
-        part_of(self.shard)
+        parse_shard(self.shard)
 
     def resolved(self) -> "SampleConfig":
         """With what --speed stands for."""
         if self.speed is None:
             return self
         return replace(self, speed=None, scheduler="fitted", num_inference_steps=SPEEDS[self.speed])
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Ask a model trained on the built-in shapes for combinations that it never saw, and read back what it drew."""
+
+    pipeline: str
+    """The pipeline folder."""
+    output_dir: str
+    """Where the contact sheet and results.json go."""
+    split: str = "heldout"
+    """heldout: combinations never trained on; train: those it was trained on."""
+    max_prompts: int | None = None
+    """Ask for only so many; without it for all, in each of the four wordings."""
+    guidance_scale: float = 2.0
+    """Guidance."""
+    num_inference_steps: int = 25
+    """Sampling steps."""
+    batch_size: int = 72
+    """Images drawn at a time."""
+    seed: int = 0
+    """Seed of the first image; the others' follow."""
+    device: str = "auto"
+    """cpu, cuda, or auto: a GPU where there is one."""
+    disable_tqdm: bool = False
+    """No progress bar."""
+
+    def __post_init__(self) -> None:
+        if self.split not in ("train", "heldout"):
+            raise UserError(f"--split {self.split}: must be train or heldout")
+        if self.max_prompts is not None and self.max_prompts < 1:
+            raise UserError(f"--max_prompts {self.max_prompts}: must be at least 1")
+        for name in ("num_inference_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
 
 
 def is_text(words: str) -> bool:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from uvit.errors import UserError
 
-NOT_NEEDED = {
+IGNORED_FLAGS = {
     "do_eval": "validation runs whenever there is a validation split",
     "only_save_updated_model": "a checkpoint holds what a resume needs, and the pipeline folder only the weights",
     "ignore_data_skip": "resuming skips no data: a batch is computed from the step's number",
@@ -16,7 +16,7 @@ NOT_NEEDED = {
     "shuffle_every_n_samples": "every epoch is a full permutation of the data",
     "enable_xformers_memory_efficient_attention": "attention is memory-efficient anyway",
 }
-PARALLEL_NEVER = {
+UNSUPPORTED = {
     "pipeline_parallel_degree": "the long skips tie first blocks to last ones, so stages would wait for one another",
     "sep_parallel_degree": "a sequence of 334 tokens is too short to be worth splitting",
 }
@@ -285,7 +285,7 @@ class TrainConfig:
         self._check_degrees()
 
     def _check_degrees(self) -> None:
-        for name, why in PARALLEL_NEVER.items():
+        for name, why in UNSUPPORTED.items():
             if getattr(self, name) != 1:
                 raise UserError(f"--{name} {getattr(self, name)}: only 1 is possible, because {why}")
 
@@ -301,11 +301,11 @@ class TrainConfig:
             pass
         raise UserError(f"--profiler_options {self.profiler_options}: must be two steps, such as 10,15")
 
-    def not_needed(self) -> list[str]:
+    def ignored_flags(self) -> list[str]:
         """One sentence for each flag that was set and is not needed here."""
         default = {field.name: field.default for field in fields(self)}
         return [
             f"--{name}: not needed here ({why})"
-            for name, why in NOT_NEEDED.items()
+            for name, why in IGNORED_FLAGS.items()
             if getattr(self, name) != default[name]
         ]

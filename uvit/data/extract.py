@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from uvit.config.extract import ExtractConfig
-from uvit.config.part import share_of
+from uvit.config.sharding import resolve_shard
 from uvit.convert.folder import load_text_encoder_of_any, load_vae_of_any
 from uvit.data.encode import Encoders, encode_in_order, encoding_threads
 from uvit.data.encoders import downsampling_of, latent_scale_of
@@ -44,7 +44,7 @@ COMMIT_SECONDS = 2.0  # the least between two commits, each of which waits for t
 
 def extract(config: ExtractConfig) -> None:
     """The command `uvit extract`. Raises UserError for what cannot be read, encoded or written."""
-    part, num_parts = share_of(config.shard)
+    part, num_parts = resolve_shard(config.shard)
     folder = Path(config.output_dir).expanduser() / config.split
     refuse_earlier_layouts(folder)
     source = open_source(

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from uvit.config.features import FeaturesInfoConfig
+from uvit.config.store import FeaturesInfoConfig
 from uvit.data.estimate import size
 from uvit.features.old_layout import load, num_captions
 from uvit.features.splits import Split, find_splits

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from uvit.config.features import FeaturesMergeConfig
+from uvit.config.store import FeaturesMergeConfig
 from uvit.data.manifest import Manifest
 from uvit.data.shard import record_name, write_json
 from uvit.data.store import StoreInfo, StoreWriter

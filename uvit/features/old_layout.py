@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from uvit.config.features import FeaturesExportConfig, FeaturesImportConfig
+from uvit.config.store import FeaturesExportConfig, FeaturesImportConfig
 from uvit.convert.folder import load_text_encoder_of_any
 from uvit.data.encoders import encode_tokens, fingerprint, load_tokenizer
 from uvit.data.estimate import size

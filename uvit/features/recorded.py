@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from uvit.config.features import FeaturesImportConfig
+from uvit.config.store import FeaturesImportConfig
 from uvit.convert.folder import load_text_encoder_of_any, load_vae_of_any
 from uvit.data.encoders import (
     downsampling_of,

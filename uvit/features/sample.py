@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from uvit.config.features import FeaturesSampleConfig
+from uvit.config.store import FeaturesSampleConfig
 from uvit.convert.folder import load_vae_of_any
 from uvit.data.encoders import decode_latents, fingerprint
 from uvit.data.features import Features, open_features

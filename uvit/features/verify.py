@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from uvit.config.features import FeaturesVerifyConfig
+from uvit.config.store import FeaturesVerifyConfig
 from uvit.data.features import FeatureStore
 from uvit.data.manifest import Manifest
 from uvit.errors import UserError

@@ -16,8 +16,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from uvit.config.part import share_of
 from uvit.config.sample import SPEEDS, SampleConfig
+from uvit.config.sharding import resolve_shard
 from uvit.data.decode import decode_image
 from uvit.data.encoders import fingerprint
 from uvit.data.types import PairError
@@ -112,7 +112,7 @@ def sample(config: SampleConfig) -> None:
             interactive(config, lambda config, prompt: draw_and_tell(config, prompt, studio))
             return
         drawn = run(config, read_prompts(config), lru_cache(maxsize=1)(lambda path: open_studio(config, path)))
-    part, num_parts = share_of(config.shard)
+    part, num_parts = resolve_shard(config.shard)
     words = [f"{len(drawn.paths)} images in {config.output_dir}"]
     words += [f"{drawn.num_there} of them were there already"] if drawn.num_there else []
     words += [f"part {part} of {num_parts}"] if num_parts > 1 else []
@@ -157,7 +157,7 @@ def fit_schedule(config: SampleConfig) -> None:
 
 def is_interactive(config: SampleConfig) -> bool:
     no_prompts = not config.prompts and config.prompts_file is None
-    return no_prompts and not config.skip_existing and share_of(config.shard)[1] == 1 and sys.stdin.isatty()
+    return no_prompts and not config.skip_existing and resolve_shard(config.shard)[1] == 1 and sys.stdin.isatty()
 
 
 def draw_and_tell(config: SampleConfig, prompt: str, studio: Callable[[Path], Studio]) -> None:
@@ -173,7 +173,7 @@ def run(config: SampleConfig, prompts: Sequence[str], studio: Callable[[Path], S
 
     Raises UserError where a picture's name is taken by another.
     """
-    part, num_parts = share_of(config.shard)
+    part, num_parts = resolve_shard(config.shard)
     variants = variants_of(config)
     for variant in variants:
         need_writable(variant.folder, f"--output_dir {config.output_dir}")

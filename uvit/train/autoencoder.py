@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from uvit.config.autoencoder import AutoencoderConfig
+from uvit.config.extract import AutoencoderConfig
 from uvit.data.sources import indexed, open_source
 from uvit.data.types import PairError, Source
 from uvit.device import pick_device

@@ -6,7 +6,7 @@ import re
 from uvit.errors import UserError
 
 
-def part_of(shard: str | None) -> tuple[int, int] | None:
+def parse_shard(shard: str | None) -> tuple[int, int] | None:
     """(i, n) of I/N. Raises UserError where it is none."""
     if shard is None:
         return None
@@ -16,9 +16,9 @@ def part_of(shard: str | None) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
-def share_of(shard: str | None) -> tuple[int, int]:
+def resolve_shard(shard: str | None) -> tuple[int, int]:
     """(i, n): this process does part i of n. Torchrun says so in the environment. Raises UserError if told twice."""
-    given = part_of(shard)
+    given = parse_shard(shard)
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     if num_processes == 1:
         return given or (0, 1)

@@ -1,7 +1,7 @@
 import pytest
 
 from uvit.cli.parse import parse
-from uvit.config.features import (
+from uvit.config.store import (
     FeaturesExportConfig,
     FeaturesImportConfig,
     FeaturesInfoConfig,
