@@ -17,7 +17,7 @@ def test_contexts_need_a_text_encoder_and_tokens_do_not() -> None:
 
 def test_a_vocabulary_is_built_only_where_no_tokenizer_is_given() -> None:
     assert config(text="tokens", vocab_size=512).vocab_size == 512
-    with pytest.raises(UserError, match=r"^--vocab_size 512: no tokenizer is built where --tokenizer_name has one"):
+    with pytest.raises(UserError, match=r"^--vocab_size 512: no tokenizer is trained, because --tokenizer_name"):
         config(text="tokens", vocab_size=512, tokenizer_name="clip")
 
 

@@ -62,10 +62,10 @@ def test_a_speed_chooses_solver_and_steps() -> None:
     assert config == SampleConfig("p", scheduler="fitted", num_inference_steps=8, seed=3)
     assert SampleConfig("p", seed=3).resolved() == SampleConfig("p", seed=3)
     for other in ({"num_inference_steps": 20}, {"scheduler": "unipc"}):
-        with pytest.raises(UserError, match="--speed fast: chooses"):
+        with pytest.raises(UserError, match="--speed fast: sets"):
             SampleConfig("p", speed="fast", **other)
     for flag in ({"speed": "fast"}, {"scheduler": "fitted"}):
-        with pytest.raises(UserError, match=r"--init_image a\.png: the fitted solver begins with noise alone"):
+        with pytest.raises(UserError, match=r"--init_image a\.png: the fitted solver starts from pure noise"):
             SampleConfig("p", init_image="a.png", **flag)
 
 
@@ -78,9 +78,13 @@ def test_guidance_interval() -> None:
             SampleConfig("p", guidance_interval=wrong)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("split", "test"), ("max_prompts", 0), ("num_inference_steps", 0), ("batch_size", 0)]
-)
+@pytest.mark.parametrize(("name", "value"), [("max_prompts", 0), ("num_inference_steps", 0), ("batch_size", 0)])
 def test_an_evaluation_that_cannot_work(name: str, value: object) -> None:
     with pytest.raises(UserError, match=f"^--{name} {value}: must be "):
         EvaluateConfig("pipeline", "out", **{name: value})  # type: ignore[arg-type]
+
+
+def test_shapes_have_two_splits() -> None:
+    words = ["--pipeline", "p", "--output_dir", "out", "--split", "test"]
+    with pytest.raises(UserError, match=r"^--split test: must be one of heldout, train$"):
+        parse(EvaluateConfig, words, "uvit evaluate")

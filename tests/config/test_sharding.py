@@ -17,5 +17,5 @@ def test_torchrun_or_the_flag_says_which_part(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "1")
     assert resolve_shard(None) == (1, 4)
-    with pytest.raises(UserError, match="--shard 2/3: torchrun, which started 4"):
+    with pytest.raises(UserError, match="--shard 2/3: torchrun started 4 processes"):
         resolve_shard("2/3")

@@ -1,4 +1,4 @@
-"""`--shard I/N`: which part of a job that is shared a process does."""
+"""`--shard I/N`: the part of a shared job that a process does."""
 
 import os
 import re
@@ -7,7 +7,7 @@ from uvit.errors import UserError
 
 
 def parse_shard(shard: str | None) -> tuple[int, int] | None:
-    """(i, n) of I/N. Raises UserError where it is none."""
+    """I/N -> (i, n). Raises UserError for anything else."""
     if shard is None:
         return None
     match = re.fullmatch(r"(\d+)/(\d+)", shard)
@@ -17,14 +17,14 @@ def parse_shard(shard: str | None) -> tuple[int, int] | None:
 
 
 def resolve_shard(shard: str | None) -> tuple[int, int]:
-    """(i, n): this process does part i of n. Torchrun says so in the environment. Raises UserError if told twice."""
+    """(i, n): this process does part i of n, as the flag or torchrun says. Raises UserError if both do."""
     given = parse_shard(shard)
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     if num_processes == 1:
         return given or (0, 1)
     if given:
         raise UserError(
-            f"--shard {shard}: torchrun, which started {num_processes} processes, says itself which part each does; "
-            "leave one of the two out"
+            f"--shard {shard}: torchrun started {num_processes} processes and assigns the parts itself; "
+            "leave --shard out"
         )
     return int(os.environ["RANK"]), num_processes

@@ -2,167 +2,167 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from uvit.config.bounds import Bounds, PositiveFloat, PositiveInt, Seed, check_bounds
 from uvit.config.extract import check_split
 from uvit.errors import UserError
 
 MAX_ON_SHEET = 1000  # pairs
 
 
-def _at_least(flag: str, value: int, least: int) -> None:
-    if value < least:
-        raise UserError(f"--{flag} {value}: must be at least {least}")
-
-
 @dataclass(frozen=True)
 class FeaturesInfoConfig:
-    """Say what a feature store, or a folder in the old layout, holds: pairs, shapes, encoders, size, problems."""
+    """Show what a feature store, or a folder of .npy features, holds: pairs, shapes, encoders, size, problems.
+
+    uvit features info output/features
+    """
 
     path: str
-    """The folder with the features: what `uvit extract` was given as --output_dir, or one in the old layout."""
+    """The folder with the features: the --output_dir of `uvit extract`, or .npy features in the U-ViT layout."""
     split: str | None = None
-    """Only this split. Default: all that are there."""
+    """Only this split. Default: all splits."""
     json: bool = False
     """Print JSON, for programs."""
 
     def __post_init__(self) -> None:
-        if self.split is not None:
-            check_split(self.split)
+        check_split(self.split)
 
 
 @dataclass(frozen=True)
 class FeaturesVerifyConfig:
-    """Read every byte of a feature store, compare it with its checksums, and look at what checksums cannot know:
-    shapes, counts, captions and values that are not finite.
+    """Check a feature store: read every byte, compare checksums, and check shapes, counts, captions, NaN and Inf.
 
-    The exit status is 0 where all is well, 1 where something is not, 2 where there are no features.
+    The exit status is 0 if all is well, 1 if something is wrong, and 2 if there are no features.
+
+    uvit features verify output/features
     """
 
     path: str
-    """The folder with the features. The old layout has no checksums: there, shapes and values are looked at."""
+    """The folder with the features. .npy features have no checksums: only shapes and values are checked."""
     split: str | None = None
-    """Only this split. Default: all that are there."""
+    """Only this split. Default: all splits."""
     disable_tqdm: bool = False
     """Show no progress bar."""
 
     def __post_init__(self) -> None:
-        if self.split is not None:
-            check_split(self.split)
+        check_split(self.split)
 
 
 @dataclass(frozen=True)
 class FeaturesImportConfig:
-    """Turn features in the old layout (train/0.npy, train/0_0.npy, ...) into a feature store, all splits of it.
+    """Convert .npy features in the U-ViT layout (train/0.npy, train/0_0.npy, ...) to a feature store, with all splits.
 
-    Stop it at any time: the same command goes on where it stopped. The old layout keeps no captions as text.
+    Stop it at any time. Run the same command again to resume. The .npy layout has no captions as text.
+
+    uvit features import old_features --output_dir output/features
     """
 
     path: str
-    """The folder in the old layout, with empty_context.npy."""
+    """The folder of .npy features, with empty_context.npy."""
     output_dir: str
-    """The feature store to write. New, or with the same import half done."""
+    """The feature store to write: new, or left by the same command."""
     dtype: Literal["float16", "float32"] | None = None
-    """In which moments and contexts are stored. Default: as in the old files."""
+    """Type in which moments and text embeddings are stored. Default: that of the .npy files."""
     vae_name_or_path: str | None = None
-    """The VAE that the features were made with, to be recorded; previews and pipelines need it."""
+    """The VAE that made the features. The store records it, for previews and pipelines."""
     text_encoder_name_or_path: str | None = None
-    """The text encoder that the features were made with, to be recorded."""
+    """The text encoder that made the features, for the record."""
     tokenizer_name: str | None = None
-    """Its tokenizer, to be recorded. Default: the one beside the text encoder."""
-    latent_scale: float | None = None
-    """Factor from VAE latents to the model's. Default: that of the VAE which is named; without one 0.2301, U-ViT's own
-    for a Stable Diffusion VAE."""
-    shard_size: int = 1024
-    """Pairs in each file of the store."""
+    """Its tokenizer, for the record. Default: the text encoder's tokenizer."""
+    latent_scale: PositiveFloat | None = None
+    """Factor from VAE latents to model latents. Default: that of --vae_name_or_path; without it 0.2301, U-ViT's own for
+    a Stable Diffusion VAE."""
+    shard_size: PositiveInt = 1024
+    """Pairs per file of the store."""
     disable_tqdm: bool = False
     """Show no progress bar."""
 
     def __post_init__(self) -> None:
-        _at_least("shard_size", self.shard_size, 1)
-        if self.latent_scale is not None and not self.latent_scale > 0:
-            raise UserError(f"--latent_scale {self.latent_scale}: must be above 0")
+        check_bounds(self)
 
 
 @dataclass(frozen=True)
 class FeaturesExportConfig:
-    """Turn a feature store into the old layout: a file for each moments and each context.
+    """Convert a feature store to .npy features in the U-ViT layout: one file per image and per text embedding.
 
-    Stop it at any time: the same command goes on where it stopped.
+    Stop it at any time. Run the same command again to resume.
+
+    uvit features export output/features --output_dir output/npy_features
     """
 
     path: str
     """The feature store."""
     output_dir: str
-    """The folder to write. New, or with the same export half done."""
+    """The folder to write: new, or left by the same command."""
     split: str | None = None
-    """Only this split. Default: all that are there."""
+    """Only this split. Default: all splits."""
     dtype: Literal["float16", "float32"] = "float32"
     """Type of the arrays."""
     text_encoder_name_or_path: str | None = None
-    """For a store of token ids alone: what encodes them. Default: the text encoder that the store names."""
+    """The text encoder for a store that has token ids only. Default: the one the store names."""
     device: str = "auto"
-    """Where that text encoder runs: cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
+    """Where the text encoder runs: cpu, cuda, cuda:1, ..., or auto: the GPU if there is one."""
     disable_tqdm: bool = False
     """Show no progress bar."""
 
     def __post_init__(self) -> None:
-        if self.split is not None:
-            check_split(self.split)
+        check_split(self.split)
 
 
 @dataclass(frozen=True)
 class FeaturesMergeConfig:
-    """Make one feature store of several that were made alike: same encoders, shapes, type and latent scale.
+    """Merge feature stores that were made alike: with the same encoders, shapes, type and latent scale.
 
-    Pairs come in the order of the parts. Stop it at any time: the same command goes on where it stopped.
+    The pairs keep the order of the stores. Stop it at any time. Run the same command again to resume.
+
+    uvit features merge output/first output/second --output_dir output/features
     """
 
     paths: tuple[str, ...]
     """The feature stores, two or more."""
     output_dir: str
-    """The feature store to write; the split becomes a folder in it. New, or with the same merge half done."""
+    """The feature store to write: new, or left by the same command. The split is a folder in it."""
     split: str = "train"
-    """The split that is taken of each, and written."""
+    """The split to merge."""
     disable_tqdm: bool = False
     """Show no progress bar."""
 
     def __post_init__(self) -> None:
         check_split(self.split)
         if len(self.paths) < 2:
-            raise UserError(f"--paths {' '.join(self.paths)}: give two feature stores or more to merge")
+            raise UserError(f"--paths {' '.join(self.paths)}: give two or more feature stores to merge")
 
 
 @dataclass(frozen=True)
 class FeaturesSampleConfig:
-    """Decode a few pairs of a feature store back into pictures, on one sheet with their captions.
+    """Decode some pairs of a feature store to images, on one contact sheet with their captions.
 
-    Each is the mean of its moments through the VAE; mirrored ones, where they are stored, stand beside it.
+    Each image is the decoded mean of its moments. If mirrored images are stored, they are shown beside it.
+
+    uvit features sample output/features --output features.png
     """
 
     path: str
-    """The feature store, or a folder in the old layout."""
+    """The feature store, or a folder of .npy features in the U-ViT layout."""
     split: str = "train"
     """The split to show."""
-    num_images: int = 16
-    """Pairs to show, drawn by --seed."""
-    seed: int = 0
-    """Which pairs are drawn."""
+    num_images: Annotated[int, Bounds(least=1, most=MAX_ON_SHEET)] = 16
+    """Number of pairs, chosen at random."""
+    seed: Seed = 0
+    """Seed of the choice."""
     rows: str | None = None
-    """Show these instead: numbers from 0, such as 1,5,7 or 0-15."""
+    """Show these pairs instead: numbers from 0, such as 1,5,7 or 0-15."""
     output: str = "features.png"
     """The PNG file to write."""
     vae_name_or_path: str | None = None
-    """The VAE to decode with. Default: the one that the store names."""
+    """The VAE to decode with. Default: the one the store names."""
     device: str = "auto"
-    """Where it runs: cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
+    """Where it runs: cpu, cuda, cuda:1, ..., or auto: the GPU if there is one."""
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         check_split(self.split)
-        _at_least("num_images", self.num_images, 1)
-        if self.num_images > MAX_ON_SHEET:
-            raise UserError(f"--num_images {self.num_images}: a sheet holds {MAX_ON_SHEET:,} pairs at most")
-        _at_least("seed", self.seed, 0)
         self.row_numbers()
 
     def row_numbers(self) -> list[int] | None:
