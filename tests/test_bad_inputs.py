@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.tiny import tiny_text_encoder_folder, tiny_vae_folder
+from uvit.cli.flags import BOOLEANS
 from uvit.cli.main import COMMANDS, _load, main
-from uvit.cli.parse import BOOLEANS
 from uvit.data.shapes import ShapesSource
 
 SOME = settings(

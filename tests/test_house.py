@@ -114,7 +114,7 @@ def test_base_dependencies_suffice(path: Path) -> None:
 
 @pytest.mark.parametrize("folder", ["config", "cli"])
 def test_configs_need_the_standard_library_alone_and_the_command_line_no_torch(folder: str) -> None:
-    allowed = {"uvit"} if folder == "config" else {"uvit", "tyro", "yaml"}
+    allowed = {"uvit"} if folder == "config" else {"uvit", "yaml"}
     for path in (PACKAGE / folder).glob("*.py"):
         tops = {target.split(".")[0] for target in imports(path)}
         assert tops <= sys.stdlib_module_names | allowed, path

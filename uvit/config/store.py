@@ -55,7 +55,7 @@ class FeaturesImportConfig:
 
     Stop it at any time. Run the same command again to resume. The .npy layout has no captions as text.
 
-    uvit features import old_features --output_dir output/features
+    uvit features import npy_features --output_dir output/features
     """
 
     path: str

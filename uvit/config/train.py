@@ -36,7 +36,7 @@ UNSUPPORTED = {
 class TrainConfig:
     """Train a U-ViT on a feature store. Run the same command again to resume from the last checkpoint.
 
-    uvit train --config emoji --feature_path output/features --output_dir output/run
+    uvit train --feature_path output/features --output_dir output/run
     """
 
     # Most used
@@ -80,8 +80,8 @@ class TrainConfig:
 
     # Model
     pretrained_model_name_or_path: str | None = None
-    """Start from the weights of a pipeline folder. Its VAE, text encoder and tokenizer are used too, and override the
-    flags that name them."""
+    """Start from the weights of a pipeline folder. The VAE, text encoder and tokenizer in it are used too, and override
+    the flags that name them."""
     vae_name_or_path: str | None = None
     """The VAE that made the features, for previews and the final pipeline. Default: the one the store names."""
     weight_init_std: PositiveFloat = 0.02
