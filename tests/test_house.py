@@ -16,6 +16,7 @@ import torch
 from uvit.cli.main import COMMANDS, _load
 from uvit.cli.parse import parse
 from uvit.config.model import resolve_model_config
+from uvit.config.presets import preset_files
 from uvit.config.train import IGNORED_FLAGS, UNSUPPORTED, TrainConfig
 from uvit.errors import UserError
 from uvit.model import UViTT2IModel
@@ -165,15 +166,16 @@ def with_required(name: str) -> list[str]:
     return [f"--{field.name}=1" for field in fields if field.default is dataclasses.MISSING]
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "configs").rglob("*.*")), ids=lambda path: path.stem)
-def test_every_shipped_config_parses(path: Path) -> None:
-    """configs/model holds networks; configs/COMMAND what `uvit COMMAND --config` reads."""
-    kind = path.parent.name
-    if kind == "model":
-        with torch.device("meta"):
-            UViTT2IModel(**resolve_model_config(path.stem))
-        return
-    parse(_load(COMMANDS[kind].config), [*with_required(kind), "--config", str(path)], prog="uvit")
+@pytest.mark.parametrize("name", preset_files("model"))
+def test_every_model_preset_builds(name: str) -> None:
+    with torch.device("meta"):
+        UViTT2IModel(**resolve_model_config(name))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_preset_of_a_command_parses(command: str) -> None:
+    for name in preset_files(command):
+        parse(_load(COMMANDS[command].config), [*with_required(command), "--config", name], prog=f"uvit {command}")
 
 
 def attributes_of(owner: str, tree: ast.AST) -> set[str]:

@@ -1,5 +1,6 @@
 """Every spelling of a flag means one thing; every mistake gets one sentence."""
 
+import dataclasses
 import json
 import shlex
 import subprocess
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from uvit.cli.main import main
 from uvit.cli.parse import parse
 from uvit.config.train import TrainConfig
 from uvit.config_file import to_yaml
@@ -213,6 +216,16 @@ def test_mistakes_in_files_name_the_file(tmp_path: Path, name: str, content: str
     if content is not None:
         path.write_text(content)
     assert complaint("--config", str(path)).startswith(f"--config {path}: {reason}")
+
+
+def test_a_preset_is_read_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--learning_rate", "1", "--config", "emoji", "--feature_path", "F", "--output_dir", "O", "--seed", "3"]
+    config, _ = parse(TrainConfig, words, prog="uvit train")
+    assert (config.uvit_config_file, config.learning_rate, config.seed) == ("uvit_emoji", 6e-4, 3)
+    assert main(["train", *words, "--print_config"]) == 0
+    assert set(yaml.safe_load(capsys.readouterr().out)) == {field.name for field in dataclasses.fields(TrainConfig)}
+    with pytest.raises(UserError, match=r"^--config emojis: .*did you mean emoji\?"):
+        parse(TrainConfig, ["--config", "emojis"], prog="uvit train")
 
 
 def test_a_files_values_are_checked_as_flags_are(tmp_path: Path) -> None:

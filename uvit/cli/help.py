@@ -13,11 +13,12 @@ from itertools import pairwise
 from typing import Any
 
 from uvit.cli.flags import Flag, flags_of
+from uvit.config.presets import preset_files
 
 UNBROKEN: Any = {"break_long_words": False, "break_on_hyphens": False}
 COLUMN = 32  # where the texts begin
 GENERAL = {
-    "--config FILE": "Read flags from a YAML or JSON file. Later flags win.",
+    "--config FILE": "Read flags from a YAML or JSON file{preset}. Later flags win.",
     "--print_config": "Print the resolved config as YAML, and exit.",
     "-h, --help": "Show this message, and exit.",
 }
@@ -38,7 +39,9 @@ def help_text(cls: type, prog: str, positional: tuple[str, ...] = (), width: int
     for name, flag in flags.items():
         group, text = texts[name]
         groups.setdefault(group or "Flags", []).append(_row(_left(flag), f"{text} {_default(flag)}".strip(), width))
-    groups["Every command"] = [_row(left, text, width) for left, text in GENERAL.items()]
+    presets = list(preset_files(prog.removeprefix("uvit ")))
+    preset = f", or from a preset: {', '.join(presets)}" if presets else ""
+    groups["Every command"] = [_row(left, text.format(preset=preset), width) for left, text in GENERAL.items()]
     blocks += ["\n".join([f"{group}:", *rows]) for group, rows in groups.items()]
     return "\n\n".join([*blocks, textwrap.fill(NOTE, width)])
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from uvit.cli.flags import BOOLEANS, Flag, flags_of
 from uvit.cli.help import show_help
+from uvit.config.presets import find_config
 from uvit.errors import UserError
 
 GENERAL = {"config": Flag("config", str), "print_config": Flag("print_config", bool)}  # flags of every command
@@ -22,7 +23,7 @@ def parse(cls: type, arguments: Sequence[str], prog: str, positional: tuple[str,
     if {"-h", "--help"} & set(arguments):
         show_help(cls, prog, positional)
         raise SystemExit(0)
-    values = collect(flags, arguments, positional)
+    values = collect(flags, arguments, positional, command=prog.removeprefix("uvit "))
     print_config = GENERAL["print_config"].read(values.pop("print_config", ["False"]))
     missing = [f"--{name}" for name, flag in flags.items() if flag.required and name not in values]
     if missing:
@@ -31,7 +32,7 @@ def parse(cls: type, arguments: Sequence[str], prog: str, positional: tuple[str,
 
 
 def collect(
-    flags: Mapping[str, Flag], arguments: Sequence[str], positional: tuple[str, ...] = ()
+    flags: Mapping[str, Flag], arguments: Sequence[str], positional: tuple[str, ...] = (), command: str = ""
 ) -> dict[str, list[str]]:
     """`--name value ...` in all its spellings -> {name: values}; a `--config` file counts where it stands."""
     known = {**flags, **GENERAL}
@@ -52,7 +53,7 @@ def collect(
         flag = _find(known, name)
         items = [value] if equals else _take(flag, words)
         if name == "config":
-            values |= collect_file(flags, items[0])
+            values |= collect_file(flags, find_config(command, items[0]))
         else:
             values[name] = items
             named.add(name)
@@ -71,9 +72,8 @@ def collect(
     return values
 
 
-def collect_file(flags: Mapping[str, Flag], name: str) -> dict[str, list[str]]:
+def collect_file(flags: Mapping[str, Flag], path: Path) -> dict[str, list[str]]:
     """A YAML or JSON mapping of flags -> {name: values}."""
-    path = Path(name)
     where = f"--config {path}: "
     content = _load(path, where)
     if not isinstance(content, dict):

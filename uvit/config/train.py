@@ -36,7 +36,7 @@ UNSUPPORTED = {
 class TrainConfig:
     """Train a U-ViT on a feature store. Run the same command again to resume from the last checkpoint.
 
-    uvit train --feature_path output/features --output_dir output/run
+    uvit train --config emoji --feature_path output/features --output_dir output/run
     """
 
     # Most used
@@ -46,7 +46,7 @@ class TrainConfig:
     output_dir: str
     """The run's folder: checkpoints, config.yaml, logs/, previews/ and, at the end, pipeline/."""
     uvit_config_file: str = "uvit_t2i_small"
-    """The model: the name of a model preset, or a JSON file."""
+    """The model: a model preset, such as uvit_t2i_small, uvit_t2i_large or emoji, or a JSON file."""
     train_text_encoder: bool = False
     """Train the text encoder together with the U-ViT, on the store's token ids."""
     per_device_train_batch_size: PositiveInt = 32
