@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from uvit.cli.help import help_text, read_source
+from uvit.cli.help import help_text, read_source, show_help
 from uvit.cli.main import COMMANDS, _load
 from uvit.cli.parse import parse
 from uvit.config.train import TrainConfig
@@ -76,6 +76,15 @@ def test_each_flag_stands_once_within_the_width(name: str, width: int) -> None:
     for field in dataclasses.fields(_load(COMMANDS[name].config)):
         assert len([line for line in lines if re.match(rf"  --{field.name}\b", line)]) == 1, field.name
     assert max(map(len, lines)) <= width
+
+
+@pytest.mark.parametrize(("columns", "width"), [("1", 60), ("80", 80), ("300", 120)])
+def test_the_width_is_the_terminals_within_reason(
+    columns: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    show_help(TrainConfig, "uvit train")
+    assert capsys.readouterr().out == help_text(TrainConfig, "uvit train", width=width) + "\n"
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -26,7 +26,8 @@ NOTE = "True/False flags: --flag or --flag True turns one on, --no_flag or --fla
 
 
 def show_help(cls: type, prog: str, positional: tuple[str, ...] = ()) -> None:
-    print(help_text(cls, prog, positional, shutil.get_terminal_size((100, 24)).columns))
+    columns = shutil.get_terminal_size((100, 24)).columns
+    print(help_text(cls, prog, positional, width=min(max(columns, 60), 120)))
 
 
 def help_text(cls: type, prog: str, positional: tuple[str, ...] = (), width: int = 100) -> str:
