@@ -3,13 +3,12 @@
 # About 12 minutes on one core. Give the demo's features: bash benchmarks/narrow.sh output/demo/features
 set -euo pipefail
 export OMP_NUM_THREADS=1
-here=$(cd "$(dirname "$0")/.." && pwd)
 features=${1:?give the feature store of the demo}
 out=$(mktemp -d)
 run() {
     name=$1
     shift
-    uvit train --config "$here/uvit/configs/train/shapes.yaml" --feature_path "$features" --output_dir "$out/$name" \
+    uvit train --config shapes --feature_path "$features" --output_dir "$out/$name" \
         --max_steps 1500 --image_logging_steps -1 --disable_tqdm --logging_steps 1500 "$@" >"$out/$name.log"
     uvit evaluate "$out/$name/pipeline" --output_dir "$out/$name/evaluation" --max_prompts 144 --disable_tqdm \
         | awk -v name="$name" '/all attributes|whole prompts/ { printf "%-20s %-15s %s\n", name, $1 " " $2, $3 }'

@@ -48,7 +48,7 @@ start() { # RUN
     for i in 0 1; do
         ip netns exec "$name-$i" env HOSTS=2 MAIN_ADDRESS=10.213.7.1 PROCESSES=1 OMP_NUM_THREADS=1 \
             GLOO_SOCKET_IFNAME="veth$i" TORCH_ELASTIC_SHUTDOWN_TIMEOUT=5 timeout --kill-after 20 $limit \
-            bash "$here/runs/multinode.sh" train --config "$here/uvit/configs/train/shapes.yaml" --dp_degree 2 \
+            bash "$here/runs/multinode.sh" train --config shapes --dp_degree 2 \
             --feature_path "$out/features" --output_dir "$out/$1" --per_device_train_batch_size 8 --device cpu \
             --max_steps $steps --warmup_steps 10 --save_steps $save_every --save_total_limit 99 \
             --image_logging_steps -1 --disable_tqdm >>"$out/$1-host$i.log" 2>&1 &

@@ -22,7 +22,7 @@ uvit extract --source shapes --split train --resolution 32 --vae_name_or_path sh
     --text tokens --model_max_length 18 --output_dir "$out/features"
 
 echo "== 2. Train: a U-ViT and its text encoder, both from scratch, to draw latents from words"
-uvit train --config "$here/uvit/configs/train/shapes.yaml" \
+uvit train --config shapes \
     --feature_path "$out/features" --output_dir "$out/run" "${train_options[@]}"
 
 echo "== 3. Draw: prompts of your own (these combinations were never seen in training)"

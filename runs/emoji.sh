@@ -21,7 +21,7 @@ uvit extract --source "$source" --resolution 64 --vae_name_or_path "$out/vae" \
     --text tokens --model_max_length 24 --output_dir "$out/features"
 
 echo "== 3. Train"
-uvit train --config "$here/uvit/configs/train/emoji.yaml" --feature_path "$out/features" --output_dir "$out/run"
+uvit train --config emoji --feature_path "$out/features" --output_dir "$out/run"
 
 echo "== 4. Draw"
 uvit sample "an emoji of heavy black heart" "an emoji of black sun with rays" "an emoji of france flag" \

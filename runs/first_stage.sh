@@ -6,7 +6,7 @@ here=$(cd "$(dirname "$0")/.." && pwd)
 out=${1:-$here/output/first_stage}
 uvit autoencoder --source shapes --split train --resolution 32 --factor 4 --channels 32 \
     --batch_size 8 --max_steps 4500 --kl_weight 2e-4 --output_dir "$out"
-python - "$out" "$here/uvit/first_stages/shapes" <<'PYTHON'
+python - "$out" "$here/uvit/presets/vae/shapes" <<'PYTHON'
 # Half precision is enough to ship; what opens it computes in float32.
 import json, shutil, sys
 from pathlib import Path

@@ -16,7 +16,8 @@ import torch
 from uvit.cli.main import COMMANDS, _load
 from uvit.cli.parse import parse
 from uvit.config.model import resolve_model_config
-from uvit.config.train import NOT_NEEDED, PARALLEL_NEVER, TrainConfig
+from uvit.config.presets import preset_files
+from uvit.config.train import IGNORED_FLAGS, UNSUPPORTED, TrainConfig
 from uvit.errors import UserError
 from uvit.model import UViTT2IModel
 
@@ -24,39 +25,27 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "uvit"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-# From the ground up. A module imports from lower layers, or from its own package.
+# From the ground up: whole folders, without exceptions. A module imports from lower layers, or from its own folder.
 LAYERS = [
-    ["uvit", "uvit.errors"],
-    ["uvit.config", "uvit.checkpoint.tensors"],
-    ["uvit.model", "uvit.diffusion", "uvit.images", "uvit.device", "uvit.checkpoint.saver", "uvit.io"],
-    ["uvit.sample.limited"],  # of torch and diffusers alone: convert reads it by name, sample draws with it
-    ["uvit.train.dry_run", "uvit.distributed"],
-    ["uvit.data"],
-    ["uvit.convert"],  # what others wrote, read
-    ["uvit.sample"],
-    ["uvit.export.card", "uvit.export.formats", "uvit.export.graph", "uvit.export.standalone"],
-    ["uvit.export.convert"],
-    ["uvit.extract.extract", "uvit.features", "uvit.train", "uvit.evaluate"],
-    ["uvit.bench"],
-    ["uvit.cli"],
-    ["uvit.__main__"],
+    ["errors"],
+    ["io"],
+    ["model", "diffusion", "images", "device"],
+    ["config"],
+    ["sources", "distributed"],
+    ["weights", "checkpoint"],
+    ["store"],
+    ["sample", "extract"],
+    ["export"],
+    ["evaluate"],
+    ["train"],
+    ["bench"],
+    ["cli"],
 ]
+UNLAYERED = {"uvit", "uvit.__main__"}  # the public names, which load when they are asked for; and `python -m uvit`
 PLACES = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 
 # Modules with nothing of their own to test: plain records, and what every other test runs through.
-UNTESTED = {"uvit/__init__.py", "uvit/__main__.py", "uvit/data/types.py"}
-# Tests of no single module.
-TESTS_OF_THE_WHOLE = {
-    "test_house.py",
-    "test_demo.py",
-    "test_story.py",
-    "test_bad_inputs.py",
-    "test_reliability.py",
-    "test_old_files.py",
-    "distributed/test_equality.py",
-    "distributed/test_training.py",
-}
-
+UNTESTED = {"uvit/__init__.py", "uvit/__main__.py"}
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
 # Imported where they are needed, with a sentence where they are not installed.
 OPTIONAL = {"datasets", "onnxruntime", "pyarrow", "wandb"}
@@ -84,22 +73,68 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def place(module: str) -> str:
-    """The entry of LAYERS that a module belongs to."""
-    while module not in PLACES:
-        module = module.rpartition(".")[0]
-    return module
+    """The entry of LAYERS that a module belongs to: its folder, or itself where it lies in none."""
+    return module.split(".")[1]
 
 
 # The tree
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+@pytest.mark.parametrize("path", [path for path in SOURCES if module_name(path) not in UNLAYERED], ids=module_name)
 def test_imports_go_down_only(path: Path) -> None:
-    here = module_name(path)
-    assert place(here) != "uvit" or here == "uvit", f"{here}: name its layer in LAYERS"
+    here = place(module_name(path))
+    assert here in PLACES, f"{here}: name its layer in LAYERS"
     for target in imports(path):
-        if target.split(".")[0] == "uvit" and place(target) != place(here):
-            assert PLACES[place(target)] < PLACES[place(here)], f"{here} imports {target}, which is not below it"
+        if target.startswith("uvit.") and place(target) != here:
+            assert PLACES[place(target)] < PLACES[here], f"{path} imports {target}, which is not below it"
+
+
+# Modules of one name: each pair has its reason.
+EQUAL_MODULES = {
+    "types": "the records and protocols of its folder",
+    "files": "weights.files reads files of weights, sources.files image files, sample.files writes images",
+    "model": "config.model is what --uvit_config_file names, and model.py is that model",
+}
+# A command's flags are in the module of config that is called like the command, or like the folder of its commands.
+FLAGS_OF_COMMANDS = {"bench", "convert", "extract", "sample", "store", "train"}
+
+
+def test_equal_names_of_modules_have_a_reason() -> None:
+    names: dict[str, list[str]] = {}
+    for path in SOURCES:
+        if path.stem[0] != "_":
+            names.setdefault(path.stem, []).append(module_name(path))
+    for name, modules in names.items():
+        others = [module for module in modules if module != f"uvit.config.{name}" or name not in FLAGS_OF_COMMANDS]
+        assert len(others) <= 1 or name in EQUAL_MODULES, f"{name}: {', '.join(modules)}"
+
+
+def public_names(path: Path) -> Iterator[str]:
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names = [node.name]
+        elif isinstance(node, ast.Assign):
+            names = [name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names = [node.target.id]
+        else:
+            names = []
+        yield from (name for name in names if not name.startswith("_"))
+
+
+# Functions, classes and constants of one name in different modules.
+EQUAL_NAMES = {
+    "T": "a type variable",
+}
+
+
+def test_equal_names_of_things_have_a_reason() -> None:
+    where: dict[str, list[str]] = {}
+    for path in SOURCES:
+        for name in public_names(path):
+            where.setdefault(name, []).append(module_name(path))
+    equal = {name: modules for name, modules in where.items() if len(set(modules)) > 1}
+    assert set(equal) == set(EQUAL_NAMES), {name: modules for name, modules in equal.items() if name not in EQUAL_NAMES}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
@@ -115,7 +150,7 @@ def test_base_dependencies_suffice(path: Path) -> None:
 
 @pytest.mark.parametrize("folder", ["config", "cli"])
 def test_configs_need_the_standard_library_alone_and_the_command_line_no_torch(folder: str) -> None:
-    allowed = {"uvit"} if folder == "config" else {"uvit", "tyro", "yaml"}
+    allowed = {"uvit"} if folder == "config" else {"uvit", "yaml"}
     for path in (PACKAGE / folder).glob("*.py"):
         tops = {target.split(".")[0] for target in imports(path)}
         assert tops <= sys.stdlib_module_names | allowed, path
@@ -129,14 +164,16 @@ def test_the_mathematics_knows_no_files_flags_or_ranks(name: str) -> None:
 
 
 def test_tests_mirror_the_tree() -> None:
-    wanted = set()
+    """By folder: a test file lies in the folder of the modules that it tests, and each module has one."""
+    folders = {path.relative_to(PACKAGE).parent for path in SOURCES}
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        assert path.relative_to(ROOT / "tests").parent in folders, f"{path}: there is no such folder in uvit/"
+    tested = {target for path in (ROOT / "tests").rglob("*.py") for target in imports(path)}
     for path in SOURCES:
         name = path.relative_to(ROOT).as_posix()
         if name not in UNTESTED and path.read_text(encoding="utf-8").strip():
-            wanted.add(path.relative_to(PACKAGE).with_name(f"test_{path.name}").as_posix())
-    found = {path.relative_to(ROOT / "tests").as_posix() for path in (ROOT / "tests").rglob("test_*.py")}
-    assert wanted - found == set(), "modules without a test"
-    assert found - wanted - TESTS_OF_THE_WHOLE == set(), "tests without a module"
+            own = ROOT / "tests" / path.relative_to(PACKAGE).with_name(f"test_{path.name}")
+            assert own.is_file() or module_name(path) in tested, f"{name}: it has no test"
 
 
 def test_files_stay_short() -> None:
@@ -166,15 +203,16 @@ def with_required(name: str) -> list[str]:
     return [f"--{field.name}=1" for field in fields if field.default is dataclasses.MISSING]
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "configs").rglob("*.*")), ids=lambda path: path.stem)
-def test_every_shipped_config_parses(path: Path) -> None:
-    """configs/model holds networks; configs/COMMAND what `uvit COMMAND --config` reads."""
-    kind = path.parent.name
-    if kind == "model":
-        with torch.device("meta"):
-            UViTT2IModel(**resolve_model_config(path.stem))
-        return
-    parse(_load(COMMANDS[kind].config), [*with_required(kind), "--config", str(path)], prog="uvit")
+@pytest.mark.parametrize("name", preset_files("model"))
+def test_every_model_preset_builds(name: str) -> None:
+    with torch.device("meta"):
+        UViTT2IModel(**resolve_model_config(name))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_preset_of_a_command_parses(command: str) -> None:
+    for name in preset_files(command):
+        parse(_load(COMMANDS[command].config), [*with_required(command), "--config", name], prog=f"uvit {command}")
 
 
 def attributes_of(owner: str, tree: ast.AST) -> set[str]:
@@ -202,7 +240,7 @@ def config_reads() -> set[str]:
 
 
 # Flags that nothing reads because the config's own checks are all that they do.
-CHECKED_ONLY = {"train": {"do_train", "optim", *NOT_NEEDED, *PARALLEL_NEVER}}
+CHECKED_ONLY = {"train": {"do_train", "optim", *IGNORED_FLAGS, *UNSUPPORTED}}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -211,16 +249,16 @@ def test_no_flag_is_inert(name: str) -> None:
     assert fields - config_reads() - CHECKED_ONLY.get(name, set()) == set(), "flags that nothing reads"
 
 
-def test_flags_that_are_not_needed_say_why() -> None:
-    assert "not_needed" in config_reads(), "nobody shows the reasons"
+def test_ignored_flags_say_why() -> None:
+    assert "ignored_flags" in config_reads(), "nobody shows the reasons"
     for field in dataclasses.fields(TrainConfig):
-        if field.name in NOT_NEEDED:
+        if field.name in IGNORED_FLAGS:
             other = not field.default if isinstance(field.default, bool) else 7
             config = TrainConfig("features", "out", **{field.name: other})
-            assert config.not_needed() == [f"--{field.name}: not needed here ({NOT_NEEDED[field.name]})"]
+            assert config.ignored_flags() == [f"--{field.name} is ignored: {IGNORED_FLAGS[field.name]}"]
 
 
-@pytest.mark.parametrize("name", PARALLEL_NEVER)
+@pytest.mark.parametrize("name", UNSUPPORTED)
 def test_degrees_other_than_one_are_refused_with_the_reason(name: str) -> None:
     with pytest.raises(UserError, match=f"^--{name} 2: .* 1"):
         TrainConfig("features", "out", **{name: 2})

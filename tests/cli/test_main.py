@@ -1,4 +1,4 @@
-"""The commands: found, explained, and their failures told as they should be."""
+"""The commands: how they are found and explained, and how their failures are reported."""
 
 import dataclasses
 import errno
@@ -11,16 +11,23 @@ import pytest
 
 import uvit
 from uvit.cli import main as cli
+from uvit.cli.flags import flags_of
 from uvit.cli.main import COMMANDS, main
 
-LOADS_TORCH = "import sys; from uvit.cli.main import main; main({arguments}); sys.exit('torch' in sys.modules)"
+LOADS_TORCH = """
+import contextlib, sys
+from uvit.cli.main import main
+with contextlib.suppress(SystemExit):
+    main({arguments})
+sys.exit(bool({{"torch", "diffusers"}} & set(sys.modules)))
+"""
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], [], ["--version"], ["bench", "--print_config"]])
+@pytest.mark.parametrize("arguments", [["--help"], [], ["--version"], ["train", "--help"], ["bench", "--print_config"]])
 def test_no_torch_before_there_is_work(arguments: list[str]) -> None:
     result = python(LOADS_TORCH.format(arguments=arguments))
     assert (result.returncode, result.stderr) == (0, "")
@@ -39,6 +46,9 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(f"  {name} " in text and command.summary in text for name, command in COMMANDS.items())
+    assert all(f"{group}:\n" in text for group in ("Prepare data", "Train", "Use a model", "Other"))
+    assert "Begin with `uvit extract`, then `uvit train`, then `uvit sample`." in text
+    assert max(map(len, text.splitlines())) <= 90
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"{uvit.__version__}\n"
 
@@ -117,8 +127,8 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("code", "name", "message"),
     [
-        (errno.EROFS, "/mnt/x", "/mnt/x: Read-only file system; mend that, or name another place"),
-        (errno.ENOSPC, None, "No space left on device; mend that, or name another place"),
+        (errno.EROFS, "/mnt/x", "/mnt/x: Read-only file system; fix that, or choose another path"),
+        (errno.ENOSPC, None, "No space left on device; fix that, or choose another path"),
     ],
 )
 def test_a_place_that_cannot_be_written_is_one_sentence(
@@ -155,3 +165,22 @@ def test_print_config_reads_back(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "config.yaml").write_text(first)
     assert main(["bench", "--config", str(tmp_path / "config.yaml"), "--print_config"]) == 0
     assert capsys.readouterr().out == first
+
+
+OUT_OF_RANGE = ["nan", "inf", "-inf", str(2**63), str(-(2**63) - 1), str(10**400)]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_numbers_out_of_range_are_one_sentence_in_every_flag(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = flags_of(cli._load(COMMANDS[name].config))
+    for flag in flags.values():
+        if flag.kind not in (int, float):
+            continue
+        required = [f"--{other.name}=1" for other in flags.values() if other.required and other != flag]
+        for value in OUT_OF_RANGE if flag.kind is int else OUT_OF_RANGE[:3]:
+            words = [*name.split(), *required, f"--{flag.name}", *[value] * (flag.count or 1), "--print_config"]
+            assert main(words) == 2, words
+            out, err = capsys.readouterr()
+            assert out == ""
+            assert err.startswith(f"uvit {name}: error: --{flag.name} {value}"), err
+            assert err.count("\n") == 1

@@ -1,5 +1,6 @@
 """Every spelling of a flag means one thing; every mistake gets one sentence."""
 
+import dataclasses
 import json
 import shlex
 import subprocess
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from uvit.cli.main import main
 from uvit.cli.parse import parse
 from uvit.config.train import TrainConfig
 from uvit.errors import UserError
@@ -103,6 +106,8 @@ def test_optional_many_and_negative_values() -> None:
     assert read("--rate=1e-4").rate == 1e-4
     assert read("--words=-dash").words == ("-dash",)
     assert read("--name=--odd").name == "--odd"
+    assert read("--span", "-1", "-0.5").span == (-1, -0.5)
+    assert read("--words").words == ()
 
 
 def test_positional_words_belong_to_the_fields_that_take_them() -> None:
@@ -177,6 +182,9 @@ def test_a_printed_config_reads_back_to_itself(tmp_path_factory: pytest.TempPath
         (["--size", "-3"], "--size -3: must not be negative; the smallest size there is, in any case, is 0"),
         (["stray"], "'stray' belongs to no flag; flags begin with --, and a value follows its flag"),
         (["--config"], "--config needs a value"),
+        (["--span", "1", "2", "3"], "--span 1 2 3: must be 2 values, each a number"),
+        (["--print_config=maybe"], "--print_config maybe: must be True or False"),
+        (["-o", "x"], "'-o' is no flag; flags begin with --, and -- alone goes before words with a dash"),
         (["--words", "a", "-b"], "--words -b: where several values are given, none may begin with a dash"),
     ],
 )
@@ -195,6 +203,7 @@ def test_what_is_required_is_named() -> None:
         ("a.yaml", "szie: 3", "there is no flag --szie; did you mean --size?"),
         ("a.yaml", "size: {a: 1}", "size holds a dict; it takes one value"),
         ("a.yaml", "size: [1, 2]", "size holds a list; it takes one value"),
+        ("a.yaml", "size: null", "size is empty; give it a value, or leave it out"),
         ("a.yaml", "[1, 2]", "must map flags to values, and holds list"),
         ("a.yaml", "", "must map flags to values, and holds NoneType"),
         ("a.yaml", "a: b: c", "is not valid YAML ("),
@@ -209,6 +218,16 @@ def test_mistakes_in_files_name_the_file(tmp_path: Path, name: str, content: str
     assert complaint("--config", str(path)).startswith(f"--config {path}: {reason}")
 
 
+def test_a_preset_is_read_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--learning_rate", "1", "--config", "emoji", "--feature_path", "F", "--output_dir", "O", "--seed", "3"]
+    config, _ = parse(TrainConfig, words, prog="uvit train")
+    assert (config.uvit_config_file, config.learning_rate, config.seed) == ("uvit_emoji", 6e-4, 3)
+    assert main(["train", *words, "--print_config"]) == 0
+    assert set(yaml.safe_load(capsys.readouterr().out)) == {field.name for field in dataclasses.fields(TrainConfig)}
+    with pytest.raises(UserError, match=r"^--config emojis: .*did you mean emoji\?"):
+        parse(TrainConfig, ["--config", "emojis"], prog="uvit train")
+
+
 def test_a_files_values_are_checked_as_flags_are(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("size: big")
     assert complaint("--config", str(tmp_path / "a.yaml")) == "--size big: must be a whole number"
@@ -219,14 +238,7 @@ def test_help_shows_every_flag_with_its_text_and_default(capsys: pytest.CaptureF
         parse(Config, ["--size", "3", "--help"], prog="uvit thing", positional=("name",))
     assert not stop.value.code
     text = capsys.readouterr().out
-    for part in (
-        "usage: uvit thing",
-        "Do a thing.",
-        "--size INT",
-        "Its size. (default: 4)",
-        "{round,square}",
-        "NAME may be",
-    ):
+    for part in ("usage: uvit thing NAME ", "Do a thing.", "--size INT", "Its size. (default: 4)", "{round,square}"):
         assert part in text
 
 

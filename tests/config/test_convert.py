@@ -9,16 +9,16 @@ from uvit.errors import UserError
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ({"push_to_hub": "me/model"}, "--push_to_hub me/model: say under which --license"),
+        ({"push_to_hub": "me/model"}, "--push_to_hub me/model: needs a --license"),
         ({"push_to_hub": "model", "license": "mit"}, "--push_to_hub model: is no repository"),
         (
             {"push_to_hub": "me/model", "license": "mit", "to": "port"},
-            "takes --to pipeline or diffusers, not --to port",
+            "needs --to pipeline or diffusers, not --to port",
         ),
         ({"private": True}, "--private: .*without --push_to_hub"),
         ({"weights": "pdparams"}, "--weights pdparams: .* not of --to pipeline"),
-        ({"vae_name_or_path": "v", "to": "paddle"}, "--vae_name_or_path v: has no place in what --to paddle writes"),
-        ({"tokenizer_name": "t", "to": "trainer"}, "--tokenizer_name t: has no place in what --to trainer writes"),
+        ({"vae_name_or_path": "v", "to": "paddle"}, "--vae_name_or_path v: is not part of what --to paddle writes"),
+        ({"tokenizer_name": "t", "to": "trainer"}, "--tokenizer_name t: is not part of what --to trainer writes"),
         ({"license": "mit", "to": "onnx"}, "--license mit: .*--to onnx writes none"),
     ],
 )

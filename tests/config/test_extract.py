@@ -1,6 +1,6 @@
 import pytest
 
-from uvit.config.extract import ExtractConfig
+from uvit.config.extract import AutoencoderConfig, ExtractConfig
 from uvit.errors import UserError
 
 
@@ -17,7 +17,7 @@ def test_contexts_need_a_text_encoder_and_tokens_do_not() -> None:
 
 def test_a_vocabulary_is_built_only_where_no_tokenizer_is_given() -> None:
     assert config(text="tokens", vocab_size=512).vocab_size == 512
-    with pytest.raises(UserError, match=r"^--vocab_size 512: no tokenizer is built where --tokenizer_name has one"):
+    with pytest.raises(UserError, match=r"^--vocab_size 512: no tokenizer is trained, because --tokenizer_name"):
         config(text="tokens", vocab_size=512, tokenizer_name="clip")
 
 
@@ -25,3 +25,17 @@ def test_a_vocabulary_is_built_only_where_no_tokenizer_is_given() -> None:
 def test_counts_are_at_least_one(name: str) -> None:
     with pytest.raises(UserError, match=f"^--{name} 0: must be at least "):
         config(text="tokens", **{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("resolution", 30, "must be a multiple of --factor"),
+        ("channels", 12, "must be a multiple of 8"),
+        ("max_steps", 0, "must be at least 1"),
+        ("batch_size", 0, "must be at least 1"),
+    ],
+)
+def test_an_autoencoder_that_cannot_be_built(name: str, value: int, reason: str) -> None:
+    with pytest.raises(UserError, match=f"^--{name} {value}: {reason}"):
+        AutoencoderConfig(source="shapes", output_dir="out", **{name: value})

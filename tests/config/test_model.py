@@ -29,6 +29,9 @@ def test_all_published_names_are_shipped() -> None:
     [
         ("uvit_t2i_small_deep", "uvit_t2i_small_deep"),
         ("config/uvit_t2i_small.json", "uvit_t2i_small"),
+        ("emoji", "uvit_emoji"),
+        ("shapes", "uvit_shapes"),
+        ("small", "uvit_t2i_small"),
         ("uvit_t2i_giant", "uvit_t2i_gaint"),
         ("config/uvit_t2i_giant2.json", "uvit_t2i_gaint2"),
     ],
@@ -48,9 +51,9 @@ def test_the_ports_keys_at_values_that_change_nothing(tmp_path: Path) -> None:
     port = {"norm_type": "layer_norm", "qk_scale": None, "out_channels": 4, "drop_rate": 0.0, "pos_drop_rate": None}
     assert resolve_model_config(write(tmp_path, port | {"in_channels": 4})) == {"in_channels": 4}
     for wrong, said in (
-        ({"norm_type": "rms"}, "norm_type is 'rms', which our U-ViT does not have"),
-        ({"attn_drop_rate": 0.1}, "attn_drop_rate is 0.1, and our U-ViT has no dropout"),
-        ({"out_channels": 8}, "out_channels 8 differ from in_channels"),
+        ({"norm_type": "rms"}, "norm_type is 'rms', which this U-ViT does not have"),
+        ({"attn_drop_rate": 0.1}, "attn_drop_rate is 0.1, and this U-ViT has no dropout"),
+        ({"out_channels": 8}, "out_channels 8 differs from in_channels"),
     ):
         with pytest.raises(UserError, match=f"^--uvit_config_file .*: {said}"):
             resolve_model_config(write(tmp_path, port | {"in_channels": 4} | wrong))

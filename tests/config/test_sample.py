@@ -1,7 +1,7 @@
 import pytest
 
 from uvit.cli.parse import parse
-from uvit.config.sample import SampleConfig
+from uvit.config.sample import EvaluateConfig, SampleConfig
 from uvit.errors import UserError
 
 
@@ -62,10 +62,10 @@ def test_a_speed_chooses_solver_and_steps() -> None:
     assert config == SampleConfig("p", scheduler="fitted", num_inference_steps=8, seed=3)
     assert SampleConfig("p", seed=3).resolved() == SampleConfig("p", seed=3)
     for other in ({"num_inference_steps": 20}, {"scheduler": "unipc"}):
-        with pytest.raises(UserError, match="--speed fast: chooses"):
+        with pytest.raises(UserError, match="--speed fast: sets"):
             SampleConfig("p", speed="fast", **other)
     for flag in ({"speed": "fast"}, {"scheduler": "fitted"}):
-        with pytest.raises(UserError, match=r"--init_image a\.png: the fitted solver begins with noise alone"):
+        with pytest.raises(UserError, match=r"--init_image a\.png: the fitted solver starts from pure noise"):
             SampleConfig("p", init_image="a.png", **flag)
 
 
@@ -76,3 +76,15 @@ def test_guidance_interval() -> None:
     for wrong in ((0, 10), (10, 5), (1, 1001)):
         with pytest.raises(UserError, match="--guidance_interval {} {}: ".format(*wrong)):
             SampleConfig("p", guidance_interval=wrong)
+
+
+@pytest.mark.parametrize(("name", "value"), [("max_prompts", 0), ("num_inference_steps", 0), ("batch_size", 0)])
+def test_an_evaluation_that_cannot_work(name: str, value: object) -> None:
+    with pytest.raises(UserError, match=f"^--{name} {value}: must be "):
+        EvaluateConfig("pipeline", "out", **{name: value})  # type: ignore[arg-type]
+
+
+def test_shapes_have_two_splits() -> None:
+    words = ["--pipeline", "p", "--output_dir", "out", "--split", "test"]
+    with pytest.raises(UserError, match=r"^--split test: must be one of heldout, train$"):
+        parse(EvaluateConfig, words, "uvit evaluate")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.sample.parts import tiny_pipeline_folder
-from uvit.config.evaluate import EvaluateConfig
+from uvit.config.sample import EvaluateConfig
 from uvit.evaluate.prompts import accuracy, chance, evaluate, sheet
 from uvit.sources.shapes import Scene, render, scenes
 

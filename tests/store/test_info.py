@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.store.test_reader import NUM_CAPTIONS, NUM_PAIRS, info
-from uvit.config.features import FeaturesInfoConfig
+from uvit.config.store import FeaturesInfoConfig
 from uvit.store.info import info as show
 from uvit.store.writer import StoreWriter
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.store.test_reader import NUM_PAIRS, info, write_store
-from uvit.config.features import FeaturesMergeConfig, FeaturesVerifyConfig
+from uvit.config.store import FeaturesMergeConfig, FeaturesVerifyConfig
 from uvit.errors import UserError
 from uvit.store.merge import merge
 from uvit.store.reader import FeatureStore, open_features

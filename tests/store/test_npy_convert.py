@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.store.test_reader import NUM_CAPTIONS, NUM_PAIRS, info, write_store
-from uvit.config.features import FeaturesExportConfig, FeaturesImportConfig
+from uvit.config.store import FeaturesExportConfig, FeaturesImportConfig
 from uvit.diffusion import LATENT_SCALE
 from uvit.errors import UserError
 from uvit.store.npy_convert import check_room, export_npy, import_npy

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from uvit.config.features import FeaturesImportConfig
+from uvit.config.store import FeaturesImportConfig
 from uvit.diffusion import LATENT_SCALE
 from uvit.errors import UserError
 from uvit.store.npy_convert import Recorded, recorded_encoders

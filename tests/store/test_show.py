@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from tests.store.test_reader import info
-from uvit.config.features import FeaturesSampleConfig
+from uvit.config.store import FeaturesSampleConfig
 from uvit.errors import UserError
 from uvit.images import to_pil
 from uvit.store.reader import open_features

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.store.test_reader import encoded, info, write_store
-from uvit.config.features import FeaturesVerifyConfig
+from uvit.config.store import FeaturesVerifyConfig
 from uvit.errors import UserError
 from uvit.store.verify import verify
 from uvit.store.writer import StoreWriter

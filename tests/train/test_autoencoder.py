@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from tests.sources.pictures import png
-from uvit.config.autoencoder import AutoencoderConfig
+from uvit.config.extract import AutoencoderConfig
 from uvit.diffusion import draw_latents
 from uvit.errors import UserError
 from uvit.images import to_unit

@@ -1,6 +1,6 @@
-"""`uvit COMMAND ...`: find the command, turn its arguments into a config, run it, and speak to the person.
+"""`uvit COMMAND ...`: find the command, parse its arguments into a config, run it, and report errors.
 
-Exit status: 0 done, 2 a mistake of the user's (one sentence on stderr), 130 stopped by Ctrl-C.
+Exit status: 0 success, 2 a mistake of the user (one sentence on stderr), 130 stopped by Ctrl-C.
 """
 
 import difflib
@@ -16,8 +16,8 @@ from uvit.cli.parse import parse
 from uvit.errors import UserError
 from uvit.io import to_yaml
 
-# What is wrong with a place that a person named, or with its disk.
-PLACES = {
+# Errors of a path that the user chose, or of its disk.
+PATH_ERRORS = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
     errno.ENOSPC, errno.EDQUOT,
 }  # fmt: skip
@@ -25,6 +25,7 @@ PLACES = {
 
 @dataclass(frozen=True)
 class Command:
+    group: str  # on the help screen
     summary: str
     config: str  # module:dataclass, standard library only
     run: str  # module:function that takes the config; imported when it runs
@@ -33,96 +34,115 @@ class Command:
 
 COMMANDS = {
     "autoencoder": Command(
-        "train a first stage (AutoencoderKL) of your own on a source of images",
-        "uvit.config.autoencoder:AutoencoderConfig",
+        "Prepare data",
+        "train a VAE on your images, if you have none",
+        "uvit.config.extract:AutoencoderConfig",
         "uvit.train.autoencoder:train_autoencoder",
     ),
     "tokenizer": Command(
-        "build a tokenizer from a source's captions",
+        "Prepare data",
+        "train a tokenizer on your captions",
         "uvit.config.extract:TokenizerConfig",
         "uvit.extract.tokenizer:build_tokenizer",
     ),
     "extract": Command(
+        "Prepare data",
         "encode captioned images into a feature store",
         "uvit.config.extract:ExtractConfig",
         "uvit.extract.extract:extract",
     ),
     "features info": Command(
-        "say what a feature store, or a folder in the old layout, holds",
-        "uvit.config.features:FeaturesInfoConfig",
+        "Prepare data",
+        "show what a feature store holds",
+        "uvit.config.store:FeaturesInfoConfig",
         "uvit.store.info:info",
         positional=("path",),
     ),
     "features verify": Command(
-        "read every byte of a feature store and compare it with its checksums",
-        "uvit.config.features:FeaturesVerifyConfig",
+        "Prepare data",
+        "check a feature store for damage",
+        "uvit.config.store:FeaturesVerifyConfig",
         "uvit.store.verify:verify",
         positional=("path",),
     ),
+    "features sample": Command(
+        "Prepare data",
+        "show some pairs of a feature store as images",
+        "uvit.config.store:FeaturesSampleConfig",
+        "uvit.store.show:show",
+        positional=("path",),
+    ),
+    "features merge": Command(
+        "Prepare data",
+        "merge feature stores",
+        "uvit.config.store:FeaturesMergeConfig",
+        "uvit.store.merge:merge",
+        positional=("paths",),
+    ),
     "features import": Command(
-        "turn features in the old layout into a feature store",
-        "uvit.config.features:FeaturesImportConfig",
+        "Prepare data",
+        "convert .npy features (U-ViT layout) to a feature store",
+        "uvit.config.store:FeaturesImportConfig",
         "uvit.store.npy_convert:import_npy",
         positional=("path",),
     ),
     "features export": Command(
-        "turn a feature store into the old layout",
-        "uvit.config.features:FeaturesExportConfig",
+        "Prepare data",
+        "convert a feature store to .npy features (U-ViT layout)",
+        "uvit.config.store:FeaturesExportConfig",
         "uvit.store.npy_convert:export_npy",
         positional=("path",),
     ),
-    "features merge": Command(
-        "make one feature store of several",
-        "uvit.config.features:FeaturesMergeConfig",
-        "uvit.store.merge:merge",
-        positional=("paths",),
-    ),
-    "features sample": Command(
-        "show a few pairs of a feature store as a picture",
-        "uvit.config.features:FeaturesSampleConfig",
-        "uvit.store.show:show",
-        positional=("path",),
-    ),
     "train": Command(
+        "Train",
         "train a U-ViT on a feature store; run again to resume",
         "uvit.config.train:TrainConfig",
         "uvit.train.trainer:train",
     ),
     "sample": Command(
-        "draw images from prompts",
+        "Use a model",
+        "generate images from prompts",
         "uvit.config.sample:SampleConfig",
         "uvit.sample.command:sample",
         positional=("prompts",),
     ),
     "convert": Command(
-        "turn a model from one format into another: a checkpoint into a pipeline, others' weights into ours, and back",
+        "Use a model",
+        "convert checkpoints, pipelines and weights of other code",
         "uvit.config.convert:ConvertConfig",
         "uvit.export.convert:convert",
         positional=("source", "dest"),
     ),
     "evaluate": Command(
-        "measure how often a model trained on the built-in shapes draws what the words ask for",
-        "uvit.config.evaluate:EvaluateConfig",
+        "Use a model",
+        "measure prompt accuracy of a model of the built-in shapes",
+        "uvit.config.sample:EvaluateConfig",
         "uvit.evaluate.prompts:evaluate",
         positional=("pipeline",),
     ),
     "bench": Command(
-        "time the training step, the forward pass and the loader, beside what the machine can do",
+        "Other",
+        "time the training step, the forward pass and the data loader",
         "uvit.config.bench:BenchConfig",
         "uvit.bench.run:bench",
     ),
 }
 
 
-def usage(group: str = "") -> str:
-    """The commands, or those of a group such as `features`."""
-    named = {name: command for name, command in COMMANDS.items() if name.startswith(group)}
+def usage(prefix: str = "") -> str:
+    """The commands, or those that begin with a prefix such as `features `."""
+    named = {name: command for name, command in COMMANDS.items() if name.startswith(prefix)}
     width = max(map(len, named))
-    rows = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in named.items())
+    groups: dict[str, list[str]] = {}
+    for name, command in named.items():
+        groups.setdefault("Commands" if prefix else command.group, []).append(f"  {name:<{width}}  {command.summary}")
+    begin = "Begin with `uvit extract`, then `uvit train`, then `uvit sample`.\n\n"
     return (
         f"uvit {__version__}: train text-to-image latent diffusion models, with a U-ViT, from scratch\n\n"
-        f"usage: uvit {group}COMMAND [--flag value ...]\n\n{rows}\n\n"
-        "`uvit COMMAND --help` lists a command's flags; `--config FILE.yaml` reads them from a file."
+        f"usage: uvit {prefix}COMMAND [FLAGS]\n\n"
+        + ("" if prefix else begin)
+        + "\n\n".join("\n".join([f"{group}:", *rows]) for group, rows in groups.items())
+        + f"\n\n`uvit {prefix}COMMAND --help` shows an example and all flags of a command."
     )
 
 
@@ -149,14 +169,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nuvit {name}: stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader of the pipe, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        if error.errno not in PLACES:
+        if error.errno not in PATH_ERRORS:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"uvit {name}: error: {where}{error.strerror}; mend that, or name another place", file=sys.stderr)
+        print(f"uvit {name}: error: {where}{error.strerror}; fix that, or choose another path", file=sys.stderr)
         return 2
 
 

@@ -1,27 +1,17 @@
-"""Arguments and files -> a config dataclass.
+"""Command line arguments and `--config` files -> a config dataclass. Later values win."""
 
-Flags, booleans in their several spellings and `--config` files are first turned into one mapping of names to
-values; tyro reads that, so one parser gives one meaning and one set of errors, wherever a value came from.
-Later wins.
-"""
-
-import contextlib
-import dataclasses
 import difflib
-import inspect
-import io
 import json
-import re
-import types
-import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from uvit.cli.flags import BOOLEANS, Flag, flags_of
+from uvit.cli.help import show_help
+from uvit.config.presets import find_config
 from uvit.errors import UserError
 
-MANY = ("many", "numbers")
-BOOLEANS = {"true": "True", "1": "True", "yes": "True", "false": "False", "0": "False", "no": "False"}
+GENERAL = {"config": Flag("config", str), "print_config": Flag("print_config", bool)}  # flags of every command
 
 
 def parse(cls: type, arguments: Sequence[str], prog: str, positional: tuple[str, ...] = ()) -> tuple[Any, bool]:
@@ -29,163 +19,112 @@ def parse(cls: type, arguments: Sequence[str], prog: str, positional: tuple[str,
 
     Raises UserError for an unknown flag, a value that does not fit or a file that cannot be read.
     """
+    flags = flags_of(cls)
     if {"-h", "--help"} & set(arguments):
-        _tyro(cls, ["--help"], prog, positional)
-    values = collect(cls, arguments, positional)
-    print_config = values.pop("print_config", ["False"]) == ["True"]
-    missing = [f"--{field.name}" for field in dataclasses.fields(cls) if _required(field) and field.name not in values]
+        show_help(cls, prog, positional)
+        raise SystemExit(0)
+    values = collect(flags, arguments, positional, command=prog.removeprefix("uvit "))
+    print_config = GENERAL["print_config"].read(values.pop("print_config", ["False"]))
+    missing = [f"--{name}" for name, flag in flags.items() if flag.required and name not in values]
     if missing:
         raise UserError(f"{' and '.join(missing)} must be given; `{prog} --help` lists all flags")
-    words, complaint = to_words(values), io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return _tyro(cls, words, prog, positional), print_config
-    except SystemExit as stop:
-        raise _user_error(stop, complaint.getvalue(), cls, values) from None
+    return cls(**{name: flags[name].read(items) for name, items in values.items()}), print_config
 
 
-def _tyro(cls: type, words: list[str], prog: str, positional: tuple[str, ...]) -> Any:
-    import tyro
-
-    description = inspect.getdoc(cls) or ""
-    if positional:
-        description += f"\n\n{' and '.join(name.upper() for name in positional)} may be given without the flag's name."
-    description += (
-        "\n\nA True/False flag may stand alone (--flag) or be denied (--no_flag). --config FILE reads flags "
-        "from YAML or JSON; what comes later wins. --print_config shows the outcome and stops."
-    )
-    return tyro.cli(
-        cls,
-        args=words,
-        prog=prog,
-        description=description,
-        config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
-        use_underscores=True,
-    )
-
-
-def collect(cls: type, arguments: Sequence[str], positional: tuple[str, ...] = ()) -> dict[str, list[str]]:
+def collect(
+    flags: Mapping[str, Flag], arguments: Sequence[str], positional: tuple[str, ...] = (), command: str = ""
+) -> dict[str, list[str]]:
     """`--name value ...` in all its spellings -> {name: values}; a `--config` file counts where it stands."""
-    kinds = _kinds(cls) | {"config": "one", "print_config": "bool"}
+    known = {**flags, **GENERAL}
     values: dict[str, list[str]] = {}
-    loose: list[str] = []  # words that no flag asked for
-    named = set()
+    named = set()  # flags given by name, not by file
+    loose: list[str] = []  # words that follow no flag
     words = list(arguments)
-    while words:
-        word = words.pop(0)
-        if word == "--":
-            loose += words
-            break
+    while words and (word := words.pop(0)) != "--":
         if not word.startswith("--"):
             loose.append(word)
             continue
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
-        if name not in kinds and not equals and kinds.get(name.removeprefix("no_")) == "bool":
-            values[name.removeprefix("no_")] = ["False"]
+        denied = name.removeprefix("no_")
+        if name not in known and not equals and denied in known and known[denied].kind is bool:
+            values[denied] = ["False"]
             continue
-        kind = _kind(kinds, name)
-        if equals:
-            items = [value]
-        elif kind == "bool":
-            items = [words.pop(0)] if words and words[0].lower() in BOOLEANS else ["True"]
-        elif kind in MANY:
-            items = _take_while_values(words, kind)
-        elif words and not words[0].startswith("--"):
-            items = [words.pop(0)]
-        else:
-            raise UserError(f"--{name} needs a value")
+        flag = _find(known, name)
+        items = [value] if equals else _take(flag, words)
         if name == "config":
-            values |= collect_file(cls, Path(items[0]))
+            values |= collect_file(flags, find_config(command, items[0]))
         else:
-            values[name] = _spelled(kind, items)
+            values[name] = items
             named.add(name)
+    dashed = [word for word in loose if word.startswith("-") and word != "-"]
+    if dashed and len(loose) > 1:
+        raise UserError(f"{dashed[0]!r} is no flag; flags begin with --, and -- alone goes before words with a dash")
+    loose += words  # what follows `--`
     for name in positional:
+        if loose and name in named:
+            raise UserError(f"{loose[0]!r} and --{name}: are both given, and mean the same; give one of them")
         if loose:
-            if name in named:
-                raise UserError(f"{loose[0]!r} and --{name}: are both given, and mean the same; give one of them")
-            taken = len(loose) if kinds[name] == "many" else 1
-            values[name], loose = loose[:taken], loose[taken:]
+            number = len(loose) if flags[name].count is None else 1
+            values[name], loose = loose[:number], loose[number:]
     if loose:
         raise UserError(f"{loose[0]!r} belongs to no flag; flags begin with --, and a value follows its flag")
     return values
 
 
-def collect_file(cls: type, path: Path) -> dict[str, list[str]]:
+def collect_file(flags: Mapping[str, Flag], path: Path) -> dict[str, list[str]]:
     """A YAML or JSON mapping of flags -> {name: values}."""
+    where = f"--config {path}: "
+    content = _load(path, where)
+    if not isinstance(content, dict):
+        raise UserError(f"{where}must map flags to values, and holds {type(content).__name__}")
+    values = {}
+    for key, value in content.items():
+        flag = _find(flags, str(key).replace("-", "_"), where)
+        if isinstance(value, dict) or (isinstance(value, list) and flag.count == 1):
+            raise UserError(f"{where}{flag.name} holds a {type(value).__name__}; it takes one value")
+        if value is None and not flag.optional:
+            raise UserError(f"{where}{flag.name} is empty; give it a value, or leave it out")
+        values[flag.name] = [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    return values
+
+
+def _load(path: Path, where: str) -> Any:
     import yaml
 
-    where = f"--config {path}: "
     try:
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{where}cannot be read ({reason})") from None
     except (yaml.YAMLError, ValueError) as error:
         kind = "JSON" if path.suffix == ".json" else "YAML"
         raise UserError(f"{where}is not valid {kind} ({' '.join(str(error).split())})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{where}must map flags to values, and holds {type(content).__name__}")
-    kinds = _kinds(cls)
-    values = {}
-    for key, value in content.items():
-        name = str(key).replace("-", "_")
-        kind = _kind(kinds, name, where)
-        if isinstance(value, dict) or (isinstance(value, list) and kind not in MANY):
-            raise UserError(f"{where}{name} holds a {type(value).__name__}; it takes one value")
-        values[name] = _spelled(kind, [str(item) for item in value] if isinstance(value, list) else [str(value)])
-    return values
 
 
-def to_words(values: dict[str, list[str]]) -> list[str]:
-    """{name: values} -> arguments for tyro; `=` keeps a value that begins with a dash a value."""
-    words = []
-    for name, items in values.items():
-        dashed = next((item for item in items if item.startswith("-") and item != "-"), None)
-        if dashed and len(items) > 1:
-            raise UserError(f"--{name} {dashed}: where several values are given, none may begin with a dash")
-        words += [f"--{name}={items[0]}"] if len(items) == 1 else [f"--{name}", *items]
-    return words
-
-
-def _kinds(cls: type) -> dict[str, str]:
-    """{field: what its flag takes: "bool", "one" value, "many" or "numbers", which end where words begin}."""
-
-    def kind(hint: Any) -> str:
-        if typing.get_origin(hint) in (tuple, list):
-            return "numbers" if typing.get_args(hint)[0] in (int, float) else "many"
-        return "bool" if hint is bool else "one"
-
-    return {name: kind(hint) for name, hint in _hints(cls).items()}
-
-
-def _hints(cls: type) -> dict[str, Any]:
-    """{field: its type, without `| None`}."""
-    hints = typing.get_type_hints(cls)
-    for name, hint in hints.items():
-        if typing.get_origin(hint) in (typing.Union, types.UnionType):
-            hints[name] = next(option for option in typing.get_args(hint) if option is not type(None))
-    return hints
-
-
-def _kind(kinds: dict[str, str], name: str, where: str = "") -> str:
-    if name not in kinds:
-        close = difflib.get_close_matches(name, kinds, n=1)
+def _find(flags: Mapping[str, Flag], name: str, where: str = "") -> Flag:
+    if name not in flags:
+        close = difflib.get_close_matches(name, flags, n=1)
         hint = f"did you mean --{close[0]}?" if close else "--help lists all flags"
         raise UserError(f"{where}there is no flag --{name}; {hint}")
-    return kinds[name]
+    return flags[name]
 
 
-def _required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _take_while_values(words: list[str], kind: str) -> list[str]:
-    """The first whatever it is, so that a mistake is said of the flag."""
+def _take(flag: Flag, words: list[str]) -> list[str]:
+    """Take a flag's values from the words that follow it. Numbers end where other words begin."""
+    if flag.kind is bool:
+        return [words.pop(0)] if words and words[0].lower() in BOOLEANS else ["True"]
     items: list[str] = []
-    while words and not words[0].startswith("--") and (not items or kind == "many" or _is_number(words[0])):
+    while words and not words[0].startswith("--"):
+        if items and (flag.count == 1 or (flag.kind in (int, float) and not _is_number(words[0]))):
+            break
         items.append(words.pop(0))
+    if not items and (flag.count is not None or flag.required):
+        raise UserError(f"--{flag.name} needs a value")
+    for item in items if len(items) > 1 else []:
+        if item.startswith("-") and item != "-" and not (flag.kind in (int, float) and _is_number(item)):
+            raise UserError(f"--{flag.name} {item}: where several values are given, none may begin with a dash")
     return items
 
 
@@ -195,36 +134,3 @@ def _is_number(word: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _spelled(kind: str, items: list[str]) -> list[str]:
-    """Booleans as tyro reads them."""
-    return [BOOLEANS.get(item.lower(), item) for item in items] if kind == "bool" else items
-
-
-def _user_error(stop: SystemExit, complaint: str, cls: type, values: dict[str, list[str]]) -> UserError:
-    """What was wrong when tyro gave up: the config's own check, or a value that is not of its flag's type."""
-    cause = stop.__context__
-    while cause is not None and not isinstance(cause, UserError):
-        cause = cause.__context__
-    if cause is not None:
-        return cause
-    flag = re.search(r"(?:Error parsing|for argument) '?--(\w+)", " ".join(complaint.translate(UNBOXED).split()))
-    if flag is None or flag[1] not in values:
-        return UserError(" ".join(complaint.translate(UNBOXED).split()) or "the arguments could not be parsed")
-    return UserError(f"--{flag[1]} {' '.join(values[flag[1]])}: must be {_wanted(_hints(cls)[flag[1]])}")
-
-
-UNBOXED = str.maketrans(dict.fromkeys("╭─╮│╰╯", " "))
-
-
-def _wanted(hint: Any) -> str:
-    if typing.get_origin(hint) is typing.Literal:
-        return f"one of {', '.join(map(str, typing.get_args(hint)))}"
-    items = typing.get_args(hint)
-    if len(items) > 1 and items[-1] is not ...:
-        return f"{len(items)} values, each {_wanted(items[0])}"
-    if items:
-        hint = items[0]
-    words = {bool: "True or False", int: "a whole number", float: "a number"}
-    return words.get(hint, f"of type {getattr(hint, '__name__', hint)}")

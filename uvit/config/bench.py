@@ -1,43 +1,41 @@
-"""`uvit bench`: its flags."""
+"""Flags of `uvit bench`."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from uvit.errors import UserError
+from uvit.config.bounds import Bounds, PositiveInt, check_bounds
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Time the training step, the forward pass and the loader of a U-ViT, on random features.
+    """Time the training step, the forward pass and the data loader of a U-ViT, on random features.
 
-    Beside each stands the machine's own rate for a large matrix product, taken just before and after it, so
-    that a machine that others use too is compared with itself at that moment. Figures are medians.
+    Each figure is a median, and stands beside the speed of a large matrix product, taken just before and after, so that
+    a machine that others use too is compared with itself at that moment.
+
+    uvit bench --uvit_config_file uvit_t2i_small --batch_size 32 --precision bf16
     """
 
     uvit_config_file: str = "uvit_t2i_small"
-    """Name of a shipped model config, or a JSON path."""
-    batch_size: int = 4
-    """Samples in a training step and in a forward pass."""
-    steps: int = 5
+    """The model: the name of a model preset, or a JSON file."""
+    batch_size: PositiveInt = 4
+    """Samples per training step and per forward pass."""
+    steps: PositiveInt = 5
     """Forward passes and training steps to measure, after two of each to warm up."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """fp32, or automatic mixed precision over fp32 weights. The matrix product is taken in the same type."""
+    """fp32, or automatic mixed precision over float32 weights. The matrix product uses the same type."""
     compile: bool = False
-    """Time the compiled model (torch.compile); compiling comes before the first round and is not counted."""
+    """Time the compiled model (torch.compile). Compilation comes first and is not counted."""
     recompute: bool = False
-    """Recompute activations in the backward pass; the recomputation is time, and not counted as work."""
+    """Recompute activations in the backward pass. This counts as time, but not as useful work."""
     loader: bool = False
-    """Also time the loader on 1,024 pairs in a temporary folder (137 MB at the shipped configs' sizes)."""
+    """Also time the data loader, on 1,024 pairs in a temporary folder (137 MB for the presets)."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes the GPU where there is one."""
-    num_threads: int = 0
-    """CPU threads; 0 takes PyTorch's choice. 1 measures one core."""
-    matmul_size: int = 2048
-    """Rows and columns of the square matrices whose product is the yardstick (GPUs want 8192)."""
+    """cpu, cuda, cuda:1, ..., or auto: the GPU if there is one."""
+    num_threads: Annotated[int, Bounds(least=0, hint="0 leaves the choice to PyTorch")] = 0
+    """CPU threads; 0: PyTorch's choice. Use 1 to measure one core."""
+    matmul_size: PositiveInt = 2048
+    """Rows and columns of the matrices in the matrix product (use 8192 for GPUs)."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "steps", "matmul_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
-        if self.num_threads < 0:
-            raise UserError(f"--num_threads {self.num_threads}: must be 0 (PyTorch's choice) or more")
+        check_bounds(self)

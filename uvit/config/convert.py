@@ -21,56 +21,68 @@ ENCODERS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """Turn a model from one format into another: a checkpoint into a pipeline, others' weights into ours, and back.
+    """Convert a model between formats: checkpoints, pipelines, and weights of the official U-ViT code and PaddleMIX.
 
-    What SOURCE is, is told by what it holds. A report says what was read, converted, filled in and left out.
+    The format of SOURCE is detected from its contents. A report lists what was read, converted, filled in and dropped.
+
+    uvit convert output/run/checkpoint-5000 output/pipeline
     """
 
+    # Most used
     source: str
-    """A checkpoint-N folder, a pipeline folder, or weights of the official code or the Paddle port: file or folder."""
+    """A checkpoint-N folder, a pipeline folder, or weights of the official U-ViT code or of PaddleMIX: a file or a
+    folder."""
     dest: str
     """The folder to write."""
     to: Literal["pipeline", "diffusers", "official", "paddle", "port", "trainer", "export", "onnx"] = "pipeline"
-    """The format: ours, ours with its code inside, the official code's .pth files, the U-ViT for the Paddle port, the
-    port's pipeline folder or its trainer's checkpoint, or the U-ViT as a graph."""
-    weights: Literal["safetensors", "pdparams"] = "safetensors"
-    """The container of the port's weights; its trainer's is .pdparams in any case."""
+    """The format to write. pipeline: a pipeline folder; diffusers: the same with its code inside, for diffusers without
+    this package; official: .pth files of the official U-ViT code; port: PaddleMIX's pipeline folder; paddle: its U-ViT
+    alone; trainer: its trainer's checkpoint; export, onnx: the U-ViT as a torch.export or ONNX graph."""
     use_ema: bool = True
-    """Take the averaged weights, as previews do; False: the raw ones."""
-    uvit_config_file: str | None = None
-    """The config, by name or JSON file, of a U-ViT whose shapes do not tell it."""
-    conventions: Literal["source", "trained"] = "source"
-    """For the port's pipelines: the latent scale and labels that they sample with, or those of training."""
-    vae_name_or_path: str | None = None
-    """The VAE to put into it, ours or others' (autoencoder_kl.pth); without it the one that SOURCE has or knew."""
-    text_encoder_name_or_path: str | None = None
-    """The text encoder to put into it; without it the one that SOURCE has, trained or knew."""
-    tokenizer_name: str | None = None
-    """The tokenizer to put into it; without it the one that SOURCE has or knew."""
+    """Use the EMA weights, as previews do; False: the raw weights."""
     overwrite: bool = False
-    """Replace DEST if it is there; the old one is kept under another name."""
+    """Replace DEST. The old one is kept under another name."""
+
+    # Components
+    uvit_config_file: str | None = None
+    """The model config, if the weights do not tell it: the name of a model preset, or a JSON file."""
+    vae_name_or_path: str | None = None
+    """The VAE to include, in our format or the official one (autoencoder_kl.pth). Default: the one SOURCE has or
+    names."""
+    text_encoder_name_or_path: str | None = None
+    """The text encoder to include. Default: the one SOURCE has, trained or names."""
+    tokenizer_name: str | None = None
+    """The tokenizer to include. Default: the one SOURCE has or names."""
+
+    # PaddleMIX
+    weights: Literal["safetensors", "pdparams"] = "safetensors"
+    """The file format of weights for PaddleMIX. Its trainer's checkpoints are always .pdparams."""
+    conventions: Literal["source", "trained"] = "source"
+    """Latent scale and timesteps of a PaddleMIX pipeline: those it samples with (source) or was trained with."""
+
+    # Hugging Face Hub
     license: str | None = None
-    """The licence that the model card names, as the Hugging Face Hub spells it: apache-2.0, cc-by-4.0, other."""
+    """The licence in the model card, as the Hub spells it: apache-2.0, cc-by-4.0, other."""
     push_to_hub: str | None = None
-    """Upload DEST to this repository of the Hugging Face Hub (USER/NAME). Nothing is uploaded without it."""
+    """Upload DEST to this repository on the Hugging Face Hub (USER/NAME). Without it nothing is uploaded."""
     private: bool = False
-    """Make that repository a private one, where it is new."""
+    """Make the repository private, if it is new."""
 
     def __post_init__(self) -> None:
         if self.push_to_hub is not None and self.license is None:
-            raise UserError(f"--push_to_hub {self.push_to_hub}: say under which --license, apache-2.0 for example")
+            raise UserError(f"--push_to_hub {self.push_to_hub}: needs a --license, such as apache-2.0")
         if self.push_to_hub is not None and self.push_to_hub.count("/") != 1:
             raise UserError(f"--push_to_hub {self.push_to_hub}: is no repository; give USER/NAME")
         if self.private and self.push_to_hub is None:
-            raise UserError("--private: says how to upload, and nothing is uploaded without --push_to_hub")
+            raise UserError("--private: nothing is uploaded without --push_to_hub")
         if self.weights == "pdparams" and self.to not in ("paddle", "port", "trainer"):
-            raise UserError(f"--weights pdparams: is a container of the Paddle port's, and not of --to {self.to}")
+            raise UserError(f"--weights pdparams: is a file format of PaddleMIX, and not of --to {self.to}")
         if self.push_to_hub is not None and self.to not in ("pipeline", "diffusers"):
-            raise UserError(f"--push_to_hub {self.push_to_hub}: takes --to pipeline or diffusers, not --to {self.to}")
+            raise UserError(f"--push_to_hub {self.push_to_hub}: needs --to pipeline or diffusers, not --to {self.to}")
         for flag in _ALL:
             if (name := getattr(self, flag)) is not None and flag not in ENCODERS[self.to]:
-                raise UserError(f"--{flag} {name}: has no place in what --to {self.to} writes; leave it out")
+                raise UserError(f"--{flag} {name}: is not part of what --to {self.to} writes; leave it out")
         if self.license is not None and self.to not in ("pipeline", "diffusers"):
             raise UserError(
-                f"--license {self.license}: stands in a pipeline's model card, and --to {self.to} writes none"
+                f"--license {self.license}: belongs in a pipeline's model card, and --to {self.to} writes none"
             )

@@ -1,137 +1,223 @@
-"""Flags of `uvit extract` and `uvit tokenizer`."""
+"""Flags of `uvit autoencoder`, `uvit tokenizer` and `uvit extract`: what comes before training."""
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from uvit.config.part import part_of
+from uvit.config.bounds import (
+    Bounds,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    check_bounds,
+)
+from uvit.config.sharding import parse_shard
 from uvit.errors import UserError
 
 
-def _at_least(flag: str, value: int | float | None, least: int) -> None:
-    if value is not None and value < least:
-        raise UserError(f"--{flag} {value}: must be at least {least}")
-
-
-def check_split(split: str) -> None:
-    """A split is the name of a folder."""
-    if not re.fullmatch(r"\w[\w.-]*", split):
+def check_split(split: str | None) -> None:
+    """A split is the name of a folder; None stands for all of them."""
+    if split is not None and not re.fullmatch(r"\w[\w.-]*", split):
         raise UserError(f"--split {split}: must be a plain name, such as train or val")
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Train a VAE (a diffusers AutoencoderKL) on the images of a source.
+
+    uvit autoencoder --source my_images --resolution 64 --factor 4 --output_dir output/vae
+    """
+
+    # Most used
+    source: tuple[str, ...]
+    """The images: any source of `uvit extract`, such as a folder with metadata.jsonl, a WebDataset .tar, a COCO folder
+    or the built-in `shapes`."""
+    output_dir: str
+    """The folder to write. Diffusers' AutoencoderKL.from_pretrained opens it, and so does --vae_name_or_path."""
+    resolution: PositiveInt = 64
+    """Side of the square images, in pixels."""
+    factor: Literal[4, 8] = 8
+    """Downsampling factor: image side / latent side."""
+    max_steps: PositiveInt = 5000
+    """Optimizer steps."""
+    batch_size: PositiveInt = 32
+    """Images per step."""
+    learning_rate: NonNegativeFloat = 1e-3
+    """Peak learning rate of AdamW, with 100 warm-up steps and cosine decay to 0."""
+    bf16: bool = False
+    """Compute in bfloat16 over float32 weights. Faster on GPUs, and on CPUs with bfloat16 instructions."""
+
+    # Data
+    split: str = "train"
+    """The split of the source."""
+    image_folder: tuple[str, ...] = ()
+    """The folder with the images of a COCO captions file."""
+    num_workers: NonNegativeInt = 0
+    """Processes that decode images; 0: in the main process."""
+    seed: Seed = 1234
+    """Seed of the weights, the batches and the posterior samples."""
+
+    # Model
+    channels: PositiveInt = 32
+    """Channels of the first level, a multiple of 8. Deeper levels have twice as many."""
+    layers_per_block: PositiveInt = 1
+    """Residual layers per level."""
+    latent_channels: PositiveInt = 4
+    """Channels of the latents: in_channels of the U-ViT."""
+
+    # Objective
+    kl_weight: NonNegativeFloat = 1e-4
+    """Weight of the KL divergence (mean over latents) against the squared error (mean over pixels)."""
+    ema_decay: Fraction = 0.995
+    """Decay of the EMA weights, which are the weights that are saved."""
+
+    # Output and device
+    preview_steps: Annotated[int, Bounds(least=-1)] = 1000
+    """Steps between images of reconstructions in OUTPUT_DIR/previews; -1: only at the end."""
+    device: str = "auto"
+    """cpu, cuda, or auto: the GPU if there is one."""
+    overwrite_output_dir: bool = False
+    """Replace the VAE in OUTPUT_DIR. The old one is kept under another name."""
+    disable_tqdm: bool = False
+    """Show no progress bar."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        if self.resolution % self.factor:
+            raise UserError(f"--resolution {self.resolution}: must be a multiple of --factor {self.factor}")
+        if self.channels % 8:
+            raise UserError(f"--channels {self.channels}: must be a multiple of 8, for group normalization")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Train a tokenizer on the captions of a source: byte-level BPE, lower-cased, for any language.
+
+    uvit tokenizer --source my_images --output_dir output/tokenizer
+    """
+
+    source: tuple[str, ...]
+    """The captions: any source of `uvit extract`."""
+    output_dir: str
+    """The folder to write. Transformers' AutoTokenizer opens it."""
+    split: str = "train"
+    """The split of the source."""
+    image_folder: tuple[str, ...] = ()
+    """The folder with the images of COCO captions files or lists."""
+    caption_column: str | None = None
+    """The column with the captions in a list or Hugging Face dataset."""
+    vocab_size: PositiveInt = 8192
+    """Maximum number of tokens. Captions with few words need fewer."""
+    model_max_length: Annotated[int, Bounds(least=3)] = 77
+    """Maximum number of tokens of a caption, start and end tokens included."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 @dataclass(frozen=True)
 class ExtractConfig:
     """Encode captioned images into a feature store, so that training needs neither VAE nor text encoder.
 
-    Stop it at any time: the same command goes on where it stopped.
+    Stop it at any time. Run the same command again to resume.
+
+    uvit extract --source my_images --resolution 64 --vae_name_or_path output/vae --text tokens
+        --output_dir output/features
     """
 
+    # Most used
     source: tuple[str, ...]
-    """Where the pairs are, one place or several that follow one another: `shapes` or `shapes:two` (built in);
-    WebDataset .tar files, also as a{000..099}.tar and by URL; a COCO captions .json (with --image_folder) or a COCO
-    root folder; a folder with metadata.jsonl; a .csv, .tsv or .parquet list of image paths and captions; a Hugging
-    Face dataset, as a folder, .parquet files or hf:HUB_ID."""
+    """The image-text pairs: one source, or several that are read one after another. A folder with metadata.jsonl;
+    WebDataset .tar files, also as a{000..099}.tar or URLs; a COCO folder, or a COCO captions .json with --image_folder;
+    a .csv, .tsv or .parquet list of image paths and captions; a Hugging Face dataset as a folder, .parquet files or
+    hf:HUB_ID; or the built-in `shapes` and `shapes:two`."""
     output_dir: str
-    """The feature store to write; the split becomes a folder in it. New, or with the same extraction half done."""
+    """The feature store to write: new, or left by the same command. Each split is a folder in it."""
     vae_name_or_path: str
-    """An AutoencoderKL: its folder, a pipeline folder or a hub id."""
+    """An AutoencoderKL: its folder, a pipeline folder, a Hub id, or the VAE preset `shapes`."""
     text_encoder_name_or_path: str | None = None
-    """A CLIP, T5 or BERT-like text encoder: its folder, a pipeline folder or a hub id. For contexts."""
-    tokenizer_name: str | None = None
-    """A tokenizer's folder or hub id. Default: the text encoder's; else one built from the captions."""
+    """A CLIP, T5 or BERT-like text encoder: its folder, a pipeline folder or a Hub id."""
     text: Literal["contexts", "tokens", "both"] = "contexts"
-    """What to keep of the captions: the text encoder's last hidden states; token ids, to train a text encoder
-    jointly; or both."""
-    vocab_size: int | None = None
-    """Size of the tokenizer built from the captions (8192 where not given)."""
+    """What to store of the captions. contexts: the text embeddings, that is, the text encoder's last hidden states;
+    tokens: token ids, for training with a text encoder; both."""
+    resolution: PositiveInt = 256
+    """Side of the square images, in pixels."""
+    model_max_length: PositiveInt = 77
+    """Number of tokens that captions are padded or truncated to."""
     split: str = "train"
-    """Which part of the source: shapes have `train` and `heldout`, folders what they are named. Also the name of the
-    split in the feature store."""
-    val_every: int | None = None
-    """Of a source without parts, let each so-manieth pair be --split val and the others --split train."""
+    """The split of the source, and its name in the feature store. `shapes` has `train` and `heldout`; folders have the
+    splits that they are named after."""
+    batch_size: PositiveInt = 32
+    """Images (and captions) that are encoded at a time."""
+
+    # Source
+    val_every: Annotated[int, Bounds(least=2)] | None = None
+    """For a source without splits: put every N-th pair into the split val, and the others into train."""
     image_folder: tuple[str, ...] = ()
-    """The images of COCO captions files or of lists: one folder, or one for each of them."""
+    """The images of COCO captions files or lists: one folder for all, or one for each."""
     image_column: str | None = None
-    """The images, or their paths, in a list or Hugging Face dataset. Default: the first of the usual names."""
+    """The column with the images, or their paths, in a list or Hugging Face dataset. Default: the first usual name."""
     caption_column: str | None = None
-    """The captions there: a string or a list of strings in each row. Default: the first of the usual names."""
+    """The column with the captions: a string or a list of strings in each row. Default: the first usual name."""
     streaming: bool = False
-    """Read a Hugging Face dataset as it comes over the network instead of downloading it first."""
+    """Stream a Hugging Face dataset instead of downloading it first."""
     on_error: Literal["skip", "stop"] = "skip"
-    """What to do about broken, tiny or missing images, empty captions and ids that come twice: leave them out and list
-    them in problems.jsonl beside the features, or stop."""
-    min_image_size: int = 16
-    """Images with a side of fewer pixels count as tiny."""
-    resolution: int = 256
-    """Images are brought to a square of this many pixels a side."""
+    """What to do about broken, tiny or missing images, empty captions and duplicate ids: skip them and list them in
+    problems.jsonl beside the features, or stop."""
+    min_image_size: PositiveInt = 16
+    """Images with a side of fewer pixels are tiny."""
+
+    # Images
     crop: Literal["center", "random", "pad", "stretch"] = "center"
-    """How an image becomes a square: its middle; a part that its id chooses; all of it, between white bars or
+    """How an image becomes a square: its center; a crop that depends on its id alone; all of it, with white borders or
     stretched."""
     resize: Literal["lanczos", "bicubic", "bilinear", "box"] = "lanczos"
-    """The filter that scales."""
+    """The resampling filter."""
     random_flip: bool = False
-    """Encode the mirrored image as well; training then draws one of the two at each visit."""
-    model_max_length: int = 77
-    """Captions are padded or cut to this many tokens."""
-    latent_scale: float | None = None
-    """Factor from VAE latents to the model's. Default: the VAE's own; 0.2301 for a Stable Diffusion VAE."""
-    batch_size: int = 32
-    """Images (and captions) encoded at a time."""
-    bf16: bool = False
-    """Encode in bfloat16 (autocast): faster on a GPU, a little less exact."""
-    fp16: bool = False
-    """Encode in float16 (autocast): faster on a GPU, a little less exact; some VAEs overflow."""
+    """Also encode the mirrored image. Training then picks one of the two at random each time."""
+
+    # Text
+    tokenizer_name: str | None = None
+    """A tokenizer's folder or Hub id. Default: the text encoder's tokenizer; without one, a tokenizer is trained on the
+    captions."""
+    vocab_size: PositiveInt | None = None
+    """Vocabulary size of the tokenizer that is trained on the captions. Default: 8192."""
+
+    # Store
+    latent_scale: PositiveFloat | None = None
+    """Factor from VAE latents to model latents. Default: the VAE's own, or 0.2301 for a Stable Diffusion VAE."""
     dtype: Literal["float16", "float32"] = "float16"
-    """In which moments and contexts are stored."""
-    shard_size: int = 1024
-    """Pairs in each file of the store."""
+    """Type in which moments and text embeddings are stored."""
+    shard_size: PositiveInt = 1024
+    """Pairs per file of the store."""
+
+    # Precision and speed
+    bf16: bool = False
+    """Encode in bfloat16 (autocast): faster on a GPU, slightly less exact."""
+    fp16: bool = False
+    """Encode in float16 (autocast): faster on a GPU, slightly less exact. Some VAEs overflow."""
+    num_workers: NonNegativeInt = 2
+    """Processes that read and decode images; 0: in the main process."""
     shard: str | None = None
-    """I/N: do only part I, from 0, of N, beside other processes or machines that do theirs; torchrun sets it."""
-    num_workers: int = 2
-    """Processes that read and decode images; 0 does so in the main one."""
+    """I/N: do only part I (from 0) of N, while other processes or machines do the others. torchrun sets this itself."""
     device: str = "auto"
-    """Where the encoders run: cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
+    """Where the encoders run: cpu, cuda, cuda:1, ..., or auto: the GPU if there is one."""
     disable_tqdm: bool = False
     """Show no progress bar."""
 
     def __post_init__(self) -> None:
-        for flag in ("resolution", "model_max_length", "batch_size", "shard_size", "min_image_size"):
-            _at_least(flag, getattr(self, flag), 1)
-        _at_least("val_every", self.val_every, 2)
+        check_bounds(self)
         check_split(self.split)
+        parse_shard(self.shard)
         if self.val_every is not None and self.split not in ("train", "val"):
             raise UserError(f"--split {self.split}: --val_every {self.val_every} makes the splits train and val")
         if self.bf16 and self.fp16:
             raise UserError("--bf16 and --fp16: choose one")
-        part_of(self.shard)
-        _at_least("num_workers", self.num_workers, 0)
-        if self.latent_scale is not None and not self.latent_scale > 0:
-            raise UserError(f"--latent_scale {self.latent_scale}: must be above 0")
         if self.text != "tokens" and not self.text_encoder_name_or_path:
             raise UserError(f"--text {self.text}: needs --text_encoder_name_or_path; --text tokens does not")
         given = "tokenizer_name" if self.tokenizer_name else "text_encoder_name_or_path"
         if self.vocab_size is not None and (self.tokenizer_name or self.text_encoder_name_or_path):
-            raise UserError(f"--vocab_size {self.vocab_size}: no tokenizer is built where --{given} has one")
-
-
-@dataclass(frozen=True)
-class TokenizerConfig:
-    """Build a tokenizer (byte-level BPE, any language, lower-cased) from a source's captions."""
-
-    source: tuple[str, ...]
-    """Where the captions are: a source as in `uvit extract`."""
-    output_dir: str
-    """The folder to write, which transformers' AutoTokenizer opens."""
-    split: str = "train"
-    """Which part of the source."""
-    image_folder: tuple[str, ...] = ()
-    """The images of COCO captions files or of lists."""
-    caption_column: str | None = None
-    """The captions in a list or Hugging Face dataset."""
-    vocab_size: int = 8192
-    """Tokens at most; captions of few words need fewer."""
-    model_max_length: int = 77
-    """Tokens of the longest caption, start and end included, that the tokenizer says it takes."""
-
-    def __post_init__(self) -> None:
-        _at_least("model_max_length", self.model_max_length, 3)
+            raise UserError(f"--vocab_size {self.vocab_size}: no tokenizer is trained, because --{given} has one")

@@ -1,4 +1,4 @@
-"""What describes a U-ViT: a shipped config by its name, or a JSON file of the model's arguments."""
+"""The config of a U-ViT: a preset by its name, or a JSON file of the model's arguments."""
 
 import difflib
 import json
@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from uvit.config.presets import no_such_preset, preset_files
 from uvit.errors import UserError
 
-FOLDER = Path(__file__).parents[1] / "configs" / "model"
 FLAG = "--uvit_config_file"
 
 KINDS: dict[str, tuple[type, ...]] = {  # the arguments of UViTT2IModel
@@ -24,35 +24,31 @@ KINDS: dict[str, tuple[type, ...]] = {  # the arguments of UViTT2IModel
     "num_text_tokens": (int,),
     "conv": (bool,),
 }
-# What the Paddle port's configs say beside these, and the values at which it means nothing.
+# What PaddleMIX's configs have besides, and the values at which it changes nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {"norm_type": ("layer_norm",), "qk_scale": (None,)}
-DROPOUT = ("attn_drop_rate", "drop_rate", "pos_drop_rate")  # weights are the same with it
+DROPOUT = ("attn_drop_rate", "drop_rate", "pos_drop_rate")  # has no weights
 
 
 def model_config_names() -> list[str]:
-    """The shipped configs' names, sorted."""
-    return sorted(path.stem for path in FOLDER.glob("*.json"))
+    """The names of the model presets, sorted."""
+    return list(preset_files("model"))
 
 
 def resolve_model_config(name_or_path: str) -> dict[str, Any]:
-    """The arguments of `UViTT2IModel` that a name or a JSON file stands for.
+    """The arguments of `UViTT2IModel` in a JSON file or a preset.
 
-    A name is a shipped config's ("giant" serves for "gaint"); so is the file name of a path that is not
-    there, because command lines from elsewhere say `config/uvit_t2i_small.json`. Keys that begin with `_`,
-    diffusers' own, are left out, and so are those of the Paddle port at values that change nothing. Raises UserError
-    for anything else.
+    A preset's name may lack its `uvit_` or `uvit_t2i_`, and "giant" stands for "gaint". The file name of a path that
+    does not exist is a name too, because older command lines have `config/uvit_t2i_small.json`. Keys that begin with
+    `_`, diffusers' own, are dropped, and so are PaddleMIX's at values that change nothing. Raises UserError for
+    anything else.
     """
     path = Path(name_or_path)
     if not path.is_file():
-        name = path.name.removesuffix(".json").replace("giant", "gaint")
-        names = model_config_names()
-        if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise UserError(
-                f"{FLAG} {name_or_path}: is neither a file nor a shipped config; {hint}shipped are {', '.join(names)}"
-            )
-        path = FOLDER / f"{name}.json"
+        name, presets = path.name.removesuffix(".json").replace("giant", "gaint"), preset_files("model")
+        found = [presets[whole] for whole in (name, f"uvit_{name}", f"uvit_t2i_{name}") if whole in presets]
+        if not found:
+            raise no_such_preset("model", FLAG, name_or_path)
+        path = found[0]
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -63,21 +59,21 @@ def resolve_model_config(name_or_path: str) -> dict[str, Any]:
     check_neutral(content, where)
     for key in DROPOUT:
         if content.get(key, 0) not in (0, None):
-            raise UserError(f"{where}: {key} is {content[key]!r}, and our U-ViT has no dropout; make it 0")
-    of_port = (*NEUTRAL, *DROPOUT, "out_channels")
-    config = {key: value for key, value in content.items() if not key.startswith("_") and key not in of_port}
+            raise UserError(f"{where}: {key} is {content[key]!r}, and this U-ViT has no dropout; set it to 0")
+    foreign = (*NEUTRAL, *DROPOUT, "out_channels")
+    config = {key: value for key, value in content.items() if not key.startswith("_") and key not in foreign}
     for key, value in config.items():
         _check(path, key, value)
     return config
 
 
 def check_neutral(content: Mapping[str, Any], where: object) -> None:
-    """Raises UserError where a config asks for what the Paddle port's U-ViT has and ours has not."""
+    """Raises UserError if a config asks for what only PaddleMIX's U-ViT has."""
     for key, values in NEUTRAL.items():
         if content.get(key, values[0]) not in values:
-            raise UserError(f"{where}: {key} is {content[key]!r}, which our U-ViT does not have")
+            raise UserError(f"{where}: {key} is {content[key]!r}, which this U-ViT does not have")
     if content.get("out_channels") not in (None, content.get("in_channels")):
-        raise UserError(f"{where}: out_channels {content['out_channels']} differ from in_channels")
+        raise UserError(f"{where}: out_channels {content['out_channels']} differs from in_channels")
 
 
 def _check(path: Path, key: str, value: Any) -> None:

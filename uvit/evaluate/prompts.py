@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from uvit.config.evaluate import EvaluateConfig
+from uvit.config.sample import EvaluateConfig
 from uvit.evaluate.reader import ATTRIBUTES, CHANCE, read_scene
 from uvit.images import SHEET_COLOUR, contact_sheet, save_png
 from uvit.sample.command import generate

@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from uvit.config.extract import ExtractConfig
-from uvit.config.part import share_of
+from uvit.config.sharding import resolve_shard
 from uvit.device import pick_device
 from uvit.errors import UserError
 from uvit.extract.encode import Encoders, encode_in_order, encoding_threads
@@ -46,7 +46,7 @@ COMMIT_SECONDS = 2.0  # the least between two commits, each of which waits for t
 
 def extract(config: ExtractConfig) -> None:
     """The command `uvit extract`. Raises UserError for what cannot be read, encoded or written."""
-    part, num_parts = share_of(config.shard)
+    part, num_parts = resolve_shard(config.shard)
     folder = Path(config.output_dir).expanduser() / config.split
     refuse_earlier_layouts(folder)
     source = open_source(

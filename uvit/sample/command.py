@@ -16,8 +16,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from uvit.config.part import share_of
 from uvit.config.sample import SPEEDS, SampleConfig
+from uvit.config.sharding import resolve_shard
 from uvit.errors import UserError
 from uvit.sample.files import is_generated, metadata, need_writable, next_number, numbered, save_image, save_sheet
 from uvit.sample.fit import fit_plan, read_plans, relative_error, solve, store_plan
@@ -114,7 +114,7 @@ def sample(config: SampleConfig) -> None:
             interactive(config, lambda config, prompt: sample_and_print(config, prompt, studio))
             return
         drawn = run(config, read_prompts(config), lru_cache(maxsize=1)(lambda path: load_pipeline(config, path)))
-    part, num_parts = share_of(config.shard)
+    part, num_parts = resolve_shard(config.shard)
     words = [f"{len(drawn.paths)} images in {config.output_dir}"]
     words += [f"{drawn.num_there} of them were there already"] if drawn.num_there else []
     words += [f"part {part} of {num_parts}"] if num_parts > 1 else []
@@ -159,7 +159,7 @@ def fit_schedule(config: SampleConfig) -> None:
 
 def is_interactive(config: SampleConfig) -> bool:
     no_prompts = not config.prompts and config.prompts_file is None
-    return no_prompts and not config.skip_existing and share_of(config.shard)[1] == 1 and sys.stdin.isatty()
+    return no_prompts and not config.skip_existing and resolve_shard(config.shard)[1] == 1 and sys.stdin.isatty()
 
 
 def sample_and_print(config: SampleConfig, prompt: str, studio: Callable[[Path], LoadedPipeline]) -> None:
@@ -175,7 +175,7 @@ def run(config: SampleConfig, prompts: Sequence[str], studio: Callable[[Path], L
 
     Raises UserError where a picture's name is taken by another.
     """
-    part, num_parts = share_of(config.shard)
+    part, num_parts = resolve_shard(config.shard)
     variants = list_variants(config)
     for variant in variants:
         need_writable(variant.folder, f"--output_dir {config.output_dir}")

@@ -11,9 +11,8 @@ from uvit.errors import UserError
 from uvit.sample.fit import read_plans
 from uvit.sample.pipeline import UViTPipeline
 from uvit.sample.schedulers import DEFAULT_SCHEDULER, MultistepScheduler, build_scheduler
+from uvit.weights.detect import INDEX
 from uvit.weights.encoders import quiet
-
-INDEX = "model_index.json"
 
 
 def find_pipeline(path: str, flag: str = "pipeline") -> Path:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from uvit.config.features import FeaturesInfoConfig
+from uvit.config.store import FeaturesInfoConfig
 from uvit.io import format_bytes
 from uvit.store.npy_layout import load_npy, num_captions
 from uvit.store.splits import Split, find_splits

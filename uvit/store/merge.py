@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from uvit.config.features import FeaturesMergeConfig
+from uvit.config.store import FeaturesMergeConfig
 from uvit.errors import UserError
 from uvit.io import write_atomically, write_json
 from uvit.store.manifest import Manifest

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from uvit.config.features import FeaturesExportConfig, FeaturesImportConfig
+from uvit.config.store import FeaturesExportConfig, FeaturesImportConfig
 from uvit.device import pick_device
 from uvit.diffusion import LATENT_SCALE
 from uvit.errors import UserError

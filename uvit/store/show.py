@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from uvit.config.features import FeaturesSampleConfig
+from uvit.config.store import FeaturesSampleConfig
 from uvit.device import pick_device
 from uvit.errors import UserError
 from uvit.images import contact_sheet, save_png, to_pil

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from uvit.config.features import FeaturesVerifyConfig
+from uvit.config.store import FeaturesVerifyConfig
 from uvit.errors import UserError
 from uvit.store.manifest import Manifest
 from uvit.store.npy_convert import MARK

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from uvit.config.autoencoder import AutoencoderConfig
+from uvit.config.extract import AutoencoderConfig
 from uvit.device import pick_device
 from uvit.diffusion import draw_latents
 from uvit.errors import UserError

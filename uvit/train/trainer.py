@@ -47,7 +47,7 @@ FOLDER_ERRORS = DISK_ERRORS | {errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.
 
 def train(config: TrainConfig) -> int:
     """Train to the last step, or until Ctrl-C or SIGTERM. Returns the exit status."""
-    for sentence in config.not_needed():
+    for sentence in config.ignored_flags():
         print(sentence)
     check_trackers(config)
     if config.dry_run:

@@ -23,7 +23,7 @@ from uvit.errors import UserError
 
 STABLE_DIFFUSION_SCALE = 0.18215
 WEIGHT_SUFFIXES = (".safetensors", ".pdparams", ".pth", ".pt", ".ckpt", ".bin")
-VAE_PRESETS = Path(__file__).parent.parent / "first_stages"  # those that ship with the package, known by name
+VAE_PRESETS = Path(__file__).parent.parent / "presets" / "vae"  # those that ship with the package, known by name
 
 
 # Loading

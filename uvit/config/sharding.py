@@ -1,4 +1,4 @@
-"""`--shard I/N`: which part of a job that is shared a process does."""
+"""`--shard I/N`: the part of a shared job that a process does."""
 
 import os
 import re
@@ -6,8 +6,8 @@ import re
 from uvit.errors import UserError
 
 
-def part_of(shard: str | None) -> tuple[int, int] | None:
-    """(i, n) of I/N. Raises UserError where it is none."""
+def parse_shard(shard: str | None) -> tuple[int, int] | None:
+    """I/N -> (i, n). Raises UserError for anything else."""
     if shard is None:
         return None
     match = re.fullmatch(r"(\d+)/(\d+)", shard)
@@ -16,15 +16,15 @@ def part_of(shard: str | None) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
-def share_of(shard: str | None) -> tuple[int, int]:
-    """(i, n): this process does part i of n. Torchrun says so in the environment. Raises UserError if told twice."""
-    given = part_of(shard)
+def resolve_shard(shard: str | None) -> tuple[int, int]:
+    """(i, n): this process does part i of n, as the flag or torchrun says. Raises UserError if both do."""
+    given = parse_shard(shard)
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     if num_processes == 1:
         return given or (0, 1)
     if given:
         raise UserError(
-            f"--shard {shard}: torchrun, which started {num_processes} processes, says itself which part each does; "
-            "leave one of the two out"
+            f"--shard {shard}: torchrun started {num_processes} processes and assigns the parts itself; "
+            "leave --shard out"
         )
     return int(os.environ["RANK"]), num_processes

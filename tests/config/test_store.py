@@ -1,7 +1,7 @@
 import pytest
 
 from uvit.cli.parse import parse
-from uvit.config.features import (
+from uvit.config.store import (
     FeaturesExportConfig,
     FeaturesImportConfig,
     FeaturesInfoConfig,
@@ -54,5 +54,5 @@ def test_parts_to_merge_need_no_flag() -> None:
     words = ["a", "b", "c", "--output_dir", "d"]
     config, _ = parse(FeaturesMergeConfig, words, "uvit features merge", positional=("paths",))
     assert config == FeaturesMergeConfig(paths=("a", "b", "c"), output_dir="d")
-    with pytest.raises(UserError, match=r"^--paths a: give two feature stores or more"):
+    with pytest.raises(UserError, match=r"^--paths a: give two or more feature stores"):
         FeaturesMergeConfig(paths=("a",), output_dir="d")
