@@ -8,7 +8,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from uvit.config.sample import EvaluateConfig
-from uvit.evaluate.reader import ATTRIBUTES, CHANCE, read_scene
+from uvit.evaluate.shapes_reader import ATTRIBUTES, CHANCE, read_scene
 from uvit.images import SHEET_COLOUR, contact_sheet, save_png
 from uvit.sample.command import generate
 from uvit.sample.load import open_pipeline

@@ -1,7 +1,7 @@
 """Built-in captioned pictures: shapes with a colour, a size, a position and a background.
 
 Everything is rendered, deterministic and compositional, and a tenth of the combinations is held out, so that a model
-can be asked for what it has never seen. `uvit.evaluate.reader` reads the attributes back from pixels.
+can be asked for what it has never seen. `uvit.evaluate.shapes_reader` reads the attributes back from pixels.
 """
 
 import functools

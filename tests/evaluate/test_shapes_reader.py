@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from tests.scenes import neighbours
-from uvit.evaluate.reader import ATTRIBUTES, CHANCE, read_scene
+from uvit.evaluate.shapes_reader import ATTRIBUTES, CHANCE, read_scene
 from uvit.sources.shapes import Scene, render, scenes
 
 EVERYTHING = [scene for split in ("train", "heldout") for scene in scenes(split) if isinstance(scene, Scene)]
