@@ -158,5 +158,5 @@ def test_encoders_that_the_port_has_not(tmp_path: Path) -> None:
     tokenizer: PreTrainedTokenizerFast = train_tokenizer(["a red circle"], 300)
     with pytest.raises(UserError, match="supports only CLIP's tokenizer"):
         write_paddlemix(Components(**(whole | {"tokenizer": tokenizer})), tmp_path, "safetensors")
-    with pytest.raises(UserError, match=r"--to official: its U-ViT is square, .* \(8, 12\)"):
+    with pytest.raises(UserError, match=r"--to official: its U-ViT needs square latents, .* \(8, 12\)"):
         write_official(Components(unet=tiny_unet(sample_size=(8, 12))), tmp_path)
