@@ -85,7 +85,7 @@ def test_checkpoints_leave_the_frozen_encoder_out_and_the_pipeline_has_it(
 def test_another_encoder_is_refused(tiny_config: Any, token_store: str, tmp_path: Path) -> None:
     other = tiny_text_encoder_folder(tmp_path / "other", num_tokens=16, width=32, seed=1)
     with pytest.raises(
-        UserError, match=rf"--text_encoder_name_or_path {other}: .*fingerprint \w{{12}}, theirs \w{{12}}\)"
+        UserError, match=rf"--text_encoder_name_or_path {other}: .*fingerprint is \w{{12}}, not \w{{12}}\)"
     ):
         build_run(tiny_config(feature_path=token_store, text_encoder_name_or_path=str(other)), tmp_path)
 
