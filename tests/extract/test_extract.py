@@ -182,7 +182,7 @@ def test_a_finished_store_is_left_as_it_is(flags: dict[str, Any], capsys: pytest
 @pytest.mark.parametrize("change", [{"resolution": 24}, {"dtype": "float32"}, {"shard_size": 5}, {"text": "contexts"}])
 def test_other_settings_are_refused(flags: dict[str, Any], change: dict[str, Any]) -> None:
     run(flags)
-    with pytest.raises(UserError, match="begun with other settings"):
+    with pytest.raises(UserError, match="started with other settings"):
         run(flags | change)
 
 
@@ -406,7 +406,7 @@ def test_what_the_index_shows_is_said_first(
 
 
 def test_nothing_but_bad_pairs(flags: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"all 9 pairs were left out, as .*problems\.jsonl says"):
+    with pytest.raises(UserError, match=r"all 9 pairs were skipped; .*problems\.jsonl says"):
         run(flags | {"min_image_size": 100})
     assert not (tmp_path / "store" / "train" / "manifest.json").exists()
 
@@ -597,7 +597,7 @@ def test_a_disk_that_fills_up(flags: dict[str, Any], tmp_path: Path, monkeypatch
 
 
 def test_a_second_process_at_the_same_shard(flags: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="begun with other settings"):
+    with pytest.raises(UserError, match="started with other settings"):
         extract(ExtractConfig(**flags, shard="1/2"))
         extract(ExtractConfig(**flags | {"on_error": "stop"}, shard="1/2"))
     partial = tmp_path / "store" / "train" / ".partial-00000"

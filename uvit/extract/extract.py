@@ -71,7 +71,7 @@ def extract(config: ExtractConfig) -> None:
             print_summary(folder)
             return
         if info.token_dtype:
-            with writer.alone():
+            with writer.lock():
                 if not (folder / "tokenizer").is_dir():  # the settings vouch for the one that is there
                     save_tokenizer(tokenizer, folder / "tokenizer")
         check_disk(source, writer)
