@@ -15,10 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from tests.distributed.worker import TINY
-from uvit.checkpoint import layout as state
 from uvit.checkpoint.folder import Checkpoint, checkpoint_folders, read_checkpoint
-from uvit.checkpoint.layout import all_gather_channel
-from uvit.checkpoint.saver import AllGather, Saver
+from uvit.checkpoint.layout import from_checkpoint_layout, to_checkpoint_layout
+from uvit.checkpoint.saver import AllGather, Saver, all_gather_channel
 from uvit.distributed import mesh, ops
 from uvit.distributed.mesh import Degrees, World
 from uvit.distributed.parallelize import parallelize
@@ -47,8 +46,8 @@ def gathered(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def every_layout_reads_every_other(folder: Path, axis: DeviceMesh, world: World, exchange: AllGather) -> None:
-    with Saver(folder, rank=world.rank, exchange=exchange) as saver:
+def every_layout_reads_every_other(folder: Path, axis: DeviceMesh, world: World, all_gather: AllGather) -> None:
+    with Saver(folder, rank=world.rank, all_gather=all_gather) as saver:
         for i, layout in enumerate(LAYOUTS):
             tensors = {name: lay_out(tensor, layout, axis) for name, tensor in whole(i).items()}
             saver.save(i, {"weights": dict(tensors), "ema": dict(tensors)}, {"layout": layout})
@@ -62,10 +61,10 @@ def every_layout_reads_every_other(folder: Path, axis: DeviceMesh, world: World,
                 assert torch.equal(gathered(targets[name]), tensor), (i, layout, name)
 
 
-def training_goes_on_while_saving(folder: Path, axis: DeviceMesh, world: World, exchange: AllGather) -> None:
+def training_goes_on_while_saving(folder: Path, axis: DeviceMesh, world: World, all_gather: AllGather) -> None:
     """Its collectives and those of the saver's thread do not meet; what training changes does not show."""
     tensor = lay_out(torch.zeros(2000, 1000), "rows", axis)
-    with Saver(folder, limit=2, rank=world.rank, exchange=exchange) as saver:
+    with Saver(folder, limit=2, rank=world.rank, all_gather=all_gather) as saver:
         for step in range(1, 6):
             saver.save(step, {"weights": {"a": tensor}}, {})
             for _ in range(20):
@@ -75,9 +74,9 @@ def training_goes_on_while_saving(folder: Path, axis: DeviceMesh, world: World, 
     assert [path.name for path in checkpoint_folders(folder)] == ["checkpoint-4", "checkpoint-5"]
 
 
-def a_full_disk_of_one_is_told_to_all(folder: Path, axis: DeviceMesh, world: World, exchange: AllGather) -> None:
+def a_full_disk_of_one_is_an_error_of_all(folder: Path, axis: DeviceMesh, world: World, all_gather: AllGather) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    saver = Saver(folder, rank=world.rank, exchange=exchange)
+    saver = Saver(folder, rank=world.rank, all_gather=all_gather)
     saver.save(1, {"weights": {"a": lay_out(torch.ones(4), "rows", axis)}}, {})
     saver.wait()
     if world.rank == 1:
@@ -88,7 +87,7 @@ def a_full_disk_of_one_is_told_to_all(folder: Path, axis: DeviceMesh, world: Wor
     except UserError as error:
         assert "checkpoint-2 could not be written by process 1" in str(error), error
     else:
-        raise AssertionError("nobody told")
+        raise AssertionError("no error")
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
     dist.barrier()
     assert [path.name for path in folder.iterdir()] == ["checkpoint-1"]
@@ -116,21 +115,21 @@ class Training:
         optimizer = flatten_optimizer(self.optimizer, self.names)
         return {"weights": dict(self.unet.named_parameters()), "optimizer": optimizer}
 
-    def canonical(self) -> dict[str, dict[str, Any]]:
-        return {group: state.to_checkpoint_layout(tensors, self.world) for group, tensors in self.groups().items()}
+    def in_checkpoint_layout(self) -> dict[str, dict[str, Any]]:
+        return {group: to_checkpoint_layout(tensors, self.world) for group, tensors in self.groups().items()}
 
     def load(self, found: Checkpoint) -> None:
         for group, tensors in self.groups().items():
-            targets = state.to_checkpoint_layout(tensors, self.world)
+            targets = to_checkpoint_layout(tensors, self.world)
             found.load_into(group, targets)
-            state.from_checkpoint_layout(tensors, targets, self.world)
+            from_checkpoint_layout(tensors, targets, self.world)
 
 
-def networks_in_every_layout(folder: Path, name: str, world: World, exchange: AllGather) -> None:
+def networks_in_every_layout(folder: Path, name: str, world: World, all_gather: AllGather) -> None:
     """Writes the weights of seed 7, and reads in this layout those that one process wrote, of seed 7."""
     training = Training(world, seed=7)
-    with Saver(folder / name, rank=world.rank, exchange=exchange) as saver:
-        saver.save(1, training.canonical(), {"degrees": str(world.degrees)})
+    with Saver(folder / name, rank=world.rank, all_gather=all_gather) as saver:
+        saver.save(1, training.in_checkpoint_layout(), {"degrees": str(world.degrees)})
     other = Training(world, seed=8)
     other.load(read_checkpoint(folder / "one" / "checkpoint-1"))
     for group, tensors in training.groups().items():
@@ -145,12 +144,12 @@ def main() -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=int(sys.argv[2]), world_size=2)
     world = mesh.init_distributed(NETWORKS["sharded"], "cpu")
     assert world.mesh is not None
-    axis, exchange = world.mesh["shard"], all_gather_channel(world)
-    every_layout_reads_every_other(folder / "layouts", axis, world, exchange)
-    training_goes_on_while_saving(folder / "async", axis, world, exchange)
-    a_full_disk_of_one_is_told_to_all(folder / "full", axis, world, exchange)
+    axis, all_gather = world.mesh["shard"], all_gather_channel(world)
+    every_layout_reads_every_other(folder / "layouts", axis, world, all_gather)
+    training_goes_on_while_saving(folder / "async", axis, world, all_gather)
+    a_full_disk_of_one_is_an_error_of_all(folder / "full", axis, world, all_gather)
     for name, degrees in NETWORKS.items():
-        networks_in_every_layout(folder, name, mesh.init_distributed(degrees, "cpu"), exchange)
+        networks_in_every_layout(folder, name, mesh.init_distributed(degrees, "cpu"), all_gather)
     mesh.destroy_distributed(world)
 
 

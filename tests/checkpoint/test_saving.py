@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tests.checkpoint.saving_worker import LAYOUTS, NETWORKS, Training, whole
 from tests.tiny import save_checkpoint
 from uvit.checkpoint.folder import latest_checkpoint, read_checkpoint
-from uvit.checkpoint.layout import all_gather_channel
+from uvit.checkpoint.saver import all_gather_channel
 from uvit.distributed.mesh import Degrees, World
 
 ONE = World(0, 1, Degrees(), torch.device("cpu"), None)

@@ -1,4 +1,4 @@
-"""Whatever layout wrote a tensor's pieces, any other reads them."""
+"""Slices that any layout of processes wrote can be read by any other."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from uvit.checkpoint import tensors as shards
+from uvit.checkpoint import tensors as checkpoint_tensors
 from uvit.checkpoint.tensors import LocalSlice, LocalSlices, SliceKey
 from uvit.errors import UserError
 
@@ -46,10 +46,10 @@ def deal(tensor: Tensor, cuts: dict[int, list[int]], num_processes: int) -> list
 
 
 def write_all(folder: Path, processes: list[dict[str, LocalSlices]]) -> list[Path]:
-    held = [shards.slices_by_key({"weights": process}) for process in processes]
-    for mine, files in zip(held, shards.assign_writers([list(places) for places in held]), strict=True):
+    held = [checkpoint_tensors.slices_by_key({"weights": process}) for process in processes]
+    for mine, files in zip(held, checkpoint_tensors.assign_writers([list(places) for places in held]), strict=True):
         for name, places in files.items():
-            shards.write_slices(folder / name, {place: mine[place].contiguous() for place in places})
+            checkpoint_tensors.write_slices(folder / name, {place: mine[place].contiguous() for place in places})
     return sorted(folder.glob("*.safetensors"))
 
 
@@ -66,18 +66,18 @@ def test_any_layout_reads_what_any_other_wrote(
     dealt = {name: deal(tensor, *one) for name, tensor in tensors.items()}
     folder = tmp_path_factory.mktemp("files")
     paths = write_all(folder, [{name: hands[rank] for name, hands in dealt.items()} for rank in range(one[1])])
-    for name, tensor in shards.read_whole(paths).items():
+    for name, tensor in checkpoint_tensors.read_whole(paths).items():
         assert torch.equal(tensor, tensors[name])
     goals = {name: torch.full_like(tensor, torch.nan) for name, tensor in tensors.items()}
     targets = {name: deal(goal, *other) for name, goal in goals.items()}
     for rank in range(other[1]):
-        shards.read_into(paths, {name: hands[rank] for name, hands in targets.items()})
+        checkpoint_tensors.read_into(paths, {name: hands[rank] for name, hands in targets.items()})
     assert all(torch.equal(goals[name], tensor) for name, tensor in tensors.items())
 
 
 def test_a_whole_tensor_is_stored_as_anybody_would(tmp_path: Path) -> None:
     tensors = whole()
-    [path] = write_all(tmp_path, [{name: shards.local_slices(tensor) for name, tensor in tensors.items()}])
+    [path] = write_all(tmp_path, [{name: checkpoint_tensors.local_slices(tensor) for name, tensor in tensors.items()}])
     assert path.name == "weights.safetensors"
     found = load_file(path)
     assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in found)
@@ -94,7 +94,7 @@ def places(rank: int, rows: int = 4) -> list[SliceKey]:
 
 
 def test_replicas_are_written_once_and_shards_by_their_processes() -> None:
-    written = shards.assign_writers([places(rank) for rank in range(4)])
+    written = checkpoint_tensors.assign_writers([places(rank) for rank in range(4)])
     first, second, third, fourth = written
     assert list(first) == ["weights-00001-of-00002.safetensors", "ema.safetensors"]
     assert list(second) == ["weights-00002-of-00002.safetensors"]
@@ -106,23 +106,23 @@ def test_replicas_are_written_once_and_shards_by_their_processes() -> None:
 
 def test_a_tensor_with_a_hole_is_not_written() -> None:
     with pytest.raises(AssertionError, match=r"matrix \(4, 3\): 6 elements"):
-        shards.assign_writers([places(0), places(0)])
+        checkpoint_tensors.assign_writers([places(0), places(0)])
 
 
 def test_a_file_that_is_missing_is_noticed(tmp_path: Path) -> None:
     matrix = torch.arange(12.0).reshape(4, 3)
     paths = write_all(tmp_path, [{"matrix": hand} for hand in deal(matrix, {0: [2]}, 2)])
     assert len(paths) == 2
-    with pytest.raises(UserError, match=r"matrix is not or not wholly in weights-00001-of-00002.safetensors"):
-        shards.read_whole(paths[:1])
-    shards.read_into(paths[:1], {"matrix": deal(matrix, {0: [2]}, 2)[0]})  # all that this process needs
+    with pytest.raises(UserError, match=r"matrix is missing or incomplete in weights-00001-of-00002.safetensors"):
+        checkpoint_tensors.read_whole(paths[:1])
+    checkpoint_tensors.read_into(paths[:1], {"matrix": deal(matrix, {0: [2]}, 2)[0]})  # all that this process needs
 
 
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        ({}, "holds a, which this run has not"),
-        ({"a": torch.zeros(2, 3), "b": torch.zeros(1)}, "b is not or not wholly in"),
+        ({}, "has a tensor a that this run does not have"),
+        ({"a": torch.zeros(2, 3), "b": torch.zeros(1)}, "b is missing or incomplete in"),
         ({"a": torch.zeros(3, 2)}, r"a is \(2, 3\) there and \(3, 2\) here"),
         ({"a": torch.zeros(2, 3, dtype=torch.float16)}, r"a is torch.float32 there and torch.float16 here"),
     ],
@@ -130,24 +130,24 @@ def test_a_file_that_is_missing_is_noticed(tmp_path: Path) -> None:
 def test_other_tensors_than_stored_are_refused(tmp_path: Path, targets: dict[str, Tensor], message: str) -> None:
     save_file({"a": torch.ones(2, 3)}, tmp_path / "weights.safetensors")
     with pytest.raises(UserError, match=message):
-        shards.read_into([tmp_path / "weights.safetensors"], targets)
+        checkpoint_tensors.read_into([tmp_path / "weights.safetensors"], targets)
 
 
 @pytest.mark.parametrize(
-    "pieces",
+    "header",
     ["{", "[]", '{"a": 3}', '{"a": ["a", [2, 3], [0]]}', '{"a": ["a", [2, 3], [9, 9]]}', '{"a": ["a", [9], [0]]}'],
 )
-def test_a_header_that_makes_no_sense_is_a_sentence(tmp_path: Path, pieces: str) -> None:
+def test_a_header_that_makes_no_sense_is_a_sentence(tmp_path: Path, header: str) -> None:
     path = tmp_path / "weights.safetensors"
-    save_file({"a": torch.ones(2, 3)}, path, metadata={"pieces": pieces})
+    save_file({"a": torch.ones(2, 3)}, path, metadata={"pieces": header})
     with pytest.raises(UserError, match=r"weights.safetensors"):
-        shards.read_into([path], {"a": torch.zeros(2, 3)})
+        checkpoint_tensors.read_into([path], {"a": torch.zeros(2, 3)})
 
 
 def test_a_parameter_is_loaded_in_place(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "weights.safetensors")
     parameter = torch.nn.Parameter(torch.zeros(2))
-    shards.read_into([tmp_path / "weights.safetensors"], {"a": parameter})
+    checkpoint_tensors.read_into([tmp_path / "weights.safetensors"], {"a": parameter})
     assert (parameter == 1).all() and parameter.requires_grad and parameter.grad_fn is None
 
 
@@ -170,8 +170,8 @@ def test_boxes_are_where_dtensor_has_them(place: int) -> None:
         ((4, 4), (Replicate(), Shard(1), Shard(0))),
     ]:
         size, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
-        [piece] = shards.local_slices(laid_out(shape, size, placements)).pieces
-        assert piece.size == size
-        assert piece.offset == offset or not piece.tensor.numel(), placements
-    with pytest.raises(AssertionError, match="not one box"):
-        shards.local_slices(laid_out((8,), (2,), (Replicate(), _StridedShard(0, split_factor=4), Shard(0))))
+        [part] = checkpoint_tensors.local_slices(laid_out(shape, size, placements)).slices
+        assert part.size == size
+        assert part.offset == offset or not part.tensor.numel(), placements
+    with pytest.raises(AssertionError, match="not one block"):
+        checkpoint_tensors.local_slices(laid_out((8,), (2,), (Replicate(), _StridedShard(0, split_factor=4), Shard(0))))

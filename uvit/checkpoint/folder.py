@@ -1,5 +1,20 @@
+"""Checkpoint folders on disk: how one is committed, read, found and deleted.
+
+A checkpoint is a folder `checkpoint-{step}`. It holds safetensors files (weights, EMA weights, optimizer) and
+`uvit.json`: a readable record of what it is (config, networks, step, samples seen, versions), with the size of each
+file.
+
+A checkpoint is complete or absent. It is written under a hidden name (`uvit.checkpoint.saver`). `commit_folder` then
+adds the record and renames the folder. Hidden names in a run's folder:
+
+- `.checkpoint-{step}.writing`: not committed yet.
+- `.checkpoint-{step}.replaced`: complete; a second checkpoint of this step is about to take its name.
+- `.checkpoint-{step}.deleting`: on its way out, by `--save_total_limit`.
+"""
+
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +25,52 @@ from torch import Tensor
 
 from uvit.checkpoint.tensors import LocalSlices, read_into, read_whole
 from uvit.errors import UserError
+from uvit.io import sync_path, write_json
 
 RECORD = "uvit.json"
 CHECKPOINT_FORMAT = 2
+
+
+# Committing
+
+
+def commit_folder(aside: Path, folder: Path, record: dict[str, Any]) -> None:
+    """Turn `aside`, whose files are written and synced, into the checkpoint `folder`. An older one there is deleted."""
+    for name, size in record["files"].items():
+        if not (aside / name).exists() or (aside / name).stat().st_size != size:
+            raise UserError(f"{aside / name}: process 0 cannot see this file; all processes must share this disk")
+    write_json(aside / RECORD, record)
+    sync_path(aside)
+    if folder.exists():  # after a rollback, a run reaches the same step again
+        replaced = folder.with_name(f".{folder.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        folder.rename(replaced)  # `checkpoint_folders` finds it there if a kill comes now
+    aside.rename(folder)
+    sync_path(folder.parent)
+    clean_up(folder.parent, ("replaced",))
+
+
+def clean_up(output_dir: Path, kinds: tuple[str, ...]) -> None:
+    """Delete the hidden folders that a kill left behind."""
+    for kind in kinds:
+        for path in output_dir.glob(f".checkpoint-*.{kind}"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def keep_latest(output_dir: Path, limit: int | None, saved: int | None = None) -> None:
+    """Delete all checkpoints before the latest `limit` complete ones, but never the one of step `saved`."""
+    if not limit:
+        return
+    found = checkpoint_folders(output_dir)
+    complete = [folder for folder in found if is_complete(folder)]
+    if len(complete) <= limit:
+        return
+    for folder in found[: found.index(complete[-limit])]:
+        if folder.name != f"checkpoint-{saved}":
+            aside = folder.with_name(f".{folder.name}.deleting")  # a kill must not leave half a checkpoint by its name
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            shutil.rmtree(aside)
 
 
 # Reading
@@ -28,29 +86,29 @@ class Checkpoint:
         return self.record["step"]
 
     def files(self, group: str) -> list[Path]:
-        """Those of `weights`, `ema` or `optimizer`: one, or one for each process that wrote; none if it has no such."""
+        """The files of `weights`, `ema` or `optimizer`: one, or one per process that wrote. Empty if there are none."""
         pattern = re.compile(rf"{group}(-\d+-of-\d+)?\.safetensors")
         return [self.folder / name for name in self.record["files"] if pattern.fullmatch(name)]
 
     def load(self, group: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """Its tensors, whole."""
-        return read_whole(self._some_files(group), device)
+        """Read all tensors of a group, each whole."""
+        return read_whole(self._existing_files(group), device)
 
     def load_into(self, group: str, targets: Mapping[str, Tensor | LocalSlices]) -> None:
-        """Fill tensors, DTensors or `Pieces` in place, whatever layout wrote them.
+        """Fill tensors, DTensors or `LocalSlices` in place, whatever layout of processes wrote the checkpoint.
 
-        Raises UserError where names, whole shapes or dtypes are others; the targets may be half filled then.
+        Raises UserError if names, shapes or dtypes differ. Some targets may be filled by then.
         """
-        read_into(self._some_files(group), targets)
+        read_into(self._existing_files(group), targets)
 
-    def _some_files(self, group: str) -> list[Path]:
+    def _existing_files(self, group: str) -> list[Path]:
         if paths := self.files(group):
             return paths
         raise UserError(f"{self.folder}: has no {group}; use another checkpoint")
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Raises UserError, saying why, where the folder is not a whole checkpoint."""
+    """Read the record and compare the file sizes. Raises UserError if the folder is not a complete checkpoint."""
     path = folder / RECORD
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -61,16 +119,27 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     for name, size in record["files"].items():
         found = (folder / name).stat().st_size if (folder / name).exists() else None
         if found != size:
-            what = "is missing" if found is None else f"has {found} bytes instead of {size}"
-            raise UserError(f"{folder}: is not whole, {name} {what}; use another checkpoint")
+            problem = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            raise UserError(f"{folder}: is not complete, {name} {problem}; use another checkpoint")
     return Checkpoint(folder, record)
 
 
-def checkpoint_folders(output_dir: Path) -> list[Path]:
-    """All checkpoints' folders, the latest last.
+def is_complete(folder: Path) -> bool:
+    try:
+        read_checkpoint(folder)
+    except UserError:
+        return False
+    return True
 
-    `checkpoint-{step}`; or, after a kill in the instant in which a second one of that step took the place of the first,
-    the first one's hidden name.
+
+# Finding
+
+
+def checkpoint_folders(output_dir: Path) -> list[Path]:
+    """The folders of all checkpoints, the latest last.
+
+    A checkpoint is `checkpoint-{step}`, or `.checkpoint-{step}.replaced` if a kill came before its successor was in
+    place.
     """
     found = {}
     for path in output_dir.glob(".checkpoint-*.replaced"):
@@ -81,18 +150,10 @@ def checkpoint_folders(output_dir: Path) -> list[Path]:
 
 
 def latest_checkpoint(output_dir: Path) -> Checkpoint | None:
-    """The latest whole checkpoint; says which ones it passes over, and why."""
+    """The latest complete checkpoint. Prints which later ones it skips, and why."""
     for folder in reversed(checkpoint_folders(output_dir)):
         try:
             return read_checkpoint(folder)
         except UserError as error:
-            print(f"passed over: {error}")
+            print(f"skipped: {error}")
     return None
-
-
-def is_whole(folder: Path) -> bool:
-    try:
-        read_checkpoint(folder)
-    except UserError:
-        return False
-    return True

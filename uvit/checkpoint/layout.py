@@ -1,33 +1,35 @@
-"""Weights, averages and optimizer moments in the form that checkpoints keep, whatever the layout of the processes.
+"""Tensors between the layout in which processes use them and the layout that checkpoints keep.
 
-The canonical form of a tensor has its published name, global shape and order of rows. It is a plain tensor, alike in
-all processes that hold it, or a DTensor of which each process holds one contiguous block (none of it, where there are
-fewer rows than processes); its mesh has some of the axes (dp, shard, tp), and
-`torch.distributed.tensor._utils.compute_local_shape_and_global_offset` tells where the block lies. So a checkpoint
-written by one layout is read by any other, a world of one included, where all tensors are plain.
+In the checkpoint layout, a tensor has its published name, its global shape and its published order of rows. It is a
+plain tensor, equal on all processes that hold it, or a DTensor of which each process holds one contiguous block (an
+empty one if there are fewer rows than processes). So a checkpoint of one layout of processes can be read by any other,
+a single process included.
 
-Only one tensor is laid out in another way while it is used: qkv's rows under tensor parallelism, which are ordered by
-rank (see `parallelize.order_by_rank`). For those `canonical` makes copies; every other tensor is handed on as it is, in
-the same memory. To save: write `canonical(...)`. To load: fill `target = canonical(...)` in place, then
-`load_canonical(..., target)`. All three functions are collective: the same names in the same order in every process.
+Only one tensor differs while it is in use: under tensor parallelism, the rows of qkv are ordered by rank
+(`parallelize.order_by_rank`). For qkv, `to_checkpoint_layout` makes a copy; it returns every other tensor as it is, in
+the same memory.
+
+- To save: write `to_checkpoint_layout(tensors, world)`.
+- To load: fill `loaded = to_checkpoint_layout(tensors, world)` in place, then call
+  `from_checkpoint_layout(tensors, loaded, world)`.
+
+Both are collective: every process calls them with the same names in the same order.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from uvit.checkpoint.saver import AllGather, single_process
 from uvit.distributed.mesh import World
 from uvit.distributed.ops import local_tensor
 
 
 @torch.no_grad()
 def to_checkpoint_layout(named_tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
-    """Names may have anything in front, such as `exp_avg/unet.mid_block.attn.qkv.weight`."""
+    """The tensors in checkpoint layout. A name may have a prefix, as in `exp_avg/unet.mid_block.attn.qkv.weight`."""
     tensors = {}
     for name, tensor in named_tensors.items():
         if is_ordered_by_rank(name, tensor):
@@ -39,7 +41,7 @@ def to_checkpoint_layout(named_tensors: Mapping[str, Tensor], world: World) -> d
 
 @torch.no_grad()
 def from_checkpoint_layout(named_tensors: Mapping[str, Tensor], loaded: Mapping[str, Tensor], world: World) -> None:
-    """Copy what `canonical(named_tensors, world)` returned, filled since then, back to where it is used."""
+    """Copy `loaded`, the filled result of `to_checkpoint_layout(named_tensors, world)`, to where it is used."""
     for name, tensor in named_tensors.items():
         if is_ordered_by_rank(name, tensor):
             tp = world.degrees.tp
@@ -64,7 +66,7 @@ def gather_rows(tensor: Tensor, world: World) -> Tensor:
 
 
 def with_local(tensor: Tensor, part: Tensor) -> DTensor:
-    """A DTensor laid out like `tensor` that holds `part`, which is shaped like its own, in this process."""
+    """A DTensor laid out like `tensor`, with `part` as the local tensor of this process."""
     assert isinstance(tensor, DTensor)
     return DTensor.from_local(
         part.clone(),
@@ -74,23 +76,3 @@ def with_local(tensor: Tensor, part: Tensor) -> DTensor:
         shape=tensor.shape,
         stride=tensor.stride(),
     )
-
-
-# How the processes of a run agree on a checkpoint in the background
-
-
-def all_gather_channel(world: World) -> AllGather:
-    """A channel of its own for a `Saver`, called by all processes alike; in a world of one nothing is opened.
-
-    Its thread talks there while training's own collectives go on, so it must be another group, and on CPU.
-    """
-    if not world.parallel:
-        return single_process
-    group = dist.new_group(backend="gloo")
-
-    def exchange(value: Any) -> list[Any]:
-        values: list[Any] = [None] * world.size
-        dist.all_gather_object(values, value, group=group)
-        return values
-
-    return exchange

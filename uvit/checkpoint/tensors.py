@@ -1,11 +1,12 @@
-"""Tensors in safetensors files, of which every process writes the pieces that it holds.
+"""Tensors in safetensors files to which every process writes the slices that it holds.
 
-A process holds a tensor whole, or a box of it (a DTensor), or several boxes (`Pieces`, for layouts that DTensor has no
-word for). A file's header says where in its tensor a piece belongs; a tensor that is whole is stored as anybody would
-store it. So files that one layout of processes wrote can be read by any other: each process takes what overlaps.
+A process holds a tensor whole, or one slice of it (a DTensor), or several (`LocalSlices`, for layouts that DTensor
+cannot express). The header of a file says where in its tensor each slice belongs. A whole tensor is stored without such
+an entry, as any other program would store it. So any layout of processes can read what another layout wrote: each
+process reads what overlaps with its own slices.
 
-Not torch.distributed.checkpoint: its own metadata is a pickle, and its safetensors storage has none, so that there a
-tensor whose last file is missing passes for a smaller one.
+Why not torch.distributed.checkpoint: its metadata is a pickle. Its safetensors storage has no metadata, so a tensor
+whose last file is missing would be read as a smaller tensor.
 """
 
 import json
@@ -22,12 +23,12 @@ from torch import Tensor
 
 from uvit.errors import UserError
 
-SLICES = "pieces"  # in a file's header: {key: [name, whole shape, offset]} of what is not whole
+SLICES = "pieces"  # the key in a file's header of {key: [name, whole shape, offset]}, for slices
 
 
 @dataclass(frozen=True)
 class LocalSlice:
-    """A box of a tensor. `tensor` is the memory that the process works with: loading copies into it."""
+    """A slice of a tensor. `tensor` is the memory that the process works with: loading copies into it."""
 
     offset: tuple[int, ...]  # of its first element in the whole tensor
     tensor: Tensor
@@ -39,15 +40,15 @@ class LocalSlice:
 
 @dataclass(frozen=True)
 class LocalSlices:
-    """What one process holds of a tensor."""
+    """The slices of a tensor that one process holds."""
 
     shape: tuple[int, ...]  # of the whole tensor
-    pieces: tuple[LocalSlice, ...]
+    slices: tuple[LocalSlice, ...]
 
 
 @dataclass(frozen=True)
 class SliceKey:
-    """Where a piece belongs."""
+    """Which slice of which tensor."""
 
     group: str  # of tensors: weights, ema, optimizer
     name: str
@@ -60,17 +61,17 @@ class SliceKey:
         return self.size == self.shape
 
 
-# Of weights, ema, optimizer: names, and what this process holds.
+# Group (weights, ema, optimizer) -> name -> what this process holds.
 Groups = Mapping[str, Mapping[str, Tensor | LocalSlices]]
 
 
 def local_slices(value: Tensor | LocalSlices) -> LocalSlices:
-    """What this process holds of a tensor, a DTensor or `Pieces`, without copying."""
+    """The slices that this process holds of a tensor, a DTensor or `LocalSlices`. Copies nothing."""
     if isinstance(value, LocalSlices):
         return value
     value = value.detach()
     shape = tuple(value.shape)
-    if not hasattr(value, "placements"):  # importing DTensor to ask costs most of a second
+    if not hasattr(value, "placements"):  # isinstance would import DTensor, which takes most of a second
         return LocalSlices(shape, (LocalSlice((0,) * len(shape), value),))
     dtensor: Any = value
     offset, local = local_offset(dtensor), dtensor.to_local()
@@ -78,55 +79,55 @@ def local_slices(value: Tensor | LocalSlices) -> LocalSlices:
 
 
 def local_offset(tensor: Any) -> tuple[int, ...]:
-    """The offset of a DTensor's local part, which must be one box."""
+    """The offset of a DTensor's local tensor, which must be one contiguous block."""
     sizes, coordinate = tensor.device_mesh.shape, tensor.device_mesh.get_coordinate()
     cuts = {axis: placement for axis, placement in enumerate(tensor.placements) if not placement.is_replicate()}
     offset, size = [0] * tensor.ndim, list(tensor.shape)
-    # A strided cut comes after those to its right: fully sharded after tensor parallel, of the same dim.
+    # A strided shard is cut after those to its right: fully sharded after tensor parallel, along the same dim.
     for axis in sorted(cuts, key=lambda axis: hasattr(cuts[axis], "split_factor")):
         dim = cuts[axis].dim
         before = math.prod(sizes[other] for other in cuts if other > axis and cuts[other].dim == dim)
-        assert getattr(cuts[axis], "split_factor", before) == before, f"{tensor.placements}: not one box"
+        assert getattr(cuts[axis], "split_factor", before) == before, f"{tensor.placements}: not one block"
         chunk = -(-size[dim] // sizes[axis])
         start = min(size[dim], chunk * coordinate[axis])
         offset[dim] += start
         size[dim] = min(chunk, size[dim] - start)
     local = tuple(tensor.to_local().shape)
-    assert local == tuple(size), f"{tensor.placements}: a local part of {local} where {tuple(size)} was expected"
+    assert local == tuple(size), f"{tensor.placements}: a local tensor of {local} where {tuple(size)} was expected"
     return tuple(offset)
 
 
 def slices_by_key(tensors: Groups) -> dict[SliceKey, Tensor]:
-    """What this process holds, by where it belongs."""
+    """All slices that this process holds."""
     found = {}
     for group, values in tensors.items():
         for name, value in values.items():
-            held = local_slices(value)
-            for piece in held.pieces:
-                if piece.tensor.numel() or not math.prod(held.shape):  # a process may have come away empty-handed
-                    found[SliceKey(group, name, held.shape, piece.offset, piece.size)] = piece.tensor
+            local = local_slices(value)
+            for part in local.slices:
+                if part.tensor.numel() or not math.prod(local.shape):  # a process may hold an empty slice
+                    found[SliceKey(group, name, local.shape, part.offset, part.size)] = part.tensor
     return found
 
 
-def assign_writers(held: list[list[SliceKey]]) -> list[dict[str, list[SliceKey]]]:
-    """What each process holds -> what each process writes: file names and their places.
+def assign_writers(keys_by_rank: list[list[SliceKey]]) -> list[dict[str, list[SliceKey]]]:
+    """The slices that each process holds -> for each process, the files that it writes and the slices in them.
 
-    The first process that holds a piece writes it. A group that one process writes is one plain file.
+    The first process that holds a slice writes it. A group that one process writes is one plain file.
     """
     writer: dict[SliceKey, int] = {}
-    for rank, places in enumerate(held):
-        for place in places:
-            writer.setdefault(place, rank)
-    filled: dict[tuple[str, str], int] = {}
-    for place in writer:
-        key = (place.group, place.name)
-        filled[key] = filled.get(key, 0) + math.prod(place.size)
+    for rank, keys in enumerate(keys_by_rank):
+        for key in keys:
+            writer.setdefault(key, rank)
+    elements: dict[tuple[str, str], int] = {}
+    for key in writer:
+        tensor = (key.group, key.name)
+        elements[tensor] = elements.get(tensor, 0) + math.prod(key.size)
     by_group: dict[str, dict[int, list[SliceKey]]] = {}
-    for place, rank in writer.items():
-        there = filled[place.group, place.name]
-        assert there == math.prod(place.shape), f"{place.name} {place.shape}: {there} elements among all processes"
-        by_group.setdefault(place.group, {}).setdefault(rank, []).append(place)
-    written: list[dict[str, list[SliceKey]]] = [{} for _ in held]
+    for key, rank in writer.items():
+        total = elements[key.group, key.name]
+        assert total == math.prod(key.shape), f"{key.name} {key.shape}: {total} elements among all processes"
+        by_group.setdefault(key.group, {}).setdefault(rank, []).append(key)
+    written: list[dict[str, list[SliceKey]]] = [{} for _ in keys_by_rank]
     for group, by_rank in by_group.items():
         for i, rank in enumerate(sorted(by_rank), start=1):
             name = group if len(by_rank) == 1 else f"{group}-{i:05d}-of-{len(by_rank):05d}"
@@ -135,18 +136,18 @@ def assign_writers(held: list[list[SliceKey]]) -> list[dict[str, list[SliceKey]]
 
 
 def write_slices(path: Path, tensors: dict[SliceKey, Tensor]) -> None:
-    """Raises OSError or SafetensorError where it cannot."""
-    content, placed = {}, {}
-    for place, tensor in tensors.items():
-        key = place.name if place.whole else f"{place.name}[{','.join(map(str, place.offset))}]"
-        content[key] = tensor
-        if not place.whole:
-            placed[key] = [place.name, place.shape, place.offset]
-    save_file(content, path, metadata={SLICES: json.dumps(placed)} if placed else None)
+    """Write one file. Raises OSError or SafetensorError."""
+    content, header = {}, {}
+    for key, tensor in tensors.items():
+        name = key.name if key.whole else f"{key.name}[{','.join(map(str, key.offset))}]"
+        content[name] = tensor
+        if not key.whole:
+            header[name] = [key.name, key.shape, key.offset]
+    save_file(content, path, metadata={SLICES: json.dumps(header)} if header else None)
 
 
 def read_whole(paths: Iterable[Path], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """All tensors of these files, put together."""
+    """All tensors of these files, each whole."""
     paths = list(paths)
     tensors = {}
     for path in paths:
@@ -160,46 +161,48 @@ def read_whole(paths: Iterable[Path], device: torch.device | str = "cpu") -> dic
 
 @torch.no_grad()
 def read_into(paths: Iterable[Path], targets: Mapping[str, Tensor | LocalSlices]) -> None:
-    """Fill `targets`, in whatever layout, with the tensors of these files.
+    """Fill `targets`, in any layout of processes, with the tensors of these files.
 
-    Raises UserError where a file cannot be read, or holds other tensors than these; targets may be half filled then.
+    Raises UserError if a file cannot be read or holds other tensors. Some targets may be filled by then.
     """
     paths = list(paths)
     wanted = {name: local_slices(value) for name, value in targets.items()}
-    missing = {name: sum(piece.tensor.numel() for piece in held.pieces) for name, held in wanted.items()}
-    known = set()
+    missing = {name: sum(part.tensor.numel() for part in local.slices) for name, local in wanted.items()}
+    found = set()
     for path in paths:
         for name, shape, offset, stored in stored_slices(path):
-            known.add(name)
+            found.add(name)
             if name not in wanted:
-                raise UserError(f"{path}: holds {name}, which this run has not; it is of another model or setting")
+                raise UserError(
+                    f"{path}: has a tensor {name} that this run does not have; it is of another model or setting"
+                )
             if shape != wanted[name].shape:
                 raise UserError(
                     f"{path}: {name} is {shape} there and {wanted[name].shape} here; it is of another model"
                 )
-            for piece in wanted[name].pieces:
-                both = overlap(offset, tuple(stored.get_shape()), piece.offset, piece.size)
+            for part in wanted[name].slices:
+                both = overlap(offset, tuple(stored.get_shape()), part.offset, part.size)
                 if both:
-                    source, goal = stored[both[0]], piece.tensor[both[1]]
-                    if source.dtype != goal.dtype:
-                        raise UserError(f"{path}: {name} is {source.dtype} there and {goal.dtype} here")
-                    goal.copy_(source)
+                    source, target = stored[both[0]], part.tensor[both[1]]
+                    if source.dtype != target.dtype:
+                        raise UserError(f"{path}: {name} is {source.dtype} there and {target.dtype} here")
+                    target.copy_(source)
                     missing[name] -= source.numel()
     for name, number in missing.items():
-        if number or name not in known:
+        if number or name not in found:
             where = ", ".join(path.name for path in paths)
-            raise UserError(f"{paths[0].parent}: {name} is not or not wholly in {where}; use another checkpoint")
+            raise UserError(f"{paths[0].parent}: {name} is missing or incomplete in {where}; use another checkpoint")
 
 
 def stored_slices(path: Path) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...], Any]]:
-    """Name, whole shape, offset and slice (safetensors' own) of all that a file holds."""
+    """The name, whole shape, offset and safetensors slice of each entry of a file."""
     try:
         with safe_open(path, framework="pt") as file:
-            placed = json.loads((file.metadata() or {}).get(SLICES, "{}"))
+            header = json.loads((file.metadata() or {}).get(SLICES, "{}"))
             for key in file.keys():  # noqa: SIM118 - not a dict
                 stored = file.get_slice(key)
                 size = tuple(stored.get_shape())
-                name, shape, offset = placed.get(key, (key, size, (0,) * len(size)))
+                name, shape, offset = header.get(key, (key, size, (0,) * len(size)))
                 if not len(shape) == len(offset) == len(size):
                     raise ValueError(f"{name}: shape {shape}, offset {offset}, size {size}")
                 yield name, tuple(shape), tuple(offset), stored
@@ -210,7 +213,7 @@ def stored_slices(path: Path) -> Iterator[tuple[str, tuple[int, ...], tuple[int,
 def overlap(
     offset: tuple[int, ...], size: tuple[int, ...], other_offset: tuple[int, ...], other_size: tuple[int, ...]
 ) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-    """Where two boxes overlap, as slices of each of them; None where they do not."""
+    """Where two slices of a tensor overlap, as indices into each of them; None if they do not."""
     starts = [max(a, b) for a, b in zip(offset, other_offset, strict=True)]
     stops = [min(a + n, b + m) for a, n, b, m in zip(offset, size, other_offset, other_size, strict=True)]
     if any(start >= stop for start, stop in zip(starts, stops, strict=True)):

@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import Tensor
 
 from uvit.checkpoint.folder import Checkpoint, latest_checkpoint, read_checkpoint
-from uvit.checkpoint.layout import all_gather_channel, from_checkpoint_layout, to_checkpoint_layout
-from uvit.checkpoint.saver import Saver
+from uvit.checkpoint.layout import from_checkpoint_layout, to_checkpoint_layout
+from uvit.checkpoint.saver import Saver, all_gather_channel
 from uvit.distributed.ops import any_of, broadcast, differing_replicas
 from uvit.errors import UserError
 from uvit.train.checks import differing_fingerprint
