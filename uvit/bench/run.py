@@ -82,7 +82,7 @@ def make_jobs(config: BenchConfig, run: Run) -> tuple[Job, Job, Job]:
 
     def forward() -> None:
         with torch.no_grad(), run.precision.autocast():
-            run.precision.networks["unet"](latents, batch.timesteps, context)
+            run.precision.compute_model["unet"](latents, batch.timesteps, context)
 
     return lambda: torch.mm(left, right, out=product), forward, lambda: train_step(run, batches)
 
@@ -131,7 +131,7 @@ def describe_run(config: BenchConfig, run: Run) -> str:
     cuda, num_threads = run.device.type == "cuda", torch.get_num_threads()
     place = torch.cuda.get_device_name(run.device) if cuda else f"{num_threads} thread{'s'[: num_threads > 1]}"
     options = [config.precision, *(name for name in ("compile", "recompute") if getattr(config, name))]
-    num_parameters, size = sum(p.numel() for p in run.networks.parameters()), config.matmul_size
+    num_parameters, size = sum(p.numel() for p in run.master_model.parameters()), config.matmul_size
     return (
         f"{config.uvit_config_file}: {num_parameters:,} parameters, batch {config.batch_size}, "
         f"{', '.join(options)}; {run.device} ({place}), torch {torch.__version__}; "

@@ -87,7 +87,7 @@ class Checkpointer:
 
     def _bits(self) -> tuple[int, int]:
         """Of this process's part of the weights and of their average."""
-        return (checksum(self.run.networks), checksum(self.run.ema.model)) if self.run.ema else (0, 0)
+        return (checksum(self.run.master_model), checksum(self.run.ema.model)) if self.run.ema else (0, 0)
 
     def _not_written(self) -> str:
         return f"--output_dir {self.run.output_dir}: checkpoint-{self.run.step} is not written"
@@ -101,7 +101,7 @@ def run_state(run: Run) -> dict[str, dict[str, Tensor]]:
     """All that changes from step to step, by the names of a checkpoint's files."""
     init_optimizer_state(run.optimizer)
     state = {
-        "weights": run.networks.state_dict(),
+        "weights": run.master_model.state_dict(),
         "optimizer": flatten_optimizer(run.optimizer, run.parameter_names()),
     }
     return state | ({"ema": run.ema.model.state_dict()} if run.ema else {})

@@ -22,6 +22,7 @@ from uvit.export.convert import export_checkpoint, training_facts
 from uvit.io import back_up, write_yaml
 from uvit.store.npy_layout import NpyFeatures
 from uvit.train.checkpointing import Checkpointer, resume
+from uvit.train.checks import check_latents
 from uvit.train.clock import peak_memory_bytes
 from uvit.train.dry_run import describe_plan
 from uvit.train.guards import step_ranges
@@ -72,6 +73,8 @@ def run_training(config: TrainConfig, world: World) -> int:
     output_dir = Path(config.output_dir)
     with hang_watchdog(config.hang_timeout, world):
         run = build_run(config, output_dir, world)
+        if world.is_main:
+            check_latents(run.features, run.latent_scale, config.feature_path)
         if config.overwrite_output_dir and world.is_main and output_dir.exists() and any(output_dir.iterdir()):
             print(f"--overwrite_output_dir: what was in {output_dir} is now in {back_up(output_dir)}")
         barrier(world)
