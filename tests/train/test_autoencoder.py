@@ -15,7 +15,8 @@ from uvit.diffusion import draw_latents
 from uvit.errors import UserError
 from uvit.images import to_unit
 from uvit.sources.open import open_source, require_random_access
-from uvit.train.autoencoder import build_vae, load_images, measure_vae, split_rows, train_autoencoder
+from uvit.train.autoencoder import train_autoencoder
+from uvit.train.vae_model import build_vae, load_images, measure_vae, split_rows
 from uvit.weights.encoders import encode_images, latent_scale_of, load_diffusers_vae
 
 
@@ -55,10 +56,11 @@ def test_train_measure_write_open(tmp_path: Path, capsys: pytest.CaptureFixture[
     latents = draw_latents(moments, torch.randn(moments.shape[0], 4, 4, 4), facts["latent_scale"])
     assert latents.std().item() == pytest.approx(1, abs=0.02)  # what the scale is for
 
-    with pytest.raises(UserError, match="--overwrite_output_dir"):
-        train_autoencoder(config(folder))
-    train_autoencoder(config(folder, overwrite_output_dir=True, max_steps=1))
-    assert (folder / "config.old1.json").is_file() and load_diffusers_vae(str(folder))
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert train_autoencoder(config(folder, preview_steps=75)) == 0
+    said = capsys.readouterr().out
+    assert f"{folder}: all 150 steps are done" in said and "the VAE is there already" in said
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
 
 @pytest.mark.parametrize("factor", [4, 8])

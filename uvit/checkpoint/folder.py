@@ -1,3 +1,6 @@
+"""The folders of checkpoints: which are there, which are whole, and what they say of the run that wrote them."""
+
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -13,6 +16,7 @@ from uvit.errors import UserError
 
 RECORD = "uvit.json"
 CHECKPOINT_FORMAT = 2
+QUIET_FLAGS = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "disable_tqdm"}
 
 
 # Reading
@@ -31,6 +35,15 @@ class Checkpoint:
         """Those of `weights`, `ema` or `optimizer`: one, or one for each process that wrote; none if it has no such."""
         pattern = re.compile(rf"{group}(-\d+-of-\d+)?\.safetensors")
         return [self.folder / name for name in self.record["files"] if pattern.fullmatch(name)]
+
+    def changed_flags(self, config: Any) -> dict[str, str]:
+        """{flag: what it was and is now}, of the config dataclass's flags that change something."""
+        before, now = (
+            self.record["config"],
+            json.loads(json.dumps(dataclasses.asdict(config))),
+        )  # a tuple is a list there
+        changed = [key for key in now if key not in QUIET_FLAGS and key in before and before[key] != now[key]]
+        return {key: f"--{key} was {before[key]} and is now {now[key]}" for key in changed}
 
     def load(self, group: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Its tensors, whole."""
@@ -64,6 +77,12 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             what = "is missing" if found is None else f"has {found} bytes instead of {size}"
             raise UserError(f"{folder}: is not whole, {name} {what}; use another checkpoint")
     return Checkpoint(folder, record)
+
+
+def check_command(found: Checkpoint, command: str) -> None:
+    """Refuse the checkpoint of another command. Those of `uvit train` name none."""
+    if (theirs := found.record.get("command", "uvit train")) != command:
+        raise UserError(f"{found.folder}: is a checkpoint of `{theirs}`, not of `{command}`; choose another folder")
 
 
 def checkpoint_folders(output_dir: Path) -> list[Path]:

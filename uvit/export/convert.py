@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from uvit.checkpoint.folder import RECORD, checkpoint_folders, read_checkpoint
+from uvit.checkpoint.folder import RECORD, check_command, checkpoint_folders, read_checkpoint
 from uvit.config.convert import ENCODERS, ConvertConfig
 from uvit.errors import UserError
 from uvit.export.card import push, run_folder, write_card
@@ -32,7 +32,7 @@ from uvit.weights.components import (
     load_vae,
     read_components,
 )
-from uvit.weights.detect import FLAGS, INDEX, is_third_party, missing_parts
+from uvit.weights.detect import CONFIG, FLAGS, INDEX, is_third_party, missing_parts
 from uvit.weights.encoders import check_finite, fingerprint, load_tokenizer, quiet
 
 SOURCE = "training.json"  # in a pipeline folder: which training it comes from
@@ -103,7 +103,7 @@ def load_components(config: ConvertConfig, source: Path) -> Components:
         wanted = [name for name, flag in FLAGS.items() if flag in ENCODERS[config.to]]
         optional = config.to == "official"  # its file of the VAE is one that its users have
         return open_checkpoint(source, config.use_ema, *named, wanted=wanted, optional=optional)
-    if found := checkpoint_folders(source):
+    if (found := checkpoint_folders(source)) and not (source / CONFIG).is_file():  # as that of a VAE has
         raise UserError(f"{source}: is a training run; name a checkpoint of it, {found[-1]} for example")
     if ours:
         if not config.use_ema:
@@ -166,6 +166,7 @@ def open_checkpoint(
     only a `vae` that is named here is taken as it is, so that one with a better decoder may be.
     """
     found = read_checkpoint(source)
+    check_command(found, "uvit train")
     record = found.record
     averaged = use_ema and bool(found.files("ema"))
     weights = found.load("ema" if averaged else "weights")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel
 
 import uvit
@@ -80,9 +80,6 @@ class Run:
     def averaged(self) -> nn.ModuleDict:
         """The networks that people get to see: the EMA's, where there is one."""
         return self.ema.model if self.ema else self.networks  # type: ignore[return-value]
-
-    def parameter_names(self) -> dict[Tensor, str]:
-        return {parameter: name for name, parameter in self.networks.named_parameters()}
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint says of itself: enough to resume, and to make a pipeline of it."""
