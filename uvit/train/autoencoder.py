@@ -222,7 +222,10 @@ def train_vae(run: VaeRun, stop: StopSignal, saver: Saver) -> None:
             if config.preview_steps > 0 and run.step % config.preview_steps == 0:
                 path = run.output_dir / "previews" / f"step-{run.step:06d}.png"
                 save_reconstructions(run.ema.model, run.held_out, path)
-            if run.step % config.save_steps == 0 or run.step == config.max_steps or stop.signal:
+            due = (
+                run.step % config.save_steps == 0 and not run.guards.skipped_in_a_row
+            )  # else the weights may be spoilt
+            if due or run.step == config.max_steps or stop.signal:
                 saver.save(run.step, run.state(), run.record())
                 run.checkpoint = run.output_dir / f"checkpoint-{run.step}"
             if folder := saver.saved():
