@@ -1,10 +1,26 @@
-"""A config goes through YAML and comes back the same."""
+"""Files and folders are whole or not there; a config goes through YAML and comes back the same."""
 
+import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
+import uvit.io
+from tests.checkpoint.test_saver import files_at_most
 from uvit.cli.parse import parse
 from uvit.config.train import TrainConfig
-from uvit.io import to_yaml
+from uvit.io import (
+    back_up,
+    format_bytes,
+    read_json,
+    to_yaml,
+    write_atomically,
+    write_bytes,
+    write_folder_atomically,
+    write_json,
+    write_json_once,
+)
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -12,3 +28,80 @@ def test_round_trip(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     again, _ = parse(TrainConfig, ["--config", str(tmp_path / "config.yaml")], prog="uvit train")
     assert again == config
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_a_file_is_the_old_one_or_the_new_one(tmp_path: Path, sync: bool) -> None:
+    path = tmp_path / "a.txt"
+    write_bytes(path, b"old", sync)
+    with pytest.raises(RuntimeError), write_atomically(path, sync) as aside:
+        aside.write_bytes(b"half")
+        assert path.read_bytes() == b"old"
+        raise RuntimeError
+    assert path.read_bytes() == b"old"
+    write_bytes(path, b"new", sync)
+    assert path.read_bytes() == b"new" and [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_what_a_kill_left_is_written_over(tmp_path: Path) -> None:
+    (tmp_path / ".a.txt.writing").write_bytes(b"half")
+    (tmp_path / ".folder.writing").mkdir()
+    (tmp_path / ".folder.writing" / "stray").touch()
+    write_bytes(tmp_path / "a.txt", b"whole")
+    with write_folder_atomically(tmp_path / "folder") as aside:
+        (aside / "inside").mkdir()
+        (aside / "inside" / "file").write_bytes(b"whole")
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == [
+        "a.txt", "folder", "folder/inside", "folder/inside/file",
+    ]  # fmt: skip
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), write_folder_atomically(tmp_path / "in" / "folder") as aside:
+        (aside / "file").touch()
+        raise RuntimeError
+    assert list((tmp_path / "in").iterdir()) == []
+
+
+def test_a_disk_that_takes_no_more_leaves_the_old_content(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+    with files_at_most(100), pytest.raises(OSError, match="too large"):
+        write_json(path, list(range(1000)))
+    assert read_json(path) == {"a": 1} and [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_the_first_of_several_writers_wins(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: write_json_once(tmp_path / "a.json", {"writer": i}), range(32)))
+    first = read_json(tmp_path / "a.json")
+    write_json_once(tmp_path / "a.json", {"writer": "late"})
+    assert read_json(tmp_path / "a.json") == first and first["writer"] in range(32)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_back_ups_take_the_first_free_name(tmp_path: Path) -> None:
+    for number in (1, 2):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "a.json").touch()
+        assert back_up(tmp_path / "run") == tmp_path / f"run.old{number}"
+        assert back_up(tmp_path / "a.json") == tmp_path / f"a.old{number}.json"
+
+
+def test_bytes_in_words() -> None:
+    assert [format_bytes(n) for n in (0, 1023, 1024, 1.5 * 2**30, 2**50)] == [
+        "0 bytes", "1,023 bytes", "1.0 KiB", "1.5 GiB", "1,024.0 TiB",
+    ]  # fmt: skip
+
+
+def test_only_io_renames_and_syncs() -> None:
+    """Elsewhere only what has a protocol of its own does: checkpoints and shards, which several processes write."""
+    package = Path(uvit.io.__file__).parent
+    own = {"io.py", "checkpoint/saver.py", "store/shard.py"}
+    pattern = re.compile(r"os\.(fsync|rename|replace|link)\(|\.rename\(|(?<!dataclasses)(?<!_)\.replace\([a-z_.]+\)")
+    found = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if pattern.search(path.read_text(encoding="utf-8"))
+    }
+    assert found - own == set()

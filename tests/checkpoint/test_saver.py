@@ -211,7 +211,8 @@ KILLED = """
 import os, random, shutil, signal, sys, time
 from pathlib import Path
 import torch
-from uvit import checkpoint
+from uvit.checkpoint.folder import checkpoint_folders, latest_checkpoint, read_checkpoint
+from uvit.checkpoint.saver import Saver
 
 torch.set_num_threads(1)
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir"}
@@ -250,22 +251,22 @@ def fork(run, work, kill_at=0, delay=None):
 
 def check(run, allowed):
     # The latest is whole and one of those that were saved: {step: {values}}.
-    found = checkpoint.latest(run)
+    found = latest_checkpoint(run)
     assert found is not None, sorted(os.listdir(run))
     for group in ("weights", "ema"):
         value = found.load(group)["a"].unique().tolist()
         assert len(value) == 1 and value[0] == found.record["value"] and value[0] in allowed[found.step], (found, value)
-    for folder in checkpoint.folders(run):
-        checkpoint.read(folder)
+    for folder in checkpoint_folders(run):
+        read_checkpoint(folder)
     return found
 
 def go_on(run, step):
-    with checkpoint.Saver(run, limit=1) as saver:
+    with Saver(run, limit=1) as saver:
         saver.save(step, tensors(9.0), {"value": 9.0})
     assert os.listdir(run) == [f"checkpoint-{step}"], os.listdir(run)
 
 def save_checkpoint(run, step, value, limit):
-    with checkpoint.Saver(run, limit) as saver:
+    with Saver(run, limit) as saver:
         saver.save(step, tensors(value), {"value": value})
 
 def again(run):
@@ -288,8 +289,8 @@ def at_every_operation(root):
         print(name, kill_at)
 
 def in_a_loop(run):
-    with checkpoint.Saver(run, limit=2) as saver:
-        step = checkpoint.latest(run).step
+    with Saver(run, limit=2) as saver:
+        step = latest_checkpoint(run).step
         while True:
             step += 1
             saver.save(step, tensors(float(step)), {"value": float(step)})

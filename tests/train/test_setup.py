@@ -34,7 +34,7 @@ def test_a_wider_initialisation(tiny_config: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(wide.mid_block.mlp.fc1.weight, 3 * plain.mid_block.mlp.fc1.weight)
     torch.testing.assert_close(wide.pos_embed, 25 * plain.pos_embed)
     assert torch.equal(wide.patch_embed.proj.weight, plain.patch_embed.proj.weight)
-    with pytest.raises(UserError, match="--weight_init_std and --position_init_std are for fresh weights"):
+    with pytest.raises(UserError, match="--weight_init_std and --position_init_std are for initial weights"):
         tiny_config(weight_init_std=0.06, pretrained_model_name_or_path="x")
 
 
