@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 import uvit
 from uvit.checkpoint.folder import Checkpoint, check_command, latest_checkpoint
-from uvit.checkpoint.saver import Saver, keep_latest
+from uvit.checkpoint.saver import Saver, clean_up, keep_latest
 from uvit.config.extract import AutoencoderConfig
 from uvit.config.train import TrainConfig
-from uvit.distributed.mesh import single_process_world
+from uvit.distributed.mesh import World, single_process_world
 from uvit.errors import UserError
 from uvit.images import to_unit
 from uvit.io import back_up, read_json, sync_path, to_yaml, write_json, write_yaml
@@ -47,6 +47,7 @@ COMMAND = "uvit autoencoder"
 NUM_WARMUP_STEPS = 100
 REPORT_STEPS = 50
 NUM_CHECKPOINTS = 2  # that training keeps; when it is done, it keeps one
+VAE_ASIDE = ".vae.writing"  # the folder that the finished VAE is written to first
 MAX_MEASURED = 2048  # images for the latent scale
 # Flags that a resumed run cannot change: another model, other images, or another choice of the held-out ones.
 FIXED_FLAGS = {
@@ -117,7 +118,7 @@ def train_autoencoder(config: AutoencoderConfig) -> int:
             print(f"{output_dir}: all {config.max_steps} steps are done")
         else:
             with stop_signals() as stop, Saver(output_dir, NUM_CHECKPOINTS) as saver:
-                train_vae(run, stop, saver)
+                train_vae(run, world, stop, saver)
             if run.step < config.max_steps:
                 return report_stop(stop, run.step, config.max_steps)
         write_result(run)
@@ -187,9 +188,9 @@ def resume_vae(run: VaeRun, found: Checkpoint) -> None:
     print(f"resumed {found.folder}: step {run.step} of {run.config.max_steps}")
 
 
-def train_vae(run: VaeRun, stop: StopSignal, saver: Saver) -> None:
+def train_vae(run: VaeRun, world: World, stop: StopSignal, saver: Saver) -> None:
     """To the last step or a signal, and save."""
-    config, world = run.config, single_process_world(run.config.device)
+    config = run.config
     batches = DataLoader(
         VaeBatches(run.source, run.rows, config),
         batch_size=None,
@@ -222,9 +223,8 @@ def train_vae(run: VaeRun, stop: StopSignal, saver: Saver) -> None:
             if config.preview_steps > 0 and run.step % config.preview_steps == 0:
                 path = run.output_dir / "previews" / f"step-{run.step:06d}.png"
                 save_reconstructions(run.ema.model, run.held_out, path)
-            due = (
-                run.step % config.save_steps == 0 and not run.guards.skipped_in_a_row
-            )  # else the weights may be spoilt
+            # Not amidst skipped updates: the weights before them may be spoilt already.
+            due = run.step % config.save_steps == 0 and not run.guards.skipped_in_a_row
             if due or run.step == config.max_steps or stop.signal:
                 saver.save(run.step, run.state(), run.record())
                 run.checkpoint = run.output_dir / f"checkpoint-{run.step}"
@@ -305,12 +305,14 @@ def write_result(run: VaeRun) -> None:
             f"latent scale {measured['latent_scale']:.4f}: {output_dir}"
         )
     keep_latest(output_dir, 1, run.step)
+    clean_up(output_dir, ("deleting",))  # of a kill in the line above
+    shutil.rmtree(output_dir / VAE_ASIDE, ignore_errors=True)  # of a kill at the end of `write_vae`
     print(f"{run.checkpoint} is kept: a higher --max_steps resumes from it. You may delete it")
 
 
 def write_vae(vae: AutoencoderKL, facts: dict[str, object], output_dir: Path) -> None:
     """Weights, then their config, then what was measured, which says that the others are there."""
-    aside = output_dir / ".vae.writing"
+    aside = output_dir / VAE_ASIDE
     shutil.rmtree(aside, ignore_errors=True)
     try:
         vae.save_pretrained(aside)
@@ -332,4 +334,4 @@ def write_vae(vae: AutoencoderKL, facts: dict[str, object], output_dir: Path) ->
 def written_steps(output_dir: Path) -> int | None:
     """How many steps the VAE in the folder was trained for; None: there is none."""
     path = output_dir / "training.json"
-    return read_json(path)["steps"] if path.is_file() else None
+    return read_json(path).get("steps") if path.is_file() else None

@@ -50,7 +50,7 @@ def ignore_signals(worker: int) -> None:
 
 
 def load_images(source: Source, rows: np.ndarray, resolution: int) -> Tensor:
-    """-> (B, 3, R, R) uint8, B at most the number of rows: what cannot be used is left out, and named on stderr."""
+    """-> (B, 3, R, R) uint8, B at most the number of rows: unusable images are skipped, and named on stderr."""
     pixels = []
     for row in rows:
         try:
@@ -64,7 +64,7 @@ def load_some_images(source: Source, rows: np.ndarray, resolution: int) -> Tenso
     """-> (B, 3, R, R) uint8, B at least 1"""
     images = load_images(source, rows, resolution)
     if not len(images):
-        raise UserError(f"--source: none of its images can be used, of {len(rows)} looked at; why is said above")
+        raise UserError(f"--source: none of its images can be used, of {len(rows)} looked at; why is printed above")
     return images
 
 
