@@ -28,6 +28,8 @@ def check_split(split: str | None) -> None:
 class AutoencoderConfig:
     """Train a VAE (a diffusers AutoencoderKL) on the images of a source.
 
+    Stop it at any time. Run the same command again to resume.
+
     uvit autoencoder --source my_images --resolution 64 --factor 4 --output_dir output/vae
     """
 
@@ -75,12 +77,14 @@ class AutoencoderConfig:
     """Decay of the EMA weights, which are the weights that are saved."""
 
     # Output and device
+    save_steps: PositiveInt = 500
+    """Steps between checkpoints, from which the same command resumes after a kill."""
     preview_steps: Annotated[int, Bounds(least=-1)] = 1000
     """Steps between images of reconstructions in OUTPUT_DIR/previews; -1: only at the end."""
     device: str = "auto"
     """cpu, cuda, or auto: the GPU if there is one."""
     overwrite_output_dir: bool = False
-    """Replace the VAE in OUTPUT_DIR. The old one is kept under another name."""
+    """Start afresh. What is in OUTPUT_DIR is kept under another name."""
     disable_tqdm: bool = False
     """Show no progress bar."""
 

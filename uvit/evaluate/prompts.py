@@ -1,6 +1,5 @@
 """`uvit evaluate`: prompt accuracy on the built-in shapes, measured from the pixels alone."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from tqdm import tqdm
 from uvit.config.sample import EvaluateConfig
 from uvit.evaluate.shapes_reader import ATTRIBUTES, CHANCE, read_scene
 from uvit.images import SHEET_COLOUR, contact_sheet, save_png
+from uvit.io import write_json
 from uvit.sample.command import generate
 from uvit.sample.load import open_pipeline
 from uvit.sources.shapes import Scene, render, scenes
@@ -33,7 +33,7 @@ def evaluate(config: EvaluateConfig) -> None:
     output_dir = Path(config.output_dir)
     save_png(sheet([scene for scene, _ in wanted], prompts, images), output_dir / "contact_sheet.png")
     facts = {**results, "num_prompts": len(prompts), "split": config.split, "guidance_scale": config.guidance_scale}
-    (output_dir / "results.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_json(output_dir / "results.json", facts)
     print(accuracy_table(results, len(prompts), config.split))
     print(f"asked (left) and drawn (right): {output_dir / 'contact_sheet.png'}")
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from uvit.checkpoint.folder import RECORD, checkpoint_folders, read_checkpoint
+from uvit.checkpoint.folder import RECORD, check_command, checkpoint_folders, read_checkpoint
 from uvit.config.convert import ENCODERS, ConvertConfig
 from uvit.errors import UserError
 from uvit.export.card import push, run_folder, write_card
@@ -33,7 +33,7 @@ from uvit.weights.components import (
     load_vae,
     read_components,
 )
-from uvit.weights.detect import FLAGS, INDEX, is_third_party, missing_components
+from uvit.weights.detect import CONFIG, FLAGS, INDEX, is_third_party, missing_components
 from uvit.weights.encoders import check_finite, fingerprint, load_tokenizer, quiet
 
 TRAINING_FILE = "training.json"  # in a pipeline folder: the training run that it comes from
@@ -107,7 +107,7 @@ def load_components(config: ConvertConfig, source: Path) -> Components:
         wanted = [name for name, flag in FLAGS.items() if flag in ENCODERS[config.to]]
         optional = config.to == "official"  # its users already have its autoencoder_kl.pth
         return open_checkpoint(source, config.use_ema, *flags, wanted=wanted, optional=optional)
-    if found := checkpoint_folders(source):
+    if (found := checkpoint_folders(source)) and not (source / CONFIG).is_file():  # a VAE has a config
         raise UserError(f"{source}: is a run folder; give one of its checkpoints, such as {found[-1]}")
     if is_ours:
         if not config.use_ema:
@@ -173,6 +173,7 @@ def open_checkpoint(
     the features. `vae` is not compared with that one: it may be a VAE with a better decoder.
     """
     found = read_checkpoint(source)
+    check_command(found, "uvit train")
     record = found.record
     has_ema = use_ema and bool(found.files("ema"))
     weights = found.load("ema" if has_ema else "weights")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel
 
 import uvit
@@ -79,9 +79,6 @@ class Run:
     def ema_model(self) -> nn.ModuleDict:
         """What is validated, previewed and exported: the EMA weights, or the trained ones without EMA."""
         return self.ema.model if self.ema else self.master_model  # type: ignore[return-value]
-
-    def parameter_names(self) -> dict[Tensor, str]:
-        return {parameter: name for name, parameter in self.master_model.named_parameters()}
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint says of itself: enough to resume, and to make a pipeline of it."""

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import errno
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +31,7 @@ from uvit.train.process import (
     StopSignal,
     deterministic_mode,
     hang_watchdog,
+    report_stop,
     reset_hang_timer,
     run_in_named_frame,
     stop_signals,
@@ -104,8 +104,7 @@ def train_with_rollback(run: Run, stop: "StopSignal") -> int:
     while not train_loop(run, stop, vae, work):
         roll_back(run)
     if run.step < run.max_steps:
-        print(f"stopped at step {run.step} of {run.max_steps}, saved; run the same command again to go on")
-        return 128 + (stop.signal or signal.SIGTERM)  # the signal may have reached another process alone
+        return report_stop(stop, run.step, run.max_steps)
     return 0
 
 
