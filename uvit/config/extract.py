@@ -82,7 +82,7 @@ class AutoencoderConfig:
     overwrite_output_dir: bool = False
     """Replace the VAE in OUTPUT_DIR. The old one is kept under another name."""
     disable_tqdm: bool = False
-    """Show no progress bar."""
+    """Print plain lines instead of a progress bar, on a terminal too."""
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -206,7 +206,7 @@ class ExtractConfig:
     device: str = "auto"
     """Where the encoders run: cpu, cuda, cuda:1, ..., or auto: the GPU if there is one."""
     disable_tqdm: bool = False
-    """Show no progress bar."""
+    """Print plain lines instead of a progress bar, on a terminal too."""
 
     def __post_init__(self) -> None:
         check_bounds(self)

@@ -133,13 +133,13 @@ def train_loop(run: Run, stop: "StopSignal", vae: AutoencoderKL | None, work: Mf
                     with run.clock.wait("save"):
                         saving.save()
                 if folder := saving.saved():
-                    metrics.say(f"saved {folder}")
+                    metrics.write(f"saved {folder}")
                 profile(run.step - first_step)
             metrics.flush()
             seconds = saving.save_and_wait()
-            metrics.say(f"saved {run.checkpoint} ({seconds:.1f} s)")
+            metrics.write(f"saved {run.checkpoint} ({seconds:.1f} s)")
         if config.benchmark:
-            metrics.say(f"steady state: {metrics.throughput()}")
+            metrics.write(f"steady state: {metrics.throughput()}")
     finally:
         metrics.close()
     return True
