@@ -1,6 +1,7 @@
 """`uvit convert`: a training checkpoint, a pipeline or others' weights -> a pipeline folder, or others' formats."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable, Collection
 from dataclasses import asdict
@@ -38,6 +39,12 @@ from uvit.weights.encoders import check_finite, fingerprint, load_tokenizer, qui
 SOURCE = "training.json"  # in a pipeline folder: which training it comes from
 REPORT = "conversion.json"  # in a pipeline folder: what was converted, and how
 PIPELINES = ("pipeline", "diffusers")  # the formats that are a pipeline of ours
+# The encoders of the official U-ViT code, which made most features that do not name theirs.
+USUAL_ENCODERS = {
+    "vqvae": "stabilityai/sd-vae-ft-ema",  # Stable Diffusion's, its decoder trained on
+    "text_encoder": "openai/clip-vit-large-patch14",
+    "tokenizer": "openai/clip-vit-large-patch14",
+}
 
 
 def convert(config: ConvertConfig) -> None:
@@ -204,6 +211,25 @@ def open_checkpoint(
     if "tokenizer" in wanted:
         parts.tokenizer = load_tokenizer(required_encoder(tokenizer or record["tokenizer"], FLAGS["tokenizer"]))
     return parts
+
+
+def missing_encoders(source: Path) -> list[str]:
+    """The components of a pipeline that a checkpoint neither holds nor names."""
+    record = read_checkpoint(source).record
+    known = {
+        "vqvae": record["vae"],
+        "text_encoder": record["text_encoder_config"] or record["text_encoder"],
+        "tokenizer": record["tokenizer"],
+    }
+    return [name for name in FLAGS if known[name] is None]
+
+
+def convert_command(source: Path, goal: Path, missing: Collection[str] = ()) -> str:
+    """The command that makes a checkpoint a pipeline, with the usual encoders for the missing ones."""
+    words = ["uvit", "convert", str(source), str(goal)]
+    for name in missing:
+        words += [f"--{FLAGS[name]}", USUAL_ENCODERS[name]]
+    return shlex.join([*words, "--overwrite"] if goal.exists() else words)
 
 
 def add_vae(parts: Components, named: str | None, record: dict[str, Any]) -> None:
