@@ -29,7 +29,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ["errors"],
     ["io"],
-    ["model", "diffusion", "images", "device"],
+    ["model", "diffusion", "images", "device", "progress"],
     ["config"],
     ["sources", "distributed"],
     ["weights", "checkpoint"],

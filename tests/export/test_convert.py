@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.sample.parts import tiny_pipeline_folder
 from tests.tiny import tiny_text_encoder_folder, tiny_vae_folder
 from tests.train.conftest import *  # noqa: F403 - the tiny store and runs
 from uvit import UViTPipeline
+from uvit.cli.main import main
 from uvit.config.convert import ConvertConfig
 from uvit.errors import UserError
 from uvit.export.convert import convert, training_facts, write_folder
@@ -72,6 +74,32 @@ def test_encoders_must_be_those_of_the_features(
     assert training_facts(goal)["vae_sha256"] == fingerprint(load_diffusers_vae(str(vae)))
     with pytest.raises(UserError, match=f"--text_encoder_name_or_path {encoder}: is not the one"):
         convert(ConvertConfig(source, str(goal), overwrite=True, text_encoder_name_or_path=str(encoder)))
+
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "v0.1"
+
+
+@pytest.mark.parametrize("given", [(), ("vae_name_or_path",)])
+def test_after_training_on_features_without_encoders_the_printed_command_writes_the_pipeline(
+    given: tuple[str, ...], tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = str(FIXTURES / "run" / "pipeline")
+    tiny = {"vae_name_or_path": str(FIXTURES / "vae"), "text_encoder_name_or_path": text, "tokenizer_name": text}
+    npy = {"feature_path": str(FIXTURES / "npy"), "uvit_config_file": str(FIXTURES / "model.json"), "max_steps": 1}
+    assert train(tiny_config(**npy, **{flag: tiny[flag] for flag in given})) == 0
+    *_, sentence, command = capsys.readouterr().out.splitlines()
+    assert sentence.startswith("trained. The `.npy` features do not say which encoders made them")
+    usual = "openai/clip-vit-large-patch14" if given else "Stable Diffusion's VAE and openai/clip-vit-large-patch14"
+    assert f" are made with {usual}. " in sentence
+    _, *words = shlex.split(command)
+    assert words[:3] == ["convert", str(tmp_path / "run" / "checkpoint-1"), str(tmp_path / "run" / "pipeline")]
+    assert [word for word in words if word.startswith("--")] == [f"--{flag}" for flag in tiny if flag not in given]
+    for i, word in enumerate(words):
+        if word.startswith("--"):
+            words[i + 1] = tiny[word[2:]]
+    assert main(words) == 0
+    pipeline = UViTPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert pipeline("a red circle", num_inference_steps=2, output_type="np").images.ndim == 4
 
 
 def test_every_format_of_a_checkpoint(tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,7 +86,7 @@ class AutoencoderConfig:
     overwrite_output_dir: bool = False
     """Start afresh. What is in OUTPUT_DIR is kept under another name."""
     disable_tqdm: bool = False
-    """Show no progress bar."""
+    """Print plain lines instead of a progress bar, on a terminal too."""
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -210,7 +210,7 @@ class ExtractConfig:
     device: str = "auto"
     """Where the encoders run: cpu, cuda, cuda:1, ..., or auto: the GPU if there is one."""
     disable_tqdm: bool = False
-    """Show no progress bar."""
+    """Print plain lines instead of a progress bar, on a terminal too."""
 
     def __post_init__(self) -> None:
         check_bounds(self)

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 from uvit.config.sample import EvaluateConfig
 from uvit.evaluate.shapes_reader import ATTRIBUTES, CHANCE, read_scene
 from uvit.images import SHEET_COLOUR, contact_sheet, save_png
 from uvit.io import write_json
+from uvit.progress import Progress
 from uvit.sample.command import generate
 from uvit.sample.load import open_pipeline
 from uvit.sources.shapes import Scene, render, scenes
@@ -20,14 +20,15 @@ MAX_SHEET_PROMPTS = 24
 
 def evaluate(config: EvaluateConfig) -> None:
     """Draw every combination of the split in every wording, read the pictures, print and write what was right."""
-    pipeline = open_pipeline(config.pipeline, config.device, disable_tqdm=config.disable_tqdm)
+    pipeline = open_pipeline(config.pipeline, config.device)
     asked = [scene for scene in scenes(config.split) if isinstance(scene, Scene)]
     wanted = [(scene, wording) for wording in range(NUM_WORDINGS) for scene in asked][: config.max_prompts]
     prompts = [scene.captions()[wording] for scene, wording in wanted]
     seeds = [config.seed + i for i in range(len(prompts))]
-    drawn = generate(pipeline, prompts, seeds, config.batch_size, config.guidance_scale, config.num_inference_steps)
-    progress = tqdm(drawn, total=len(prompts), unit="image", desc="evaluate", disable=config.disable_tqdm)
-    images = [image for _, _, _, image in progress]
+    scale, num_steps = config.guidance_scale, config.num_inference_steps
+    with Progress("evaluate", len(prompts), "image", bar=not config.disable_tqdm) as progress:
+        drawn = generate(pipeline, prompts, seeds, config.batch_size, scale, num_steps, progress=progress)
+        images = [image for _, _, _, image in drawn]
     results = accuracy([scene for scene, _ in wanted], images)
 
     output_dir = Path(config.output_dir)

@@ -1,6 +1,7 @@
 """`uvit convert`: a checkpoint, a pipeline or third-party weights -> a pipeline folder, or a third-party format."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable, Collection
 from dataclasses import asdict
@@ -39,6 +40,12 @@ from uvit.weights.encoders import check_finite, fingerprint, load_tokenizer, qui
 TRAINING_FILE = "training.json"  # in a pipeline folder: the training run that it comes from
 REPORT_FILE = "conversion.json"  # in a pipeline folder: the report of the conversion
 PIPELINE_FORMATS = ("pipeline", "diffusers")
+# The encoders of the official U-ViT code, which made most features that do not name theirs.
+USUAL_ENCODERS = {
+    "vqvae": "stabilityai/sd-vae-ft-ema",  # Stable Diffusion's VAE, with a decoder that was trained further
+    "text_encoder": "openai/clip-vit-large-patch14",
+    "tokenizer": "openai/clip-vit-large-patch14",
+}
 
 
 def convert(config: ConvertConfig) -> None:
@@ -212,6 +219,25 @@ def open_checkpoint(
     if "tokenizer" in wanted:
         components.tokenizer = load_tokenizer(required_encoder(tokenizer or record["tokenizer"], FLAGS["tokenizer"]))
     return components
+
+
+def missing_encoders(source: Path) -> list[str]:
+    """The components of a pipeline that a checkpoint neither holds nor names."""
+    record = read_checkpoint(source).record
+    known = {
+        "vqvae": record["vae"],
+        "text_encoder": record["text_encoder_config"] or record["text_encoder"],
+        "tokenizer": record["tokenizer"],
+    }
+    return [name for name in FLAGS if known[name] is None]
+
+
+def convert_command(source: Path, dest: Path, missing: Collection[str] = ()) -> str:
+    """The command that makes a pipeline of a checkpoint, with the usual encoders for the missing ones."""
+    words = ["uvit", "convert", str(source), str(dest)]
+    for name in missing:
+        words += [f"--{FLAGS[name]}", USUAL_ENCODERS[name]]
+    return shlex.join([*words, "--overwrite"] if dest.exists() else words)
 
 
 def load_recorded_vae(components: Components, override: str | None, record: dict[str, Any]) -> None:

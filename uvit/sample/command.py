@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from tqdm import tqdm
 
 from uvit.config.sample import SPEEDS, SampleConfig
 from uvit.config.sharding import resolve_shard
 from uvit.errors import UserError
+from uvit.progress import Progress, write
 from uvit.sample.files import is_generated, metadata, need_writable, next_number, numbered, save_image, save_sheet
-from uvit.sample.fit import fit_plan, read_plans, relative_error, solve, store_plan
+from uvit.sample.fit import NUM_REFERENCE_STEPS, fit_plan, read_plans, relative_error, solve, store_plan
 from uvit.sample.interactive import interactive
 from uvit.sample.jobs import ImageJob, Variant, image_jobs, job_batches, list_variants
 from uvit.sample.load import find_pipeline, open_pipeline
@@ -58,6 +58,7 @@ def generate(
     guidance_scale: float = 7.5,
     num_inference_steps: int = 50,
     negative_prompt: str | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[tuple[int, str, int, Image.Image]]:
     """Draw image i of prompts[i] and seeds[i]; yields (i, prompt, seed, image) in order.
 
@@ -70,6 +71,7 @@ def generate(
             pipeline,
             [prompts[i] for i in batch],
             [seeds[i] for i in batch],
+            progress,
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
             negative_prompt=negative_prompt,
@@ -79,19 +81,27 @@ def generate(
 
 
 def sample_batch(
-    pipeline: UViTPipeline, prompts: list[str], seeds: list[int], **options: Any
+    pipeline: UViTPipeline, prompts: list[str], seeds: list[int], progress: Progress | None = None, **options: Any
 ) -> tuple[list[Image.Image], Tensor]:
-    """One batch: its images, and the latents (B, C, h, w) that they were decoded from."""
+    """One batch: its images, and the latents (B, C, h, w) that they were decoded from.
+
+    progress: counts the images, in fractions while they are denoised.
+    """
     last: dict[str, Tensor] = {}
+    done_before = 0.0 if progress is None else progress.done
 
     def remember(_: UViTPipeline, step: int, timestep: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
         last.update(values)
+        if progress is not None:
+            progress.update(len(prompts) / (len(pipeline.scheduler.timesteps) + 1))  # the VAE is one more
         return values
 
     generator = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     images = pipeline(
         prompts, generator=generator, callback_on_step_end=remember, return_dict=False, **options
     )[0]  # fmt: skip
+    if progress is not None:  # an image that starts from another one took fewer steps
+        progress.update(done_before + len(prompts) - progress.done)
     if not torch.isfinite(last["latents"]).all():
         raise UserError(
             f"{prompts[0]!r}: came out as NaN or infinite; with --dtype float16 try bfloat16, "
@@ -133,6 +143,13 @@ def fit_schedule(config: SampleConfig) -> None:
     folder = find_pipeline(config.pipeline)
     need_writable(folder / "scheduler", f"--pipeline {config.pipeline}")
     pipeline = load_pipeline(config, folder).pipeline
+    total = len(config.guidance_scale) * (NUM_REFERENCE_STEPS + sum(SPEEDS.values()))
+    progress = Progress("fit", total, "step", bar=not config.disable_tqdm)
+
+    def count(_: UViTPipeline, step: int, timestep: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        progress.update()
+        return values
+
     for scale in config.guidance_scale:
 
         def latents_by(scheduler: MultistepScheduler, num_steps: int, scale: float = scale) -> Tensor:
@@ -145,6 +162,7 @@ def fit_schedule(config: SampleConfig) -> None:
                 num_inference_steps=num_steps,
                 negative_prompt=config.negative_prompt,
                 output_type="latent",
+                callback_on_step_end=count,
                 return_dict=False,
             )[0]
 
@@ -154,7 +172,8 @@ def fit_schedule(config: SampleConfig) -> None:
             path = store_plan(folder, plan)
             error = relative_error(drawn, reference.x_0)
             what = f"--speed {name}, {num_steps} steps for {describe_guidance(guidance)}"
-            print(f"{what}: off by {error:.1%}; stored in {path}")
+            write(f"{what}: off by {error:.1%}; stored in {path}")
+    progress.close()
 
 
 def is_interactive(config: SampleConfig) -> bool:
@@ -186,8 +205,8 @@ def run(config: SampleConfig, prompts: Sequence[str], studio: Callable[[Path], L
     pictures = image_jobs(config, prompts, first)
     batches = job_batches(pictures, config.batch_size, part, num_parts)
     paths, num_there, shared = [], 0, None
-    hidden = config.disable_tqdm or int(os.environ.get("RANK", "0")) > 0
-    with tqdm(total=len(variants) * sum(map(len, batches)), unit="image", disable=hidden) as bar:
+    total, silent = len(variants) * sum(map(len, batches)), int(os.environ.get("RANK", "0")) > 0
+    with Progress("sample", total, "image", bar=not (config.disable_tqdm or silent), lines=not silent) as progress:
         for variant in variants:
             opened = studio(variant.pipeline)
             options = pipeline_options(config, variant, opened.pipeline)
@@ -198,15 +217,16 @@ def run(config: SampleConfig, prompts: Sequence[str], studio: Callable[[Path], L
                 texts = [{**settings, "prompt": picture.prompt, "seed": str(picture.seed)} for picture in batch]
                 goals = [variant.folder / picture.file_name for picture in batch]
                 found = [_is_there(config, there, picture, text) for picture, text in zip(batch, texts, strict=True)]
-                if not all(found):  # if any is missing, all are drawn: as they were, to the bit
+                if all(found):
+                    progress.skip(len(batch))
+                else:  # if any is missing, all are drawn: as they were, to the bit
                     images, latents = sample_batch(
-                        opened.pipeline, [p.prompt for p in batch], [p.seed for p in batch], **options
+                        opened.pipeline, [p.prompt for p in batch], [p.seed for p in batch], progress, **options
                     )
                     for i in (i for i in range(len(batch)) if not found[i]):
                         save_image(goals[i], images[i], latents[i], texts[i], config.save_latents)
                 paths += goals
                 num_there += sum(found)
-                bar.update(len(batch))
     sheet = save_sheet(config, variants, pictures, shared or {}) if config.grid else None
     return SampleResult(paths, num_there, sheet)
 
@@ -269,9 +289,8 @@ def load_pipeline(config: SampleConfig, path: Path) -> LoadedPipeline:
     device, local_rank = config.device, os.environ.get("LOCAL_RANK")
     if device == "auto" and local_rank and torch.cuda.is_available():  # torchrun: a GPU for each process
         device = f"cuda:{int(local_rank) % torch.cuda.device_count()}"
-    hidden = config.disable_tqdm or int(os.environ.get("RANK", "0")) > 0
     offload = config.enable_model_cpu_offload
-    pipeline = open_pipeline(str(path), device, config.dtype, config.scheduler, hidden, offload)
+    pipeline = open_pipeline(str(path), device, config.dtype, config.scheduler, offload)
     if config.enable_vae_slicing:
         pipeline.enable_vae_slicing()
     if config.enable_vae_tiling:
@@ -287,7 +306,7 @@ def print_warnings() -> Iterator[None]:
     def say(message: Warning | str, *_: Any, **__: Any) -> None:
         if str(message) not in said:
             said.add(str(message))
-            tqdm.write(f"uvit sample: warning: {message}", file=sys.stderr)
+            write(f"uvit sample: warning: {message}", file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.filterwarnings("always", message="the model reads")

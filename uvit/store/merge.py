@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from uvit.config.store import FeaturesMergeConfig
 from uvit.errors import UserError
 from uvit.io import write_atomically, write_json
+from uvit.progress import Progress
 from uvit.store.manifest import Manifest
 from uvit.store.npy_convert import check_room
 from uvit.store.shard import record_name
@@ -121,10 +121,10 @@ def _copy_shards(stores: list[Store], writer: StoreWriter, disable_tqdm: bool) -
     ]
     sizes = [sum(file["bytes"] for file in shard["files"].values()) for _, _, shard in shards]
     check_room(sum(size for number, size in enumerate(sizes) if not writer.done(number)), writer.folder)
-    with tqdm(total=sum(sizes), unit="B", unit_scale=True, unit_divisor=1024, disable=disable_tqdm) as progress:
+    with Progress("merge", sum(sizes), "byte", bar=not disable_tqdm) as progress:
         for number, (folder, old, shard) in enumerate(shards):
             if writer.done(number):
-                progress.update(sizes[number])
+                progress.skip(sizes[number])
                 continue
             files = {}
             for name, expected in shard["files"].items():

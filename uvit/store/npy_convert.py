@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from uvit.config.store import FeaturesExportConfig, FeaturesImportConfig
 from uvit.device import pick_device
 from uvit.diffusion import LATENT_SCALE
 from uvit.errors import UserError
 from uvit.io import format_bytes, write_bytes
+from uvit.progress import Progress
 from uvit.sources.types import Problem
 from uvit.store.npy_layout import EMPTY_CONTEXT, load_npy, num_captions
 from uvit.store.reader import FeatureStore
@@ -93,15 +93,15 @@ def import_npy(config: FeaturesImportConfig) -> None:
 
 
 def _import_pairs(split: Split, counts: np.ndarray, writer: StoreWriter, disable_tqdm: bool) -> None:
-    progress = tqdm(total=len(counts), desc=split.name, unit="pair", disable=disable_tqdm)
+    progress = Progress(f"import {split.name}", len(counts), "pair", bar=not disable_tqdm)
     with progress, ThreadPoolExecutor(NUM_THREADS) as pool:
         for number in range(-(-len(counts) // writer.info.shard_size)):
             rows = writer.rows(number)
             if writer.done(number):
-                progress.update(len(rows))
+                progress.skip(len(rows))
                 continue
             with writer.open_shard(number) as shard:
-                progress.update(shard.next_row - rows.start)
+                progress.skip(shard.next_row - rows.start)
                 for start in range(shard.next_row, rows.stop, PAIRS_AT_A_TIME):
                     batch = range(start, min(start + PAIRS_AT_A_TIME, rows.stop))
                     pairs = list(pool.map(lambda i: _read_pair(split.folder, i, int(counts[i]), writer.info), batch))
@@ -235,7 +235,7 @@ class _Export:
     def run(self, disable_tqdm: bool) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         _write(self.folder / MARK, self.mark)
-        progress = tqdm(total=self.num_pairs, desc=self.name, unit="pair", disable=disable_tqdm)
+        progress = Progress(f"export {self.name}", self.num_pairs, "pair", bar=not disable_tqdm)
         with progress, ThreadPoolExecutor(NUM_THREADS) as pool:
             row = 0
             for moments, captions, counts in self._blocks():

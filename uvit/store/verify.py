@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from uvit.config.store import FeaturesVerifyConfig
 from uvit.errors import UserError
+from uvit.progress import Progress, write
 from uvit.store.manifest import Manifest
 from uvit.store.npy_convert import MARK
 from uvit.store.npy_layout import NPY_NAME, load_npy, num_captions
@@ -41,9 +41,7 @@ def verify(config: FeaturesVerifyConfig) -> int:
     splits = find_splits(config.path, config.split)
     num_wrong = 0
     lock = threading.Lock()
-    with tqdm(
-        total=sum(map(_num_bytes, splits)), unit="B", unit_scale=True, unit_divisor=1024, disable=config.disable_tqdm
-    ) as progress:
+    with Progress("verify", sum(map(_num_bytes, splits)), "byte", bar=not config.disable_tqdm) as progress:
 
         def advance(num_bytes: int) -> None:
             with lock:
@@ -51,7 +49,7 @@ def verify(config: FeaturesVerifyConfig) -> int:
 
         for split in splits:
             for wrong in check(split, advance):
-                progress.write(f"{split.name}: {wrong}")
+                write(f"{split.name}: {wrong}")
                 num_wrong += 1
     names = ", ".join(split.name for split in splits)
     if num_wrong:
