@@ -32,20 +32,21 @@ from uvit.weights.pdparams import read_pdparams, write_pdparams
 from uvit.weights.unet import is_norm, transpose_unet
 
 TOLERANCE = 5e-6
-ORIGINALS = Path(__file__).parents[3] / "shared" / "fixtures" / "tiny_pipeline"
 
 
-@pytest.fixture(params=["safetensors", "pdparams", "original safetensors", "original pdparams"])
+@pytest.fixture(params=["safetensors", "pdparams", "original pdparams"])
 def port_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """Of each container: the fixture and a copy of it, and what the port itself wrote where that is at hand."""
+    """PaddleMIX wrote the first. The second is our copy of it, and the third has the U-ViT as PaddleMIX wrote it."""
     if request.param == "safetensors":
         return PORT_FOLDER
     if request.param == "pdparams":
         write_paddlemix(read_components(PORT_FOLDER), tmp_path, "pdparams")
         return tmp_path
-    if not ORIGINALS.is_dir():
-        pytest.skip("the port's own folders are not here")
-    return ORIGINALS / ("pipe_pdparams" if "pdparams" in request.param else "pipe_default")
+    folder = tmp_path / "port"
+    shutil.copytree(PORT_FOLDER, folder)
+    (folder / "unet" / "diffusion_paddle_model.safetensors").unlink()
+    shutil.copy(FIXTURES / "port_pipeline_unet.pdparams", folder / "unet" / "model_state.pdparams")
+    return folder
 
 
 def test_the_ports_pictures(port_folder: Path, drawn: dict[str, Tensor]) -> None:
