@@ -15,8 +15,8 @@ help:  ## Show the targets
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: .venv/.ready  ## Pictures from words, from nothing: train on built-in shapes and draw (about 7 minutes, two CPU cores)
-	@PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/demo.sh
+demo: .venv/.ready  ## Train on built-in images of shapes, and generate some (about 7 minutes on two CPU cores)
+	@$(BIN)/uvit demo
 
 test: lint  ## Everything that CI runs: lint, types, tests
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest

@@ -29,7 +29,7 @@ from uvit.cli.parse import parse
 from uvit.config.model import resolve_model_config
 from uvit.config.train import TrainConfig
 from uvit.distributed.mesh import Degrees, destroy_distributed, init_distributed
-from uvit.train.dry_run import look, make_plan, plan_of_run
+from uvit.train.dry_run import build_meta_run, make_plan, plan_of_run
 from uvit.train.profiling import meta_unet
 from uvit.train.setup import build_run
 from uvit.train.step import train_step
@@ -102,8 +102,8 @@ def measure(kind: str, result: Path, flags: list[str]) -> None:
 def predicted(flags: list[str]) -> tuple[int, float]:
     """-> (bytes a process, the network's parameters in millions), as the dry run tells them."""
     config, _ = parse(TrainConfig, flags, prog="uvit train")
-    run = look(config)
-    return sum(plan_of_run(run).memory.values()), run.unet.num_parameters() / 1e6
+    run = build_meta_run(config)
+    return sum(plan_of_run(run).memory.values()), run.master_model["unet"].num_parameters() / 1e6
 
 
 def measured(kind: str, flags: list[str], size: int) -> int:

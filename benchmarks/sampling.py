@@ -95,7 +95,7 @@ def errors(drawn: Tensor, reference: Tensor) -> tuple[float, float]:
 def measure(
     name: str, path: str, source: str, guidance_scale: float, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    pipeline = open_pipeline(path, "cpu", disable_tqdm=True)
+    pipeline = open_pipeline(path, "cpu")
     order = torch.randperm(len(prompts := read_prompts(source)), generator=torch.Generator().manual_seed(0)).tolist()
     fitted_to = [prompts[i] for i in order[:NUM_FITTED_TO]]
     others = [prompts[i] for i in order[NUM_FITTED_TO : NUM_FITTED_TO + options.num_prompts]]
@@ -135,7 +135,7 @@ def measure(
 
 def prompts_right(path: str, options: argparse.Namespace) -> str:
     """Markdown: share of held-out prompts of the built-in data that are drawn right, with and without an interval."""
-    pipeline = open_pipeline(path, "cpu", disable_tqdm=True)
+    pipeline = open_pipeline(path, "cpu")
     asked = [scene for scene in scenes("heldout") if isinstance(scene, Scene)]
     prompts = [scene.captions()[i % 4] for i, scene in enumerate(asked)]
     known = [scene.captions()[i % 4] for i, scene in enumerate(scenes("train")[:NUM_FITTED_TO])]

@@ -10,11 +10,9 @@ here=$(cd "$(dirname "$0")/.." && pwd)
 source=${1:?give the pictures: a WebDataset .tar or a folder with metadata.jsonl}
 out=${UVIT_EMOJI_DIR:-$here/output/emoji}
 
-if [ ! -e "$out/vae/config.json" ]; then
-    echo "== 1. First stage: 64x64 pixels <-> 16x16x4 latents"
-    uvit autoencoder --source "$source" --resolution 64 --factor 4 --channels 32 --batch_size 8 --max_steps 2000 \
-        --kl_weight 2e-3 --bf16 --output_dir "$out/vae"
-fi
+echo "== 1. First stage: 64x64 pixels <-> 16x16x4 latents"
+uvit autoencoder --source "$source" --resolution 64 --factor 4 --channels 32 --batch_size 8 --max_steps 2000 \
+    --kl_weight 2e-3 --bf16 --output_dir "$out/vae"
 
 echo "== 2. Encode"
 uvit extract --source "$source" --resolution 64 --vae_name_or_path "$out/vae" \

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import settings
 
 from tests.port import drawn
-from tests.real_images import coco_mini, emoji_tar
+from tests.real_images import coco_folder, image_tar
 from tests.tiny import tiny_text_encoder_folder, tiny_vae_folder
 
-__all__ = ["coco_mini", "drawn", "emoji_tar"]  # fixtures
+__all__ = ["coco_folder", "drawn", "image_tar"]  # fixtures
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")

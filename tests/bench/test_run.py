@@ -47,7 +47,7 @@ def test_the_step_is_trainings_own(model: str, tmp_path: Path) -> None:
     )
     assert run.config.per_device_train_batch_size == 3
     assert run.precision.dtype == torch.bfloat16
-    assert run.networks["unet"].gradient_checkpointing
+    assert run.master_model["unet"].gradient_checkpointing
     assert run.ema is not None
 
 

@@ -46,8 +46,8 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(f"  {name} " in text and command.summary in text for name, command in COMMANDS.items())
-    assert all(f"{group}:\n" in text for group in ("Prepare data", "Train", "Use a model", "Other"))
-    assert "Begin with `uvit extract`, then `uvit train`, then `uvit sample`." in text
+    assert all(f"{group}:\n" in text for group in ("Begin", "Prepare data", "Train", "Use a model", "Other"))
+    assert "Begin with `uvit demo`, or with `uvit extract`, then `uvit train`, then `uvit sample`." in text
     assert max(map(len, text.splitlines())) <= 90
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"{uvit.__version__}\n"

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.port import PORT_FOLDER
 from uvit.errors import UserError
-from uvit.export.card import card, data_of, losses_of, public, push, run_folder, write_card
+from uvit.export.card import card, data_of, losses_of, push, run_folder, without_folders, write_card
 from uvit.weights.components import Components, read_components
 
 
@@ -22,7 +22,7 @@ def head_of(text: str) -> Any:
 
 
 @pytest.fixture
-def parts() -> Components:
+def components() -> Components:
     return read_components(PORT_FOLDER)
 
 
@@ -43,13 +43,13 @@ def run(tmp_path: Path) -> Path:
     return run
 
 
-def test_what_a_run_recorded(parts: Components, run: Path, tmp_path: Path) -> None:
+def test_what_a_run_recorded(components: Components, run: Path, tmp_path: Path) -> None:
     config = {"feature_path": str(tmp_path / "features"), "learning_rate": 2e-4}
-    parts.facts = {"step": 3000, "samples": 96000, "ema": True, "config": config, "versions": {"torch": "2.13"}}
-    parts.facts |= {"vae_sha256": "a" * 64, "text_encoder_sha256": "b" * 64}
+    components.facts = {"step": 3000, "samples": 96000, "ema": True, "config": config, "versions": {"torch": "2.13"}}
+    components.facts |= {"vae_sha256": "a" * 64, "text_encoder_sha256": "b" * 64}
     goal = tmp_path / "goal"
     goal.mkdir()
-    write_card(parts, goal, "painter", "cc-by-4.0", run_folder(run / "checkpoint-3"), code=False)
+    write_card(components, goal, "painter", "cc-by-4.0", run_folder(run / "checkpoint-3"), has_code=False)
     text = (goal / "README.md").read_text()
     assert head_of(text) == {
         "license": "cc-by-4.0",
@@ -58,8 +58,9 @@ def test_what_a_run_recorded(parts: Components, run: Path, tmp_path: Path) -> No
         "tags": ["uvit", "latent-diffusion"],
     }
     for said in (
-        "# painter", "draws 64x64 pixels", "| steps | 3,000 |", "| samples drawn | 96,000 |", "averaged (EMA)",
-        "| data | 1,234 images, 5,000 captions (pictures) |", "| learning rate | 0.0002 |", "| VAE | aaaaaaaaaaaa |",
+        "# painter", "images of 64x64 pixels from text", "| steps | 3,000 |", "| training samples | 96,000 |",
+        "| data | 1,234 images, 5,000 captions (pictures) |", "| learning rate | 0.0002 |", "| weights | EMA |",
+        "| VAE (sha256) | aaaaaaaaaaaa |",
         "training loss, mean of the last 3 steps | 0.2000", "| validation loss | 0.7500 at step 2 |", "torch 2.13",
         "(previews/step-00000003.png)", "`cc-by-4.0`", "from uvit import UViTPipeline",
     ):  # fmt: skip
@@ -68,12 +69,12 @@ def test_what_a_run_recorded(parts: Components, run: Path, tmp_path: Path) -> No
     assert str(tmp_path) not in text and "/mine" not in text
 
 
-def test_what_is_not_known_is_said_to_be(parts: Components) -> None:
-    text = card(parts, "x", None, None, None, code=True)
-    assert head_of(text)["license"] == "unknown" and "None was named" in text
+def test_what_is_not_known_is_said_to_be(components: Components) -> None:
+    text = card(components, "x", None, None, None, has_code=True)
+    assert head_of(text)["license"] == "unknown" and "No licence was given" in text
     assert "trust_remote_code=True" in text and "| steps | not recorded |" in text
     assert "- read: diffusion_paddle_model.safetensors: a U-ViT" in text and str(PORT_FOLDER.parent) not in text
-    assert "timestep labels 0..999, as the port's pipeline has them" in text
+    assert "timesteps 0..999, as in the PaddleMIX pipeline" in text
 
 
 def test_files_that_are_gone_or_broken(tmp_path: Path) -> None:
@@ -85,15 +86,15 @@ def test_files_that_are_gone_or_broken(tmp_path: Path) -> None:
 
 
 def test_paths_are_shortened() -> None:
-    lines = ["read: /a/b/nnet.pth: a U-ViT, 70 arrays", "left: ../x/y.pth", "converted: 3 arrays, 1/2"]
-    assert public(lines)[:2] == ["read: nnet.pth: a U-ViT, 70 arrays", "left: y.pth"]
+    lines = ["read: /a/b/nnet.pth: a U-ViT, 70 arrays", "dropped: ../x/y.pth", "converted: 3 arrays, 1/2"]
+    assert without_folders(lines)[:2] == ["read: nnet.pth: a U-ViT, 70 arrays", "dropped: y.pth"]
 
 
 def test_an_upload_that_fails_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://localhost:9")
-    with pytest.raises(UserError, match=f"^--push_to_hub me/model: was not taken .*; {tmp_path} is written"):
+    with pytest.raises(UserError, match=f"^--push_to_hub me/model: the upload failed .*; {tmp_path} is written"):
         push(tmp_path, "me/model", private=True)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.sample.parts import tiny_pipeline_folder
 from tests.tiny import tiny_text_encoder_folder, tiny_vae_folder
 from tests.train.conftest import *  # noqa: F403 - the tiny store and runs
 from uvit import UViTPipeline
+from uvit.cli.main import main
 from uvit.config.convert import ConvertConfig
 from uvit.errors import UserError
 from uvit.export.convert import convert, training_facts, write_folder
@@ -74,12 +76,38 @@ def test_encoders_must_be_those_of_the_features(
         convert(ConvertConfig(source, str(goal), overwrite=True, text_encoder_name_or_path=str(encoder)))
 
 
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "v0.1"
+
+
+@pytest.mark.parametrize("given", [(), ("vae_name_or_path",)])
+def test_after_training_on_features_without_encoders_the_printed_command_writes_the_pipeline(
+    given: tuple[str, ...], tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = str(FIXTURES / "run" / "pipeline")
+    tiny = {"vae_name_or_path": str(FIXTURES / "vae"), "text_encoder_name_or_path": text, "tokenizer_name": text}
+    npy = {"feature_path": str(FIXTURES / "npy"), "uvit_config_file": str(FIXTURES / "model.json"), "max_steps": 1}
+    assert train(tiny_config(**npy, **{flag: tiny[flag] for flag in given})) == 0
+    *_, sentence, command = capsys.readouterr().out.splitlines()
+    assert sentence.startswith("trained. The `.npy` features do not say which encoders made them")
+    usual = "openai/clip-vit-large-patch14" if given else "Stable Diffusion's VAE and openai/clip-vit-large-patch14"
+    assert f" are made with {usual}. " in sentence
+    _, *words = shlex.split(command)
+    assert words[:3] == ["convert", str(tmp_path / "run" / "checkpoint-1"), str(tmp_path / "run" / "pipeline")]
+    assert [word for word in words if word.startswith("--")] == [f"--{flag}" for flag in tiny if flag not in given]
+    for i, word in enumerate(words):
+        if word.startswith("--"):
+            words[i + 1] = tiny[word[2:]]
+    assert main(words) == 0
+    pipeline = UViTPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert pipeline("a red circle", num_inference_steps=2, output_type="np").images.ndim == 4
+
+
 def test_every_format_of_a_checkpoint(tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The U-ViT comes back from each, bit for bit; a pipeline has its card."""
     train(tiny_config(max_steps=1))
     run = tmp_path / "run"
     source = str(run / "checkpoint-1")
-    with pytest.raises(UserError, match=f"is a training run; name a checkpoint of it, {source}"):
+    with pytest.raises(UserError, match=f"is a run folder; give one of its checkpoints, such as {source}"):
         convert(ConvertConfig(str(run), str(tmp_path / "none")))
     wanted = {name: load_file(run / "checkpoint-1" / f"{name}.safetensors") for name in ("ema", "weights")}
     config = tmp_path / "unet.json"
@@ -96,7 +124,7 @@ def test_every_format_of_a_checkpoint(tiny_config: Any, tmp_path: Path, capsys: 
         assert all(torch.equal(value, wanted["ema"][f"unet.{name}"]) for name, value in found.state_dict().items()), to
     raw = read_components(tmp_path / "official", config_file=str(config)).raw_unet
     assert raw is not None and all(torch.equal(value, wanted["weights"][f"unet.{name}"]) for name, value in raw.items())
-    assert "for the official code: UViT(img_size=" in capsys.readouterr().out
+    assert "for the official U-ViT code: UViT(img_size=" in capsys.readouterr().out
     assert read_components(tmp_path / "official").vqvae.config["norm_num_groups"] == 4
     convert(ConvertConfig(source, str(tmp_path / "raw"), "official", use_ema=False))
     assert sorted(path.name for path in (tmp_path / "raw").glob("*.pth")) == ["autoencoder_kl.pth", "nnet.pth"]
@@ -105,7 +133,7 @@ def test_every_format_of_a_checkpoint(tiny_config: Any, tmp_path: Path, capsys: 
     record = json.loads((run / "checkpoint-1" / "uvit.json").read_text())
     (run / "checkpoint-1" / "uvit.json").write_text(json.dumps(record | {"vae": None}))
     convert(ConvertConfig(source, str(tmp_path / "without"), "official"))
-    assert "left: the VAE: --vae_name_or_path: the run did not know" in capsys.readouterr().out
+    assert "dropped: the VAE: --vae_name_or_path: the checkpoint does not record" in capsys.readouterr().out
     assert not (tmp_path / "without" / "autoencoder_kl.pth").exists()
     assert "_name_or_path" not in (tmp_path / "pipeline" / "vqvae" / "config.json").read_text()
 
@@ -129,7 +157,10 @@ def test_others_pipelines_and_weights(tmp_path: Path, capsys: pytest.CaptureFixt
     assert (said.latent_scale, said.timestep_labels) == (0.23010, "1..1000")
     convert(ConvertConfig(f"{port}/unet", str(tmp_path / "alone")))
     again = UViTT2IModel.from_pretrained(tmp_path / "alone", subfolder="unet", use_safetensors=True)
-    assert torch.equal(again.pos_embed, pipeline.unet.pos_embed) and "no model_index.json" in capsys.readouterr().out
+    assert (
+        torch.equal(again.pos_embed, pipeline.unet.pos_embed)
+        and "dropped: model_index.json: a pipeline also needs" in capsys.readouterr().out
+    )
     for flags, refused in (
         ({"use_ema": False}, "--use_ema False"),
         ({"uvit_config_file": "x"}, "--uvit_config_file x"),
@@ -145,17 +176,17 @@ def test_others_pipelines_and_weights(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_what_cannot_be_made_is_said_and_leaves_nothing(tmp_path: Path) -> None:
     port, goal = str(PORT_FOLDER), str(tmp_path / "goal")
-    with pytest.raises(UserError, match="holds no U-ViT, and --to official needs one"):
+    with pytest.raises(UserError, match="has no U-ViT, and --to official needs one"):
         convert(ConvertConfig(f"{port}/vqvae", goal, "official"))
-    with pytest.raises(UserError, match="--to diffusers: a whole pipeline is needed; name --vae_name_or_path, --text"):
+    with pytest.raises(UserError, match="--to diffusers: needs a complete pipeline; pass --vae_name_or_path, --text"):
         convert(ConvertConfig(f"{port}/unet", goal, "diffusers"))
-    with pytest.raises(UserError, match=r"--use_ema False: .* has averaged weights only"):
+    with pytest.raises(UserError, match=r"--use_ema False: .* has EMA weights only"):
         ema = tmp_path / "ema"
         ema.mkdir()
         shutil.copy(PORT_FOLDER / "unet" / "diffusion_paddle_model.safetensors", ema / "unet_ema.safetensors")
         convert(ConvertConfig(str(ema), goal, use_ema=False))
     shutil.rmtree(ema)
-    with pytest.raises(UserError, match="--to trainer: the port's trainer has no"):
+    with pytest.raises(UserError, match="--to trainer: the PaddleMIX trainer has no"):
         convert(ConvertConfig(port, goal, "trainer"))
     assert list(tmp_path.iterdir()) == []
 
@@ -190,7 +221,7 @@ def test_networks_alone_are_taken_where_the_docs_say(ours: Path, tmp_path: Path)
     convert(ConvertConfig(str(vae), str(again)))
     assert fingerprint(load_diffusers_vae(str(again))) == fingerprint(load_diffusers_vae(str(ours)))
     convert(ConvertConfig(str(ours), str(tmp_path / "whole"), vae_name_or_path=str(vae)))
-    with pytest.raises(UserError, match=f"--uvit_config_file uvit_t2i_small: {vae} holds no U-ViT"):
+    with pytest.raises(UserError, match=f"--uvit_config_file uvit_t2i_small: {vae} has no U-ViT"):
         convert(ConvertConfig(str(vae), str(tmp_path / "none"), uvit_config_file="uvit_t2i_small"))
 
 
@@ -204,12 +235,12 @@ def test_fitted_solvers_go_along_or_are_reported(
         said = capsys.readouterr()
         assert str(FITTED_FILE) not in said.out and said.err == ""
     convert(ConvertConfig(str(ours), str(tmp_path / "paddle"), "paddle"))
-    assert f"left: {FITTED_FILE}: the solvers fitted to this model" in capsys.readouterr().out
+    assert f"dropped: {FITTED_FILE}: the solvers fitted to this model" in capsys.readouterr().out
     index = json.loads((tmp_path / "0" / "model_index.json").read_text())
     port = index | {"timestep_labels": "0..999", "latent_scale": 0.18215}
     (tmp_path / "0" / "model_index.json").write_text(json.dumps(port))
     convert(ConvertConfig(str(tmp_path / "0"), str(tmp_path / "trained"), conventions="trained"))
-    assert f"left: {FITTED_FILE}" in capsys.readouterr().out and not (tmp_path / "trained" / FITTED_FILE).exists()
+    assert f"dropped: {FITTED_FILE}" in capsys.readouterr().out and not (tmp_path / "trained" / FITTED_FILE).exists()
 
 
 def test_a_graph_has_its_conventions_beside_it(ours: Path, tmp_path: Path) -> None:
@@ -219,7 +250,7 @@ def test_a_graph_has_its_conventions_beside_it(ours: Path, tmp_path: Path) -> No
     assert said == {key: index[key] for key in ("latent_scale", "timestep_labels", "prediction_type")}
 
 
-DAMAGE = {"cut": "not whole", "no vqvae": "it has no vqvae", "no json": "not a valid JSON", "nan": "norm.bias holds"}
+DAMAGE = {"cut": "not complete", "no vqvae": "it has no vqvae", "no json": "not a valid JSON", "nan": "norm.bias holds"}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -245,7 +276,7 @@ def test_parts_that_do_not_fit(ours: Path, tmp_path: Path) -> None:
     text = str(tiny_text_encoder_folder(tmp_path / "text", width=16))
     for to in ("pipeline", "port"):
         with pytest.raises(
-            UserError, match=f"^{ours}: these parts make no pipeline: the text encoder's contexts are 16"
+            UserError, match=f"^{ours}: the components do not fit together: the text encoder's contexts are 16"
         ):
             convert(ConvertConfig(str(ours), str(tmp_path / "goal"), to, text_encoder_name_or_path=text))  # type: ignore[arg-type]
 
@@ -256,7 +287,7 @@ def test_parts_that_do_not_fit(ours: Path, tmp_path: Path) -> None:
 def test_a_place_below_a_file(ours: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     goal = tmp_path / "file" / "goal"
-    with pytest.raises(UserError, match=f"^{goal}: cannot be written .*; mend that, or name another folder"):
+    with pytest.raises(UserError, match=f"^{goal}: cannot be written .*; fix that, or choose another folder"):
         convert(ConvertConfig(str(ours), str(goal)))
 
 

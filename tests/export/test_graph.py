@@ -8,7 +8,7 @@ import torch
 
 from tests.port import tiny_unet
 from uvit.errors import UserError
-from uvit.export.graph import compare, inputs_of, write_export, write_onnx
+from uvit.export.graph import compare, example_inputs, write_export, write_onnx
 from uvit.weights.report import Report
 
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
@@ -20,7 +20,7 @@ def test_export(tmp_path: Path) -> None:
     assert report.converted[0].startswith("unet.pt2: differs from the model by ")
     graph = torch.export.load(tmp_path / "unet.pt2").module()
     for batch in (1, 5):
-        inputs = inputs_of(unet, batch)
+        inputs = example_inputs(unet, batch)
         torch.testing.assert_close(graph(*inputs), unet(*inputs))
 
 
@@ -38,7 +38,7 @@ def test_a_graph_that_differs_is_refused() -> None:
 def test_onnx(tmp_path: Path) -> None:
     report = Report()
     write_onnx(tiny_unet(), tmp_path, report)
-    assert report.converted[0].startswith("unet.onnx: differs from the model by ") and report.left == []
+    assert report.converted[0].startswith("unet.onnx: differs from the model by ") and report.dropped == []
 
 
 @pytest.mark.skipif(HAS_ONNX, reason="the onnx extra is installed")

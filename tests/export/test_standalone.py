@@ -42,10 +42,10 @@ def test_modules_import_only_one_another() -> None:
 @pytest.mark.slow
 def test_diffusers_alone_draws_the_same(tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    parts = read_components(PORT_FOLDER)
-    parts.scheduler_config = None  # instead of the port's, ours
+    components = read_components(PORT_FOLDER)
+    components.scheduler_config = None  # instead of the port's, ours
     (tmp_path / "pipeline").mkdir()
-    write_pipeline(parts, tmp_path / "pipeline")
+    write_pipeline(components, tmp_path / "pipeline")
     assert main(["convert", str(tmp_path / "pipeline"), str(folder), "--to", "diffusers"]) == 0
     index = json.loads((folder / "model_index.json").read_text())
     assert index["scheduler"] == ["limited_dpm_solver", "LimitedDPMSolverScheduler"]

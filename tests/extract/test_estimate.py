@@ -1,4 +1,4 @@
-"""What is said before and during an extraction is near the truth."""
+"""What is said before an extraction is near the truth."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 from tests.store.test_reader import info
 from uvit.extract import extract as estimate
-from uvit.extract.extract import ExtractionProgress, by_kind, check_disk, hours
+from uvit.extract.extract import by_kind, check_disk
 from uvit.io import format_bytes
 from uvit.sources.shapes import ShapesSource
 from uvit.sources.types import Problem
@@ -49,23 +49,6 @@ def test_the_bytes_are_those_of_the_store(
     assert before == pytest.approx(there, rel=0.05)
 
 
-def test_progress_says_once_how_long_it_takes(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    now = 100.0
-    monkeypatch.setattr(estimate.time, "monotonic", lambda: now)
-    progress = ExtractionProgress(done=1000, total=19_100, disable_tqdm=True)
-    for _ in range(10):  # 100 pairs in each ten seconds; the first ones do not count
-        progress.add(100)
-        now += 10
-    assert capsys.readouterr().out == "10.0 pairs/s: about 0:30 left\n"
-    stream = ExtractionProgress(done=0, total=None, disable_tqdm=True)
-    for _ in range(3):
-        stream.add(5)
-        now += 10
-    assert capsys.readouterr().out == "0.5 pairs/s\n"
-
-
 def test_in_words() -> None:
     assert [format_bytes(n) for n in (0, 1023, 1024, 5 << 20, 3 << 40)] == [
         "0 bytes",
@@ -74,6 +57,5 @@ def test_in_words() -> None:
         "5.0 MiB",
         "3.0 TiB",
     ]
-    assert [hours(seconds) for seconds in (0, 59, 3600, 100 * 3600 + 61)] == ["0:00", "0:01", "1:00", "100:01"]
     problems = [Problem("a", kind, "") for kind in ("tiny image", "no caption", "tiny image")]
     assert by_kind(problems) == "1 no caption, 2 tiny image"

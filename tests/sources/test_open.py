@@ -252,9 +252,9 @@ def test_folders_that_are_no_source(tmp_path: Path) -> None:
         open_source(str(tmp_path))
 
 
-def test_real_tar(emoji_tar: Path) -> None:
-    source = opened(emoji_tar)
-    assert len(source) == 1911
-    assert (source[0].id, source[0].captions) == ("1f600", ("an emoji of grinning face",))
-    assert source[1910].image.size == (64, 64)
-    assert source[0].image.getpixel((0, 0)) == (255, 255, 255)
+def test_real_images(image_tar: Path) -> None:
+    source = opened(image_tar)
+    assert len(source) == 8
+    assert (source[6].id, source[6].captions[0]) == ("horse", "the black silhouette of a horse")
+    assert source[7].image.size == (256, 171)
+    assert source[6].image.getpixel((0, 0)) == (255, 255, 255)  # transparent pixels become white

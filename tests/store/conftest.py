@@ -1,4 +1,4 @@
-"""A store of 11 made-up pairs in 3 shards (tests/data/test_features.py says what they hold), and an old layout."""
+"""A store of 11 made-up pairs in 3 shards (tests/store/test_reader.py says what they hold), and .npy features."""
 
 from pathlib import Path
 
@@ -10,14 +10,14 @@ from tests.store.test_reader import info, write_store
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A folder of features with the split `train`, two of whose pairs were left out."""
+    """A folder of features with the split `train`, two of whose pairs were skipped."""
     write_store(tmp_path / "store" / "train", info(flipped=True), left_out={2, 5})
     return tmp_path / "store"
 
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
-    """Random numbers in the old layout, two splits, float32; moments for the tiny VAE, contexts for its companion."""
+    """Random .npy features, two splits, float32: moments for the tiny VAE, text embeddings for its text encoder."""
     random = np.random.default_rng(0)
     folder = tmp_path / "old"
     for split, num_pairs in (("train", 5), ("val", 2)):

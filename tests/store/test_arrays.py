@@ -4,17 +4,13 @@ import functools
 import gc
 import os
 import resource
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from uvit.store import arrays
 from uvit.store.arrays import (
-    BufferPool,
     Header,
     OpenFile,
     OpenFiles,
@@ -43,12 +39,8 @@ def sharded(folder: Path) -> tuple[OpenFiles, ShardedArray]:
     return files, ShardedArray(names, LENGTHS, offsets, (5, 1000), np.dtype(np.float16))
 
 
-@pytest.mark.parametrize("nowait", [arrays.NOWAIT, None])
 @pytest.mark.parametrize("cold", [False, True])
-def test_items_of_arrays_in_many_files(
-    tmp_path: Path, parts: list[np.ndarray], cold: bool, nowait: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(arrays, "NOWAIT", nowait)
+def test_items_of_arrays_in_many_files(tmp_path: Path, parts: list[np.ndarray], cold: bool) -> None:
     files, array = sharded(tmp_path)
     if cold:
         if not hasattr(os, "posix_fadvise"):
@@ -59,7 +51,7 @@ def test_items_of_arrays_in_many_files(
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     items = np.array([8, 0, 0, 4, 3, 2, 7])
     out = array.empty(len(items))
-    read_all(files, array.places(items, out))
+    read_all(files, array.requests(items, out))
     np.testing.assert_array_equal(out, np.concatenate(parts)[items])
     assert [array.find(int(item)) for item in items] == [(5, 3), (1, 0), (1, 0), (4, 1), (4, 0), (1, 2), (5, 2)]
 
@@ -73,7 +65,7 @@ def test_few_files_stay_open_and_none_after_the_last_use(tmp_path: Path, parts: 
     files = OpenFiles(tmp_path)
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     for item in [0, 8, 3, 1, 4, 6]:
-        read_all(files, array.places(np.array([item]), array.empty(1)))
+        read_all(files, array.requests(np.array([item]), array.empty(1)))
         assert len(os.listdir("/dev/fd")) <= before + 2  # noqa: PTH208
     del files
     assert len(os.listdir("/dev/fd")) == before  # noqa: PTH208
@@ -83,10 +75,10 @@ def test_a_file_that_has_become_shorter(tmp_path: Path, parts: list[np.ndarray])
     files, array = sharded(tmp_path)
     os.truncate(tmp_path / "5.npy", (tmp_path / "5.npy").stat().st_size - 1)
     out = array.empty(1)
-    read_all(files, array.places(np.array([7]), out))
+    read_all(files, array.requests(np.array([7]), out))
     assert (out == parts[5][2]).all()
-    with pytest.raises(EOFError, match=r"5\.npy has become shorter"):
-        read_all(files, array.places(np.array([8]), out))
+    with pytest.raises(EOFError, match=r"5\.npy is shorter than when it was opened"):
+        read_all(files, array.requests(np.array([8]), out))
 
 
 def test_a_file_that_is_gone_and_a_folder(tmp_path: Path) -> None:
@@ -126,42 +118,8 @@ def test_threads_that_read_many_files_with_few_of_them_open(tmp_path: Path) -> N
     def read(seed: int) -> bool:
         items = np.random.default_rng(seed).integers(0, 2000, 200)
         out = array.empty(200)
-        read_all(files, array.places(items, out))
+        read_all(files, array.requests(items, out))
         return bool((out == (items // 50)[:, None]).all())
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(read, range(60)))
-
-
-def test_memory_is_used_again_once_nobody_has_it() -> None:
-    memory = BufferPool()
-    float16, int32 = np.dtype(np.float16), np.dtype(np.int32)
-    arrays = [memory.empty((3, 4), float16) for _ in range(3)]
-    for i, array in enumerate(arrays):
-        array[:] = i
-    places = [array.ctypes.data for array in arrays]
-    assert len(set(places)) == 3
-
-    part, tensor = arrays[0][1:], torch.from_numpy(arrays[1])
-    del arrays, array
-    assert memory.empty((6,), int32).ctypes.data == places[2]  # as large, and free
-    assert memory.empty((2, 4), float16).ctypes.data not in places  # of another size
-    memory.empty((3, 4), float16)[:] = 7
-    assert (part == 0).all() and (tensor == 1).all()
-
-    del part, tensor
-    held = [memory.empty((3, 4), float16) for _ in range(3)]
-    assert sorted(array.ctypes.data for array in held) == sorted(places)
-
-
-def test_threads_never_get_the_same_memory() -> None:
-    memory = BufferPool()
-
-    def work(number: int) -> bool:
-        array = memory.empty((1000,), np.dtype(np.int64))
-        array[:] = number
-        time.sleep(0.0005)  # others run
-        return bool((array == number).all())
-
-    with ThreadPoolExecutor(4) as pool:
-        assert all(pool.map(work, range(400)))

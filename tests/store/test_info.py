@@ -19,14 +19,14 @@ def test_a_store_for_people(root: Path, capsys: pytest.CaptureFixture[str]) -> N
         "train (",
         "feature store, version 2, 3 shards",
         f"pairs {NUM_PAIRS - 2}",
-        f"captions {captions}, {captions / (NUM_PAIRS - 2):.2f} a pair",
-        "moments (8, 2, 2) float16, mirrored ones as well",
-        "contexts (3, 5) float16",
+        f"captions {captions}, {captions / (NUM_PAIRS - 2):.2f} per pair",
+        "moments (8, 2, 2) float16, also of the mirrored images",
+        "text embeddings (3, 5) float16",
         "token ids (3,) uint16",
         "vae a/vae sha256 1",
         "latent scale 0.5",
         "source made up",
-        "problems 2 broken image; 2 pairs left out",
+        "problems 2 broken image; 2 pairs skipped",
     ):
         assert part in text
 
@@ -39,18 +39,20 @@ def test_a_store_for_programs(root: Path, capsys: pytest.CaptureFixture[str]) ->
     assert split["bytes"] == sum(path.stat().st_size for path in (root / "train").rglob("*") if path.is_file())
 
 
-def test_the_old_layout(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_npy_features(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
     show(FeaturesInfoConfig(str(old), split="val"))
     text = " ".join(capsys.readouterr().out.split())
-    assert "old: a file for each array" in text
-    assert "pairs 2 captions 3, 1.50 a pair moments (8, 4, 4) float32 contexts (16, 32) float32 on disk" in text
+    assert ".npy features (U-ViT layout)" in text
+    assert (
+        "pairs 2 captions 3, 1.50 per pair moments (8, 4, 4) float32 text embeddings (16, 32) float32 on disk" in text
+    )
 
 
 def test_what_is_not_finished_says_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     StoreWriter(tmp_path / "train", info(vae=None, token_dtype=None))
     show(FeaturesInfoConfig(str(tmp_path)))
     text = " ".join(capsys.readouterr().out.split())
-    assert "0 whole; run the command that began it again" in text
-    assert f"pairs of {NUM_PAIRS}" in text
+    assert "0 complete; run the same command again to resume" in text
+    assert f"source pairs {NUM_PAIRS}" in text
     assert "vae not recorded" in text
     assert "token ids not stored" in text

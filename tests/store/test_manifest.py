@@ -61,46 +61,46 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", sorted(valid().keys() - {"format", "version", "num_source_pairs", "shard_size"}))
 def test_each_key_must_be_there_and_of_its_type(tmp_path: Path, key: str) -> None:
     lacking = {name: value for name, value in valid().items() if name != key}
-    with pytest.raises(UserError, match=rf"^here: manifest\.json is damaged: it lacks {key};"):
+    with pytest.raises(UserError, match=rf"^here: manifest\.json is damaged: {key} is missing;"):
         read(tmp_path, json.dumps(lacking))
     wrong = [] if isinstance(valid()[key], str) else "?"
-    with pytest.raises(UserError, match=rf"^here: manifest\.json is damaged: {key} is .*, must be "):
+    with pytest.raises(UserError, match=rf"^here: manifest\.json is damaged: {key} is .*, but must be "):
         read(tmp_path, json.dumps(valid() | {key: wrong}))
 
 
 @pytest.mark.parametrize(
     ("place", "value", "says"),
     [
-        (["num_pairs"], 4, "num_pairs is 4, and its shards have 5"),
-        (["num_captions"], 8, "num_captions is 8, and its shards have 7"),
-        (["num_pairs"], -5, "num_pairs is -5, must not be negative"),
-        (["num_pairs"], True, "num_pairs is bool, must be int"),
-        (["num_pairs"], 5.0, "num_pairs is float, must be int"),
-        (["shards", 1, "rows"], -2, r"shards\[1\]\.rows is -2, must not be negative"),
-        (["shards", 0, "captions"], "4", r"shards\[0\]\.captions is str, must be int"),
-        (["shards", 0], 7, r"shards\[0\] is int, must be dict"),
-        (["shards", 0], {"captions": 1, "files": {}}, r"it lacks shards\[0\]\.rows"),
-        (["shards", 1, "files", "x.npy"], 5, r"shards\[1\]\.files\.x\.npy is int, must be dict"),
-        (["shards", 1, "files", "x.npy"], {"sha256": "0"}, r"it lacks shards\[1\]\.files\.x\.npy\.bytes"),
-        (["files", "x.npy"], described(-1), r"files\.x\.npy\.bytes is -1, must not be negative"),
-        (["files", "../x.npy"], described(1), r"files names '\.\./x\.npy', which is not inside the folder"),
+        (["num_pairs"], 4, "num_pairs is 4, but the shards have 5"),
+        (["num_captions"], 8, "num_captions is 8, but the shards have 7"),
+        (["num_pairs"], -5, "num_pairs is -5, but must not be negative"),
+        (["num_pairs"], True, "num_pairs is bool, but must be int"),
+        (["num_pairs"], 5.0, "num_pairs is float, but must be int"),
+        (["shards", 1, "rows"], -2, r"shards\[1\]\.rows is -2, but must not be negative"),
+        (["shards", 0, "captions"], "4", r"shards\[0\]\.captions is str, but must be int"),
+        (["shards", 0], 7, r"shards\[0\] is int, but must be dict"),
+        (["shards", 0], {"captions": 1, "files": {}}, r"shards\[0\]\.rows is missing"),
+        (["shards", 1, "files", "x.npy"], 5, r"shards\[1\]\.files\.x\.npy is int, but must be dict"),
+        (["shards", 1, "files", "x.npy"], {"sha256": "0"}, r"shards\[1\]\.files\.x\.npy\.bytes is missing"),
+        (["files", "x.npy"], described(-1), r"files\.x\.npy\.bytes is -1, but must not be negative"),
+        (["files", "../x.npy"], described(1), r"files lists '\.\./x\.npy', which is not inside the folder"),
         (["files", "a/../../x.npy"], described(1), "not inside the folder"),
         (["files", "/x.npy"], described(1), "not inside the folder"),
         (["files", "a\\..\\x.npy"], described(1), "not inside the folder"),
         (["files", ""], described(1), "not inside the folder"),
-        (["shards", 0, "files", "../x.npy"], described(1), r"shards\[0\]\.files names '\.\./x\.npy'"),
-        (["moments_shape"], [8, 2], r"moments_shape is \[8, 2\], must be 3 numbers above 0"),
+        (["shards", 0, "files", "../x.npy"], described(1), r"shards\[0\]\.files lists '\.\./x\.npy'"),
+        (["moments_shape"], [8, 2], r"moments_shape is \[8, 2\], but must be 3 numbers above 0"),
         (["moments_shape"], [8, -2, 2], "must be 3 numbers above 0"),
-        (["context_shape"], [4, 5], "num_tokens is 3, and context_shape is"),
-        (["context_shape"], None, "neither contexts .* nor token ids"),
-        (["dtype"], "float64", "dtype is 'float64', must be one of float16, float32"),
-        (["dtype"], "O", "dtype is 'O', must be one of"),
-        (["token_dtype"], "int64", "token_dtype is 'int64', must be one of uint16, int32, None"),
-        (["latent_scale"], 0, "latent_scale is 0.0, must be above 0"),
-        (["latent_scale"], float("nan"), "latent_scale is nan, must be above 0"),
+        (["context_shape"], [4, 5], "num_tokens is 3, but context_shape is"),
+        (["context_shape"], None, "neither text embeddings .* nor token ids"),
+        (["dtype"], "float64", "dtype is 'float64', but must be one of float16, float32"),
+        (["dtype"], "O", "dtype is 'O', but must be one of"),
+        (["token_dtype"], "int64", "token_dtype is 'int64', but must be one of uint16, int32, None"),
+        (["latent_scale"], 0, "latent_scale is 0.0, but must be above 0"),
+        (["latent_scale"], float("nan"), "latent_scale is nan, but must be above 0"),
         (["latent_scale"], 10**400, "manifest.json is damaged"),
-        (["source", "resolution"], "big", "source.resolution is str, must be int"),
-        (["vae", "name"], 3, "vae.name is int, must be str"),
+        (["source", "resolution"], "big", "source.resolution is str, but must be int"),
+        (["vae", "name"], 3, "vae.name is int, but must be str"),
     ],
 )
 def test_values_that_cannot_be(tmp_path: Path, place: list[Any], value: Any, says: str) -> None:
@@ -118,11 +118,11 @@ def test_values_that_cannot_be(tmp_path: Path, place: list[Any], value: Any, say
         ("", "cannot be read"),
         ("{", "cannot be read"),
         ("[" * 100_000, "cannot be read"),
-        ("[]", "is not a feature store's"),
-        ('{"format": "else"}', "is not a feature store's"),
-        (json.dumps(valid() | {"version": 3}), "its format is version 3, this uvit reads 1 to 2; update uvit"),
-        (json.dumps(valid() | {"version": "two"}), "its format is version 'two'"),
-        ('{"format": "uvit features"}', "its format is version None"),
+        ("[]", "is not the manifest of a feature store"),
+        ('{"format": "else"}', "is not the manifest of a feature store"),
+        (json.dumps(valid() | {"version": 3}), "has format version 3, but this uvit reads 1 to 2; update uvit"),
+        (json.dumps(valid() | {"version": "two"}), "has format version 'two'"),
+        ('{"format": "uvit features"}', "has format version None"),
     ],
 )
 def test_files_that_are_no_manifest_of_ours(tmp_path: Path, content: str, says: str) -> None:

@@ -45,7 +45,7 @@ def test_rows_follow_one_another(parts: list[Path], tmp_path: Path, capsys: pyte
     assert merged.manifest["num_left_out"] == len((merged.folder / "problems.jsonl").read_bytes().splitlines()) == 11
     assert merged.resolution == 16
     assert verify(FeaturesVerifyConfig(str(tmp_path / "merged"), disable_tqdm=True)) == 0
-    assert "come more than once" not in capsys.readouterr().out
+    assert "appear more than once" not in capsys.readouterr().out
 
 
 def test_shards_of_which_nothing_is_left(tmp_path: Path) -> None:
@@ -68,13 +68,13 @@ def test_ids_that_come_twice_are_told_and_kept(
 ) -> None:
     merged = open_features(run(parts[0], parts[1], parts[0], tmp_path / "merged"))
     assert merged.num_samples == NUM_PAIRS + 5
-    assert "5 ids come more than once" in capsys.readouterr().out
+    assert "5 ids appear more than once" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"vae": {"name": "a/vae", "sha256": "4"}}, r"its vae sha256 is 4, and that of .*one/train is 1"),
+        ({"vae": {"name": "a/vae", "sha256": "4"}}, r"its vae sha256 is 4, but that of .*one/train is 1"),
         ({"text_encoder": {"name": "x", "sha256": "4"}}, "its text_encoder sha256 is 4"),
         ({"dtype": "float32"}, "its dtype is float32, .* is float16"),
         ({"latent_scale": 0.25}, r"its latent_scale is 0\.25, .* is 0\.5"),
@@ -100,16 +100,16 @@ def test_a_stopped_merge_goes_on(parts: list[Path], tmp_path: Path) -> None:
     path = parts[1] / "train" / "contexts-00001.npy"
     data = path.read_bytes()
     path.write_bytes(data[:-1] + b"!")
-    with pytest.raises(UserError, match=r"contexts-00001\.npy is missing or not what was written"):
+    with pytest.raises(UserError, match=r"contexts-00001\.npy is missing or damaged"):
         run(*parts, tmp_path / "stopped")
     first = (tmp_path / "stopped" / "train" / "moments-00000.npy").stat().st_ino
-    with pytest.raises(UserError, match="was not finished"):
+    with pytest.raises(UserError, match="is not finished"):
         open_features(tmp_path / "stopped")
     path.write_bytes(data)
     assert contents(run(*parts, tmp_path / "stopped")) == whole
     assert (tmp_path / "stopped" / "train" / "moments-00000.npy").stat().st_ino == first
     run(*parts, tmp_path / "stopped")
-    with pytest.raises(UserError, match="was begun with other settings"):
+    with pytest.raises(UserError, match="was started with other settings"):
         run(parts[1], parts[0], tmp_path / "stopped")
 
 
@@ -128,5 +128,5 @@ def test_a_tokenizer_goes_along(parts: list[Path], tmp_path: Path) -> None:
 
 
 def test_the_target_is_no_part(parts: list[Path]) -> None:
-    with pytest.raises(UserError, match="is one of the parts"):
+    with pytest.raises(UserError, match="is one of the inputs"):
         run(*parts, parts[0])

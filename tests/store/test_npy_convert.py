@@ -1,4 +1,4 @@
-"""Old layout -> store -> old layout keeps every byte, store -> old layout -> store every value."""
+""".npy features -> store -> .npy features keeps every byte; store -> .npy features -> store keeps every value."""
 
 import os
 from pathlib import Path
@@ -88,7 +88,7 @@ def test_a_stopped_import_goes_on_where_it_stopped(old: Path, tmp_path: Path) ->
     whole = contents(run_import(old, tmp_path / "whole", dtype="float16", shard_size=2))
     moments = np.load(old / "train" / "3.npy")
     np.save(old / "train" / "3.npy", moments * 1e6)
-    with pytest.raises(UserError, match=r"^--dtype float16: values of .*3\.npy are beyond its range"):
+    with pytest.raises(UserError, match=r"^--dtype float16: .*3\.npy has values beyond its range"):
         run_import(old, tmp_path / "stopped", dtype="float16", shard_size=2)
     first = (tmp_path / "stopped" / "train" / "moments-00000.npy").stat().st_ino
     np.save(old / "train" / "3.npy", moments)
@@ -105,7 +105,7 @@ def test_pairs_that_cannot_be_used_are_left_out_and_listed(old: Path, tmp_path: 
     features = open_features(store)
     assert features.num_samples == 2
     assert features.manifest["problems"] == {"broken file": 1, "not finite": 1, "wrong shape": 1}  # type: ignore[attr-defined]
-    assert "2_1.npy holds values that are not finite" in (store / "train" / "problems.jsonl").read_text()
+    assert "2_1.npy has values that are NaN or infinite" in (store / "train" / "problems.jsonl").read_text()
 
 
 def test_what_cannot_be_imported(old: Path, root: Path, tmp_path: Path, vae_folder: Path) -> None:
@@ -114,7 +114,7 @@ def test_what_cannot_be_imported(old: Path, root: Path, tmp_path: Path, vae_fold
     np.save(old / "train" / "0.npy", np.zeros((6, 4, 4)))
     with pytest.raises(UserError, match="its arrays are float64; give --dtype float32"):
         run_import(old, tmp_path / "out")
-    with pytest.raises(UserError, match=r"has 4 latent channels, .* is for 3"):
+    with pytest.raises(UserError, match=r"has 4 latent channels, .* need 3"):
         run_import(old, tmp_path / "out", dtype="float32", vae_name_or_path=str(vae_folder))
     np.save(old / "empty_context.npy", np.zeros((16, 31)))
     with pytest.raises(UserError, match=r"empty_context\.npy has shape \(16, 31\)"):
@@ -156,14 +156,14 @@ def test_shards_of_which_nothing_is_left(tmp_path: Path) -> None:
 
 def test_a_folder_of_something_else_is_left_alone(root: Path, old: Path, tmp_path: Path) -> None:
     before = contents(old)
-    with pytest.raises(UserError, match="holds something else"):
+    with pytest.raises(UserError, match="contains something other than this export"):
         run_export(root, old)
     assert contents(old) == before
     run_export(root, tmp_path / "out")
-    with pytest.raises(UserError, match="holds something else"):
+    with pytest.raises(UserError, match="contains something other than this export"):
         run_export(root, tmp_path / "out", dtype="float16")
     store = run_import(old, tmp_path / "imported")
-    with pytest.raises(UserError, match=r"its empty_context\.npy is another encoder's"):
+    with pytest.raises(UserError, match=r"its empty_context\.npy is from another text encoder"):
         run_export(store, tmp_path / "out", split="val")
 
 
@@ -171,9 +171,9 @@ def test_mirrored_images_are_said_to_be_left_out(
     root: Path, old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_export(root, tmp_path / "a")
-    assert "mirrored images are left out" in capsys.readouterr().out
+    assert "mirrored images were not exported" in capsys.readouterr().out
     run_export(run_import(old, tmp_path / "imported"), tmp_path / "b", split="val")
-    assert "left out" not in capsys.readouterr().out
+    assert "not exported" not in capsys.readouterr().out
     assert not (tmp_path / "b" / "train").exists()
 
 
@@ -181,7 +181,7 @@ def test_splits_of_other_encoders_cannot_share_a_folder(root: Path, tmp_path: Pa
     write_store(root / "val", info(split="val"))
     path = root / "val" / "empty_context.npy"
     np.save(path, np.load(path) + 1)
-    with pytest.raises(UserError, match="different contexts of the empty caption"):
+    with pytest.raises(UserError, match="different text embeddings of the empty caption"):
         run_export(root, tmp_path / "old")
 
 
@@ -201,7 +201,7 @@ def test_token_ids_alone_are_encoded(tmp_path: Path, text_encoder_folder: Path) 
         shard.append(part, next_row=1)
         shard.finish()
     writer.finish(None, ids[0].numpy().astype(np.uint16))
-    with pytest.raises(UserError, match="holds token ids alone and names no text encoder"):
+    with pytest.raises(UserError, match="stores only token ids and records no text encoder"):
         run_export(tmp_path / "store", tmp_path / "old")
     run_export(tmp_path / "store", tmp_path / "old", text_encoder_name_or_path=str(text_encoder_folder))
     expected = encode_tokens(load_transformers_encoder(str(text_encoder_folder)), ids, tokenizer.pad_token_id)
@@ -212,7 +212,7 @@ def test_token_ids_alone_are_encoded(tmp_path: Path, text_encoder_folder: Path) 
 def test_a_text_encoder_that_has_changed_is_not_taken_unasked(tmp_path: Path, text_encoder_folder: Path) -> None:
     named = {"name": str(text_encoder_folder), "sha256": "2"}
     write_store(tmp_path / "store" / "train", info(context_shape=None, text_encoder=named, tokenizer=named))
-    with pytest.raises(UserError, match="has other weights than the one it names"):
+    with pytest.raises(UserError, match="has other weights than the recorded one"):
         run_export(tmp_path / "store", tmp_path / "old")
 
 

@@ -1,4 +1,4 @@
-"""What was written is what is read, from a store and from the old layout; damage is found on opening."""
+"""What was written is what is read, from a store and from .npy features; damage is found on opening."""
 
 import hashlib
 import json
@@ -101,7 +101,7 @@ def damaged(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def old_layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def npy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("old")
     (folder / "train").mkdir()
     for i, count in enumerate(NUM_CAPTIONS):
@@ -112,7 +112,7 @@ def old_layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=["store", "old_layout"])
+@pytest.fixture(params=["store", "npy_folder"])
 def folder(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)
 
@@ -124,13 +124,13 @@ def folder(request: pytest.FixtureRequest) -> Path:
     samples=st.lists(
         st.tuples(st.integers(0, NUM_PAIRS - 1), st.floats(0, 1, exclude_max=True)), min_size=1, max_size=20
     ),
-    kind=st.sampled_from(["store", "old_layout"]),
+    kind=st.sampled_from(["store", "npy_folder"]),
 )
 @settings(max_examples=60, deadline=None)
 def test_each_row_comes_with_the_caption_that_its_draw_falls_on(
-    samples: list[tuple[int, float]], kind: str, store: Path, old_layout: Path
+    samples: list[tuple[int, float]], kind: str, store: Path, npy_folder: Path
 ) -> None:
-    features = open_features(store if kind == "store" else old_layout)
+    features = open_features(store if kind == "store" else npy_folder)
     rows, draws = np.array([row for row, _ in samples]), np.array([draw for _, draw in samples])
     batch = features.read(rows, draws)
     expected = [10 * row + int(draw * NUM_CAPTIONS[row]) for row, draw in samples]
@@ -248,20 +248,20 @@ def test_splits_lie_side_by_side(tmp_path: Path) -> None:
     assert open_features(tmp_path).num_samples == NUM_PAIRS
     assert open_features(tmp_path, "val").num_samples == NUM_PAIRS - 1
     assert open_features(tmp_path / "val", "val").num_samples == NUM_PAIRS - 1
-    with pytest.raises(UserError, match=r"--eval_path .*val: is the split val, and train is wanted"):
+    with pytest.raises(UserError, match=r"--eval_path .*val: is the split val, not train"):
         open_features(tmp_path / "val", flag="eval_path")
     with pytest.raises(UserError, match="no split heldout, only train, val"):
         open_features(tmp_path, "heldout")
     StoreWriter(tmp_path / "heldout", info(split="heldout"))
-    with pytest.raises(UserError, match="heldout: its extraction was not finished"):
+    with pytest.raises(UserError, match="heldout: its extraction is not finished"):
         open_features(tmp_path, "heldout")
 
 
-def test_the_old_layout_has_splits_and_no_mirrored_images(old_layout: Path) -> None:
-    features = open_features(old_layout)
+def test_npy_features_has_splits_and_no_mirrored_images(npy_folder: Path) -> None:
+    features = open_features(npy_folder)
     assert (features.flipped, features.vae_sha256, features.text_encoder_sha256) == (False, None, None)
     with pytest.raises(UserError, match="no split val, only train"):
-        open_features(old_layout, "val")
+        open_features(npy_folder, "val")
 
 
 def test_more_files_than_a_process_may_have_open(tmp_path: Path) -> None:
@@ -323,20 +323,20 @@ def test_a_file_cut_short(damaged: Path) -> None:
 def test_a_file_of_another_shape(damaged: Path) -> None:
     path = damaged / "moments-00000.npy"
     np.save(path, np.load(path).reshape(4, 2, 8, 2))
-    with pytest.raises(UserError, match=r"moments-00000\.npy holds .*\(4, 2, 8, 2\).*\(4, 8, 2, 2\)"):
+    with pytest.raises(UserError, match=r"moments-00000\.npy contains .*\(4, 2, 8, 2\).*\(4, 8, 2, 2\)"):
         open_features(damaged)
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"version": 3}, "format is version 3, this uvit reads 1 to 2; update uvit"),
-        ({"format": "else"}, "not a feature store's"),
-        ({"num_pairs": 12}, "num_pairs is 12, and its shards have 11"),
-        ({"shards": None}, "manifest.json is damaged: shards is NoneType, must be list"),
-        ({"moments_shape": [8, 4, 4]}, r"moments-00000\.npy holds"),
-        ({"dtype": "float32"}, r"moments-00000\.npy holds float16 .* float32"),
-        ({"token_dtype": "int32"}, r"tokens-00000\.npy holds uint16 .* int32"),
+        ({"version": 3}, "has format version 3, but this uvit reads 1 to 2; update uvit"),
+        ({"format": "else"}, "not the manifest of a feature store"),
+        ({"num_pairs": 12}, "num_pairs is 12, but the shards have 11"),
+        ({"shards": None}, "manifest.json is damaged: shards is NoneType, but must be list"),
+        ({"moments_shape": [8, 4, 4]}, r"moments-00000\.npy contains"),
+        ({"dtype": "float32"}, r"moments-00000\.npy contains float16 .* float32"),
+        ({"token_dtype": "int32"}, r"tokens-00000\.npy contains uint16 .* int32"),
         ({"flipped": True}, r"does not list flipped-00000\.npy"),
     ],
 )
@@ -369,41 +369,41 @@ def test_a_file_that_is_no_npy(damaged: Path, content: bytes) -> None:
 def test_counts_that_disagree_with_the_manifest(damaged: Path) -> None:
     for counts in ([1, 2, 3, 2], [1, 2, 4, 0], [1, 2, 5, -1]):
         np.save(damaged / "counts-00000.npy", np.array(counts, np.int32))
-        with pytest.raises(UserError, match=r"counts-00000\.npy and manifest\.json disagree"):
+        with pytest.raises(UserError, match=r"counts-00000\.npy and manifest\.json give different numbers of captions"):
             open_features(damaged)
 
 
 def test_a_file_cut_short_while_it_is_being_read(damaged: Path) -> None:
     features = open_features(damaged)
     os.truncate(damaged / "moments-00000.npy", 150)
-    with pytest.raises(UserError, match=r"--feature_path .*moments-00000\.npy has become shorter"):
+    with pytest.raises(UserError, match=r"--feature_path .*moments-00000\.npy is shorter than when it was opened"):
         features.read(np.arange(4), np.zeros(4))
 
 
 def test_a_store_without_pairs(damaged: Path) -> None:
     manifest = json.loads((damaged / "manifest.json").read_text())
     (damaged / "manifest.json").write_text(json.dumps(manifest | {"num_pairs": 0, "num_captions": 0, "shards": []}))
-    with pytest.raises(UserError, match="holds no pairs"):
+    with pytest.raises(UserError, match="contains no pairs"):
         open_features(damaged)
 
 
-def test_folders_that_are_no_features(tmp_path: Path, store: Path, old_layout: Path) -> None:
+def test_folders_that_are_no_features(tmp_path: Path, store: Path, npy_folder: Path) -> None:
     StoreWriter(tmp_path / "begun", info())
     for path, split, says in [
         (tmp_path / "nowhere", "train", "no such folder"),
-        (tmp_path, "train", "nor manifest.json nor train/0.npy"),
-        (tmp_path / "begun", "train", "was not finished"),
-        (store, "val", "is the split train, and val is wanted"),
-        (old_layout / "train", "train", f"give {old_layout}"),
+        (tmp_path, "train", "no train/manifest.json, manifest.json or train/0.npy"),
+        (tmp_path / "begun", "train", "is not finished"),
+        (store, "val", "is the split train, not val"),
+        (npy_folder / "train", "train", f"give {npy_folder}"),
     ]:
         with pytest.raises(UserError, match=says):
             open_features(path, split)
 
 
-def test_an_old_layout_with_gaps_or_pickles(old_layout: Path, tmp_path: Path) -> None:
+def test_npy_features_with_gaps_or_pickles(npy_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     np.save(tmp_path / "train" / "0.npy", np.zeros((8, 2, 2)))
-    with pytest.raises(UserError, match="1 moments, 0 contexts"):
+    with pytest.raises(UserError, match=r"^--feature_path: .*/0_0\.npy is missing"):
         open_features(tmp_path)
     np.save(tmp_path / "train" / "0_0.npy", np.array([{}]), allow_pickle=True)
     with pytest.raises(UserError, match=r"0_0\.npy cannot be read"):
@@ -412,5 +412,5 @@ def test_an_old_layout_with_gaps_or_pickles(old_layout: Path, tmp_path: Path) ->
     with pytest.raises(UserError, match=r"no empty_context\.npy"):
         open_features(tmp_path)
     np.save(tmp_path / "empty_context.npy", np.zeros((4, 5)))
-    with pytest.raises(UserError, match=r"has shape \(4, 5\), and the others have \(3, 5\)"):
+    with pytest.raises(UserError, match=r"has shape \(4, 5\), but the others have \(3, 5\)"):
         open_features(tmp_path)

@@ -34,6 +34,6 @@ def test_those_that_cannot_have_made_the_features_are_refused(vae_folder: Path, 
     with pytest.raises(UserError, match=r"^--vae_name_or_path .* has 4 latent channels"):
         config = FeaturesImportConfig("old", "new", vae_name_or_path=str(vae_folder))
         recorded_encoders(config, (32, 4, 4), CONTEXT)
-    with pytest.raises(UserError, match=r"^--text_encoder_name_or_path .* is 32 wide"):
+    with pytest.raises(UserError, match=r"^--text_encoder_name_or_path .* has width 32"):
         config = FeaturesImportConfig("old", "new", text_encoder_name_or_path=str(text_encoder_folder))
         recorded_encoders(config, MOMENTS, (77, 768))

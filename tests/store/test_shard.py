@@ -129,11 +129,11 @@ def test_killed_amid_the_renames(tmp_path: Path, killed_after: int, monkeypatch:
 
 def test_a_shard_takes_one_process_at_a_time(tmp_path: Path) -> None:
     writer = StoreWriter(tmp_path, info())
-    busy = pytest.raises(UserError, match=r"another process is at shard 1; .*--shard 0/2")
+    busy = pytest.raises(UserError, match=r"another process is writing shard 1; .*--shard 0/2")
     with writer.open_shard(1), writer.open_shard(2), busy, writer.open_shard(1):
         pass
     write_rows(writer, 1, 8)
-    with pytest.raises(UserError, match="another process is at shard 1"), writer.open_shard(1):
+    with pytest.raises(UserError, match="another process is writing shard 1"), writer.open_shard(1):
         pass
     assert not (tmp_path / ".partial-00001").exists()
 

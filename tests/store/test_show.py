@@ -55,7 +55,7 @@ def test_rows_are_drawn_by_seed_or_named(tmp_path: Path) -> None:
     assert rows(num_images=5) == rows(num_images=5) != rows(num_images=5, seed=1)
     assert rows(num_images=40) == list(range(12))
     assert rows(rows="7,1-3") == [7, 1, 2, 3]
-    with pytest.raises(UserError, match="--rows 12: there are rows 0 to 11"):
+    with pytest.raises(UserError, match="--rows 12: the rows are 0 to 11"):
         rows(rows="12")
 
 
@@ -70,8 +70,8 @@ def test_another_vae_is_told(store: Path, tmp_path: Path, vae_folder: Path, caps
     assert "its weights differ" not in capsys.readouterr().out
 
 
-def test_the_old_layout_must_be_told_its_vae(old: Path, tmp_path: Path, vae_folder: Path) -> None:
-    with pytest.raises(UserError, match="names no VAE; give --vae_name_or_path"):
+def test_npy_features_must_be_told_its_vae(old: Path, tmp_path: Path, vae_folder: Path) -> None:
+    with pytest.raises(UserError, match="does not record its VAE; give --vae_name_or_path"):
         show(FeaturesSampleConfig(str(old)))
     config = FeaturesSampleConfig(
         str(old), split="val", output=str(tmp_path / "a.png"), vae_name_or_path=str(vae_folder)

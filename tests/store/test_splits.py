@@ -16,11 +16,11 @@ def test_all_kinds_are_found_side_by_side(root: Path, old: Path) -> None:
     (old / "train").rename(root / "old")
     (root / "notes").mkdir()
     found = [(split.name, split.kind) for split in find_splits(str(root))]
-    assert found == [("begun", "unfinished"), ("old", "old layout"), ("train", "store")]
+    assert found == [("begun", "unfinished"), ("old", "npy"), ("train", "store")]
     assert [split.name for split, _ in find_stores(str(root), "train")] == ["train"]
-    with pytest.raises(UserError, match="begun: was not finished"):
+    with pytest.raises(UserError, match="begun: is not finished"):
         find_stores(str(root))
-    with pytest.raises(UserError, match="old: is in the old layout"):
+    with pytest.raises(UserError, match=r"old: contains \.npy features"):
         find_stores(str(root), "old")
 
 
@@ -51,12 +51,12 @@ def test_mistakes_are_named(root: Path, old: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for path, only, says in [
         (tmp_path / "nowhere", None, "no such folder"),
-        (tmp_path / "empty", None, "holds no features"),
+        (tmp_path / "empty", None, "contains no features"),
         (old / "train", None, f"give {old}"),
         (root, "val", "--split val: .* it has train"),
     ]:
         with pytest.raises(UserError, match=says):
             find_splits(str(path), only)
     (root / "train" / "manifest.json").write_text("{}")
-    with pytest.raises(UserError, match=r"^--path .*manifest\.json is not a feature store's"):
+    with pytest.raises(UserError, match=r"^--path .*manifest\.json is not the manifest of a feature store"):
         find_splits(str(root))

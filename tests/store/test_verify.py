@@ -20,7 +20,7 @@ def found(root: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
     status = verify(FeaturesVerifyConfig(str(root), disable_tqdm=True))
     *wrong, summary = capsys.readouterr().out.splitlines()
     assert status == bool(wrong)
-    assert ("all is well" in summary) != bool(wrong)
+    assert ("no problems found" in summary) != bool(wrong)
     return wrong
 
 
@@ -61,7 +61,7 @@ def test_the_bar_counts_every_byte(root: Path, capsys: pytest.CaptureFixture[str
     [
         (lambda path: path.unlink(), "is missing"),
         (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes, not"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"!"), "does not hold the bytes"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"!"), "has another checksum than"),
     ],
     ids=["missing", "cut short", "a byte changed"],
 )
@@ -100,7 +100,7 @@ def test_a_file_of_something_else(root: Path, capsys: pytest.CaptureFixture[str]
     (root / "train" / ".partial-00001" / "lock").touch()
     wrong = found(root, capsys)
     assert [line.split()[1] for line in wrong] == [".partial-00001/lock", "moments-00007.npy"]
-    assert "is no part of the store" in wrong[0]
+    assert "does not belong to the store" in wrong[0]
 
 
 @pytest.mark.parametrize(
@@ -109,9 +109,12 @@ def test_a_file_of_something_else(root: Path, capsys: pytest.CaptureFixture[str]
         (b'{"id": "pair-1", "captions": ["a"', "broken line 2"),
         (b'{"id": "pair-1"}', "broken line 2"),
         (b'{"id": "pair-1", "captions": [1, 2]}', "broken line 2"),
-        (b'{"id": "pair-1", "captions": ["a"]}', "1 captions in line 2, and 2"),
+        (b'{"id": "pair-1", "captions": ["a"]}', "1 captions in line 2, but the counts say 2"),
         (b'{"id": "pair-1", "captions": ["a", "b"]}\n{}', "broken line 3"),
-        (b'{"id": "pair-1", "captions": ["a", "b"]}\n{"id": "x", "captions": []}', "4 lines, and the shard 3 pairs"),
+        (
+            b'{"id": "pair-1", "captions": ["a", "b"]}\n{"id": "x", "captions": []}',
+            "4 lines, but the shard has 3 pairs",
+        ),
     ],
 )
 def test_captions_that_checksums_call_well(
@@ -129,22 +132,30 @@ def test_captions_that_checksums_call_well(
 @pytest.mark.parametrize(
     ("name", "change", "says"),
     [
-        ("moments-00000.npy", lambda array: array.reshape(3, 2, 8, 2), r"holds float16 (3, 2, 8, 2)"),
-        ("contexts-00000.npy", lambda array: array.astype(np.float32), "holds float32"),
-        ("tokens-00000.npy", lambda array: array[:-1], "holds uint16 (3, 3)"),
-        ("counts-00000.npy", lambda array: array[::-1] * 2, "counts 8 captions, and manifest.json 4"),
+        ("moments-00000.npy", lambda array: array.reshape(3, 2, 8, 2), r"contains float16 (3, 2, 8, 2)"),
+        ("contexts-00000.npy", lambda array: array.astype(np.float32), "contains float32"),
+        ("tokens-00000.npy", lambda array: array[:-1], "contains uint16 (3, 3)"),
+        ("counts-00000.npy", lambda array: array[::-1] * 2, "counts 8 captions, but manifest.json says 4"),
         (
             "moments-00000.npy",
             lambda array: _with(array, 1, np.nan),
-            "1 pairs with values that are not finite (pair-1)",
+            "1 pairs with values that are NaN or infinite (pair-1)",
         ),
         (
             "flipped-00000.npy",
             lambda array: _with(array, 2, np.inf),
-            "1 pairs with values that are not finite (pair-3)",
+            "1 pairs with values that are NaN or infinite (pair-3)",
         ),
-        ("contexts-00000.npy", lambda array: _with(array, 3, -np.inf), "1 of 4 items with values that are not finite"),
-        ("empty_context.npy", lambda array: _with(array, 0, np.nan), "1 of 3 items with values that are not finite"),
+        (
+            "contexts-00000.npy",
+            lambda array: _with(array, 3, -np.inf),
+            "1 of 4 items with values that are NaN or infinite",
+        ),
+        (
+            "empty_context.npy",
+            lambda array: _with(array, 0, np.nan),
+            "1 of 3 items with values that are NaN or infinite",
+        ),
     ],
 )
 def test_arrays_that_checksums_call_well(
@@ -168,7 +179,7 @@ def test_problems_that_are_not_those_counted(root: Path, capsys: pytest.CaptureF
     path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
     describe_again(root / "train", path.name)
     (wrong,) = found(root, capsys)
-    assert "disagree on the number of problems" in wrong
+    assert "give different numbers of problems" in wrong
 
 
 def test_a_file_that_the_manifest_forgot(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,7 +193,7 @@ def test_a_file_that_the_manifest_forgot(root: Path, capsys: pytest.CaptureFixtu
 def test_each_split_is_looked_at_or_the_one_that_is_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     StoreWriter(root / "val", info(split="val"))
     (wrong,) = found(root, capsys)
-    assert wrong.startswith("val: it was not finished")
+    assert wrong.startswith("val: is not finished")
     assert verify(FeaturesVerifyConfig(str(root), split="train", disable_tqdm=True)) == 0
 
 
@@ -191,15 +202,15 @@ def test_each_split_is_looked_at_or_the_one_that_is_named(root: Path, capsys: py
     [
         ("train/3_2.npy", None, "3_1.npy is missing"),
         ("train/4.npy", None, "4.npy is missing"),
-        ("train/4.npy", np.zeros((8, 4, 5), np.float32), "4.npy holds float32 (8, 4, 5)"),
-        ("train/2_1.npy", np.full((16, 32), np.nan, np.float32), "2_1.npy holds values that are not finite"),
+        ("train/4.npy", np.zeros((8, 4, 5), np.float32), "4.npy has float32 (8, 4, 5)"),
+        ("train/2_1.npy", np.full((16, 32), np.nan, np.float32), "2_1.npy has values that are NaN or infinite"),
         ("train/1.npy", np.array([{}]), "1.npy cannot be read as an array"),
-        ("train/x.npy", np.zeros(1), "x.npy is no part of the old layout"),
+        ("train/x.npy", np.zeros(1), "x.npy does not belong to .npy features"),
         ("empty_context.npy", None, "empty_context.npy cannot be read"),
-        ("empty_context.npy", np.zeros((16, 31)), "empty_context.npy holds (16, 31)"),
+        ("empty_context.npy", np.zeros((16, 31)), "empty_context.npy has shape (16, 31)"),
     ],
 )
-def test_damage_in_the_old_layout(
+def test_damage_in_npy_features(
     old: Path, name: str, array: np.ndarray | None, says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (old / "val").rename(old.parent / "val")
@@ -214,5 +225,5 @@ def test_damage_in_the_old_layout(
 
 
 def test_no_features_are_a_mistake_and_no_finding(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no features"):
+    with pytest.raises(UserError, match="contains no features"):
         verify(FeaturesVerifyConfig(str(tmp_path)))

@@ -56,7 +56,7 @@ def test_an_average_may_rest_where_the_weights_do(run: Run) -> None:
     with Checkpointer(run) as saving:
         saving.save()  # nothing has moved
         step(run)
-        run.networks.load_state_dict(run.ema.model.state_dict())
+        run.master_model.load_state_dict(run.ema.model.state_dict())
         saving.save()
 
 

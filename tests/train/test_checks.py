@@ -100,14 +100,12 @@ def test_a_pipeline_to_start_from_must_have_the_encoders_of_the_features(
         build_run(tiny_config(pretrained_model_name_or_path=str(pipeline)), tmp_path)
 
 
-def test_latents_of_an_unusual_size_are_warned_of(
-    tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_latents_of_an_unusual_size_are_warned_of(tiny_config: Any, capsys: pytest.CaptureFixture[str]) -> None:
     features = open_features(tiny_config().feature_path)
     means = features.read(np.arange(648), np.zeros(648)).moments[:, :4].astype(np.float64)
-    build_run(tiny_config(latent_scale=1 / means.std()), tmp_path)
+    check_latents(features, 1 / means.std(), "somewhere")
     assert capsys.readouterr().out == ""
-    build_run(tiny_config(latent_scale=10 / means.std()), tmp_path)
+    check_latents(features, 10 / means.std(), "somewhere")
     said = capsys.readouterr().out
     found = re.search(
         r"64 samples times the latent scale (\S+) .* deviation of (\S+), .*--latent_scale (\S+) would", said

@@ -26,7 +26,18 @@ from uvit.config.train import TrainConfig
 from uvit.distributed.mesh import AXES, Degrees, World
 from uvit.distributed.ops import local_tensor
 from uvit.distributed.parallelize import parallelize
-from uvit.train.dry_run import dtypes, make_plan, norms_in_float32, num_local_elements, units_of
+from uvit.errors import UserError
+from uvit.train.dry_run import (
+    build_meta_run,
+    count_text_flops,
+    describe_plan,
+    dtypes,
+    gather_units,
+    make_plan,
+    num_local_elements,
+    plan_of_run,
+)
+from uvit.train.memory import layer_norms_in_float32
 from uvit.train.profiling import meta_unet
 from uvit.train.setup import build_run
 from uvit.train.step import train_step
@@ -144,7 +155,7 @@ def train_three_steps(config: TrainConfig, world: World) -> tuple[int, float]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run = build_run(config, Path(config.output_dir), world)
         if dtypes(config)[1] != torch.float32:
-            norms_in_float32(run.precision.networks)
+            layer_norms_in_float32(run.precision.compute_model)
         batches = load_batches(run)
         for _ in range(2):
             train_step(run, batches)
@@ -164,7 +175,8 @@ def test_the_parameters_that_a_process_holds_are_those_that_it_is_given(layout: 
         parallelize(unet, world)
         held = sum(local_tensor(parameter).numel() for parameter in unet.parameters())
     assert (
-        sum(num_local_elements(unit, degrees.shard) for unit in units_of(meta_unet(config, degrees.tp), None)) == held
+        sum(num_local_elements(unit, degrees.shard) for unit in gather_units(meta_unet(config, degrees.tp), None))
+        == held
     )
 
 
@@ -181,3 +193,83 @@ def test_a_process_takes_the_memory_and_sends_what_is_planned(
     assert sum(plan.memory.values()) == pytest.approx(taken, rel=tolerance)
     numbers = 100  # the loss and the gradient's norm go round as well
     assert sum(plan.sent.values()) == pytest.approx(sent, rel=1e-3, abs=numbers)
+
+
+# What is printed
+
+
+def test_the_description_names_what_people_ask(tiny_config: Any) -> None:
+    text = describe_plan(tiny_config(train_text_encoder=True, fp16=True, fp16_opt_level="O2"))
+    for word in ("parameters", "text encoder", "GFLOP", "MiB", "low-precision copy", "162.0 steps an epoch"):
+        assert word in text
+    assert "processes" not in text and "traffic" not in text
+
+
+def test_a_thousand_processes_are_described_by_one(tiny_config: Any) -> None:
+    text = describe_plan(tiny_config(dp_degree=64, sharding_parallel_degree=8, tensor_parallel_degree=2))
+    assert "--tensor_parallel_degree 2 = 1024" in text
+    assert "4 x 1 x 512 data ranks = 2,048 samples" in text and "0.3 steps an epoch" in text
+    for word in ("a process", "gradients between replicas", "weights between shards", "activations within blocks"):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"feature_path": "nowhere"},
+        {"pretrained_model_name_or_path": "nowhere.pth"},
+        {"pretrained_model_name_or_path": "."},
+        {"train_text_encoder": True, "text_encoder_name_or_path": "nowhere/at/all"},
+        {"validation_split": "banana"},
+        {"model_max_length": 15},
+        {"device": "banana"},
+    ],
+)
+def test_a_mistake_gets_the_message_of_a_run(flags: dict[str, Any], tiny_config: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as planned:
+        describe_plan(tiny_config(**flags))
+    with pytest.raises(UserError) as run:
+        build_run(tiny_config(**flags), tmp_path)
+    assert str(planned.value) == str(run.value)
+
+
+def test_degrees_that_do_not_divide_the_model_are_refused(tiny_config: Any) -> None:
+    with pytest.raises(UserError, match="--tensor_parallel_degree 3: does not divide the network's 2 heads"):
+        describe_plan(tiny_config(tensor_parallel_degree=3))
+
+
+def test_no_weights_are_made(tiny_config: Any, token_store: str) -> None:
+    for flags in ({"train_text_encoder": True, "bf16": True, "fp16_opt_level": "O2"}, {"feature_path": token_store}):
+        run = build_meta_run(tiny_config(**flags))
+        networks = [run.master_model, run.precision.compute_model, run.ema_model, run.frozen_text_encoder]
+        assert all(parameter.is_meta for network in networks if network for parameter in network.parameters())
+
+
+def test_recompute_costs_a_third_more_work(tiny_config: Any) -> None:
+    plain, recomputed = (describe_plan(tiny_config(recompute=flag)) for flag in (False, True))
+    work = [float(text.split(" FLOP")[0].rsplit(maxsplit=1)[1]) for text in (plain, recomputed)]
+    assert 1.3 < work[1] / work[0] < 1.36
+
+
+def test_text_encoders_are_counted(tiny_config: Any, token_store: str, tmp_path: Any) -> None:
+    config = tiny_config(feature_path=token_store)
+    frozen = build_run(config, tmp_path).frozen_text_encoder
+    assert "of the frozen text encoder" in describe_plan(config)
+    assert "frozen" not in describe_plan(tiny_config())
+    assert frozen is not None
+    num_bytes = sum(parameter.nbytes for parameter in frozen.parameters())
+    assert plan_of_run(build_meta_run(config)).memory["frozen text encoder"] == num_bytes
+    layers, tokens, width, inner = 2, 16, 32, 64
+    linear = tokens * (4 * width * width + 2 * width * inner)
+    attention = 2 * tokens * tokens * width
+    assert count_text_flops(frozen.to("meta"), tokens) == 2 * layers * (linear + attention)
+
+    trained = build_run(tiny_config(train_text_encoder=True), tmp_path)
+    weights = sum(parameter.nbytes for parameter in trained.master_model.parameters())
+    assert plan_of_run(build_meta_run(trained.config)).memory["weights"] == weights
+
+
+def test_the_validation_is_described(tiny_config: Any) -> None:
+    config = tiny_config(validation_split="heldout", eval_steps=100, num_validation_samples=50)
+    assert "validation   50 of 72 samples, every 100 steps" in describe_plan(config)
+    assert "validation" not in describe_plan(tiny_config())

@@ -24,5 +24,5 @@ def test_the_four_ways(
 ) -> None:
     precision = build_run(tiny_config(**flags), tmp_path).precision
     assert (precision.dtype, precision.has_copy, precision.scale.enabled) == (dtype, has_copy, scales)
-    assert {p.dtype for p in precision.masters.parameters()} == {torch.float32}
-    assert {p.dtype for p in precision.networks.parameters()} == {dtype if has_copy else torch.float32}
+    assert {p.dtype for p in precision.master_model.parameters()} == {torch.float32}
+    assert {p.dtype for p in precision.compute_model.parameters()} == {dtype if has_copy else torch.float32}

@@ -21,14 +21,14 @@ def test_epochs_count_instead_of_steps(tiny_config: Any, tmp_path: Path) -> None
 
 
 def test_the_seed_makes_the_weights(tiny_config: Any, tmp_path: Path) -> None:
-    one, same, other = (build_run(tiny_config(seed=seed), tmp_path).networks.state_dict() for seed in (1, 1, 2))
+    one, same, other = (build_run(tiny_config(seed=seed), tmp_path).master_model.state_dict() for seed in (1, 1, 2))
     assert all((one[key] == same[key]).all() for key in one)
     assert any((one[key] != other[key]).any() for key in one)
 
 
 def test_a_wider_initialisation(tiny_config: Any, tmp_path: Path) -> None:
     plain, wide = (
-        build_run(tiny_config(**flags), tmp_path).networks["unet"]
+        build_run(tiny_config(**flags), tmp_path).master_model["unet"]
         for flags in ({}, {"weight_init_std": 0.06, "position_init_std": 0.5})
     )
     torch.testing.assert_close(wide.mid_block.mlp.fc1.weight, 3 * plain.mid_block.mlp.fc1.weight)
@@ -54,11 +54,11 @@ def test_training_goes_on_from_a_folder_of_the_port(tiny_config: Any, tmp_path: 
 def test_encoders_come_from_the_pretrained_folder_only_where_it_has_them(
     tiny_config: Any, encoders: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    model = build_run(tiny_config(), tmp_path).networks["unet"]
+    model = build_run(tiny_config(), tmp_path).master_model["unet"]
     model.save_pretrained(tmp_path / "alone" / "unet")
     alone, vae = str(tmp_path / "alone"), str(encoders[0])
     run = build_run(tiny_config(pretrained_model_name_or_path=alone), tmp_path)
-    assert torch.equal(run.networks["unet"].pos_embed, model.pos_embed)
+    assert torch.equal(run.master_model["unet"].pos_embed, model.pos_embed)
     known = [run.record()[name] for name in ("vae", "text_encoder", "tokenizer")]
     assert known == [run.features.vae_name, run.features.text_encoder_name, run.features.tokenizer_name]
     shutil.copytree(vae, tmp_path / "alone" / "vqvae")

@@ -29,7 +29,7 @@ def test_accumulation_averages(tiny_config: Any) -> None:
     for one, other in zip(steps(whole, 3), steps(parts, 3), strict=True):
         assert one.loss == pytest.approx(other.loss, rel=1e-5)
         assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
-    for a, b in zip(whole.averaged.parameters(), parts.averaged.parameters(), strict=True):
+    for a, b in zip(whole.ema_model.parameters(), parts.ema_model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
 
 
@@ -43,14 +43,14 @@ def test_clipping_measures_before_it_cuts(tiny_config: Any) -> None:
 def test_what_is_not_finite_changes_nothing(flags: dict[str, Any], tiny_config: Any) -> None:
     run = start(tiny_config(**flags))
     steps(run, 1)
-    before = [p.clone() for p in [*run.networks.parameters(), *run.averaged.parameters()]]
+    before = [p.clone() for p in [*run.master_model.parameters(), *run.ema_model.parameters()]]
     state = [value.clone() for entry in run.optimizer.state.values() for value in entry.values()]
     scale = run.precision.scale.value
     bad = next(prefetch(run.batches, range(5, 6), 0, run.device))
     bad.noise[:] = float("nan")
     result = train_step(run, iter([bad]))
     assert not result.finite
-    after = [*run.networks.parameters(), *run.averaged.parameters()]
+    after = [*run.master_model.parameters(), *run.ema_model.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     now = [value for entry in run.optimizer.state.values() for value in entry.values()]
     assert all(torch.equal(a, b) for a, b in zip(state, now, strict=True))
@@ -66,11 +66,11 @@ def test_low_precision_stays_near_float32(flags: dict[str, Any], level: str, tin
     for one, other in zip(steps(exact, 4), steps(low, 4), strict=True):
         assert other.loss == pytest.approx(one.loss, rel=0.02)
         assert other.grad_norm != one.grad_norm  # it really computed in another precision
-    for tensor in [*low.networks.parameters(), *low.averaged.parameters()]:
+    for tensor in [*low.master_model.parameters(), *low.ema_model.parameters()]:
         assert tensor.dtype == torch.float32
     assert all(v.dtype == torch.float32 for entry in low.optimizer.state.values() for v in entry.values())
     if level == "O2":
-        pairs = zip(low.precision.networks.parameters(), low.networks.parameters(), strict=True)
+        pairs = zip(low.precision.compute_model.parameters(), low.master_model.parameters(), strict=True)
         assert all(torch.equal(copy, master.to(copy.dtype)) for copy, master in pairs)
 
 
@@ -81,7 +81,7 @@ def test_a_spike_changes_nothing_either(flags: dict[str, Any], tiny_config: Any)
     usual = steps(run, 1)[0].grad_norm
     large = next(prefetch(run.batches, range(5, 6), 0, run.device))
     large.noise[:] *= 100
-    before = [p.clone() for p in [*run.networks.parameters(), *run.averaged.parameters()]]
+    before = [p.clone() for p in [*run.master_model.parameters(), *run.ema_model.parameters()]]
     scale = run.precision.scale.value
 
     run.guards.norms.extend([usual] * 98)  # with the first 99: too few to tell
@@ -89,7 +89,7 @@ def test_a_spike_changes_nothing_either(flags: dict[str, Any], tiny_config: Any)
     run.guards.norms.append(usual)
     result = train_step(run, iter([large]))
     assert result.skipped and result.finite and result.grad_norm > 20 * usual
-    after = [*run.networks.parameters(), *run.averaged.parameters()]
+    after = [*run.master_model.parameters(), *run.ema_model.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert run.precision.scale.value == scale  # it has nothing to do with float16
     assert run.guards.skipped_in_a_row == 1 and run.guards.norms[-1] == result.grad_norm
@@ -130,5 +130,5 @@ def test_the_joint_text_encoder_gets_gradients(tiny_config: Any) -> None:
     run = start(tiny_config(train_text_encoder=True))
     batch = next(prefetch(run.batches, range(1), 0, run.device))
     batch_loss(run, batch).backward()
-    embedding = run.networks["text_encoder"].get_input_embeddings().weight
+    embedding = run.master_model["text_encoder"].get_input_embeddings().weight
     assert embedding.grad is not None and embedding.grad.abs().max() > 0

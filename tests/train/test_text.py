@@ -21,14 +21,14 @@ from uvit.weights.encoders import encode_tokens
 
 def test_the_text_encoder_is_made_for_the_model_and_the_tokenizer(tiny_config: Any, tmp_path: Path) -> None:
     run = build_run(tiny_config(train_text_encoder=True, text_encoder_layers=3), tmp_path)
-    config = run.networks["text_encoder"].config
+    config = run.master_model["text_encoder"].config
     assert (config.hidden_size, config.num_hidden_layers, config.max_position_embeddings) == (32, 3, 16)
 
 
 def test_an_existing_text_encoder_is_trained_on(tiny_config: Any, encoders: tuple[Path, Path], tmp_path: Path) -> None:
     run = build_run(tiny_config(train_text_encoder=True, text_encoder_name_or_path=str(encoders[1])), tmp_path)
-    assert all(parameter.requires_grad for parameter in run.networks["text_encoder"].parameters())
-    assert run.networks["text_encoder"].config.num_hidden_layers == 2
+    assert all(parameter.requires_grad for parameter in run.master_model["text_encoder"].parameters())
+    assert run.master_model["text_encoder"].config.num_hidden_layers == 2
 
 
 def test_frozen_contexts_are_those_of_a_store(tiny_config: Any, token_store: str, tmp_path: Path) -> None:
@@ -36,14 +36,14 @@ def test_frozen_contexts_are_those_of_a_store(tiny_config: Any, token_store: str
     stored = build_run(tiny_config(), tmp_path)
     encoded = build_run(tiny_config(feature_path=token_store), tmp_path)
     assert stored.frozen_text_encoder is None and encoded.frozen_text_encoder is not None
-    assert list(encoded.networks) == ["unet"]
+    assert list(encoded.master_model) == ["unet"]
     for one, other in zip(
         prefetch(stored.batches, range(8), 0, stored.device),
         prefetch(encoded.batches, range(8), 0, encoded.device),
         strict=True,
     ):
         assert one.context is not None and other.token_ids is not None
-        context = encode_text(encoded, encoded.networks, other.token_ids)  # of dropped captions too
+        context = encode_text(encoded, encoded.master_model, other.token_ids)  # of dropped captions too
         torch.testing.assert_close(context, one.context.float(), rtol=2**-11, atol=1e-7)
         assert batch_loss(encoded, other).item() == pytest.approx(batch_loss(stored, one).item(), rel=1e-3)
 
@@ -61,7 +61,7 @@ def test_the_frozen_encoder_works_in_float32(tiny_config: Any, token_store: str,
     run = build_run(tiny_config(feature_path=token_store, bf16=True), tmp_path)
     ids = torch.arange(32).view(2, 16)
     with run.precision.autocast():
-        context = encode_text(run, run.networks, ids)
+        context = encode_text(run, run.master_model, ids)
     assert context.dtype == torch.float32 and not context.requires_grad
     assert run.frozen_text_encoder is not None
     assert torch.equal(context, encode_tokens(run.frozen_text_encoder, ids, run.pad_token_id))
@@ -85,7 +85,7 @@ def test_checkpoints_leave_the_frozen_encoder_out_and_the_pipeline_has_it(
 def test_another_encoder_is_refused(tiny_config: Any, token_store: str, tmp_path: Path) -> None:
     other = tiny_text_encoder_folder(tmp_path / "other", num_tokens=16, width=32, seed=1)
     with pytest.raises(
-        UserError, match=rf"--text_encoder_name_or_path {other}: .*fingerprint \w{{12}}, theirs \w{{12}}\)"
+        UserError, match=rf"--text_encoder_name_or_path {other}: .*fingerprint is \w{{12}}, not \w{{12}}\)"
     ):
         build_run(tiny_config(feature_path=token_store, text_encoder_name_or_path=str(other)), tmp_path)
 

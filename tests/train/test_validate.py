@@ -16,7 +16,7 @@ from uvit.train.validate import TIMESTEPS, losses, read_batch, validate, validat
 def start(config: Any, path: Path) -> Run:
     run = build_run(config, path)
     with torch.no_grad():  # fresh averages are the weights themselves
-        for parameter in run.averaged.parameters():
+        for parameter in run.ema_model.parameters():
             parameter.mul_(1.5)
     return run
 
@@ -54,12 +54,12 @@ def test_the_loss_is_what_it_is_said_to_be(prediction_type: Any, config: Any, tm
         timesteps = torch.full((10,), label)
         with torch.no_grad():
             context = torch.from_numpy(read.context).float()
-            prediction = run.averaged["unet"](add_noise(x_0, noise[:, i], timesteps), timesteps, context)
+            prediction = run.ema_model["unet"](add_noise(x_0, noise[:, i], timesteps), timesteps, context)
         expected.append((prediction - target(x_0, noise[:, i], timesteps, prediction_type)).square().mean().item())
     found = validate(run)
     assert found["val_losses"] == pytest.approx(expected, rel=1e-5)
     assert found["val_loss"] == pytest.approx(np.mean(expected), rel=1e-5)
-    assert found["val_loss_raw"] == pytest.approx(np.mean(losses(run, run.networks))) != found["val_loss"]
+    assert found["val_loss_raw"] == pytest.approx(np.mean(losses(run, run.master_model))) != found["val_loss"]
 
 
 def test_the_noise_is_noise(config: Any, tmp_path: Path) -> None:
@@ -78,8 +78,8 @@ def test_runs_compare(flags: dict[str, Any], config: Any, tmp_path: Path) -> Non
     large = start(config(per_device_train_batch_size=10, **flags), tmp_path)
     assert validate(one) != validate(other)
     for run in (other, large):
-        run.networks.load_state_dict(one.networks.state_dict())
-        run.averaged.load_state_dict(one.averaged.state_dict())
+        run.master_model.load_state_dict(one.master_model.state_dict())
+        run.ema_model.load_state_dict(one.ema_model.state_dict())
     assert validate(one) == validate(other)
     assert validate(one)["val_losses"] == pytest.approx(validate(large)["val_losses"], rel=1e-5)
 
@@ -89,7 +89,7 @@ def test_it_changes_nothing(flags: dict[str, Any], config: Any, tmp_path: Path) 
     run = start(config(**flags), tmp_path)
 
     def everything() -> list[Any]:
-        networks = (run.networks, run.precision.networks, run.averaged)
+        networks = (run.master_model, run.precision.compute_model, run.ema_model)
         tensors = [tensor.clone() for network in networks for tensor in network.state_dict().values()]
         modes = [module.training for network in networks for module in network.modules()]
         legacy: Any = np.random.get_state()  # noqa: NPY002 - the global generator is what must not be touched
@@ -99,7 +99,7 @@ def test_it_changes_nothing(flags: dict[str, Any], config: Any, tmp_path: Path) 
     validate(run)
     for a, b in zip(before, everything(), strict=True):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-    assert all(parameter.grad is None for parameter in run.networks.parameters())
+    assert all(parameter.grad is None for parameter in run.master_model.parameters())
 
 
 def test_token_ids_are_encoded_by_whose_turn_it_is(config: Any, token_store: str, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_token_ids_are_encoded_by_whose_turn_it_is(config: Any, token_store: str
     joint = start(config(train_text_encoder=True), tmp_path)
     before = validate(joint)
     with torch.no_grad():
-        for parameter in joint.averaged["text_encoder"].parameters():
+        for parameter in joint.ema_model["text_encoder"].parameters():
             parameter.zero_()
     after = validate(joint)
     assert after["val_loss"] != before["val_loss"] and after["val_loss_raw"] == before["val_loss_raw"]
@@ -131,6 +131,6 @@ def test_low_precision_validates_near_float32(flags: dict[str, Any], config: Any
 def test_what_is_not_finite_is_null(config: Any, tmp_path: Path) -> None:
     run = start(config(), tmp_path)
     with torch.no_grad():
-        run.averaged["unet"].pos_embed.fill_(float("nan"))
+        run.ema_model["unet"].pos_embed.fill_(float("nan"))
     found = validate(run)
     assert found["val_loss"] is None and found["val_losses"] == [None] * 8 and found["val_loss_raw"] > 0

@@ -28,7 +28,7 @@ def differ(config: TrainConfig, world: World, folder: Path) -> None:
         train_step(run, batches)
         if world.rank == 1:
             with torch.no_grad():
-                run.networks["unet"].pos_embed.view(torch.int32).view(-1)[0] ^= 1
+                run.master_model["unet"].pos_embed.view(torch.int32).view(-1)[0] ^= 1
         try:
             saving.save()
         except UserError as error:

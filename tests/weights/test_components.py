@@ -16,9 +16,9 @@ from torch import Tensor
 from tests.port import FIXTURES, PORT_FOLDER, TINY, same, tiny_unet
 from uvit import UViTPipeline
 from uvit.errors import UserError
-from uvit.export.formats import save_pth, write_port, write_trainer
+from uvit.export.formats import save_pth, write_paddlemix, write_trainer
 from uvit.weights.components import (
-    PORT,
+    PADDLEMIX,
     TRAINED,
     Conventions,
     load_text_encoder,
@@ -32,20 +32,21 @@ from uvit.weights.pdparams import read_pdparams, write_pdparams
 from uvit.weights.unet import is_norm, transpose_unet
 
 TOLERANCE = 5e-6
-ORIGINALS = Path(__file__).parents[3] / "shared" / "fixtures" / "tiny_pipeline"
 
 
-@pytest.fixture(params=["safetensors", "pdparams", "original safetensors", "original pdparams"])
+@pytest.fixture(params=["safetensors", "pdparams", "original pdparams"])
 def port_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """Of each container: the fixture and a copy of it, and what the port itself wrote where that is at hand."""
+    """PaddleMIX wrote the first. The second is our copy of it, and the third has the U-ViT as PaddleMIX wrote it."""
     if request.param == "safetensors":
         return PORT_FOLDER
     if request.param == "pdparams":
-        write_port(read_components(PORT_FOLDER), tmp_path, "pdparams")
+        write_paddlemix(read_components(PORT_FOLDER), tmp_path, "pdparams")
         return tmp_path
-    if not ORIGINALS.is_dir():
-        pytest.skip("the port's own folders are not here")
-    return ORIGINALS / ("pipe_pdparams" if "pdparams" in request.param else "pipe_default")
+    folder = tmp_path / "port"
+    shutil.copytree(PORT_FOLDER, folder)
+    (folder / "unet" / "diffusion_paddle_model.safetensors").unlink()
+    shutil.copy(FIXTURES / "port_pipeline_unet.pdparams", folder / "unet" / "model_state.pdparams")
+    return folder
 
 
 def test_the_ports_pictures(port_folder: Path, drawn: dict[str, Tensor]) -> None:
@@ -79,21 +80,21 @@ def test_both_conventions_of_the_port_count(drawn: dict[str, Tensor]) -> None:
 
 def test_what_the_report_says() -> None:
     report = read_components(PORT_FOLDER).report
-    assert len(report.read) == 5 and len(report.converted) == 3 and report.left == []
+    assert len(report.read) == 5 and len(report.converted) == 3 and report.dropped == []
     assert report.defaulted == [
-        "latent scale 0.18215, timestep labels 0..999, as the port's pipeline has them; prediction type epsilon"
+        "latent scale 0.18215, timesteps 0..999, as in the PaddleMIX pipeline; prediction type epsilon"
     ]
     trained = read_components(PORT_FOLDER, conventions="trained")
-    assert trained.conventions == TRAINED and "1..1000, as it was trained" in trained.report.defaulted[0]
+    assert trained.conventions == TRAINED and "timesteps 1..1000, as in training" in trained.report.defaulted[0]
 
 
 def test_conventions_that_a_folder_says(tmp_path: Path) -> None:
-    parts = read_components(PORT_FOLDER)
-    parts.conventions = Conventions(0.5, "1..1000", "v_prediction")
-    write_port(parts, tmp_path, "safetensors")
-    assert read_components(tmp_path).conventions == parts.conventions
+    components = read_components(PORT_FOLDER)
+    components.conventions = Conventions(0.5, "1..1000", "v_prediction")
+    write_paddlemix(components, tmp_path, "safetensors")
+    assert read_components(tmp_path).conventions == components.conventions
     (tmp_path / "uvit_conventions.json").write_text('{"latent_scale": 1}')
-    with pytest.raises(UserError, match="other keys than latent_scale, timestep_labels, prediction_type"):
+    with pytest.raises(UserError, match="must have the keys latent_scale, timestep_labels, prediction_type and no"):
         read_components(tmp_path)
 
 
@@ -107,10 +108,10 @@ def test_the_official_codes_checkpoint(tmp_path: Path) -> None:
     torch.save({"state": {}}, tmp_path / "optimizer.pth")
     torch.save(7, tmp_path / "step.pth")
     (tmp_path / "config.json").write_text(json.dumps(TINY))
-    parts = read_components(tmp_path)
-    assert same(parts.unet.state_dict(), ema.state_dict()) and parts.raw_unet is not None
-    assert same(parts.raw_unet, raw.state_dict())
-    assert parts.conventions == TRAINED and any("optimizer.pth" in line for line in parts.report.left)
+    components = read_components(tmp_path)
+    assert same(components.unet.state_dict(), ema.state_dict()) and components.raw_unet is not None
+    assert same(components.raw_unet, raw.state_dict())
+    assert components.conventions == TRAINED and any("optimizer.pth" in line for line in components.report.dropped)
     assert same(read_components(tmp_path, use_ema=False).unet.state_dict(), raw.state_dict())
     assert same(read_components(tmp_path / "nnet.pth").unet.state_dict(), raw.state_dict())
 
@@ -132,11 +133,11 @@ def test_the_port_trainers_checkpoint(tmp_path: Path) -> None:
     config.write_text(json.dumps(TINY | {"num_layers": 4}))
     weights = trainer_file(path, updated=True)
     for use_ema, factor in ((True, 0.5), (False, 1)):
-        parts = read_components(path, use_ema, str(config))
-        found = parts.unet.state_dict()
+        components = read_components(path, use_ema, str(config))
+        found = components.unet.state_dict()
         assert all(torch.equal(found[name], value * factor) for name, value in weights.items())
         assert all((found[name] == name.endswith("weight")).all() for name in found if is_norm(name))
-        assert parts.report.left == ["alphas_cumprod, model_ema.decay"] and parts.conventions == TRAINED
+        assert components.report.dropped == ["alphas_cumprod, model_ema.decay"] and components.conventions == TRAINED
 
 
 def test_an_average_that_was_never_updated_is_not_taken(tmp_path: Path) -> None:
@@ -144,9 +145,9 @@ def test_an_average_that_was_never_updated_is_not_taken(tmp_path: Path) -> None:
     path = tmp_path / "model_state.pdparams"
     (tmp_path / "tiny.json").write_text(json.dumps(TINY | {"num_layers": 4}))
     weights = trainer_file(path, updated=False)
-    parts = read_components(path, True, str(tmp_path / "tiny.json"))
-    assert torch.equal(parts.unet.pos_embed, weights["pos_embed"])
-    assert any("was never updated" in line for line in parts.report.left)
+    components = read_components(path, True, str(tmp_path / "tiny.json"))
+    assert torch.equal(components.unet.pos_embed, weights["pos_embed"])
+    assert any("was never updated" in line for line in components.report.dropped)
 
 
 def test_a_trainers_checkpoint_with_its_encoders(tmp_path: Path) -> None:
@@ -168,17 +169,17 @@ def test_a_trainers_checkpoint_with_its_encoders(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=said):
             read_components(tmp_path)
     shutil.copy(PORT_FOLDER / "vqvae" / "config.json", tmp_path)
-    assert read_components(tmp_path, given=["text_encoder"]).vqvae.config["norm_num_groups"] == 8
+    assert read_components(tmp_path, overridden=["text_encoder"]).vqvae.config["norm_num_groups"] == 8
     (tmp_path / "unet.json").unlink()
     config = str(PORT_FOLDER / "unet" / "config.json")
-    assert read_components(tmp_path, config_file=config, given=["text_encoder", "vqvae"]).vqvae is None
+    assert read_components(tmp_path, config_file=config, overridden=["text_encoder", "vqvae"]).vqvae is None
 
 
 def test_parts_of_others(tmp_path: Path) -> None:
     unet = read_network(PORT_FOLDER / "unet", "unet")
     assert same(unet.state_dict(), read_components(PORT_FOLDER).unet.state_dict())
     assert read_network(PORT_FOLDER, "vqvae").config["block_out_channels"] == [16] * 4
-    with pytest.raises(UserError, match=r"holds no text_encoder .*a U-ViT"):
+    with pytest.raises(UserError, match=r"has no text_encoder; it holds: .*a U-ViT"):
         read_network(PORT_FOLDER / "unet", "text_encoder")
     assert is_third_party(str(PORT_FOLDER)) and is_third_party(str(PORT_FOLDER / "unet"))
     assert not is_third_party(None) and not is_third_party("openai/clip") and not is_third_party(str(tmp_path))
@@ -195,10 +196,10 @@ def test_a_folder_of_networks_that_are_no_pipeline(tmp_path: Path) -> None:
     whole = read_components(PORT_FOLDER)
     for name in ("unet", "vqvae", "text_encoder", "tokenizer"):
         getattr(whole, name).save_pretrained(tmp_path / name)
-    parts = read_components(tmp_path, given=["tokenizer"])
-    assert parts.tokenizer is None and read_components(tmp_path).tokenizer is not None
+    components = read_components(tmp_path, overridden=["tokenizer"])
+    assert components.tokenizer is None and read_components(tmp_path).tokenizer is not None
     for name in ("unet", "vqvae", "text_encoder"):
-        assert same(getattr(parts, name).state_dict(), getattr(whole, name).state_dict())
+        assert same(getattr(components, name).state_dict(), getattr(whole, name).state_dict())
     (tmp_path / "vqvae" / "config.json").unlink()
     with pytest.raises(UserError, match=f"^{tmp_path}/vqvae: an AutoencoderKL .* cannot be loaded"):
         read_components(tmp_path)
@@ -206,7 +207,7 @@ def test_a_folder_of_networks_that_are_no_pipeline(tmp_path: Path) -> None:
 
 def test_a_pipeline_needs_all_its_parts(tmp_path: Path) -> None:
     assert pipeline_components("some/hub-id", {}) is None and pipeline_components(tmp_path, {}) is None
-    with pytest.raises(UserError, match="has no vqvae, text_encoder, tokenizer, scheduler; pass what is missing"):
+    with pytest.raises(UserError, match="has no vqvae, text_encoder, tokenizer, scheduler; pass them"):
         pipeline_components(PORT_FOLDER / "unet", {})
     given = {name: object() for name in ("vqvae", "text_encoder", "tokenizer", "scheduler")}
     arguments = pipeline_components(PORT_FOLDER / "unet", given)
@@ -227,12 +228,12 @@ def test_damaged_folders(tmp_path: Path) -> None:
     path = port / "unet" / "diffusion_paddle_model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
-    with pytest.raises(UserError, match=f"^{path}: is damaged or cut short"):
+    with pytest.raises(UserError, match=f"^{path}: is damaged or truncated"):
         read_components(port)
     path.write_bytes(whole)
     arrays = load_file(path)
     save_file({name: value for name, value in arrays.items() if "out_blocks.1.mlp" not in name}, path)
-    with pytest.raises(UserError, match=f"^{path}: is not whole, 4 arrays of a U-ViT are missing"):
+    with pytest.raises(UserError, match=f"^{path}: is not complete, 4 arrays of the U-ViT are missing"):
         read_components(port)
     shutil.copy(port / "vqvae" / path.name, path)
     with pytest.raises(UserError, match=f"^{path}: is a VAE, where the pipeline's unet should be"):
@@ -241,7 +242,7 @@ def test_damaged_folders(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unet: holds no weights"):
         read_components(port)
     shutil.rmtree(port / "vqvae")
-    with pytest.raises(UserError, match=f"^{port}: is not whole, it has no vqvae"):
+    with pytest.raises(UserError, match=f"^{port}: is not complete, it has no vqvae"):
         read_components(port)
 
 
@@ -298,7 +299,7 @@ def test_two_of_a_kind(tmp_path: Path) -> None:
     for seed in (1, 2):
         save_pth(tiny_unet(seed).state_dict(), tmp_path / f"model{seed}.pth")
     (tmp_path / "config.json").write_text(json.dumps(TINY))
-    with pytest.raises(UserError, match=r"model2\.pth: is a second U-ViT in this folder; name the file"):
+    with pytest.raises(UserError, match=r"model2\.pth: is a second unet in this folder; name one file"):
         read_components(tmp_path)
 
 
@@ -311,4 +312,4 @@ def test_the_same_in_two_containers_is_read_once(tmp_path: Path) -> None:
 
 
 def test_ports_conventions_are_what_it_does() -> None:
-    assert Conventions(0.18215, "0..999", "epsilon") == PORT
+    assert Conventions(0.18215, "0..999", "epsilon") == PADDLEMIX

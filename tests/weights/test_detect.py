@@ -1,13 +1,28 @@
-"""What weights are is told by what they hold, or one sentence says that they are nothing known."""
+"""What files and folders hold is told by the names in them, before a network is built."""
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from tests.port import tiny_unet
+from tests.port import PORT_FOLDER, tiny_unet
 from uvit.errors import UserError
-from uvit.weights.detect import recognise, unwrap
+from uvit.export.formats import save_pth
+from uvit.weights.detect import (
+    component_folders,
+    config_beside,
+    detect_kind,
+    first_that_has,
+    has_component,
+    is_third_party,
+    missing_components,
+    unwrap,
+)
+from uvit.weights.pdparams import write_pdparams
 
 UNET = dict(tiny_unet().state_dict())
 VAE = {"encoder.mid_block.resnets.0.conv1.weight": torch.zeros(1)}
@@ -26,20 +41,74 @@ PATH = Path("weights.pth")
     ],
 )
 def test_kinds(tensors: dict[str, torch.Tensor], kind: str) -> None:
-    assert recognise(tensors, PATH) == kind
+    assert detect_kind(tensors, PATH) == kind
     for wrapper in ("state_dict.", "module.", "state_dict.model."):
-        assert recognise(unwrap({wrapper + name: value for name, value in tensors.items()}), PATH) == kind
+        assert detect_kind(unwrap({wrapper + name: value for name, value in tensors.items()}), PATH) == kind
 
 
 @pytest.mark.parametrize(
     ("tensors", "said"),
     [
-        (UNET | VAE, "mixes a U-ViT and a VAE in one file"),
-        ({"layer.0": torch.zeros(1)}, r"holds 1 arrays \(layer.0\) that are no U-ViT, VAE or CLIP"),
-        (UNET | {"label_emb.weight": torch.zeros(1)}, "for classes, not for text"),
+        (UNET | VAE, "holds a U-ViT and a VAE in one file; give one file for each"),
+        ({"layer.0": torch.zeros(1)}, r"holds 1 arrays \(layer.0\), which are not a U-ViT, a VAE or a CLIP"),
+        (UNET | {"label_emb.weight": torch.zeros(1)}, "is a class-conditional U-ViT"),
         (UNET | {"time_embed.0.weight": torch.zeros(1)}, "MLP on its time token"),
     ],
 )
 def test_what_is_not_known(tensors: dict[str, torch.Tensor], said: str) -> None:
     with pytest.raises(UserError, match=f"^weights.pth: .*{said}"):
-        recognise(tensors, PATH)
+        detect_kind(tensors, PATH)
+
+
+# Files, folders, configs
+
+
+@pytest.mark.parametrize("metadata", [{"format": "pd"}, {"format": "np"}, {"format": "pt"}, None])
+def test_paddlemix_layout_whatever_its_file_is_called(metadata: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(PORT_FOLDER / "text_encoder", tmp_path / "text")
+    arrays = load_file(folder / "model.safetensors")
+    save_file(arrays, folder / "model.safetensors", metadata)
+    assert is_third_party(str(folder))
+    ours = {name: value.t().contiguous() if ".mlp.fc" in name else value for name, value in arrays.items()}
+    save_file({**ours, "of.another": arrays[min(arrays)].clone()}, folder / "model.safetensors", {"format": "pt"})
+    assert not is_third_party(str(folder))
+    (folder / "model.safetensors").write_bytes(b"\0" * 8 + b"{")  # the reader reports that it is damaged
+    assert not is_third_party(str(folder))
+
+
+def test_the_config_of_each_network(tmp_path: Path) -> None:
+    weights = tmp_path / "model_state.pdparams"
+    assert config_beside(weights, "unet") is None
+    (tmp_path / "config.json").write_text('{"block_out_channels": [8]}')
+    assert config_beside(weights, "vqvae") == tmp_path / "config.json"
+    assert config_beside(weights, "unet") is None and config_beside(weights, "text_encoder") is None
+    (tmp_path / "vqvae.json").write_text('{"block_out_channels": [16]}')
+    assert config_beside(weights, "vqvae") == tmp_path / "vqvae.json"
+
+
+def test_the_components_of_a_source(tmp_path: Path) -> None:
+    components = ("unet", "vqvae", "text_encoder", "tokenizer")
+
+    def of(name: Path | str) -> list[str]:
+        return [component for component in components if has_component(str(name), component)]
+
+    assert of(PORT_FOLDER) == of("somebody/model") == list(components)
+    assert of(PORT_FOLDER / "vqvae") == ["vqvae"] and of(tmp_path) == []
+    (tmp_path / "official").mkdir()
+    save_pth(tiny_unet().state_dict(), tmp_path / "official" / "nnet_ema.pth")
+    assert of(tmp_path / "official") == of(tmp_path / "official" / "nnet_ema.pth") == ["unet"]
+    both = {f"unet.{name}": value for name, value in tiny_unet().state_dict().items()}
+    write_pdparams(tmp_path / "model_state.pdparams", both | {"vae.x": next(iter(both.values()))})
+    assert of(tmp_path / "model_state.pdparams") == ["unet", "vqvae"]
+    (tmp_path / "alone" / "vae").mkdir(parents=True)
+    assert of(tmp_path / "alone") == ["vqvae"] == list(component_folders(tmp_path / "alone"))
+    assert first_that_has("vqvae", str(PORT_FOLDER), "other") == str(PORT_FOLDER)
+    assert first_that_has("vqvae", str(tmp_path / "official"), None, "other") == "other"
+    assert first_that_has("vqvae", None, None) is None
+
+
+def test_missing_components(tmp_path: Path) -> None:
+    index = {"_class_name": "x", "latent_scale": 0.5, "unet": ["uvit", "x"], "tokenizer": ["a", "b"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "unet").mkdir()
+    assert missing_components(tmp_path) == ["tokenizer"]

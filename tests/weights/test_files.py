@@ -44,7 +44,7 @@ def test_the_bytes_tell_and_not_the_name(container: str, tmp_path: Path) -> None
 def test_dicts_in_dicts_and_what_is_no_array(tmp_path: Path) -> None:
     torch.save({"state_dict": TENSORS, "epoch": 3}, tmp_path / "x")
     weights = read_weights(tmp_path / "x")
-    assert list(weights.tensors) == ["state_dict.a.weight", "state_dict.b"] and weights.others == ("epoch",)
+    assert list(weights.tensors) == ["state_dict.a.weight", "state_dict.b"] and weights.other_entries == ("epoch",)
 
 
 @pytest.mark.parametrize(
@@ -52,9 +52,9 @@ def test_dicts_in_dicts_and_what_is_no_array(tmp_path: Path) -> None:
     [
         (b"", "is empty"),
         (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
-        (b"<!DOCTYPE html><html>", "is no safetensors, .pdparams or .pth file"),
-        (b"PK\3\4 and no more", "damaged or cut short"),
-        (b"\x40\0\0\0\0\0\0\0{}", "damaged or cut short"),
+        (b"<!DOCTYPE html><html>", "is not a safetensors, .pdparams or .pth file"),
+        (b"PK\3\4 and no more", "damaged or truncated"),
+        (b"\x40\0\0\0\0\0\0\0{}", "damaged or truncated"),
     ],
 )
 def test_other_files(content: bytes, said: str, tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ class Shell:
 @pytest.mark.parametrize("zipped", [True, False])
 def test_code_in_a_pth_is_refused_by_name(zipped: bool, tmp_path: Path) -> None:
     torch.save({"a": Shell()}, tmp_path / "x", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match=r"asks for (posix|nt)\.system, which is no array"):
+    with pytest.raises(UserError, match=r"asks for (posix|nt)\.system, which is not an array"):
         read_weights(tmp_path / "x")
 
 

@@ -100,7 +100,7 @@ class Shell:
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
 def test_code_is_refused_by_name_and_not_run(protocol: int, tmp_path: Path) -> None:
     path = pickled(tmp_path / "x", {"a": Shell(tmp_path / "ran")}, protocol)
-    with pytest.raises(UserError, match=rf"^{path}: asks for (posix|nt)\.system, which is no array"):
+    with pytest.raises(UserError, match=rf"^{path}: asks for (posix|nt)\.system, which is not an array"):
         read_pdparams(path)
     assert not (tmp_path / "ran").exists()
 
@@ -128,7 +128,7 @@ def test_any_other_name_is_refused(asked: tuple[str, str], stack: bool, folder: 
     else:
         call = f"c{module}\n{name}\n".encode()
     (folder / "x").write_bytes(b"\x80\x04" + call + b")R.")
-    with pytest.raises(UserError, match=rf"asks for {module}\.{name}, which is no array"):
+    with pytest.raises(UserError, match=rf"asks for {module}\.{name}, which is not an array"):
         read_pdparams(folder / "x")
 
 

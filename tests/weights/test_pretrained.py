@@ -48,7 +48,7 @@ def test_weights_in_a_pickle_are_not_opened_and_no_network_is_said(tmp_path: Pat
         UViTT2IModel.from_pretrained(tmp_path / "a")
     with pytest.raises(UserError, match=r"diffusion_pytorch_model\.bin"):
         load_unet(tmp_path / "a")
-    with pytest.raises(UserError, match="holds no unet"):
+    with pytest.raises(UserError, match="has no unet"):
         load_unet(PORT_FOLDER / "vqvae")
     with pytest.raises(OSError, match="nothing"):
         UViTT2IModel.from_pretrained(str(tmp_path / "nothing"))

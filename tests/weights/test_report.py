@@ -3,10 +3,10 @@ from uvit.weights.report import Report, shorten
 
 def test_lines_have_their_heads_in_order() -> None:
     report = Report()
-    report.left.append("c")
+    report.dropped.append("c")
     report.read += ["a", "b"]
-    assert report.lines() == ["read: a", "read: b", "left: c"]
-    assert str(report) == "read: a\nread: b\nleft: c"
+    assert report.lines() == ["read: a", "read: b", "dropped: c"]
+    assert str(report) == "read: a\nread: b\ndropped: c"
 
 
 def test_some() -> None:

@@ -12,9 +12,9 @@ from uvit.errors import UserError
 from uvit.weights.report import Report
 from uvit.weights.text_encoder import (
     non_default_text_config,
-    our_name,
     paddlenlp_name,
     text_encoder_from_tensors,
+    transformers_name,
     transpose_text_encoder,
 )
 
@@ -44,13 +44,13 @@ def encoder() -> CLIPTextModel:
 def test_names_and_layouts(encoder: CLIPTextModel, rename: Any, paddle: bool, known: Any) -> None:
     weights = transpose_text_encoder(encoder.state_dict()) if paddle else dict(encoder.state_dict())
     renamed = {rename(name): value for name, value in weights.items()}
-    assert {our_name(name) for name in renamed} == set(weights)
+    assert {transformers_name(name) for name in renamed} == set(weights)
     report = Report()
     positions = {"text_model.embeddings.position_ids": torch.arange(9)}
     again = text_encoder_from_tensors(renamed | positions, PATH, known, report)
     assert same(again.state_dict(), encoder.state_dict())
     assert all(getattr(again.config, name) == value for name, value in SETTINGS.items() if "token_id" not in name)
-    assert bool(report.defaulted) is (known is None) and bool(report.converted) is paddle and report.left
+    assert bool(report.defaulted) is (known is None) and bool(report.converted) is paddle and report.dropped
 
 
 def test_paddlenlps_names() -> None:
@@ -75,12 +75,12 @@ def test_what_arrays_do_not_tell(encoder: CLIPTextModel) -> None:
 
 def test_what_is_not_whole(encoder: CLIPTextModel) -> None:
     weights = dict(encoder.state_dict())
-    with pytest.raises(UserError, match="1 arrays of a text encoder are missing"):
+    with pytest.raises(UserError, match="1 arrays of the text encoder are missing"):
         text_encoder_from_tensors(
             {k: v for k, v in weights.items() if k != "final_layer_norm.bias"}, PATH, None, Report()
         )
     with pytest.raises(UserError, match=r"position_embedding\.weight' is missing"):
         text_encoder_from_tensors({k: v for k, v in weights.items() if "position" not in k}, PATH, None, Report())
     narrow = {k: v[..., :48] if "embedding" in k else v for k, v in weights.items()}
-    with pytest.raises(UserError, match=r"width 48; its config\.json must lie beside it"):
+    with pytest.raises(UserError, match=r"width 48, which is not a multiple of 64; put its config\.json beside it"):
         text_encoder_from_tensors(narrow, PATH, None, Report())

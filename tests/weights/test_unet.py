@@ -11,7 +11,7 @@ from uvit.config.model import model_config_names, resolve_model_config
 from uvit.errors import UserError
 from uvit.model import UViTT2IModel
 from uvit.weights.report import Report
-from uvit.weights.unet import is_norm, is_paddle, known_config, transpose_unet, unet_config, unet_from_tensors
+from uvit.weights.unet import is_norm, is_paddle, model_arguments, transpose_unet, unet_config, unet_from_tensors
 
 PATH = Path("nnet.pth")
 
@@ -48,7 +48,7 @@ def test_norms_that_the_file_has_not_are_1_and_0() -> None:
     for name, value in again.state_dict().items():
         assert (value == name.endswith("weight")).all() if is_norm(name) else torch.equal(value, weights[name])
     assert report.defaulted == [
-        f"{sum(map(is_norm, again.state_dict()))} LayerNorm weights and biases, at 1 and 0: the file's network has none"
+        f"{sum(map(is_norm, again.state_dict()))} LayerNorm weights and biases are 1 and 0, as the file has none"
     ]
 
 
@@ -71,18 +71,18 @@ def with_one(name: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("weights", "known", "said"),
     [
-        (without("norm.bias"), TINY, r"is not whole, 1 arrays of a U-ViT are missing \(norm.bias\)"),
+        (without("norm.bias"), TINY, r"is not complete, 1 arrays of the U-ViT are missing \(norm.bias\)"),
         (without("in_blocks.0.mlp.fc1.weight"), TINY, "in_blocks.0.mlp.fc1.weight"),
-        (without("pos_embed"), TINY, "is not whole"),
+        (without("pos_embed"), TINY, "is not complete"),
         (without("context_embed.weight"), TINY, "context_embed.weight"),
-        (with_one("extra", torch.zeros(1)), TINY, r"1 arrays that are no U-ViT's \(extra\)"),
-        (with_one("norm.bias", torch.full((32,), torch.nan)), TINY, "norm.bias holds values that are not finite"),
-        (with_one("norm.bias", torch.zeros(3)), TINY, r"norm.bias has shape \(3,\), where \(32,\)"),
+        (with_one("extra", torch.zeros(1)), TINY, r"1 arrays that the U-ViT does not have \(extra\)"),
+        (with_one("norm.bias", torch.full((32,), torch.nan)), TINY, "norm.bias holds NaN or infinity"),
+        (with_one("norm.bias", torch.zeros(3)), TINY, r"norm.bias has shape \(3,\), and the U-ViT needs \(32,\)"),
         (with_one("mid_block.mlp.fc1.weight", torch.zeros(32, 128)), TINY, "mixes layouts: mid_block.mlp.fc1.weight"),
-        (without(""), {}, "width 32, and shapes do not tell the heads; name its config with --uvit_config_file"),
+        (without(""), {}, "width 32, and the shapes do not tell its heads; pass its config as --uvit_config_file"),
         (without(""), TINY | {"clip_dim": 48}, "has clip_dim 32, and the config says 48"),
         (without(""), TINY | {"num_attention_heads": 3}, "the config says 3 attention heads of 16"),
-        (without(""), TINY | {"num_text_tokens": 9}, "has 24 positions, which are not one for time, 9 for text"),
+        (without(""), TINY | {"num_text_tokens": 9}, "has 24 positions, and not 1 for time, 9 for text"),
         (without(""), TINY | {"sample_size": 4}, "has 24 positions"),
     ],
 )
@@ -93,7 +93,7 @@ def test_what_does_not_fit(weights: dict[str, Any], known: dict[str, Any], said:
 
 def test_the_ports_configs() -> None:
     extra = {"norm_type": "layer_norm", "qk_scale": None, "out_channels": None, "drop_rate": 0.1, "_class_name": "x"}
-    assert known_config(TINY | extra, PATH) == TINY
+    assert model_arguments(TINY | extra, PATH) == TINY
     for changed in ({"qk_scale": 2.0}, {"norm_type": "rms"}, {"out_channels": 8, "in_channels": 4}):
         with pytest.raises(UserError, match=next(iter(changed))):
-            known_config(TINY | extra | changed, PATH)
+            model_arguments(TINY | extra | changed, PATH)

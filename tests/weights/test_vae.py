@@ -39,7 +39,7 @@ def test_first_names(vae: Any) -> None:
     assert same(again.state_dict(), vae.state_dict())
     assert again.config["block_out_channels"] == [32, 64, 64] and again.config["layers_per_block"] == 2
     assert report.defaulted == ["VAE: norm_num_groups 32, scaling_factor 0.18215"]
-    assert report.left == ["1 arrays of the VAE's training (loss.*, model_ema.*)"]
+    assert report.dropped == ["1 arrays of the VAE's training (loss.*, model_ema.*)"]
 
 
 def test_names_as_stable_diffusion_has_them() -> None:
@@ -89,12 +89,12 @@ def test_what_arrays_do_not_tell(vae: Any) -> None:
 def test_what_does_not_fit(vae: Any) -> None:
     weights = to_ldm(vae.state_dict(), 3)
     name = "decoder.up.2.block.0.conv1.weight"
-    with pytest.raises(UserError, match=r"is not whole, 1 arrays of a VAE are missing"):
+    with pytest.raises(UserError, match=r"is not complete, 1 arrays of the VAE are missing"):
         vae_from_tensors(
             {key: value for key, value in weights.items() if key != name}, PATH, None, False, True, Report()
         )
-    with pytest.raises(UserError, match=r"is not whole, 'encoder.conv_in.weight' is missing"):
+    with pytest.raises(UserError, match=r"is not complete, 'encoder.conv_in.weight' is missing"):
         vae_from_tensors({name: weights[name]}, PATH, None, False, True, Report())
-    with pytest.raises(UserError, match=r"of widths \[24\].*config.json must lie beside it"):
+    with pytest.raises(UserError, match=r"of widths \[24\], .*; put its config.json beside it"):
         narrow = weights | {"encoder.down.0.block.0.conv1.weight": torch.zeros(24, 24, 3, 3)}
         vae_from_tensors({k: v for k, v in narrow.items() if ".down.1" not in k}, PATH, None, False, True, Report())

@@ -13,13 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from uvit.bench.random_store import write_random_store
 from uvit.config.bench import BenchConfig
 from uvit.config.model import resolve_model_config
 from uvit.config.train import TrainConfig
 from uvit.model import UViTT2IModel
+from uvit.progress import Progress
 from uvit.train.loader import BatchDataset
 from uvit.train.profiling import count_flops
 from uvit.train.setup import Run, build_run
@@ -82,7 +82,7 @@ def make_jobs(config: BenchConfig, run: Run) -> tuple[Job, Job, Job]:
 
     def forward() -> None:
         with torch.no_grad(), run.precision.autocast():
-            run.precision.networks["unet"](latents, batch.timesteps, context)
+            run.precision.compute_model["unet"](latents, batch.timesteps, context)
 
     return lambda: torch.mm(left, right, out=product), forward, lambda: train_step(run, batches)
 
@@ -90,14 +90,15 @@ def make_jobs(config: BenchConfig, run: Run) -> tuple[Job, Job, Job]:
 def time_rounds(jobs: dict[str, Job], matmul: Job, rounds: int, device: torch.device) -> dict[str, list[Timing]]:
     """{name: [(seconds, mean seconds of the matmul just before and after), ...]}."""
     timings: dict[str, list[Timing]] = {name: [] for name in jobs}
-    for round_ in tqdm(range(-NUM_WARM_UPS, rounds), desc="bench", leave=False):
-        before = best_of(matmul, device)
-        for name, job in jobs.items():
-            elapsed = seconds(job, device)
-            after = best_of(matmul, device)
-            if round_ >= 0:
-                timings[name].append((elapsed, (before + after) / 2))
-            before = after
+    with Progress("bench", NUM_WARM_UPS + rounds, "round") as progress:
+        for round_ in progress.over(range(-NUM_WARM_UPS, rounds)):
+            before = best_of(matmul, device)
+            for name, job in jobs.items():
+                elapsed = seconds(job, device)
+                after = best_of(matmul, device)
+                if round_ >= 0:
+                    timings[name].append((elapsed, (before + after) / 2))
+                before = after
     return timings
 
 
@@ -131,7 +132,7 @@ def describe_run(config: BenchConfig, run: Run) -> str:
     cuda, num_threads = run.device.type == "cuda", torch.get_num_threads()
     hardware = torch.cuda.get_device_name(run.device) if cuda else f"{num_threads} thread{'s'[: num_threads > 1]}"
     options = [config.precision, *(name for name in ("compile", "recompute") if getattr(config, name))]
-    num_parameters, size = sum(p.numel() for p in run.networks.parameters()), config.matmul_size
+    num_parameters, size = sum(p.numel() for p in run.master_model.parameters()), config.matmul_size
     return (
         f"{config.uvit_config_file}: {num_parameters:,} parameters, batch {config.batch_size}, "
         f"{', '.join(options)}; {run.device} ({hardware}), torch {torch.__version__}; "

@@ -12,6 +12,7 @@ adds the record and renames the folder. Hidden names in a run's folder:
 - `.checkpoint-{step}.deleting`: on its way out, by `--save_total_limit`.
 """
 
+import dataclasses
 import json
 import re
 import shutil
@@ -29,6 +30,7 @@ from uvit.io import sync_path, write_json
 
 RECORD = "uvit.json"
 CHECKPOINT_FORMAT = 2
+QUIET_FLAGS = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "disable_tqdm"}
 
 
 # Committing
@@ -90,6 +92,15 @@ class Checkpoint:
         pattern = re.compile(rf"{group}(-\d+-of-\d+)?\.safetensors")
         return [self.folder / name for name in self.record["files"] if pattern.fullmatch(name)]
 
+    def changed_flags(self, config: Any) -> dict[str, str]:
+        """{flag: what it was and is now}, of the config dataclass's flags that change something."""
+        before, now = (
+            self.record["config"],
+            json.loads(json.dumps(dataclasses.asdict(config))),
+        )  # a tuple is a list there
+        changed = [key for key in now if key not in QUIET_FLAGS and key in before and before[key] != now[key]]
+        return {key: f"--{key} was {before[key]} and is now {now[key]}" for key in changed}
+
     def load(self, group: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Read all tensors of a group, each whole."""
         return read_whole(self._existing_files(group), device)
@@ -130,6 +141,12 @@ def is_complete(folder: Path) -> bool:
     except UserError:
         return False
     return True
+
+
+def check_command(found: Checkpoint, command: str) -> None:
+    """Refuse the checkpoint of another command. Those of `uvit train` name none."""
+    if (theirs := found.record.get("command", "uvit train")) != command:
+        raise UserError(f"{found.folder}: is a checkpoint of `{theirs}`, not of `{command}`; choose another folder")
 
 
 # Finding

@@ -33,6 +33,12 @@ class Command:
 
 
 COMMANDS = {
+    "demo": Command(
+        "Begin",
+        "all steps on built-in images of shapes, in 7 minutes",
+        "uvit.config.demo:DemoConfig",
+        "uvit.cli.demo:demo",
+    ),
     "autoencoder": Command(
         "Prepare data",
         "train a VAE on your images, if you have none",
@@ -136,7 +142,7 @@ def usage(prefix: str = "") -> str:
     groups: dict[str, list[str]] = {}
     for name, command in named.items():
         groups.setdefault("Commands" if prefix else command.group, []).append(f"  {name:<{width}}  {command.summary}")
-    begin = "Begin with `uvit extract`, then `uvit train`, then `uvit sample`.\n\n"
+    begin = "Begin with `uvit demo`, or with `uvit extract`, then `uvit train`, then `uvit sample`.\n\n"
     return (
         f"uvit {__version__}: train text-to-image latent diffusion models, with a U-ViT, from scratch\n\n"
         f"usage: uvit {prefix}COMMAND [FLAGS]\n\n"

@@ -28,6 +28,8 @@ def check_split(split: str | None) -> None:
 class AutoencoderConfig:
     """Train a VAE (a diffusers AutoencoderKL) on the images of a source.
 
+    Stop it at any time. Run the same command again to resume.
+
     uvit autoencoder --source my_images --resolution 64 --factor 4 --output_dir output/vae
     """
 
@@ -75,14 +77,16 @@ class AutoencoderConfig:
     """Decay of the EMA weights, which are the weights that are saved."""
 
     # Output and device
+    save_steps: PositiveInt = 500
+    """Steps between checkpoints, from which the same command resumes after a kill."""
     preview_steps: Annotated[int, Bounds(least=-1)] = 1000
     """Steps between images of reconstructions in OUTPUT_DIR/previews; -1: only at the end."""
     device: str = "auto"
     """cpu, cuda, or auto: the GPU if there is one."""
     overwrite_output_dir: bool = False
-    """Replace the VAE in OUTPUT_DIR. The old one is kept under another name."""
+    """Start afresh. What is in OUTPUT_DIR is kept under another name."""
     disable_tqdm: bool = False
-    """Show no progress bar."""
+    """Print plain lines instead of a progress bar, on a terminal too."""
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -206,7 +210,7 @@ class ExtractConfig:
     device: str = "auto"
     """Where the encoders run: cpu, cuda, cuda:1, ..., or auto: the GPU if there is one."""
     disable_tqdm: bool = False
-    """Show no progress bar."""
+    """Print plain lines instead of a progress bar, on a terminal too."""
 
     def __post_init__(self) -> None:
         check_bounds(self)

@@ -96,7 +96,7 @@ class SampleConfig:
     """I/N: sample only part I (from 0) of N, while other processes or machines do the others. torchrun sets this
     itself."""
     disable_tqdm: bool = False
-    """Show no progress bars."""
+    """Print plain lines instead of a progress bar, on a terminal too."""
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -161,7 +161,7 @@ class EvaluateConfig:
     device: str = "auto"
     """cpu, cuda, or auto: the GPU if there is one."""
     disable_tqdm: bool = False
-    """Show no progress bar."""
+    """Print plain lines instead of a progress bar, on a terminal too."""
 
     def __post_init__(self) -> None:
         check_bounds(self)

@@ -43,7 +43,7 @@ class FeaturesVerifyConfig:
     split: str | None = None
     """Only this split. Default: all splits."""
     disable_tqdm: bool = False
-    """Show no progress bar."""
+    """Print plain lines instead of a progress bar, on a terminal too."""
 
     def __post_init__(self) -> None:
         check_split(self.split)
@@ -76,7 +76,7 @@ class FeaturesImportConfig:
     shard_size: PositiveInt = 1024
     """Pairs per file of the store."""
     disable_tqdm: bool = False
-    """Show no progress bar."""
+    """Print plain lines instead of a progress bar, on a terminal too."""
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -104,7 +104,7 @@ class FeaturesExportConfig:
     device: str = "auto"
     """Where the text encoder runs: cpu, cuda, cuda:1, ..., or auto: the GPU if there is one."""
     disable_tqdm: bool = False
-    """Show no progress bar."""
+    """Print plain lines instead of a progress bar, on a terminal too."""
 
     def __post_init__(self) -> None:
         check_split(self.split)
@@ -126,7 +126,7 @@ class FeaturesMergeConfig:
     split: str = "train"
     """The split to merge."""
     disable_tqdm: bool = False
-    """Show no progress bar."""
+    """Print plain lines instead of a progress bar, on a terminal too."""
 
     def __post_init__(self) -> None:
         check_split(self.split)

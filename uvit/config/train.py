@@ -196,7 +196,7 @@ class TrainConfig:
     num_inference_steps: PositiveInt = 50
     """Sampling steps of the preview images."""
     disable_tqdm: bool = False
-    """Show no progress bar, but a line every --logging_steps."""
+    """Print plain lines instead of a progress bar, on a terminal too: one every --logging_steps."""
     benchmark: bool = False
     """Report steady-state throughput and utilisation (MFU) at the end, without the first tenth of the steps."""
     profiler_options: str | None = None

@@ -4,16 +4,16 @@ It generates an image for each scene of a split in each of its four wordings. `s
 position and background from the pixels. An attribute is correct if it is the one in the prompt.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 from uvit.config.sample import EvaluateConfig
 from uvit.evaluate.shapes_reader import ATTRIBUTES, CHANCE, read_scene
 from uvit.images import SHEET_COLOUR, contact_sheet, save_png
+from uvit.io import write_json
+from uvit.progress import Progress
 from uvit.sample.command import generate
 from uvit.sample.load import open_pipeline
 from uvit.sources.shapes import Scene, render, scenes
@@ -24,20 +24,21 @@ MAX_SHEET_PROMPTS = 24
 
 def evaluate(config: EvaluateConfig) -> None:
     """Generate an image per prompt of the split, read its attributes, print and write the accuracy."""
-    pipeline = open_pipeline(config.pipeline, config.device, disable_tqdm=config.disable_tqdm)
+    pipeline = open_pipeline(config.pipeline, config.device)
     all_scenes = [scene for scene in scenes(config.split) if isinstance(scene, Scene)]
     pairs = [(scene, wording) for wording in range(NUM_WORDINGS) for scene in all_scenes][: config.max_prompts]
     prompted, prompts = [scene for scene, _ in pairs], [scene.captions()[wording] for scene, wording in pairs]
     seeds = [config.seed + i for i in range(len(prompts))]
-    drawn = generate(pipeline, prompts, seeds, config.batch_size, config.guidance_scale, config.num_inference_steps)
-    progress = tqdm(drawn, total=len(prompts), unit="image", desc="evaluate", disable=config.disable_tqdm)
-    images = [image for _, _, _, image in progress]
+    scale, num_steps = config.guidance_scale, config.num_inference_steps
+    with Progress("evaluate", len(prompts), "image", bar=not config.disable_tqdm) as progress:
+        samples = generate(pipeline, prompts, seeds, config.batch_size, scale, num_steps, progress=progress)
+        images = [image for _, _, _, image in samples]
     results = accuracy(prompted, images)
 
     output_dir = Path(config.output_dir)
     save_png(sheet(prompted, prompts, images), output_dir / "contact_sheet.png")
     facts = {**results, "num_prompts": len(prompts), "split": config.split, "guidance_scale": config.guidance_scale}
-    (output_dir / "results.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_json(output_dir / "results.json", facts)
     print(accuracy_table(results, len(prompts), config.split))
     print(f"contact sheet (left: the prompt, rendered; right: the image): {output_dir / 'contact_sheet.png'}")
 

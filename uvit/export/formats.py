@@ -1,6 +1,6 @@
-"""A model in the formats of the official code and of the Paddle port, so that they read it.
+"""Write a model in the formats of the official U-ViT code and of PaddleMIX.
 
-What cannot be said in a format is refused or reported; nothing is bent to fit. Weights go through bit for bit.
+The weights are written bit for bit. What a format cannot hold is an error, or a `dropped:` line of the report.
 """
 
 from collections.abc import Mapping
@@ -19,16 +19,16 @@ from uvit.io import write_json
 from uvit.weights import text_encoder as text
 from uvit.weights import unet as uvit
 from uvit.weights import vae
-from uvit.weights.components import CONVENTIONS, PORT, TRAINED, Components, Conventions
+from uvit.weights.components import CONVENTIONS, PADDLEMIX, TRAINED, Components, Conventions
 from uvit.weights.detect import CONFIG, FLAGS, INDEX, Network
 from uvit.weights.pdparams import write_pdparams
 
 ExportContainer = Literal["safetensors", "pdparams"]
-PORT_VERSION = "0.29.0"  # the ppdiffusers whose folders these are
+PPDIFFUSERS_VERSION = "0.29.0"  # whose folders are written
 UNET_FILE = {"safetensors": "diffusion_paddle_model.safetensors", "pdparams": "model_state.pdparams"}
 TEXT_FILE = {"safetensors": "model.safetensors", "pdparams": "model_state.pdparams"}
 
-# The keys of the port's configs; later ones of diffusers and transformers it does not know.
+# The keys of PaddleMIX's configs; it does not know newer ones of diffusers and transformers.
 _UVIT_EXTRA = {
     "attn_drop_rate": 0.0,
     "drop_rate": 0.0,
@@ -54,36 +54,38 @@ _DDIM_KEYS = [
 ]  # fmt: skip
 
 
-# The official code
+# The official U-ViT code
 
 
-def write_official(parts: Components, folder: Path, averaged: bool = True) -> None:
-    """nnet_ema.pth, nnet.pth and autoencoder_kl.pth, as far as the source has them, and for `uvit` their configs.
+def write_official(components: Components, folder: Path, is_ema: bool = True) -> None:
+    """Write nnet_ema.pth, nnet.pth and autoencoder_kl.pth, as far as the source has them, and their configs for `uvit`.
 
-    averaged: whether the U-ViT's weights are.
+    is_ema: whether `unet` has the EMA weights.
     """
-    config = parts.unet.config
+    config = components.unet.config
     if not isinstance(config["sample_size"], int):
-        raise UserError(f"--to official: its U-ViT is square, and this one's sample_size is {config['sample_size']}")
-    save_pth(parts.unet.state_dict(), folder / ("nnet_ema.pth" if averaged else "nnet.pth"))
-    if parts.raw_unet is not None:
-        save_pth(parts.raw_unet, folder / "nnet.pth")
-    if parts.vqvae is not None:
-        weights = vae.to_ldm(parts.vqvae.state_dict(), len(parts.vqvae.config["block_out_channels"]))
+        raise UserError(
+            f"--to official: its U-ViT needs square latents, and the sample_size of this one is {config['sample_size']}"
+        )
+    save_pth(components.unet.state_dict(), folder / ("nnet_ema.pth" if is_ema else "nnet.pth"))
+    if components.raw_unet is not None:
+        save_pth(components.raw_unet, folder / "nnet.pth")
+    if components.vqvae is not None:
+        weights = vae.to_ldm(components.vqvae.state_dict(), len(components.vqvae.config["block_out_channels"]))
         save_pth(weights, folder / "autoencoder_kl.pth")
-    parts.report.converted.append(
-        f"for the official code: UViT(img_size={config['sample_size']}, patch_size={config['patch_size']}, "
+    components.report.converted.append(
+        f"for the official U-ViT code: UViT(img_size={config['sample_size']}, patch_size={config['patch_size']}, "
         f"in_chans={config['in_channels']}, embed_dim={config['num_attention_heads'] * config['attention_head_dim']}, "
         f"depth={config['num_layers']}, num_heads={config['num_attention_heads']}, mlp_ratio={config['mlp_ratio']}, "
         f"qkv_bias={config['qkv_bias']}, clip_dim={config['clip_dim']}, num_clip_token={config['num_text_tokens']}, "
         f"conv={config['conv']})"
     )
-    _write_configs(parts, folder, ("unet", "vqvae"), "the official code")
-    _say_what_is_lost(parts, TRAINED, "the official code")
+    _write_configs(components, folder, ("unet", "vqvae"), "the official U-ViT code")
+    _report_lost_conventions(components, TRAINED, "the official U-ViT code")
 
 
 def save_pth(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Raises OSError where the disk does not take it."""
+    """Raises OSError where the disk is full or fails."""
     with path.open("wb") as file:
         sink: Any = _Sink(file)
         torch.save({name: value.detach().clone().contiguous() for name, value in tensors.items()}, sink)
@@ -92,7 +94,7 @@ def save_pth(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 class _Sink:
-    """A file for torch's writer. Told that a disk is full it may end the process, so `error` says it afterwards."""
+    """A file for torch.save, which may end the process if a write fails; `error` keeps the failure instead."""
 
     def __init__(self, file: BinaryIO):
         self.file = file
@@ -109,142 +111,154 @@ class _Sink:
     def flush(self) -> None: ...
 
 
-# The Paddle port
+# PaddleMIX
 
 
-def write_paddle(parts: Components, folder: Path, container: ExportContainer) -> None:
-    """The U-ViT's folder: its weights in Paddle's layout, and its config.json."""
-    _write_unet(parts, folder, container)
-    write_json(folder / CONVENTIONS, asdict(parts.conventions))
-    _say_what_is_lost(parts, PORT, "the port's pipeline")
+def write_paddle(components: Components, folder: Path, container: ExportContainer) -> None:
+    """Write the U-ViT alone: its weights in Paddle's layout, and its config.json."""
+    _write_unet(components, folder, container)
+    write_json(folder / CONVENTIONS, asdict(components.conventions))
+    _report_lost_conventions(components, PADDLEMIX, "the PaddleMIX pipeline")
 
 
-def _write_unet(parts: Components, folder: Path, container: ExportContainer) -> None:
-    weights = uvit.transpose_unet(parts.unet.state_dict())
+def _write_unet(components: Components, folder: Path, container: ExportContainer) -> None:
+    weights = uvit.transpose_unet(components.unet.state_dict())
     _write_arrays(weights, folder / UNET_FILE[container], "pd")
-    write_json(folder / CONFIG, {**_of_port("UViTT2IModel"), **_UVIT_EXTRA, **_plain(parts.unet.config)})
+    write_json(
+        folder / CONFIG,
+        {**_ppdiffusers_class("UViTT2IModel"), **_UVIT_EXTRA, **_without_private_keys(components.unet.config)},
+    )
 
 
-def write_port(parts: Components, folder: Path, container: ExportContainer) -> None:
-    """The pipeline's folder. Raises UserError where the port has no such encoder, tokenizer or VAE."""
-    check_encoders(parts, "port")
+def write_paddlemix(components: Components, folder: Path, container: ExportContainer) -> None:
+    """Write a pipeline folder. Raises UserError where PaddleMIX does not support the encoder, tokenizer or VAE."""
+    check_encoders(components, "port")
     for name in ("unet", "vqvae", "text_encoder", "tokenizer", "scheduler"):
         (folder / name).mkdir(parents=True)
-    _write_unet(parts, folder / "unet", container)
-    autoencoder, encoder = parts.vqvae, parts.text_encoder
+    _write_unet(components, folder / "unet", container)
+    autoencoder, encoder = components.vqvae, components.text_encoder
     _write_arrays(vae.transpose_vae(autoencoder.state_dict()), folder / "vqvae" / UNET_FILE[container], "pd")
-    said = {key: autoencoder.config[key] for key in _VAE_KEYS if key in autoencoder.config}
-    write_json(folder / "vqvae" / CONFIG, _of_port("AutoencoderKL") | said)
+    config = {key: autoencoder.config[key] for key in _VAE_KEYS if key in autoencoder.config}
+    write_json(folder / "vqvae" / CONFIG, _ppdiffusers_class("AutoencoderKL") | config)
     weights = {text.PREFIX + name: value for name, value in text.transpose_text_encoder(encoder.state_dict()).items()}
     _write_arrays(weights, folder / "text_encoder" / TEXT_FILE[container], "np")
     settings = encoder.config.to_dict()
-    said = {key: settings[key] for key in _TEXT_KEYS if key in settings}
-    write_json(folder / "text_encoder" / CONFIG, {"architectures": ["CLIPTextModel"], **said})
-    _write_tokenizer(parts.tokenizer, folder / "tokenizer")
-    write_json(folder / "scheduler" / "scheduler_config.json", port_scheduler(parts))
+    config = {key: settings[key] for key in _TEXT_KEYS if key in settings}
+    write_json(folder / "text_encoder" / CONFIG, {"architectures": ["CLIPTextModel"], **config})
+    _write_tokenizer(components.tokenizer, folder / "tokenizer")
+    write_json(folder / "scheduler" / "scheduler_config.json", paddlemix_scheduler(components))
     libraries = {"scheduler": "ppdiffusers", "text_encoder": "ppdiffusers.transformers"}
     libraries |= {"tokenizer": "ppdiffusers.transformers", "unet": "ppdiffusers", "vqvae": "ppdiffusers"}
     classes = {"scheduler": "DDIMScheduler", "text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer"}
     classes |= {"unet": "UViTT2IModel", "vqvae": "AutoencoderKL"}
     index = {name: [library, classes[name]] for name, library in libraries.items()}
-    write_json(folder / INDEX, _of_port("LDMTextToImageUViTPipeline") | index)
-    write_json(folder / CONVENTIONS, asdict(parts.conventions))
-    _say_what_is_lost(parts, PORT, "the port's pipeline", says_prediction=True)
+    write_json(folder / INDEX, _ppdiffusers_class("LDMTextToImageUViTPipeline") | index)
+    write_json(folder / CONVENTIONS, asdict(components.conventions))
+    _report_lost_conventions(components, PADDLEMIX, "the PaddleMIX pipeline", stores_prediction_type=True)
 
 
-def write_trainer(parts: Components, folder: Path) -> None:
-    """model_state.pdparams as the port's trainer resumes from. Its LayerNorms have no weight and bias."""
-    weights = uvit.transpose_unet(parts.unet.state_dict())
-    for name, value in (weights | (parts.raw_unet or {})).items():
+def write_trainer(components: Components, folder: Path) -> None:
+    """Write model_state.pdparams, from which the PaddleMIX trainer resumes. Its LayerNorms have no weight and bias."""
+    weights = uvit.transpose_unet(components.unet.state_dict())
+    for name, value in (weights | (components.raw_unet or {})).items():
         if uvit.is_norm(name) and not torch.equal(value, torch.full_like(value, name.endswith("weight"))):
             raise UserError(
-                f"--to trainer: the port's trainer has no {name}, and this model's is not 1 and 0; use --to port"
+                f"--to trainer: the PaddleMIX trainer has no {name}, and that of this model is not all "
+                f"{int(name.endswith('weight'))}; use --to port"
             )
     ema = {name: value for name, value in weights.items() if not uvit.is_norm(name)}
     raw = ema
-    if parts.raw_unet is not None:
-        raw = {n: v for n, v in uvit.transpose_unet(parts.raw_unet).items() if not uvit.is_norm(n)}
+    if components.raw_unet is not None:
+        raw = {n: v for n, v in uvit.transpose_unet(components.raw_unet).items() if not uvit.is_norm(n)}
     else:
-        parts.report.defaulted.append("unet.* and model_ema.* are alike: the source has one set of weights")
+        components.report.defaulted.append("unet.* and model_ema.* are equal, as the source has one set of weights")
     content = {"alphas_cumprod": alphas_cumprod()[1:].float()}
-    if parts.text_encoder is not None:
-        check_encoders(parts, "trainer", whole=False)
-        linear = text.transpose_text_encoder(parts.text_encoder.state_dict())
+    if components.text_encoder is not None:
+        check_encoders(components, "trainer", needs_all=False)
+        linear = text.transpose_text_encoder(components.text_encoder.state_dict())
         content |= {f"text_encoder.{text.paddlenlp_name(name)}": value for name, value in linear.items()}
-    if parts.vqvae is not None:
-        linear = vae.transpose_vae(parts.vqvae.state_dict())
+    if components.vqvae is not None:
+        linear = vae.transpose_vae(components.vqvae.state_dict())
         content |= {f"vae.{name}": value for name, value in linear.items()}
     content |= {f"unet.{name}": value for name, value in raw.items()}
     content |= {f"model_ema.{name.replace('.', '')}": value for name, value in ema.items()}
     write_pdparams(folder / "model_state.pdparams", content)
-    _write_configs(parts, folder, ("unet", "vqvae", "text_encoder"), "the port's trainer")
-    _say_what_is_lost(parts, TRAINED, "the port's trainer")
+    _write_configs(components, folder, ("unet", "vqvae", "text_encoder"), "the PaddleMIX trainer")
+    _report_lost_conventions(components, TRAINED, "the PaddleMIX trainer")
 
 
-def check_encoders(parts: Components, to: str, whole: bool = True) -> None:
-    """Raises UserError where the port has no such part."""
-    missing = [name for name in FLAGS if getattr(parts, name) is None]
-    if missing and whole:
-        wanted = ", ".join(f"--{FLAGS[name]}" for name in missing)
+def check_encoders(components: Components, to: str, needs_all: bool = True) -> None:
+    """Raises UserError where an encoder is missing, or PaddleMIX does not support it."""
+    missing = [name for name in FLAGS if getattr(components, name) is None]
+    if missing and needs_all:
+        flags = ", ".join(f"--{FLAGS[name]}" for name in missing)
         raise UserError(
-            f"--to {to}: a whole pipeline is needed, and the source has no {', '.join(missing)}; name {wanted}"
+            f"--to {to}: needs a complete pipeline, and the source has no {', '.join(missing)}; pass {flags}"
         )
-    if not isinstance(parts.text_encoder, CLIPTextModel):
+    if not isinstance(components.text_encoder, CLIPTextModel):
         raise UserError(
-            f"--to {to}: the port's text encoder is CLIP's, and this is {type(parts.text_encoder).__name__}; "
-            "--to paddle writes the U-ViT alone"
+            f"--to {to}: PaddleMIX supports only CLIP's text encoder, and this is a "
+            f"{type(components.text_encoder).__name__}; --to paddle writes the U-ViT alone"
         )
-    if parts.vqvae is not None and not parts.vqvae.config.get("mid_block_add_attention", True):
-        raise UserError(f"--to {to}: the port's VAE has attention in its middle, and this one has none")
-    model = getattr(getattr(parts.tokenizer, "backend_tokenizer", None), "model", None)
-    if whole and getattr(model, "end_of_word_suffix", None) != "</w>":
+    if components.vqvae is not None and not components.vqvae.config.get("mid_block_add_attention", True):
+        raise UserError(f"--to {to}: PaddleMIX's VAE has attention in its mid block, and this one has none")
+    model = getattr(getattr(components.tokenizer, "backend_tokenizer", None), "model", None)
+    if needs_all and getattr(model, "end_of_word_suffix", None) != "</w>":
         raise UserError(
-            f"--to {to}: the port's tokenizer is CLIP's byte pairs, and this is another; --to paddle writes the U-ViT "
+            f"--to {to}: PaddleMIX supports only CLIP's tokenizer, and this is another; --to paddle writes the U-ViT "
             "alone"
         )
 
 
-def port_scheduler(parts: Components) -> dict[str, Any]:
-    """A DDIM scheduler's config, the source's own where it is one."""
+def paddlemix_scheduler(components: Components) -> dict[str, Any]:
+    """The config of a DDIM scheduler: the source's own, if that is DDIM."""
     usual = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading"}
     config = {**scheduler_config(), **usual, "trained_betas": None}
-    own = parts.scheduler_config or {}
+    own = components.scheduler_config or {}
     if own.get("_class_name") == "DDIMScheduler":
         config = {key: own[key] for key in _DDIM_KEYS if key in own}
     else:
-        parts.report.defaulted.append("scheduler: DDIM, as in the port's folders")
-    return _of_port("DDIMScheduler") | config | {"prediction_type": parts.conventions.prediction_type}
+        components.report.defaulted.append("scheduler: DDIM, as in PaddleMIX's folders")
+    return _ppdiffusers_class("DDIMScheduler") | config | {"prediction_type": components.conventions.prediction_type}
 
 
-def _say_what_is_lost(parts: Components, theirs: Conventions, reader: str, says_prediction: bool = False) -> None:
-    said = parts.conventions
-    if said.latent_scale != theirs.latent_scale:
-        parts.report.left.append(
-            f"latent scale {said.latent_scale}: {reader} has {theirs.latent_scale} in its code; change it there"
+def _report_lost_conventions(
+    components: Components, assumed: Conventions, reader: str, stores_prediction_type: bool = False
+) -> None:
+    """reader: the program that will read the weights, and that assumes these conventions."""
+    conventions = components.conventions
+    if conventions.latent_scale != assumed.latent_scale:
+        components.report.dropped.append(
+            f"latent scale {conventions.latent_scale}: {reader} has {assumed.latent_scale} in its source code; change "
+            "it there"
         )
-    if said.timestep_labels != theirs.timestep_labels:
-        labels = f"timestep labels {said.timestep_labels}"
-        parts.report.left.append(f"{labels}: {reader} has {theirs.timestep_labels} in its code")
-    if said.prediction_type != theirs.prediction_type and not says_prediction:
-        parts.report.left.append(
-            f"prediction type {said.prediction_type}: {reader} takes it for {theirs.prediction_type}"
+    if conventions.timestep_labels != assumed.timestep_labels:
+        components.report.dropped.append(
+            f"timesteps {conventions.timestep_labels}: {reader} has {assumed.timestep_labels} in its source code; "
+            "change it there"
+        )
+    if conventions.prediction_type != assumed.prediction_type and not stores_prediction_type:
+        components.report.dropped.append(
+            f"prediction type {conventions.prediction_type}: {reader} assumes {assumed.prediction_type}"
         )
 
 
-def _write_configs(parts: Components, folder: Path, names: tuple[Network, ...], reader: str) -> None:
-    """PART.json of each network and the conventions, which `uvit convert` reads and others do not."""
-    write_json(folder / CONVENTIONS, asdict(parts.conventions))
-    beyond = {"vqvae": vae.non_default_vae_config, "text_encoder": text.non_default_text_config}
+def _write_configs(components: Components, folder: Path, names: tuple[Network, ...], reader: str) -> None:
+    """Write COMPONENT.json of each network and the conventions. `uvit convert` reads them; other programs do not."""
+    write_json(folder / CONVENTIONS, asdict(components.conventions))
+    non_default = {"vqvae": vae.non_default_vae_config, "text_encoder": text.non_default_text_config}
     for name in names:
-        if (network := getattr(parts, name)) is None:
+        if (network := getattr(components, name)) is None:
             continue
         config = network.config if isinstance(network.config, Mapping) else network.config.to_dict()
-        write_json(folder / f"{name}.json", _plain(config))
-        for line in beyond[name](network) if name in beyond else ():
-            parts.report.left.append(f"{name}: {line}: {reader} must be told; {name}.json, for `uvit`, says it")
+        write_json(folder / f"{name}.json", _without_private_keys(config))
+        for line in non_default[name](network) if name in non_default else ():
+            components.report.dropped.append(
+                f"{name}: {line}: set it in {reader}; only `uvit` reads it from {name}.json"
+            )
 
 
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+def _without_private_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
@@ -252,16 +266,16 @@ def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
     tokenizer.backend_tokenizer.model.save(str(folder))  # vocab.json, merges.txt
     tokens = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
     write_json(folder / "special_tokens_map.json", tokens)
-    said = {"errors": "replace", "model_max_length": tokenizer.model_max_length, "do_lower_case": True}
-    write_json(folder / "tokenizer_config.json", {**said, **tokens, "tokenizer_class": "CLIPTokenizer"})
+    settings = {"errors": "replace", "model_max_length": tokenizer.model_max_length, "do_lower_case": True}
+    write_json(folder / "tokenizer_config.json", {**settings, **tokens, "tokenizer_class": "CLIPTokenizer"})
 
 
-def _write_arrays(tensors: Mapping[str, Tensor], path: Path, said: str) -> None:
+def _write_arrays(tensors: Mapping[str, Tensor], path: Path, layout: str) -> None:
     if path.suffix == ".pdparams":
         write_pdparams(path, tensors)
     else:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, path, {"format": said})
+        save_file({name: value.contiguous() for name, value in tensors.items()}, path, {"format": layout})
 
 
-def _of_port(name: str) -> dict[str, Any]:
-    return {"_class_name": name, "_ppdiffusers_version": PORT_VERSION}
+def _ppdiffusers_class(name: str) -> dict[str, Any]:
+    return {"_class_name": name, "_ppdiffusers_version": PPDIFFUSERS_VERSION}

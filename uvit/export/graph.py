@@ -1,4 +1,4 @@
-"""The U-ViT as a graph that runs without this package: torch.export's, and ONNX, each compared with the model."""
+"""Write the U-ViT as a graph that runs without this package: torch.export or ONNX. Each is compared with the model."""
 
 import io
 import warnings
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from uvit.errors import UserError
 from uvit.weights.report import Report
 
-NAMES = ("latents", "timestep", "context")
-TOLERANCE = 1e-4  # of the largest output; float32 sums in another order
+INPUT_NAMES = ("latents", "timestep", "context")
+TOLERANCE = 1e-4  # of the largest output; float32 sums differ in their order
 SEED = 0
 
 
-def inputs_of(unet: Any, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, C, H, W) latents, (B,) labels, (B, T, D) context to trace and to compare with."""
+def example_inputs(unet: Any, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents (B, C, H, W), timesteps (B,) and context (B, T, D), to trace and to compare with."""
     config, generator = unet.config, torch.Generator().manual_seed(SEED)
     size = config["sample_size"]
     height, width = (size, size) if isinstance(size, int) else size
@@ -28,18 +28,18 @@ def inputs_of(unet: Any, batch: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def trace_graph(unet: nn.Module) -> torch.export.ExportedProgram:
-    """For any number of images of the trained size."""
+    """The graph for any batch size, at the resolution of training."""
     batch = torch.export.Dim("batch", min=1, max=4096)
-    shapes = tuple({0: batch} for _ in NAMES)
+    shapes = tuple({0: batch} for _ in INPUT_NAMES)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.export.export(unet.eval(), inputs_of(unet, 2), dynamic_shapes=shapes)
+        return torch.export.export(unet.eval(), example_inputs(unet, 2), dynamic_shapes=shapes)
 
 
 def write_export(unet: Any, folder: Path, report: Report) -> None:
-    """unet.pt2: `torch.export.load(path).module()(latents, timestep, context)`."""
+    """Write unet.pt2: `torch.export.load(path).module()(latents, timestep, context)`."""
     path = folder / "unet.pt2"
-    graph = io.BytesIO()  # torch ends the process where it finds a full disk itself
+    graph = io.BytesIO()  # torch.export.save to a full disk would end the process
     torch.export.save(trace_graph(unet), graph)
     path.write_bytes(graph.getbuffer())
     loaded = torch.export.load(path).module()
@@ -47,13 +47,13 @@ def write_export(unet: Any, folder: Path, report: Report) -> None:
 
 
 def write_onnx(unet: Any, folder: Path, report: Report) -> None:
-    """unet.onnx, compared in onnxruntime where that is installed. Raises UserError where onnx is not."""
+    """Write unet.onnx, and compare it if onnxruntime is installed. Raises UserError where onnx is not installed."""
     path = folder / "unet.onnx"
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                trace_graph(unet), input_names=NAMES, output_names=("prediction",), verbose=False
+                trace_graph(unet), input_names=INPUT_NAMES, output_names=("prediction",), verbose=False
             )
     except ImportError as error:
         raise UserError(f"--to onnx: {error.name or error} is not installed; pip install 'uvit[onnx]'") from None
@@ -62,22 +62,22 @@ def write_onnx(unet: Any, folder: Path, report: Report) -> None:
     try:
         import onnxruntime
     except ImportError:
-        report.left.append(f"{path.name}: not compared with the model, onnxruntime is not installed")
+        report.dropped.append(f"{path.name}: the comparison with the model, as onnxruntime is not installed")
         return
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def run(*inputs: Tensor) -> Tensor:
-        feeds = {name: value.numpy() for name, value in zip(NAMES, inputs, strict=True)}
+        feeds = {name: value.numpy() for name, value in zip(INPUT_NAMES, inputs, strict=True)}
         return torch.from_numpy(session.run(None, feeds)[0])
 
     report.converted.append(f"{path.name}: {compare(unet, run)}")
 
 
 def compare(unet: Any, graph: Callable[..., Tensor]) -> str:
-    """How far the graph is from the model, on one image and on three. Raises UserError where it is too far."""
+    """The difference between graph and model, for batches of 1 and 3. Raises UserError where it is too large."""
     errors = []
     for batch in (1, 3):
-        inputs = inputs_of(unet, batch)
+        inputs = example_inputs(unet, batch)
         with torch.no_grad():
             wanted, found = unet(*inputs), graph(*inputs)
         errors.append(((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12)).item())

@@ -1,8 +1,8 @@
-"""A pipeline folder with its own code, so that diffusers opens it where this package is not installed.
+"""Put the code of this package into a pipeline folder, so that plain diffusers opens it.
 
-diffusers loads a pipeline's class from `pipeline.py`, and the modules that it imports by a dot from beside it; a
-network's from its own folder. Both happen only where its user says `trust_remote_code=True`; this package, which has
-the code, never runs that of a folder.
+diffusers loads the class of a pipeline from `pipeline.py`, with the modules beside it that it imports relatively. It
+loads the class of a network from the folder of the network. It does so only with `trust_remote_code=True`. This package
+never runs the code of a folder.
 """
 
 import json
@@ -15,18 +15,16 @@ from uvit.sample.limited import LimitedDPMSolverScheduler
 
 PACKAGE = Path(uvit.__file__).parent
 ENTRY_MODULE = "sample.pipeline"
-NETWORK, SOLVER = "modeling_uvit", "limited_dpm_solver"  # the files in unet/ and scheduler/
+NETWORK, SOLVER = "modeling_uvit", "limited_dpm_solver"  # modules in unet/ and scheduler/
 IMPORT = re.compile(r"^(\s*)from uvit\.([\w.]+) import ", re.MULTILINE)
-# Modules that a pipeline does without there: reading other formats.
+# Replaced modules: such a pipeline does not read other formats.
 STUBS = {
-    "weights.components": (
-        '"""Folders of other formats are not read here."""\n\ndef pipeline_components(*_):\n    return None\n'
-    ),
+    "weights.components": ('"""Other formats are not read here."""\n\ndef pipeline_components(*_):\n    return None\n'),
 }
 
 
 def write_code(folder: Path) -> None:
-    """Add the code to a pipeline folder, and say in its model_index.json where it is."""
+    """Add the code to a pipeline folder, and name its modules in model_index.json."""
     for name, text in collect_modules(ENTRY_MODULE).items():
         (folder / f"{name}.py").write_text(text, encoding="utf-8")
     shutil.copy(PACKAGE / "model.py", folder / "unet" / f"{NETWORK}.py")
@@ -40,7 +38,7 @@ def write_code(folder: Path) -> None:
 
 
 def collect_modules(start: str) -> dict[str, str]:
-    """{file name: text} of a module of this package and of all that it imports from it, by a dot each."""
+    """{file name: text} of a module and of all modules of this package that it imports, with relative imports."""
     found: dict[str, str] = {}
     waiting = [start]
     while waiting:
@@ -51,7 +49,7 @@ def collect_modules(start: str) -> dict[str, str]:
         text = STUBS.get(module) or (PACKAGE / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
         waiting += [match[2] for match in IMPORT.finditer(text)]
         found[name] = IMPORT.sub(lambda match: f"{match[1]}from .{flat_name(match[2])} import ", text)
-    # diffusers takes along what this file names, and not what that names in turn.
+    # diffusers copies the modules that this file imports, but not those that they import.
     others = sorted(name for name in found if name != flat_name(start))
     found[flat_name(start)] += "\n" + "".join(
         f"from .{name} import __name__ as _{name}  # noqa: E402\n" for name in others
@@ -60,5 +58,5 @@ def collect_modules(start: str) -> dict[str, str]:
 
 
 def flat_name(module: str) -> str:
-    """A file's name: of sample.pipeline, where all starts, `pipeline`; of data.encoders `uvit_data_encoders`."""
+    """The name of a module's file: `pipeline` for sample.pipeline; `uvit_weights_encoders` for weights.encoders."""
     return "pipeline" if module == ENTRY_MODULE else f"uvit_{module.replace('.', '_')}"

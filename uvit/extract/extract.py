@@ -23,7 +23,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from uvit.config.extract import ExtractConfig
 from uvit.config.sharding import resolve_shard
@@ -34,6 +33,7 @@ from uvit.extract.provenance import describe_store, find_tokenizer, scale_reason
 from uvit.extract.tokenizer import save_tokenizer
 from uvit.extract.workers import Decoded, Preprocessing, ShardPlan, decode_batches
 from uvit.io import format_bytes
+from uvit.progress import Progress
 from uvit.sources.open import open_source
 from uvit.sources.types import PairError, Problem, Source, Stream
 from uvit.store.shard import EncodedPairs, ShardWriter
@@ -71,7 +71,7 @@ def extract(config: ExtractConfig) -> None:
             print_summary(folder)
             return
         if info.token_dtype:
-            with writer.alone():
+            with writer.lock():
                 if not (folder / "tokenizer").is_dir():  # the settings vouch for the one that is there
                     save_tokenizer(tokenizer, folder / "tokenizer")
         check_disk(source, writer)
@@ -112,15 +112,16 @@ def encode_all(
     done = plan.num_rows_done()
     if done:
         print(f"Going on after {done:,} of {f'{total:,}' if total is not None else '?'} pairs.")
-    progress = ExtractionProgress(done, total, config.disable_tqdm)
+    progress = Progress("extract", total, "pair", done=done, bar=not config.disable_tqdm)
     with contextlib.closing(decoded), sigterm_as_exit(), encoding_threads(encoders) as (pool, at_once):
         try:
             write_all(writer, encode_in_order(encoders, decoded, pool, at_once), progress)
         except (KeyboardInterrupt, SystemExit):
-            print(f"\nStopped after {progress.bar.n:,} pairs; run the same command to go on.")
+            progress.close()
+            print(f"Stopped after {progress.done:,.0f} pairs; run the same command to go on.")
             raise
         finally:
-            progress.bar.close()
+            progress.close()
         assert writer.num_shards is not None
         for shard in plan.shards(writer.num_shards):
             if not writer.done(shard):  # all of its rows were dealt with before, or its stream ended
@@ -137,9 +138,7 @@ def encode_all(
     print_summary(writer.folder)
 
 
-def write_all(
-    writer: StoreWriter, encoded: Iterator[tuple[Decoded, EncodedPairs]], progress: "ExtractionProgress"
-) -> None:
+def write_all(writer: StoreWriter, encoded: Iterator[tuple[Decoded, EncodedPairs]], progress: Progress) -> None:
     """In a thread of its own; whatever stops this, what has reached the files is committed."""
     with ShardAppender(writer) as writing, ThreadPoolExecutor(1, "write") as pen:
         under_way = deque[tuple[Decoded, Future[None]]]()
@@ -147,7 +146,7 @@ def write_all(
         def wait_for_one() -> None:
             batch, written = under_way.popleft()
             written.result()
-            progress.add(len(batch.rows))
+            progress.update(len(batch.rows))
 
         for batch, pairs in encoded:
             if batch.num_source_pairs is not None:
@@ -285,7 +284,6 @@ def print_summary(folder: Path) -> None:
 
 
 NUM_SAMPLED_PAIRS = 1000  # pairs whose captions are counted
-FIRST_SECONDS = 5.0  # after which the first guess is made at how long it takes
 
 
 def check_disk(source: Source | Stream, writer: StoreWriter) -> None:
@@ -325,38 +323,6 @@ def check_disk(source: Source | Stream, writer: StoreWriter) -> None:
             f"--output_dir {writer.folder}: needs {format_bytes(needed)}, and its disk has {format_bytes(free)} left;"
             " choose another disk, or store less"
         )
-
-
-class ExtractionProgress:
-    """A bar, and one line of what to expect once that can be told."""
-
-    def __init__(self, done: int, total: int | None, disable_tqdm: bool):
-        self.bar = tqdm(total=total, initial=done, unit="pair", disable=disable_tqdm)
-        self.to_do = None if total is None else total - done
-        self._first: float | None = None  # when the first batch was there; the rate counts those after it
-        self._pairs = 0
-        self._said = False
-
-    def add(self, num_pairs: int) -> None:
-        self.bar.update(num_pairs)
-        if self.to_do is not None:
-            self.to_do -= num_pairs
-        if self._first is None:
-            self._first = time.monotonic()
-            return
-        self._pairs += num_pairs
-        seconds = time.monotonic() - self._first
-        if not self._said and seconds >= FIRST_SECONDS and self._pairs:
-            rate = self._pairs / seconds
-            left = "" if self.to_do is None else f": about {hours(self.to_do / rate)} left"
-            tqdm.write(f"{rate:,.1f} pairs/s{left}")
-            self._said = True
-
-
-def hours(seconds: float) -> str:
-    """H:MM."""
-    minutes = round(seconds / 60)
-    return f"{minutes // 60}:{minutes % 60:02d}"
 
 
 def by_kind(problems: Iterable[Problem]) -> str:

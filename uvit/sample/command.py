@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from tqdm import tqdm
 
 from uvit.config.sample import SPEEDS, SampleConfig
 from uvit.config.sharding import resolve_shard
 from uvit.errors import UserError
+from uvit.progress import Progress, write
 from uvit.sample.files import check_writable, is_generated, metadata, next_number, numbered, save_image, save_sheet
-from uvit.sample.fit import fit_plan, read_plans, relative_error, solve, store_plan
+from uvit.sample.fit import NUM_REFERENCE_STEPS, fit_plan, read_plans, relative_error, solve, store_plan
 from uvit.sample.interactive import interactive
 from uvit.sample.jobs import ImageJob, Variant, image_jobs, job_batches, list_variants
 from uvit.sample.load import find_pipeline, open_pipeline
@@ -62,6 +62,7 @@ def generate(
     guidance_scale: float = 7.5,
     num_inference_steps: int = 50,
     negative_prompt: str | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[tuple[int, str, int, Image.Image]]:
     """Generate image i from prompts[i] and seeds[i]. Yields (i, prompt, seed, image) in order.
 
@@ -74,6 +75,7 @@ def generate(
             pipeline,
             [prompts[i] for i in batch],
             [seeds[i] for i in batch],
+            progress,
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
             negative_prompt=negative_prompt,
@@ -83,19 +85,27 @@ def generate(
 
 
 def sample_batch(
-    pipeline: UViTPipeline, prompts: list[str], seeds: list[int], **options: Any
+    pipeline: UViTPipeline, prompts: list[str], seeds: list[int], progress: Progress | None = None, **options: Any
 ) -> tuple[list[Image.Image], Tensor]:
-    """Generate one batch: its images, and the latents (B, C, h, w) that the VAE decoded."""
+    """Generate one batch: its images, and the latents (B, C, h, w) that the VAE decoded.
+
+    progress: counts the images, in fractions while they are denoised.
+    """
     last: dict[str, Tensor] = {}
+    done_before = 0.0 if progress is None else progress.done
 
     def remember(_: UViTPipeline, step: int, timestep: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
         last.update(values)
+        if progress is not None:
+            progress.update(len(prompts) / (len(pipeline.scheduler.timesteps) + 1))  # the VAE is one more
         return values
 
     generator = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     images = pipeline(
         prompts, generator=generator, callback_on_step_end=remember, return_dict=False, **options
     )[0]  # fmt: skip
+    if progress is not None:  # an image that starts from another one took fewer steps
+        progress.update(done_before + len(prompts) - progress.done)
     if not torch.isfinite(last["latents"]).all():
         raise UserError(
             f"{prompts[0]!r}: the latents are NaN or Inf; with --dtype float16 try bfloat16, otherwise check the "
@@ -135,6 +145,13 @@ def fit_schedule(config: SampleConfig) -> None:
     folder = find_pipeline(config.pipeline)
     check_writable(folder / "scheduler", f"--pipeline {config.pipeline}")
     pipeline = load_pipeline(config, folder).pipeline
+    total = len(config.guidance_scale) * (NUM_REFERENCE_STEPS + sum(SPEEDS.values()))
+    progress = Progress("fit", total, "step", bar=not config.disable_tqdm)
+
+    def count(_: UViTPipeline, step: int, timestep: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        progress.update()
+        return values
+
     for scale in config.guidance_scale:
 
         def sample_latents(scheduler: MultistepScheduler, num_steps: int, scale: float = scale) -> Tensor:
@@ -147,6 +164,7 @@ def fit_schedule(config: SampleConfig) -> None:
                 num_inference_steps=num_steps,
                 negative_prompt=config.negative_prompt,
                 output_type="latent",
+                callback_on_step_end=count,
                 return_dict=False,
             )[0]
 
@@ -156,7 +174,8 @@ def fit_schedule(config: SampleConfig) -> None:
             path = store_plan(folder, plan)
             error = relative_error(latents, reference.x_0)
             solver = f"--speed {name}, {num_steps} steps for {describe_guidance(guidance)}"
-            print(f"{solver}: error {error:.1%}; stored in {path}")
+            write(f"{solver}: error {error:.1%}; stored in {path}")
+    progress.close()
 
 
 def is_interactive(config: SampleConfig) -> bool:
@@ -188,8 +207,8 @@ def run(config: SampleConfig, prompts: Sequence[str], load: Callable[[Path], Loa
     jobs = image_jobs(config, prompts, first)
     batches = job_batches(jobs, config.batch_size, part, num_parts)
     paths, num_existing, shared = [], 0, None
-    hidden = config.disable_tqdm or int(os.environ.get("RANK", "0")) > 0
-    with tqdm(total=len(variants) * sum(map(len, batches)), unit="image", disable=hidden) as bar:
+    total, silent = len(variants) * sum(map(len, batches)), int(os.environ.get("RANK", "0")) > 0
+    with Progress("sample", total, "image", bar=not (config.disable_tqdm or silent), lines=not silent) as progress:
         for variant in variants:
             loaded = load(variant.pipeline)
             options = pipeline_options(config, variant, loaded.pipeline)
@@ -200,15 +219,16 @@ def run(config: SampleConfig, prompts: Sequence[str], load: Callable[[Path], Loa
                 texts = [{**settings, "prompt": job.prompt, "seed": str(job.seed)} for job in batch]
                 targets = [variant.folder / job.file_name for job in batch]
                 done = [_is_done(config, existing, job, text) for job, text in zip(batch, texts, strict=True)]
-                if not all(done):  # generate the whole batch, so that each image is the same to the bit
+                if all(done):
+                    progress.skip(len(batch))
+                else:  # generate the whole batch, so that each image is the same to the bit
                     images, latents = sample_batch(
-                        loaded.pipeline, [job.prompt for job in batch], [job.seed for job in batch], **options
+                        loaded.pipeline, [job.prompt for job in batch], [job.seed for job in batch], progress, **options
                     )
                     for i in (i for i in range(len(batch)) if not done[i]):
                         save_image(targets[i], images[i], latents[i], texts[i], config.save_latents)
                 paths += targets
                 num_existing += sum(done)
-                bar.update(len(batch))
     sheet = save_sheet(config, variants, jobs, shared or {}) if config.grid else None
     return SampleResult(paths, num_existing, sheet)
 
@@ -271,9 +291,8 @@ def load_pipeline(config: SampleConfig, path: Path) -> LoadedPipeline:
     device, local_rank = config.device, os.environ.get("LOCAL_RANK")
     if device == "auto" and local_rank and torch.cuda.is_available():  # torchrun: a GPU for each process
         device = f"cuda:{int(local_rank) % torch.cuda.device_count()}"
-    hidden = config.disable_tqdm or int(os.environ.get("RANK", "0")) > 0
     offload = config.enable_model_cpu_offload
-    pipeline = open_pipeline(str(path), device, config.dtype, config.scheduler, hidden, offload)
+    pipeline = open_pipeline(str(path), device, config.dtype, config.scheduler, offload)
     if config.enable_vae_slicing:
         pipeline.enable_vae_slicing()
     if config.enable_vae_tiling:
@@ -289,7 +308,7 @@ def print_warnings() -> Iterator[None]:
     def print_once(message: Warning | str, *_: Any, **__: Any) -> None:
         if str(message) not in printed:
             printed.add(str(message))
-            tqdm.write(f"uvit sample: warning: {message}", file=sys.stderr)
+            write(f"uvit sample: warning: {message}", file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.filterwarnings("always", message="the model reads")

@@ -48,7 +48,6 @@ def open_pipeline(
     device: str,
     dtype: str = "float32",
     scheduler: str = DEFAULT_SCHEDULER,
-    disable_tqdm: bool = False,
     model_cpu_offload: bool = False,
 ) -> UViTPipeline:
     """Open a pipeline on its device, with the named scheduler. Raises UserError if it cannot be opened."""
@@ -70,5 +69,5 @@ def open_pipeline(
     else:
         pipeline.to(chosen)
     pipeline.scheduler = MultistepScheduler(read_plans(folder)) if scheduler == "fitted" else build_scheduler(scheduler)
-    pipeline.set_progress_bar_config(desc="denoising", leave=False, disable=disable_tqdm)
+    pipeline.set_progress_bar_config(disable=True)  # commands show their own progress
     return pipeline

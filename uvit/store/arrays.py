@@ -1,8 +1,13 @@
-"""Items of arrays that lie in many .npy files, read with positioned reads.
+"""Read items of arrays that are stored in many `.npy` files, with positioned reads (`preadv`).
 
-Why no memory maps: the first visit of a page costs a fault beside the copy, and in a large store most visits are
-first ones; each map holds a file descriptor; what is mapped counts as the process's memory; and on a cold disk a fault
-waits for one page before the next is asked for. Here the disk is asked for a whole batch before the first wait.
+Memory maps would be slower. Each first access to a page costs a fault in addition to the copy, and in a large store
+most accesses are first ones. Each map keeps a file descriptor, and mapped pages count as the process's memory. On a
+cold disk, a fault waits for one page before the next is requested. Here, the disk gets the requests for a whole batch
+before the first wait.
+
+Two refinements were measured and dropped, as neither gained: memory that batches use again, and asking first whether an
+item is in the system's cache (`RWF_NOWAIT`). Announcing all reads (`posix_fadvise`) doubles the speed on a cold disk.
+docs/benchmarks.md has the figures.
 """
 
 import functools
@@ -10,8 +15,6 @@ import io
 import math
 import os
 import resource
-import sys
-import threading
 import tokenize
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,23 +23,26 @@ from typing import NamedTuple
 
 import numpy as np
 
-NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)  # Linux: read what is in memory, and nothing else
-HEADER_BYTES = 4096  # of which an .npy's header takes 128 as a rule
+HEADER_BYTES = 4096  # the header of an .npy file usually takes 128 of them
 
 
 class OpenFile:
-    """A file descriptor that closes when nobody holds it any more: who reads must, as another thread may open files."""
+    """A file descriptor that closes with its last reference.
+
+    A reader keeps a reference while it reads: another thread may open files meanwhile, and so push this one out of the
+    cache.
+    """
 
     def __init__(self, path: str):
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # at exit, `os` may be gone
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # at exit, `os` may be None
         if hasattr(self, "descriptor"):
             close(self.descriptor)
 
 
 class OpenFiles:
-    """Files by their names in a folder. Those used last stay open: a quarter of what the process may have."""
+    """The files of a folder, by name. The most recently used stay open: a quarter of the process's limit."""
 
     def __init__(self, folder: Path):
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -44,28 +50,8 @@ class OpenFiles:
         self.open = functools.lru_cache(num_open)(lambda name: OpenFile(f"{folder}/{name}"))
 
 
-class BufferPool:
-    """Arrays whose memory is used again when nobody has it any more: fresh pages cost as much as reading into them."""
-
-    def __init__(self) -> None:
-        self._blocks: list[np.ndarray] = []
-        self._lock = threading.Lock()
-
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        num_bytes = math.prod(shape) * dtype.itemsize
-        with self._lock:
-            for i in range(len(self._blocks)):
-                # The list has it, and this function's own name for it; any view or tensor would count as well.
-                if len(block := self._blocks[i]) == num_bytes and sys.getrefcount(block) == 3:
-                    break
-            else:
-                block = np.empty(num_bytes, np.uint8)
-                self._blocks.append(block)
-            return block.view(dtype).reshape(shape)
-
-
 class ReadRequest(NamedTuple):
-    """Where an item is, and the bytes that it goes to."""
+    """The place of an item in a file, and the memory that it is read into."""
 
     name: str
     offset: int
@@ -73,31 +59,30 @@ class ReadRequest(NamedTuple):
 
 
 class ShardedArray:
-    """Arrays of (n_i, *shape) in files that follow one another.
+    """Arrays of shape (n_i, *shape), one in each file, read as one array of (sum of n_i, *shape).
 
     Args:
-        names, lengths, offsets: of each file: its name, its n_i, and the byte at which its data begin.
+        names, lengths, offsets: for each file, its name, its n_i and the byte where its data start.
     """
 
     def __init__(
         self, names: list[str], lengths: list[int], offsets: list[int], shape: tuple[int, ...], dtype: np.dtype
     ):
         self.names, self.offsets, self.shape, self.dtype = names, offsets, shape, dtype
-        self._memory = BufferPool()
-        self._first = np.cumsum([0, *lengths[:-1]])  # of each file, the number of its first item
+        self._first = np.cumsum([0, *lengths[:-1]])  # (files,): index of each file's first item
         self._item_bytes = math.prod(shape) * dtype.itemsize
 
     def empty(self, num_items: int) -> np.ndarray:
-        return self._memory.empty((num_items, *self.shape), self.dtype)
+        return np.empty((num_items, *self.shape), self.dtype)
 
     def find(self, item: int) -> tuple[int, int]:
-        """-> (number of the file, number of the item in it)."""
-        # An empty file's first item is also the next file's, and side="right" takes the last of them.
+        """-> (index of the file, index of the item within the file)."""
+        # An empty file starts at the same item as the next file. side="right" picks the last of them.
         file = int(np.searchsorted(self._first, item, side="right")) - 1
         return file, item - int(self._first[file])
 
-    def places(self, items: np.ndarray, out: np.ndarray) -> list[ReadRequest]:
-        """Of `items`, (B,), which go to `out`, (B, *shape)."""
+    def requests(self, items: np.ndarray, out: np.ndarray) -> list[ReadRequest]:
+        """What to read for `items`, (B,), into `out`, (B, *shape)."""
         files = np.searchsorted(self._first, items, side="right") - 1
         starts = ((items - self._first[files]) * self._item_bytes).tolist()
         names, offsets, size, data = self.names, self.offsets, self._item_bytes, as_bytes(out)
@@ -111,32 +96,22 @@ def as_bytes(array: np.ndarray) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
-def read_all(files: OpenFiles, places: list[ReadRequest]) -> None:
-    """Take what is in memory; ask the disk for all the rest, and only then wait for it.
+def read_all(files: OpenFiles, requests: list[ReadRequest]) -> None:
+    """Announce all reads to the disk, then wait for one after the other.
 
-    Raises OSError, or EOFError where a file has become shorter.
+    Raises OSError, or EOFError if a file has become shorter.
     """
-    absent = [place for place in places if not _read_if_cached(files, place)] if NOWAIT is not None else places
     if hasattr(os, "posix_fadvise"):
-        for name, offset, out in absent:
+        for name, offset, out in requests:
             file = files.open(name)
             os.posix_fadvise(file.descriptor, offset, len(out), os.POSIX_FADV_WILLNEED)
-    for name, offset, out in absent:
+    for name, offset, out in requests:
         file, done = files.open(name), 0
         while done < len(out):
             num_bytes = os.preadv(file.descriptor, [out[done:]], offset + done)
             if not num_bytes:
-                raise EOFError(f"{name} has become shorter")
+                raise EOFError(f"{name} is shorter than when it was opened")
             done += num_bytes
-
-
-def _read_if_cached(files: OpenFiles, place: ReadRequest) -> bool:
-    """Read an item if all of it is in memory."""
-    try:
-        file = files.open(place.name)
-        return os.preadv(file.descriptor, [place.out], place.offset, NOWAIT or 0) == len(place.out)
-    except OSError:  # it is not, or the file system cannot tell; other errors come again where we wait
-        return False
 
 
 # Headers
@@ -144,16 +119,16 @@ def _read_if_cached(files: OpenFiles, place: ReadRequest) -> bool:
 
 @dataclass(frozen=True)
 class Header:
-    """Of an .npy file."""
+    """The header of an `.npy` file."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     fortran_order: bool
-    offset: int  # at which the data begin
+    offset: int  # byte where the data start
 
 
 def read_header(files: OpenFiles, name: str) -> Header:
-    """Raises OSError or ValueError where there is none."""
+    """Raises OSError or ValueError if the file has no valid header."""
     file = files.open(name)
     return _parse(os.pread(file.descriptor, HEADER_BYTES, 0))
 
@@ -165,5 +140,5 @@ def _parse(data: bytes) -> Header:
     try:
         shape, fortran_order, dtype = read(file)
     except (SyntaxError, tokenize.TokenError) as error:
-        raise ValueError(f"its header is {error}") from None
+        raise ValueError(f"bad header: {error}") from None
     return Header(shape, dtype, fortran_order, file.tell())

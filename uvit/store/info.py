@@ -1,4 +1,4 @@
-"""`uvit features info`: what a folder of features holds."""
+"""`uvit features info`: describe a folder of features."""
 
 import json
 from pathlib import Path
@@ -11,24 +11,24 @@ from uvit.io import format_bytes
 from uvit.store.npy_layout import load_npy, num_captions
 from uvit.store.splits import Split, find_splits
 
-SHORT_SHA = 12  # characters: enough to tell encoders apart
+SHORT_SHA = 12  # characters; enough to distinguish encoders
 
 
 def info(config: FeaturesInfoConfig) -> None:
-    """The command. Raises UserError where there are no features."""
+    """The command. Raises UserError if there are no features."""
     splits = [describe_split(split) for split in find_splits(config.path, config.split)]
     if config.json:
         print(json.dumps({"path": str(Path(config.path).expanduser().absolute()), "splits": splits}, indent=1))
         return
     for split in splits:
-        rows = lines(split)
+        rows = summary_rows(split)
         width = max(len(name) for name, _ in rows)
         print(f"{split['split']}  ({split['folder']})")
         print("\n".join(f"  {name:<{width}}  {value}" for name, value in rows) + "\n")
 
 
 def describe_split(split: Split) -> dict[str, Any]:
-    """One split, for programs."""
+    """A description of one split for programs (`--json`)."""
     paths = list(split.own_files())
     common = {
         "split": split.name,
@@ -37,8 +37,8 @@ def describe_split(split: Split) -> dict[str, Any]:
         "bytes": sum(path.stat().st_size for path in paths),
         "num_files": len(paths),
     }
-    if split.kind == "old layout":
-        return common | _old_layout(split)
+    if split.kind == "npy":
+        return common | _describe_npy(split)
     keys = "dtype moments_shape context_shape num_tokens token_dtype latent_scale source vae text_encoder tokenizer"
     common |= {key: split.settings.get(key) for key in keys.split()}
     common["flipped"] = split.settings.get("flipped", False)
@@ -55,7 +55,7 @@ def describe_split(split: Split) -> dict[str, Any]:
     }
 
 
-def _old_layout(split: Split) -> dict[str, Any]:
+def _describe_npy(split: Split) -> dict[str, Any]:
     counts = num_captions(split.folder)
     moments, context = load_npy(split.folder / "0.npy"), load_npy(split.folder / "0_0.npy")
     return {
@@ -68,20 +68,20 @@ def _old_layout(split: Split) -> dict[str, Any]:
     }
 
 
-def lines(split: dict[str, Any]) -> list[tuple[str, str]]:
-    """A described split, for people: (what, how it is)."""
+def summary_rows(split: dict[str, Any]) -> list[tuple[str, str]]:
+    """The description of one split for people: (name, value)."""
     rows = [("layout", _layout(split))]
     if split["layout"] == "unfinished":
-        rows.append(("shards", f"{split['num_shards_done']:,} whole; run the command that began it again to go on"))
-        rows += [("pairs", f"of {split['num_source_pairs']:,}")] if split["num_source_pairs"] else []
+        rows.append(("shards", f"{split['num_shards_done']:,} complete; run the same command again to resume"))
+        rows += [("source pairs", f"{split['num_source_pairs']:,}")] if split["num_source_pairs"] else []
     else:
         pairs, captions = split["num_pairs"], split["num_captions"]
-        rows += [("pairs", f"{pairs:,}"), ("captions", f"{captions:,}, {captions / max(1, pairs):.2f} a pair")]
-    mirrored = ", mirrored ones as well" if split.get("flipped") else ""
+        rows += [("pairs", f"{pairs:,}"), ("captions", f"{captions:,}, {captions / max(1, pairs):.2f} per pair")]
+    mirrored = ", also of the mirrored images" if split.get("flipped") else ""
     rows.append(("moments", f"{_shape(split['moments_shape'])} {split['dtype']}{mirrored}"))
     context = split["context_shape"]
-    rows.append(("contexts", f"{_shape(context)} {split['dtype']}" if context else "not stored"))
-    if split["layout"] != "old layout":
+    rows.append(("text embeddings", f"{_shape(context)} {split['dtype']}" if context else "not stored"))
+    if split["layout"] != "npy":
         tokens = split["token_dtype"]
         rows.append(("token ids", f"({split['num_tokens']},) {tokens}" if tokens else "not stored"))
         rows += [(key.replace("_", " "), _encoder(split[key])) for key in ("vae", "text_encoder", "tokenizer")]
@@ -92,13 +92,13 @@ def lines(split: dict[str, Any]) -> list[tuple[str, str]]:
     rows.append(("on disk", f"{format_bytes(split['bytes'])} in {split['num_files']:,} files"))
     if split.get("problems"):
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in split["problems"].items())
-        rows.append(("problems", f"{kinds}; {split['num_left_out']:,} pairs left out (see problems.jsonl)"))
+        rows.append(("problems", f"{kinds}; {split['num_left_out']:,} pairs skipped (see problems.jsonl)"))
     return rows
 
 
 def _layout(split: dict[str, Any]) -> str:
-    if split["layout"] == "old layout":
-        return "old: a file for each array; `uvit features import` makes a store of it"
+    if split["layout"] == "npy":
+        return ".npy features (U-ViT layout); `uvit features import` converts them to a feature store"
     if split["layout"] == "unfinished":
         return "feature store, not finished"
     return f"feature store, version {split['version']}, {split['num_shards']:,} shards"
@@ -109,7 +109,7 @@ def _shape(shape: list[int]) -> str:
 
 
 def _value(value: Any) -> str:
-    """An entry of `source`: of the parts of a merged store, their folders."""
+    """An entry of `source`. The inputs of a merged store are shown as their folders."""
     if isinstance(value, list):
         return ", ".join(item["folder"] if isinstance(item, dict) else str(item) for item in value)
     return str(value)
@@ -118,4 +118,4 @@ def _value(value: Any) -> str:
 def _encoder(encoder: dict[str, str | None] | None) -> str:
     if not encoder or not encoder["name"]:
         return "not recorded"
-    return f"{encoder['name']}  sha256 {(encoder['sha256'] or 'not known')[:SHORT_SHA]}"
+    return f"{encoder['name']}  sha256 {(encoder['sha256'] or 'unknown')[:SHORT_SHA]}"

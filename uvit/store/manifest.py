@@ -1,6 +1,6 @@
-"""The manifest of a feature store: read once, every field checked, so that the reader can rely on it.
+"""Read the manifest of a feature store. Every field is checked here, once, so the reader can rely on it.
 
-Nothing is believed: a manifest may be of another program, from a newer uvit, cut short or edited by hand.
+A manifest may come from another program or a newer uvit. It may be truncated or edited by hand.
 """
 
 import json
@@ -17,10 +17,10 @@ STORE_FORMAT, VERSION = "uvit features", 2
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a reader needs of it."""
+    """The fields of `manifest.json` that readers use."""
 
-    fields: dict[str, Any]  # all of it, as written
-    split: str | None  # None: version 1, which kept no name for it
+    fields: dict[str, Any]  # the whole file
+    split: str | None  # None: format version 1, which has no splits
     num_pairs: int
     flipped: bool
     dtype: str
@@ -35,29 +35,31 @@ class Manifest:
     files: dict[str, dict[str, Any]]  # every file by its name: {"bytes", "sha256"}
 
     def encoder(self, what: str, field: str) -> str | None:
-        """`name` or `sha256` of `vae`, `text_encoder` or `tokenizer`; None where it is not known."""
+        """`name` or `sha256` of `vae`, `text_encoder` or `tokenizer`. None: not known."""
         return (self.fields[what] or {}).get(field) or None
 
 
 def read_manifest(folder: Path, error: Callable[[str], UserError]) -> Manifest:
-    """`manifest.json` of a folder. `error` puts the folder before what is wrong; that is what is raised."""
+    """Read `manifest.json` of a folder. Raises what `error` makes of a description of the mistake."""
     try:
         fields = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as reason:
-        raise error(f"manifest.json cannot be read ({reason}); copy it again, or extract again") from None
+        raise error(f"manifest.json cannot be read ({reason}); copy it again, or extract it again") from None
     if not isinstance(fields, dict) or fields.get("format") != STORE_FORMAT:
-        raise error("manifest.json is not a feature store's")
+        raise error("manifest.json is not the manifest of a feature store; give another folder")
     version = fields.get("version")
     if version not in range(1, VERSION + 1):
-        raise error(f"its format is version {version!r}, this uvit reads 1 to {VERSION}; update uvit, or extract again")
+        raise error(
+            f"has format version {version!r}, but this uvit reads 1 to {VERSION}; update uvit, or extract it again"
+        )
     try:
         return _checked(fields)
     except (_DamageError, OverflowError) as mistake:
-        raise error(f"manifest.json is damaged: {mistake}; copy it again, or extract again") from None
+        raise error(f"manifest.json is damaged: {mistake}; copy it again, or extract it again") from None
 
 
 class _DamageError(Exception):
-    """What is wrong, and where."""
+    """Says which field is wrong, and why."""
 
 
 def _checked(fields: dict[str, Any]) -> Manifest:
@@ -65,21 +67,21 @@ def _checked(fields: dict[str, Any]) -> Manifest:
     context_shape = _shape(fields, "context_shape", 2) if _get(fields, "context_shape") is not None else None
     token_dtype = _choice(fields, "token_dtype", ("uint16", "int32", None))
     if context_shape is None and token_dtype is None:
-        raise _DamageError("it has neither contexts (context_shape) nor token ids (token_dtype)")
+        raise _DamageError("it has neither text embeddings (context_shape) nor token ids (token_dtype)")
     for what in ("vae", "text_encoder", "tokenizer"):
         named = _typed(fields, what, dict, type(None))
         for key in named or ():
             _typed(named, key, str, where=f"{what}.")
     latent_scale = float(_typed(fields, "latent_scale", int, float))
     if not 0 < latent_scale < math.inf:
-        raise _DamageError(f"latent_scale is {latent_scale}, must be above 0")
+        raise _DamageError(f"latent_scale is {latent_scale}, but must be above 0")
     source = _typed(fields, "source", dict)
     shards = _typed(fields, "shards", list)
     num_pairs, num_captions = _count(fields, "num_pairs"), _count(fields, "num_captions")
     files = _files(fields)
     for i, shard in enumerate(shards):
         if not isinstance(shard, dict):
-            raise _DamageError(f"shards[{i}] is {type(shard).__name__}, must be dict")
+            raise _DamageError(f"shards[{i}] is {type(shard).__name__}, but must be dict")
         files |= _files(shard, f"shards[{i}].")
     manifest = Manifest(
         fields=fields,
@@ -97,49 +99,49 @@ def _checked(fields: dict[str, Any]) -> Manifest:
         captions=[_count(shard, "captions", f"shards[{i}].") for i, shard in enumerate(shards)],
         files=files,
     )
-    for key, counted, parts in (
+    for key, total, counts in (
         ("num_pairs", num_pairs, manifest.rows),
         ("num_captions", num_captions, manifest.captions),
     ):
-        if counted != sum(parts):
-            raise _DamageError(f"{key} is {counted}, and its shards have {sum(parts)}")
+        if total != sum(counts):
+            raise _DamageError(f"{key} is {total}, but the shards have {sum(counts)}")
     if context_shape and context_shape[0] != manifest.num_tokens:
-        raise _DamageError(f"num_tokens is {manifest.num_tokens}, and context_shape is {list(context_shape)}")
+        raise _DamageError(f"num_tokens is {manifest.num_tokens}, but context_shape is {list(context_shape)}")
     return manifest
 
 
 def _get(fields: dict[str, Any], key: str, where: str = "") -> Any:
     if key not in fields:
-        raise _DamageError(f"it lacks {where}{key}")
+        raise _DamageError(f"{where}{key} is missing")
     return fields[key]
 
 
 def _typed(fields: dict[str, Any], key: str, *types: type, where: str = "") -> Any:
     value = _get(fields, key, where)
-    if type(value) not in types:  # not isinstance: to Python, true is a number
+    if type(value) not in types:  # not isinstance: in Python, True is an int
         wanted = " or ".join(wanted.__name__ for wanted in types)
-        raise _DamageError(f"{where}{key} is {type(value).__name__}, must be {wanted}")
+        raise _DamageError(f"{where}{key} is {type(value).__name__}, but must be {wanted}")
     return value
 
 
 def _count(fields: dict[str, Any], key: str, where: str = "") -> int:
     value = _typed(fields, key, int, where=where)
     if value < 0:
-        raise _DamageError(f"{where}{key} is {value}, must not be negative")
+        raise _DamageError(f"{where}{key} is {value}, but must not be negative")
     return value
 
 
 def _choice(fields: dict[str, Any], key: str, choices: tuple[str | None, ...]) -> Any:
     value = _get(fields, key)
     if value not in choices:
-        raise _DamageError(f"{key} is {value!r}, must be one of {', '.join(map(str, choices))}")
+        raise _DamageError(f"{key} is {value!r}, but must be one of {', '.join(map(str, choices))}")
     return value
 
 
 def _shape(fields: dict[str, Any], key: str, num_axes: int) -> tuple[int, ...]:
     value = _typed(fields, key, list)
     if len(value) != num_axes or not all(type(size) is int and size > 0 for size in value):
-        raise _DamageError(f"{key} is {value}, must be {num_axes} numbers above 0")
+        raise _DamageError(f"{key} is {value}, but must be {num_axes} numbers above 0")
     return tuple(value)
 
 
@@ -148,9 +150,9 @@ def _files(fields: dict[str, Any], where: str = "") -> dict[str, dict[str, Any]]
     for name, described in files.items():
         parts = PurePosixPath(name).parts
         if not parts or parts[0] == "/" or ".." in parts or "\\" in name or "\0" in name:
-            raise _DamageError(f"{where}files names {name!r}, which is not inside the folder")
+            raise _DamageError(f"{where}files lists {name!r}, which is not inside the folder")
         if not isinstance(described, dict):
-            raise _DamageError(f"{where}files.{name} is {type(described).__name__}, must be dict")
+            raise _DamageError(f"{where}files.{name} is {type(described).__name__}, but must be dict")
         _count(described, "bytes", f"{where}files.{name}.")
         _typed(described, "sha256", str, where=f"{where}files.{name}.")
     return dict(files)

@@ -1,9 +1,6 @@
-"""`uvit features import` and `export`: between the feature store and the old layout of one file for each array.
+"""`uvit features import` and `export`: convert `.npy` features (U-ViT layout) to a feature store, and back.
 
-The old layout: `train/{i}.npy` moments, `train/{i}_{k}.npy` the context of caption k, `empty_context.npy` beside
-`train/`. It keeps neither captions as text, nor encoders' names, nor mirrored images.
-
-Shapes: T text tokens, D width of the context.
+`uvit.store.npy_layout` describes the layout. Shapes: T text tokens, D width of the text embeddings.
 """
 
 import hashlib
@@ -18,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from uvit.config.store import FeaturesExportConfig, FeaturesImportConfig
 from uvit.device import pick_device
 from uvit.diffusion import LATENT_SCALE
 from uvit.errors import UserError
 from uvit.io import format_bytes, write_bytes
+from uvit.progress import Progress
 from uvit.sources.types import Problem
 from uvit.store.npy_layout import EMPTY_CONTEXT, load_npy, num_captions
 from uvit.store.reader import FeatureStore
@@ -34,35 +31,37 @@ from uvit.store.writer import StoreInfo, StoreWriter
 from uvit.weights.components import load_text_encoder, load_vae
 from uvit.weights.encoders import downsampling_of, encode_tokens, fingerprint, latent_scale_of, load_tokenizer
 
-NUM_THREADS = 4  # small files wait for the disk more than for Python
+NUM_THREADS = 4  # small files take more time on the disk than in Python
 PAIRS_AT_A_TIME = 64
-DISK_BLOCK = 4096  # bytes that a file system gives out at a time
-MARK = ".export.json"  # says of which store a folder is the export
+DISK_BLOCK = 4096  # bytes; a file takes a multiple of it
+MARK = ".export.json"  # records which store a folder was exported from
 
 
 # Import
 
 
 def import_npy(config: FeaturesImportConfig) -> None:
-    """The command `uvit features import`. Raises UserError for what is not the old layout, or cannot be written."""
+    """The command `uvit features import`. Raises UserError unless there are `.npy` features that fit into a store."""
     root = Path(config.path).expanduser().absolute()
-    splits = [split for split in find_splits(config.path) if split.kind == "old layout"]
+    splits = [split for split in find_splits(config.path) if split.kind == "npy"]
     if not splits:
-        raise UserError(f"--path {root}: is a feature store already, not a folder in the old layout")
+        raise UserError(f"--path {root}: is a feature store already; give a folder of .npy features (U-ViT layout)")
     if not (root / EMPTY_CONTEXT).is_file():
-        raise UserError(f"--path {root}: has no {EMPTY_CONTEXT}, the context of the empty caption; copy it there")
+        raise UserError(
+            f"--path {root}: has no {EMPTY_CONTEXT}, the text embedding of the empty caption; copy it there"
+        )
     empty_context = load_npy(root / EMPTY_CONTEXT)
     moments, context = load_npy(splits[0].folder / "0.npy"), load_npy(splits[0].folder / "0_0.npy")
     for name, array, num_axes in (("0.npy", moments, 3), ("0_0.npy", context, 2), (EMPTY_CONTEXT, empty_context, 2)):
         if array.ndim != num_axes or array.dtype.kind != "f" or not np.isfinite(array).all():
             raise UserError(
-                f"--path {root}: {name} holds {array.dtype} {array.shape}, and must be {num_axes} axes of finite"
+                f"--path {root}: {name} contains {array.dtype} {array.shape}, but must have {num_axes} axes of finite"
                 " numbers; make it again"
             )
     if empty_context.shape != context.shape:
         raise UserError(
-            f"--path {root}: {EMPTY_CONTEXT} has shape {empty_context.shape}, and the other contexts {context.shape};"
-            " make it again"
+            f"--path {root}: {EMPTY_CONTEXT} has shape {empty_context.shape}, but the other text embeddings have"
+            f" {context.shape}; make it again"
         )
     dtype = config.dtype or np.result_type(moments, context).name
     if dtype not in ("float16", "float32"):
@@ -90,19 +89,19 @@ def import_npy(config: FeaturesImportConfig) -> None:
         if not writer.complete:
             _import_pairs(split, counts, writer, config.disable_tqdm)
             writer.finish(_cast(empty_context, info, root / EMPTY_CONTEXT), None)
-        print(f"{writer.folder}: {len(counts):,} pairs of {split.folder}.")
+        print(f"{writer.folder}: {len(counts):,} pairs from {split.folder}.")
 
 
 def _import_pairs(split: Split, counts: np.ndarray, writer: StoreWriter, disable_tqdm: bool) -> None:
-    progress = tqdm(total=len(counts), desc=split.name, unit="pair", disable=disable_tqdm)
+    progress = Progress(f"import {split.name}", len(counts), "pair", bar=not disable_tqdm)
     with progress, ThreadPoolExecutor(NUM_THREADS) as pool:
         for number in range(-(-len(counts) // writer.info.shard_size)):
             rows = writer.rows(number)
             if writer.done(number):
-                progress.update(len(rows))
+                progress.skip(len(rows))
                 continue
             with writer.open_shard(number) as shard:
-                progress.update(shard.next_row - rows.start)
+                progress.skip(shard.next_row - rows.start)
                 for start in range(shard.next_row, rows.stop, PAIRS_AT_A_TIME):
                     batch = range(start, min(start + PAIRS_AT_A_TIME, rows.stop))
                     pairs = list(pool.map(lambda i: _read_pair(split.folder, i, int(counts[i]), writer.info), batch))
@@ -113,7 +112,7 @@ def _import_pairs(split: Split, counts: np.ndarray, writer: StoreWriter, disable
 
 
 def _read_pair(folder: Path, row: int, count: int, info: StoreInfo) -> list[np.ndarray] | Problem:
-    """Moments and `count` contexts; or what keeps the pair from being used."""
+    """Moments and `count` text embeddings; or the problem because of which the pair is skipped."""
     shapes = {f"{row}.npy": info.moments_shape} | {f"{row}_{k}.npy": info.context_shape for k in range(count)}
     arrays = []
     for name, shape in shapes.items():
@@ -123,10 +122,10 @@ def _read_pair(folder: Path, row: int, count: int, info: StoreInfo) -> list[np.n
         except UserError as error:
             return Problem(str(row), "broken file", str(error).removeprefix("--path: "))
         if array.shape != shape or array.dtype.kind != "f":
-            message = f"{path} holds {array.dtype} {array.shape}, and the others numbers of shape {shape}"
+            message = f"{path} contains {array.dtype} {array.shape}, but the others contain floats of shape {shape}"
             return Problem(str(row), "wrong shape", message)
         if not np.isfinite(array).all():
-            return Problem(str(row), "not finite", f"{path} holds values that are not finite")
+            return Problem(str(row), "not finite", f"{path} has values that are NaN or infinite")
         arrays.append(_cast(array, info, path))
     return arrays
 
@@ -135,22 +134,22 @@ def _cast(array: np.ndarray, info: StoreInfo, path: Path) -> np.ndarray:
     with np.errstate(over="ignore"):
         stored = array.astype(info.dtype)
     if not np.isfinite(stored).all():
-        raise UserError(f"--dtype {info.dtype}: values of {path} are beyond its range; give --dtype float32")
+        raise UserError(f"--dtype {info.dtype}: {path} has values beyond its range; give --dtype float32")
     return stored
 
 
 def _encoded(rows: range, pairs: list[list[np.ndarray] | Problem], info: StoreInfo) -> EncodedPairs:
-    whole = [(row, pair) for row, pair in zip(rows, pairs, strict=True) if not isinstance(pair, Problem)]
-    contexts = [context for _, pair in whole for context in pair[1:]]
+    kept = [(row, pair) for row, pair in zip(rows, pairs, strict=True) if not isinstance(pair, Problem)]
+    contexts = [context for _, pair in kept for context in pair[1:]]
     return EncodedPairs(
-        ids=[str(row) for row, _ in whole],
-        captions=[()] * len(whole),
-        moments=np.array([pair[0] for _, pair in whole], info.dtype).reshape(-1, *info.moments_shape),
+        ids=[str(row) for row, _ in kept],
+        captions=[()] * len(kept),
+        moments=np.array([pair[0] for _, pair in kept], info.dtype).reshape(-1, *info.moments_shape),
         flipped=None,
         contexts=np.array(contexts, info.dtype).reshape(-1, *(info.context_shape or ())),
         token_ids=None,
         problems=tuple(pair for pair in pairs if isinstance(pair, Problem)),
-        counts=[len(pair) - 1 for _, pair in whole],
+        counts=[len(pair) - 1 for _, pair in kept],
     )
 
 
@@ -158,7 +157,7 @@ def _encoded(rows: range, pairs: list[list[np.ndarray] | Problem], info: StoreIn
 
 
 def export_npy(config: FeaturesExportConfig) -> None:
-    """The command `uvit features export`. Raises UserError where there is no finished store, or no room."""
+    """The command `uvit features export`. Raises UserError if there is no finished store, or too little disk space."""
     target = Path(config.output_dir).expanduser().absolute()
     splits = [split for split, _ in find_stores(config.path, config.split)]
     with torch.inference_mode():
@@ -166,12 +165,14 @@ def export_npy(config: FeaturesExportConfig) -> None:
         for other in exports[1:]:
             if not np.array_equal(other.empty_context, exports[0].empty_context):
                 raise UserError(
-                    f"--path {config.path}: {exports[0].name} and {other.name} have different contexts of the empty"
-                    " caption; export them to a folder each, with --split"
+                    f"--path {config.path}: {exports[0].name} and {other.name} have different text embeddings of the"
+                    " empty caption; export each to its own folder, with --split"
                 )
         empty_context = _npy(exports[0].empty_context)
         if (target / EMPTY_CONTEXT).is_file() and (target / EMPTY_CONTEXT).read_bytes() != empty_context:
-            raise UserError(f"--output_dir {target}: its {EMPTY_CONTEXT} is another encoder's; choose another folder")
+            raise UserError(
+                f"--output_dir {target}: its {EMPTY_CONTEXT} is from another text encoder; choose another folder"
+            )
         check_room(sum(one.bytes_to_write() for one in exports), target)
         target.mkdir(parents=True, exist_ok=True)
         for one in exports:
@@ -179,22 +180,22 @@ def export_npy(config: FeaturesExportConfig) -> None:
         _write(target / EMPTY_CONTEXT, empty_context)
     print(f"{target}: {', '.join(f'{one.num_pairs:,} pairs in {one.name}' for one in exports)}.")
     if any(split.settings.get("flipped") for split in splits):
-        print("The mirrored images are left out: the old layout has no place for them.")
+        print("The mirrored images were not exported: .npy features (U-ViT layout) cannot hold them.")
 
 
 def check_room(needed: int, folder: Path) -> None:
-    """Raises UserError where the disk of `folder`, which need not be there yet, has no room for so many bytes."""
+    """Raises UserError if the disk of `folder`, which need not exist yet, has less than `needed` bytes free."""
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     print(f"{format_bytes(needed)} to write, {format_bytes(free)} free.")
     if needed > free:
         raise UserError(
-            f"--output_dir {folder}: needs {format_bytes(needed)}, and its disk has {format_bytes(free)} left;"
+            f"--output_dir {folder}: needs {format_bytes(needed)}, but its disk has {format_bytes(free)} free;"
             " choose another disk"
         )
 
 
 class _Export:
-    """One split on its way to the old layout."""
+    """The export of one split."""
 
     def __init__(self, split: Split, folder: Path, config: FeaturesExportConfig):
         self.name, self.source, self.folder = split.name, split.folder, folder
@@ -213,32 +214,34 @@ class _Export:
         self.sizes = {
             False: len(_npy(np.zeros(store.moments_shape, self.dtype))),
             True: len(_npy(self.empty_context)),
-        }  # bytes of a file: of moments, of a context
+        }  # {is a text embedding: bytes of the file}
         manifest = (split.folder / "manifest.json").read_bytes()
         self.mark = json.dumps({"manifest": hashlib.sha256(manifest).hexdigest(), "dtype": self.dtype.name}).encode()
         if folder.is_dir() and any(folder.iterdir()):
             mark = folder / MARK
             if not mark.is_file() or mark.read_bytes() != self.mark:
-                raise UserError(f"--output_dir {folder}: holds something else; choose another folder")
+                raise UserError(
+                    f"--output_dir {folder}: contains something other than this export; choose another folder"
+                )
 
     def bytes_to_write(self) -> int:
-        """Disk space for all files that are not there yet."""
-        there = [0, 0]
+        """The disk space for all files that do not exist yet."""
+        num_written = [0, 0]
         for entry in os.scandir(self.folder) if self.folder.is_dir() else ():
-            there["_" in entry.name] += entry.name[0] != "."
+            num_written["_" in entry.name] += entry.name[0] != "."
         blocks = {is_context: -(-num_bytes // DISK_BLOCK) * DISK_BLOCK for is_context, num_bytes in self.sizes.items()}
-        return (self.num_pairs - there[0]) * blocks[False] + (self.num_captions - there[1]) * blocks[True]
+        return (self.num_pairs - num_written[0]) * blocks[False] + (self.num_captions - num_written[1]) * blocks[True]
 
     def run(self, disable_tqdm: bool) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         _write(self.folder / MARK, self.mark)
-        progress = tqdm(total=self.num_pairs, desc=self.name, unit="pair", disable=disable_tqdm)
+        progress = Progress(f"export {self.name}", self.num_pairs, "pair", bar=not disable_tqdm)
         with progress, ThreadPoolExecutor(NUM_THREADS) as pool:
             row = 0
             for moments, captions, counts in self._blocks():
                 names = [f"{row + i}.npy" for i in range(len(counts))]
                 names += [f"{row + i}_{k}.npy" for i, count in enumerate(counts) for k in range(count)]
-                if not all(map(self._is_whole, names)):
+                if not all(map(self._is_complete, names)):
                     contexts = captions if self.encode is None else self.encode(captions)
                     arrays = [array.astype(self.dtype) for array in (*moments, *contexts)]
                     list(pool.map(lambda name, array: _write(self.folder / name, _npy(array)), names, arrays))
@@ -246,7 +249,7 @@ class _Export:
                 progress.update(len(counts))
 
     def _blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """(moments, contexts or token ids, counts) of a few pairs at a time, in order."""
+        """(moments, text embeddings or token ids, counts) of a few pairs at a time, in order."""
         for number, shard in enumerate(self.shards):
             if not shard["rows"]:
                 continue
@@ -259,7 +262,7 @@ class _Export:
                 here = slice(start, start + PAIRS_AT_A_TIME)
                 yield moments[here], captions[ends[start] - counts[start] : ends[here][-1]], counts[here]
 
-    def _is_whole(self, name: str) -> bool:
+    def _is_complete(self, name: str) -> bool:
         try:
             return os.stat(self.folder / name).st_size == self.sizes["_" in name]  # noqa: PTH116 - faster
         except OSError:
@@ -267,25 +270,25 @@ class _Export:
 
 
 def _encoder(store: FeatureStore, config: FeaturesExportConfig) -> Callable[[np.ndarray], np.ndarray]:
-    """Token ids (c, T) -> contexts (c, T, D), for a store without contexts."""
+    """The function token ids (c, T) -> text embeddings (c, T, D), for a store that has only token ids."""
     name = config.text_encoder_name_or_path or store.text_encoder_name
     if name is None or store.tokenizer_name is None:
         raise UserError(
-            f"--path {store.folder}: holds token ids alone and names no text encoder; the old layout wants contexts,"
-            " so give --text_encoder_name_or_path"
+            f"--path {store.folder}: stores only token ids and records no text encoder, but .npy features need text"
+            " embeddings; give --text_encoder_name_or_path"
         )
     device = pick_device(config.device)
     text_encoder = load_text_encoder(name).to(device)
     if not config.text_encoder_name_or_path and store.text_encoder_sha256 not in (None, fingerprint(text_encoder)):
         raise UserError(
-            f"--path {store.folder}: the text encoder at {name} has other weights than the one it names; give"
-            " --text_encoder_name_or_path to take it all the same, or another"
+            f"--path {store.folder}: the text encoder at {name} has other weights than the recorded one; give"
+            " --text_encoder_name_or_path to use it anyway, or to use another"
         )
     tokenizer = load_tokenizer(store.tokenizer_name)
     if len(tokenizer) > text_encoder.config.vocab_size:
         raise UserError(
-            f"--text_encoder_name_or_path {name}: knows {text_encoder.config.vocab_size:,} tokens, and the store's"
-            f" tokenizer has {len(tokenizer):,}; give the encoder that belongs to it"
+            f"--text_encoder_name_or_path {name}: has a vocabulary of {text_encoder.config.vocab_size:,} tokens, but"
+            f" the store's tokenizer has {len(tokenizer):,}; give the text encoder that belongs to it"
         )
 
     def encode(token_ids: np.ndarray) -> np.ndarray:
@@ -302,11 +305,14 @@ def _npy(array: np.ndarray) -> bytes:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all. Not synced: hundreds of thousands of files would take hours; their sizes are looked at."""
+    """Write a file completely or not at all, without syncing it: that would take hours for 500,000 files.
+
+    A rerun checks their sizes instead.
+    """
     write_bytes(path, data, sync=False)
 
 
-# What a store can say of the encoders that features in the old layout were made with
+# Encoders: .npy features do not record them, so flags name them
 
 
 Encoder = dict[str, str]  # {"name", "sha256"}
@@ -314,19 +320,19 @@ Encoder = dict[str, str]  # {"name", "sha256"}
 
 @dataclass(frozen=True)
 class Recorded:
-    """None: nobody said."""
+    """The encoders that flags name. None: not given."""
 
     vae: Encoder | None
     text_encoder: Encoder | None
     tokenizer: Encoder | None
     latent_scale: float
-    resolution: int | None  # side of the images in pixels
+    resolution: int | None  # side of the images in pixels; None: not known
 
 
 def recorded_encoders(
     config: FeaturesImportConfig, moments_shape: tuple[int, ...], context_shape: tuple[int, ...]
 ) -> Recorded:
-    """What the flags name, with its fingerprint. Raises UserError where one does not fit the features."""
+    """The encoders that the flags name, with their fingerprints. Raises UserError if one does not fit the features."""
     vae = text_encoder = tokenizer = resolution = None
     latent_scale = LATENT_SCALE
     if config.vae_name_or_path:
@@ -334,7 +340,7 @@ def recorded_encoders(
         if 2 * model.config["latent_channels"] != moments_shape[0]:
             raise UserError(
                 f"--vae_name_or_path {config.vae_name_or_path}: has {model.config['latent_channels']} latent channels,"
-                f" and the moments' shape {moments_shape} is for {moments_shape[0] // 2}; give the one they came from"
+                f" but moments of shape {moments_shape} need {moments_shape[0] // 2}; give the VAE that made them"
             )
         vae = _record(config.vae_name_or_path, fingerprint(model))
         latent_scale = latent_scale_of(model)
@@ -343,8 +349,8 @@ def recorded_encoders(
         model = load_text_encoder(config.text_encoder_name_or_path)
         if model.config.hidden_size != context_shape[1]:
             raise UserError(
-                f"--text_encoder_name_or_path {config.text_encoder_name_or_path}: is {model.config.hidden_size} wide,"
-                f" and the contexts have shape {context_shape}; give the one they came from"
+                f"--text_encoder_name_or_path {config.text_encoder_name_or_path}: has width {model.config.hidden_size},"
+                f" but the text embeddings have shape {context_shape}; give the text encoder that made them"
             )
         text_encoder = _record(config.text_encoder_name_or_path, fingerprint(model))
     if name := config.tokenizer_name or config.text_encoder_name_or_path:
@@ -354,6 +360,6 @@ def recorded_encoders(
 
 
 def _record(name_or_path: str, sha256: str) -> Encoder:
-    """Local folders by their absolute names; hub ids and built-in names as they are."""
+    """Local folders as absolute paths; Hub ids and built-in names as they are."""
     path = Path(name_or_path).expanduser()
     return {"name": str(path.resolve()) if path.exists() else name_or_path, "sha256": sha256}

@@ -1,3 +1,12 @@
+"""`.npy` features (U-ViT layout): one file for each array, as the official U-ViT code and PaddleMIX write them.
+
+    train/{i}.npy        the moments of pair i
+    train/{i}_{k}.npy    the text embedding of its caption k
+    empty_context.npy    the text embedding of the empty caption, beside the folders of the splits
+
+This layout stores neither the captions as text, nor the encoders' names, nor the latent scale, nor mirrored images.
+"""
+
 import os
 import re
 from pathlib import Path
@@ -7,41 +16,24 @@ import numpy as np
 from uvit.errors import UserError
 from uvit.store.types import FeatureBatch
 
-# The old layout
+NPY_NAME = re.compile(r"(\d+)(?:_(\d+))?\.npy")  # {i}.npy and {i}_{k}.npy
+EMPTY_CONTEXT = "empty_context.npy"
 
 
 class NpyFeatures:
-    """`train/{i}.npy` moments, `train/{i}_{k}.npy` context of caption k, `empty_context.npy` beside `train/`.
-
-    It keeps neither captions, nor encoders' names, nor a latent scale.
-    """
+    """One split of `.npy` features, for training."""
 
     def __init__(self, folder: Path, split: str = "train", flag: str = "feature_path"):
         self.folder, self.flag = folder / split, flag
-        numbers = [0] * sum(1 for _ in self.folder.glob("*_0.npy"))
-        pattern = re.compile(r"(\d+)(?:_(\d+))?\.npy")
-        self.num_samples = 0
-        for entry in os.scandir(self.folder):
-            match = pattern.fullmatch(entry.name)
-            if not match:
-                continue
-            if match[2] is None:
-                self.num_samples += 1
-            elif int(match[1]) < len(numbers):
-                numbers[int(match[1])] += 1
-        if len(numbers) != self.num_samples:
-            raise UserError(
-                f"--{flag} {folder}: {split}/ has {self.num_samples} moments, {len(numbers)} contexts;"
-                " there must be i.npy and i_0.npy for each i"
-            )
-        self._num_captions = np.array(numbers)  # (pairs,)
-        self.moments_shape: tuple[int, ...] = self._load(self.folder / "0.npy").shape
-        context = self._load(self.folder / "0_0.npy")
+        self._num_captions = num_captions(self.folder, flag)
+        self.num_samples = len(self._num_captions)
+        self.moments_shape: tuple[int, ...] = load_npy(self.folder / "0.npy", flag).shape
+        context = load_npy(self.folder / "0_0.npy", flag)
         self.context_shape: tuple[int, ...] | None = context.shape
         self.num_tokens: int | None = context.shape[0]
-        empty = folder / "empty_context.npy"
+        empty = folder / EMPTY_CONTEXT
         if not empty.is_file():
-            raise UserError(f"--{flag} {folder}: has no empty_context.npy, the context of the empty caption")
+            raise UserError(f"--{flag} {folder}: has no {EMPTY_CONTEXT}, the text embedding of the empty caption")
         self.empty_context: np.ndarray | None = self._load(empty, context.shape).astype(context.dtype)
         self.empty_token_ids: np.ndarray | None = None
         self.resolution: int | None = None
@@ -55,42 +47,28 @@ class NpyFeatures:
 
     def read(self, rows: np.ndarray, caption_draws: np.ndarray, flip_draws: np.ndarray | None = None) -> FeatureBatch:
         """See Features."""
-        assert flip_draws is None, "the old layout has no mirrored images"
-        captions = np.minimum((caption_draws * self._num_captions[rows]).astype(np.int64), self._num_captions[rows] - 1)
-        return FeatureBatch(
-            moments=np.stack([self._load(self.folder / f"{i}.npy", self.moments_shape) for i in rows]),
-            context=np.stack(
-                [
-                    self._load(self.folder / f"{i}_{k}.npy", self.context_shape)
-                    for i, k in zip(rows, captions, strict=True)
-                ]
-            ),
-            token_ids=None,
-        )
+        assert flip_draws is None, ".npy features have no mirrored images"
+        counts = self._num_captions[rows]
+        captions = np.minimum((caption_draws * counts).astype(np.int64), counts - 1)
+        moments = [self._load(self.folder / f"{i}.npy", self.moments_shape) for i in rows]
+        contexts = [
+            self._load(self.folder / f"{i}_{k}.npy", self.context_shape) for i, k in zip(rows, captions, strict=True)
+        ]
+        return FeatureBatch(moments=np.stack(moments), context=np.stack(contexts), token_ids=None)
 
     def captions(self, row: int) -> tuple[str, ...]:
-        """None are kept."""
+        """Always empty: this layout does not store captions as text."""
         return ()
 
-    def _load(self, path: Path, shape: tuple[int, ...] | None = None) -> np.ndarray:
-        try:
-            array = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"--{self.flag}: {path} cannot be read as an array ({error})") from None
-        if shape is not None and array.shape != shape:
-            raise UserError(f"--{self.flag}: {path} has shape {array.shape}, and the others have {shape}")
+    def _load(self, path: Path, shape: tuple[int, ...] | None) -> np.ndarray:
+        array = load_npy(path, self.flag)
+        if array.shape != shape:
+            raise UserError(f"--{self.flag}: {path} has shape {array.shape}, but the others have {shape}")
         return array
 
 
-NPY_NAME = re.compile(r"(\d+)(?:_(\d+))?\.npy")  # {i}.npy and {i}_{k}.npy
-EMPTY_CONTEXT = "empty_context.npy"
-
-
-# Reading the old layout
-
-
-def num_captions(folder: Path) -> np.ndarray:
-    """(pairs,): how many i_k.npy there are for each i.npy. Raises UserError where numbers are missing."""
+def num_captions(folder: Path, flag: str = "path") -> np.ndarray:
+    """(pairs,): the number of files i_k.npy for each i.npy. Raises UserError if a number is missing."""
     moments: set[int] = set()
     captions: dict[int, set[int]] = {}
     for entry in os.scandir(folder):
@@ -103,13 +81,13 @@ def num_captions(folder: Path) -> np.ndarray:
         numbers = captions.get(i, set())
         if i not in moments or numbers != set(range(max(1, len(numbers)))):
             missing = f"{i}.npy" if i not in moments else f"{i}_{min(set(range(len(numbers) + 1)) - numbers)}.npy"
-            raise UserError(f"--path: {folder / missing} is missing; copy the folder again, or make it again")
+            raise UserError(f"--{flag}: {folder / missing} is missing; copy the folder again, or extract it again")
     return np.array([len(captions[i]) for i in range(len(moments))])
 
 
-def load_npy(path: Path) -> np.ndarray:
-    """An array. Raises UserError where the file holds none."""
+def load_npy(path: Path, flag: str = "path") -> np.ndarray:
+    """An array. Raises UserError if the file holds none."""
     try:
         return np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"--path: {path} cannot be read as an array ({error}); copy it again") from None
+        raise UserError(f"--{flag}: {path} cannot be read as an array ({error}); copy it again") from None

@@ -1,16 +1,17 @@
-"""Features on disk, read a batch at a time: the feature store, and the old layout of one file for each array.
+"""Read features from disk, one batch at a time: from a feature store, or from `.npy` features (U-ViT layout).
 
-A split of a store is a folder: `manifest.json` says what there is, and shard i holds
+A split of a store is a folder. `manifest.json` describes it, and shard i consists of
 
     moments-0000i.npy     (rows, 2 C, h, w)
-    flipped-0000i.npy     the same of the mirrored images, where they were wanted
-    contexts-0000i.npy    (captions, T, D), and/or tokens-0000i.npy (captions, T)
+    flipped-0000i.npy     the same for the mirrored images, with --random_flip
+    contexts-0000i.npy    (captions, T, D), the text embeddings; and/or
+    tokens-0000i.npy      (captions, T), the token ids
     counts-0000i.npy      (rows,) int32, the number of captions of each pair
-    captions-0000i.jsonl  a line for each pair: its id and captions
+    captions-0000i.jsonl  one line for each pair: its id and captions
 
-`empty_context.npy` and/or `empty_tokens.npy` are the empty caption's. `uvit.store.writer` writes all this.
+`empty_context.npy` and/or `empty_tokens.npy` belong to the empty caption. `uvit.store.writer` writes these files.
 
-Shapes: B batch, C latent channels, (h, w) latent size, T text tokens, D width of the context.
+Shapes: B batch, C latent channels, (h, w) latent size, T text tokens, D width of the text embeddings.
 """
 
 import functools
@@ -30,9 +31,9 @@ from uvit.store.types import FeatureBatch, Features
 
 
 def open_features(path: str | Path, split: str = "train", flag: str = "feature_path") -> Features:
-    """A split of a feature store, by its own folder or the one above, or of a folder in the old layout.
+    """Open a split of a feature store (by its own folder or the folder above it) or of `.npy` features.
 
-    Raises UserError, naming `flag`, where there is none, or it is damaged.
+    Raises UserError, which names `flag`, if there is none or if it is damaged.
     """
     folder = Path(path).expanduser()
     if (folder / split / "manifest.json").is_file():
@@ -40,8 +41,8 @@ def open_features(path: str | Path, split: str = "train", flag: str = "feature_p
     if (folder / "manifest.json").is_file():
         store = FeatureStore(folder, flag)
         if split != (store.split or "train"):
-            what = f"is the split {store.split}" if store.split else "is of version 1, which has no splits"
-            raise UserError(f"--{flag} {folder}: {what}, and {split} is wanted; give the folder that holds {split}/")
+            what = f"is the split {store.split}" if store.split else "has format version 1, which has no splits"
+            raise UserError(f"--{flag} {folder}: {what}, not {split}; give the folder that contains {split}/")
         return store
     if (folder / split / "0.npy").is_file():
         return NpyFeatures(folder, split, flag)
@@ -49,22 +50,19 @@ def open_features(path: str | Path, split: str = "train", flag: str = "feature_p
         raise UserError(f"--{flag} {folder}: no such folder; make one with `uvit extract`")
     for begun in (folder / split, folder):
         if (begun / "settings.json").is_file():
-            raise UserError(f"--{flag} {begun}: its extraction was not finished; run the same `uvit extract` again")
+            raise UserError(f"--{flag} {begun}: its extraction is not finished; run the same `uvit extract` again")
     if (folder / "0.npy").is_file():
-        raise UserError(f"--{flag} {folder}: is part of a folder in the old layout; give {folder.absolute().parent}")
+        raise UserError(f"--{flag} {folder}: is one split of .npy features; give {folder.absolute().parent}")
     if splits := sorted(path.parent.name for name in ("manifest.json", "0.npy") for path in folder.glob(f"*/{name}")):
         raise UserError(f"--{flag} {folder}: has no split {split}, only {', '.join(splits)}; `uvit extract` adds one")
     raise UserError(
-        f"--{flag} {folder}: has neither {split}/manifest.json nor manifest.json nor {split}/0.npy;"
-        " `uvit extract` makes features"
+        f"--{flag} {folder}: contains no features (no {split}/manifest.json, manifest.json or {split}/0.npy);"
+        " make some with `uvit extract`"
     )
 
 
-# The feature store
-
-
 class FeatureStore:
-    """One split of a feature store. Opening it looks at every file's size and header; a pickled copy opens it anew."""
+    """One split of a feature store. Opening it checks the size and header of every file. A pickled copy reopens it."""
 
     def __init__(self, folder: Path, flag: str = "feature_path"):
         self.folder, self.flag = folder.absolute(), flag
@@ -85,7 +83,7 @@ class FeatureStore:
         own_tokenizer = self.folder / "tokenizer"
         self.tokenizer_name = str(own_tokenizer) if own_tokenizer.is_dir() else manifest.encoder("tokenizer", "name")
         if self.num_samples == 0:
-            raise self._error("holds no pairs; extract it again")
+            raise self._error("contains no pairs; extract it again")
         self._files = manifest.files
         self._check_sizes()
         self._open_files = OpenFiles(self.folder)
@@ -105,32 +103,32 @@ class FeatureStore:
         for i, (count, num_captions) in enumerate(zip(counts, captions, strict=True)):
             if (count < 1).any() or count.sum() != num_captions:
                 raise self._error(
-                    f"counts-{i:05d}.npy and manifest.json disagree on the number of captions; extract it again"
+                    f"counts-{i:05d}.npy and manifest.json give different numbers of captions; extract it again"
                 )
         self._first_caption = np.concatenate([[0], np.cumsum(np.concatenate(counts), dtype=np.int64)])  # (pairs + 1,)
 
     def read(self, rows: np.ndarray, caption_draws: np.ndarray, flip_draws: np.ndarray | None = None) -> FeatureBatch:
-        """See Features. Raises UserError where a file can no longer be read."""
+        """See Features. Raises UserError if a file can no longer be read."""
         first, end = self._first_caption[rows], self._first_caption[rows + 1]
         captions = np.minimum(first + (caption_draws * (end - first)).astype(np.int64), end - 1)
         moments = self._moments.empty(len(rows))
-        places = self._moments.places(rows, moments)
+        requests = self._moments.requests(rows, moments)
         if flip_draws is not None:
             assert self._flipped is not None, "mirrored images were not stored"
-            mirrored = self._flipped.places(rows, moments)
-            places = [
+            mirrored = self._flipped.requests(rows, moments)
+            requests = [
                 flipped if draw < 0.5 else plain
-                for plain, flipped, draw in zip(places, mirrored, flip_draws.tolist(), strict=True)
+                for plain, flipped, draw in zip(requests, mirrored, flip_draws.tolist(), strict=True)
             ]
         context, token_ids = None, None
         if self._contexts is not None:
             context = self._contexts.empty(len(rows))
-            places += self._contexts.places(captions, context)
+            requests += self._contexts.requests(captions, context)
         if self._tokens is not None:
             token_ids = self._tokens.empty(len(rows))
-            places += self._tokens.places(captions, token_ids)
+            requests += self._tokens.requests(captions, token_ids)
         try:
-            read_all(self._open_files, places)
+            read_all(self._open_files, requests)
         except (OSError, EOFError) as error:
             raise self._error(f"{error}; copy it again, or extract it again") from None
         return FeatureBatch(moments, context, token_ids)
@@ -140,25 +138,25 @@ class FeatureStore:
         return tuple(self._line(row)["captions"])
 
     def ids(self, row: int) -> str:
-        """What the source calls a pair."""
+        """The id that the source gave a pair."""
         return self._line(row)["id"]
 
     def files(self) -> dict[str, dict[str, Any]]:
-        """{name within the folder: {"bytes", "sha256"}}, all but the manifest itself."""
+        """{path within the folder: {"bytes", "sha256"}} of all files except the manifest."""
         return self._files
 
     def __reduce__(self) -> tuple[type["FeatureStore"], tuple[Path, str]]:
         return FeatureStore, (self.folder, self.flag)
 
     def _line(self, row: int) -> dict[str, Any]:
-        shard, place = self._moments.find(row)
-        return json.loads(_lines(self.folder / f"captions-{shard:05d}.jsonl")[place])
+        shard, index = self._moments.find(row)
+        return json.loads(_lines(self.folder / f"captions-{shard:05d}.jsonl")[index])
 
     def _check_sizes(self) -> None:
         for name, expected in self._files.items():
             try:
-                size = os.stat(f"{self.folder}/{name}").st_size  # noqa: PTH116 - half the time of Path.stat
-            except (OSError, ValueError):  # ValueError: a name that no file can have
+                size = os.stat(f"{self.folder}/{name}").st_size  # noqa: PTH116 - takes half as long as Path.stat
+            except (OSError, ValueError):  # ValueError: the name is not a valid file name
                 raise self._error(f"{name} is missing; copy the whole folder, or extract it again") from None
             if size != expected["bytes"]:
                 raise self._error(
@@ -166,7 +164,7 @@ class FeatureStore:
                 )
 
     def _array(self, kind: str, lengths: list[int], shape: tuple[int, ...], dtype: np.dtype) -> ShardedArray:
-        """The shards' arrays of one kind, each of them checked."""
+        """The arrays of one kind, of all shards. Checks each header."""
         names = [f"{kind}-{i:05d}.npy" for i in range(len(lengths))]
         offsets = [self._header(name, (n, *shape), dtype) for name, n in zip(names, lengths, strict=True)]
         return ShardedArray(names, lengths, offsets, shape, dtype)
@@ -178,7 +176,7 @@ class FeatureStore:
         return array
 
     def _header(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> int:
-        """Where an array's data begin, if it is one of this shape."""
+        """The byte where an array's data start. Raises UserError unless it has this shape and dtype."""
         if name not in self._files:
             raise self._error(f"manifest.json is damaged: it does not list {name}; copy it again, or extract again")
         try:
@@ -188,7 +186,7 @@ class FeatureStore:
         if (header.shape, header.dtype, header.fortran_order) != (shape, dtype, False):
             order = " in Fortran order" if header.fortran_order else ""
             raise self._error(
-                f"{name} holds {header.dtype} {header.shape}{order}, and by manifest.json {dtype} {shape};"
+                f"{name} contains {header.dtype} {header.shape}{order}, but manifest.json says {dtype} {shape};"
                 " extract it again"
             )
         expected, num_bytes = header.offset + math.prod(shape) * dtype.itemsize, self._files[name]["bytes"]

@@ -1,13 +1,13 @@
-"""One shard of a feature store, written so that a kill at any moment loses seconds of work and nothing else.
+"""Write one shard of a feature store. A kill at any moment loses seconds of work and nothing else.
 
-It grows in a folder of its own, `.partial-0000i/`:
+A shard is written in a folder of its own, `.partial-0000i/`:
 
-    lock                 held by the one process that is at this shard
-    moments-0000i.npy    and the shard's other files, under the names that they will have
-    progress.json        what was committed last: everything in the files after that is cut off on going on
-    shard-0000i.json     the shard's record, once its files are whole; all that is left is to rename them into place
+    lock                 held by the process that writes this shard
+    moments-0000i.npy    and the other files of the shard, under their final names
+    progress.json        the last commit; on resuming, the files are truncated to the sizes in it
+    shard-0000i.json     the shard's record, written when its files are complete; what remains is to rename them
 
-The record goes into place last: a shard that has one is whole.
+The record is renamed last, so a shard that has a record is complete.
 """
 
 import contextlib
@@ -31,32 +31,32 @@ from uvit.sources.types import Problem
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """Some pairs as features; their captions follow one another."""
+    """The features of b pairs with c captions in total. The captions of a pair follow one another."""
 
     ids: list[str]  # b
-    captions: list[tuple[str, ...]]  # b, in all c captions
+    captions: list[tuple[str, ...]]  # b
     moments: np.ndarray  # (b, 2 C, h, w)
     flipped: np.ndarray | None  # (b, 2 C, h, w), of the mirrored images
     contexts: np.ndarray | None  # (c, T, D)
     token_ids: np.ndarray | None  # (c, T)
-    problems: tuple[Problem, ...] = ()  # of these pairs and of those left out among them
-    counts: list[int] | None = None  # b: how many captions each has where their text is not known, and () above
+    problems: tuple[Problem, ...] = ()  # of these pairs, and of the pairs between them that were skipped
+    counts: list[int] | None = None  # b: captions per pair, if their text is not known and `captions` has empty tuples
 
 
 @dataclass(frozen=True)
 class ArrayInfo:
-    """An array of a shard: its first axis counts pairs or captions."""
+    """An array of a shard. Its first axis counts pairs or captions."""
 
-    shape: tuple[int, ...]  # of an item
+    shape: tuple[int, ...]  # of one item
     dtype: np.dtype
     per_caption: bool = False
 
 
 class ShardWriter:
-    """Use it as a context manager: it holds the shard's lock, and commits what was appended when it is left.
+    """A context manager that holds the lock of the shard, and commits on exit what was appended.
 
-    `next_row` is the first source row that is not yet dealt with. `rows` tells a shard's source rows. Raises UserError
-    where another process is at this shard.
+    `next_row` is the first source row that is not yet processed. `rows(number)` gives the source rows of a shard.
+    Raises UserError if another process is writing this shard.
     """
 
     def __init__(self, folder: Path, number: int, rows: Callable[[int], range], arrays: dict[str, ArrayInfo]):
@@ -69,7 +69,7 @@ class ShardWriter:
         self._record = self.partial / record_name(number)
         self._num_pairs = self._num_captions = self._caption_bytes = 0
         self._problems: list[Problem] = []
-        self._committed = -1  # next_row then
+        self._committed = -1  # next_row at the last commit
         self._files: dict[str, io.FileIO] = {}
         self._open = contextlib.ExitStack()
 
@@ -80,10 +80,10 @@ class ShardWriter:
                 for path in self.partial.iterdir():
                     if path.name != "lock":
                         path.unlink()
-            if self._record.is_file():  # its files may be in place already
+            if self._record.is_file():  # some of its files may already have been renamed
                 self.next_row = self._rows(self.number).stop
             else:
-                self._go_on()
+                self._load_progress()
                 for name, size in self._sizes().items():
                     file = (self.partial / name).open("r+b" if self._committed >= 0 else "x+b", buffering=0)
                     self._files[name] = opening.enter_context(file)
@@ -93,7 +93,7 @@ class ShardWriter:
         return self
 
     def append(self, part: EncodedPairs, next_row: int) -> None:
-        """Add pairs, which deal with the source's rows up to `next_row`. Kept for good at the next commit."""
+        """Add pairs. The source rows before `next_row` are then processed. The next commit makes them permanent."""
         counts = part.counts or [len(captions) for captions in part.captions]
         lines = [
             json.dumps({"id": id, "captions": captions}, ensure_ascii=False) + "\n"
@@ -121,7 +121,7 @@ class ShardWriter:
         self.next_row = next_row
 
     def commit(self) -> None:
-        """Make sure that what was appended so far outlives a kill and a power cut."""
+        """Make everything appended so far survive a kill or a power cut."""
         if not self._files or self.next_row == self._committed:
             return
         self._sync()
@@ -136,7 +136,7 @@ class ShardWriter:
         self._committed = self.next_row
 
     def finish(self) -> None:
-        """Put the shard in its place; all of its rows must have been dealt with."""
+        """Move the shard to its final place. All of its rows must have been processed."""
         assert self.next_row == self._rows(self.number).stop, (self.number, self.next_row)
         if not self._record.is_file():
             self.commit()
@@ -152,7 +152,7 @@ class ShardWriter:
             }
             write_json(self._record, record, indent=1)
         for name in read_record(self._record)["files"]:
-            if (self.partial / name).exists():  # not moved before a kill
+            if (self.partial / name).exists():  # a run that was killed may have moved it already
                 (self.partial / name).replace(self.folder / name)
         sync_path(self.folder)
         self._record.replace(self.folder / self._record.name)
@@ -162,19 +162,19 @@ class ShardWriter:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         with self._open:
-            if not isinstance(error, OSError):  # on a full disk it would only fail again
+            if not isinstance(error, OSError):  # on a full disk a commit would fail again
                 self.commit()
 
     def _lock(self) -> io.FileIO:
         busy = UserError(
-            f"--output_dir {self.folder}: another process is at shard {self.number}; let each do a part of its own, as"
-            " with --shard 0/2 and --shard 1/2"
+            f"--output_dir {self.folder}: another process is writing shard {self.number}; give each process its own"
+            " shards, such as --shard 0/2 and --shard 1/2"
         )
         while True:
             self.partial.mkdir(exist_ok=True)
             try:
                 file = (self.partial / "lock").open("a+b", buffering=0)
-            except FileNotFoundError:  # whoever finished this shard has just removed the folder
+            except FileNotFoundError:  # the process that finished this shard has just removed the folder
                 continue
             with contextlib.ExitStack() as opened:
                 opened.enter_context(file)
@@ -190,7 +190,7 @@ class ShardWriter:
                         opened.pop_all()
                         return file
 
-    def _go_on(self) -> None:
+    def _load_progress(self) -> None:
         if not (self.partial / "progress.json").is_file():
             return
         progress = read_record(self.partial / "progress.json")
@@ -198,10 +198,10 @@ class ShardWriter:
         self._num_pairs, self._num_captions = progress["rows"], progress["captions"]
         self._caption_bytes = progress["bytes"][self._captions_file]
         self._problems = [Problem(**problem) for problem in progress["problems"]]
-        assert self._sizes() == progress["bytes"], "the settings that this shard was begun with are not these"
+        assert self._sizes() == progress["bytes"], "this shard was started with other settings"
 
     def _sizes(self) -> dict[str, int]:
-        """Bytes of each file."""
+        """Size of each file in bytes."""
         return {
             **{
                 name: len(self._header(array)) + self._length(array) * array.dtype.itemsize * int(np.prod(array.shape))
@@ -214,7 +214,7 @@ class ShardWriter:
         return self._num_captions if array.per_caption else self._num_pairs
 
     def _header(self, array: ArrayInfo) -> bytes:
-        """Of an .npy; NumPy leaves room for the first axis to grow, so that its size stays."""
+        """The `.npy` header. NumPy pads it so that the first axis can grow and the size stays the same."""
         header = io.BytesIO()
         shape = (self._length(array), *array.shape)
         descr = np.lib.format.dtype_to_descr(array.dtype)
@@ -231,7 +231,7 @@ def record_name(number: int) -> str:
 
 
 def committed_row(folder: Path, number: int, rows: range) -> int | None:
-    """The first source row that a shard being written has not yet dealt with; None where it must be begun afresh."""
+    """The first source row that an unfinished shard has not processed. None: the shard must be started again."""
     partial = folder / f".partial-{number:05d}"
     record, progress = partial / record_name(number), partial / "progress.json"
     try:
@@ -254,17 +254,17 @@ def committed_row(folder: Path, number: int, rows: range) -> int | None:
 
 
 def read_record(path: Path) -> Any:
-    """A JSON file of a store being written. Raises UserError where it is damaged."""
+    """A JSON file of an unfinished store. Raises UserError if it is damaged."""
     try:
         return read_json(path)
     except ValueError:
         raise UserError(
-            f"--output_dir {path.parent}: {path.name} is damaged; remove it to do that part again"
+            f"--output_dir {path.parent}: {path.name} is damaged; remove it and run the same command again"
         ) from None
 
 
 def file_records(files: Iterable[Path], folder: Path | None = None) -> dict[str, dict[str, Any]]:
-    """{name, within the folder if one is given: {"bytes", "sha256"}}."""
+    """{name, or path within `folder` if given: {"bytes", "sha256"}}."""
     described: dict[str, dict[str, Any]] = {}
     for path in files:
         with path.open("rb") as file:
@@ -275,7 +275,7 @@ def file_records(files: Iterable[Path], folder: Path | None = None) -> dict[str,
 
 
 def _write_all(file: io.FileIO, data: np.ndarray) -> None:
-    """(n,) uint8. Unbuffered, so that nothing is left to fail when the file is closed."""
+    """Write (n,) uint8 without a buffer, so that closing the file cannot fail."""
     view = data.data
     while view:
         view = view[file.write(view) :]

@@ -1,4 +1,4 @@
-"""`uvit features sample`: a few pairs as a picture, so that one sees what a model will be shown."""
+"""`uvit features sample`: decode a few pairs into one image, to check what a model is trained on."""
 
 from pathlib import Path
 
@@ -16,24 +16,24 @@ from uvit.weights.components import load_vae
 from uvit.weights.encoders import decode_latents, fingerprint
 
 BATCH_SIZE = 8
-PLAIN, MIRRORED = 1.0, 0.0  # as draws of what is read
+PLAIN, MIRRORED = 1.0, 0.0  # values of `flip_draws`
 
 
 def show(config: FeaturesSampleConfig) -> None:
-    """The command. Raises UserError where there are no features, rows or VAE."""
+    """The command. Raises UserError if there are no features, no such rows or no VAE."""
     features = open_features(config.path, config.split, flag="path")
     rows = choose_rows(config, features.num_samples)
     name = config.vae_name_or_path or features.vae_name
     if name is None:
-        raise UserError(f"--path {config.path}: names no VAE; give --vae_name_or_path")
+        raise UserError(f"--path {config.path}: does not record its VAE; give --vae_name_or_path")
     vae = load_vae(name)
     if 2 * vae.config["latent_channels"] != features.moments_shape[0]:
         raise UserError(
-            f"--vae_name_or_path {name}: has {vae.config['latent_channels']} latent channels, and the moments' shape"
-            f" {features.moments_shape} is for {features.moments_shape[0] // 2}; give the one they came from"
+            f"--vae_name_or_path {name}: has {vae.config['latent_channels']} latent channels, but the moments of shape"
+            f" {features.moments_shape} need {features.moments_shape[0] // 2}; give the VAE that made them"
         )
     if features.vae_sha256 not in (None, fingerprint(vae)):
-        print(f"The VAE at {name} is not the one that these features were made with: its weights differ.")
+        print(f"Warning: the VAE at {name} did not make these features: its weights differ.")
     vae = vae.to(pick_device(config.device))
     images: list[Image.Image] = []
     labels: list[str] = []
@@ -41,8 +41,8 @@ def show(config: FeaturesSampleConfig) -> None:
     with torch.inference_mode():
         for start in range(0, len(rows), BATCH_SIZE):
             batch = rows[start : start + BATCH_SIZE]
-            pictures = [decode_pairs(vae, features, batch, side) for side in sides]
-            for row, versions in zip(batch, zip(*pictures, strict=True), strict=True):
+            decoded = [decode_pairs(vae, features, batch, side) for side in sides]
+            for row, versions in zip(batch, zip(*decoded, strict=True), strict=True):
                 images += versions
                 captions = features.captions(row)
                 labels += [captions[0] if captions else f"row {row}", f"(mirrored) row {row}"][: len(versions)]
@@ -52,20 +52,19 @@ def show(config: FeaturesSampleConfig) -> None:
 
 
 def choose_rows(config: FeaturesSampleConfig, num_samples: int) -> list[int]:
-    """--rows, or --num_images drawn by --seed, in order. Raises UserError for rows that are not there."""
+    """--rows, or --num_images random rows in ascending order. Raises UserError for rows that do not exist."""
     rows = config.row_numbers()
     if rows is None:
         generator = np.random.default_rng(config.seed)
         return sorted(generator.choice(num_samples, min(config.num_images, num_samples), replace=False).tolist())
     if max(rows) >= num_samples:
-        raise UserError(f"--rows {config.rows}: there are rows 0 to {num_samples - 1}; name some of these")
+        raise UserError(f"--rows {config.rows}: the rows are 0 to {num_samples - 1}; give some of these")
     return rows
 
 
 def decode_pairs(vae: torch.nn.Module, features: Features, rows: list[int], side: float) -> list[Image.Image]:
-    """The pictures at the mean of the rows' moments, or of those of their mirrored images."""
-    here = np.array(rows)
-    draws = np.zeros(len(rows))
-    flips = np.full(len(rows), side) if features.flipped else None
-    mean, _ = torch.from_numpy(features.read(here, draws, flips).moments).float().chunk(2, dim=1)
+    """Decode the mean of the rows' moments. `side`: PLAIN or MIRRORED."""
+    flip_draws = np.full(len(rows), side) if features.flipped else None
+    batch = features.read(np.array(rows), np.zeros(len(rows)), flip_draws)
+    mean, _ = torch.from_numpy(batch.moments).float().chunk(2, dim=1)
     return to_pil(decode_latents(vae, mean.to(next(vae.parameters()).device), latent_scale=1.0))

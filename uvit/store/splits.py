@@ -1,4 +1,4 @@
-"""The splits that a folder of features holds: finished stores, unfinished ones, and the old layout."""
+"""Find the splits in a folder of features: finished stores, unfinished stores, and `.npy` features."""
 
 import json
 from collections.abc import Iterator
@@ -12,16 +12,16 @@ from uvit.store.manifest import Manifest, read_manifest
 
 @dataclass(frozen=True)
 class Split:
-    """A folder with features."""
+    """A folder with the features of one split."""
 
     name: str
     folder: Path
-    kind: Literal["store", "unfinished", "old layout"]
-    settings: dict[str, Any]  # of a store, finished or not: what its extraction was told
+    kind: Literal["store", "unfinished", "npy"]
+    settings: dict[str, Any]  # of a store, finished or not: how it was made
     manifest: Manifest | None = None  # of a finished store
 
     def own_files(self) -> Iterator[Path]:
-        """All that lies in it; without the folders of other splits, which that of a version 1 store may hold."""
+        """All files of this split. A store of version 1 may contain folders of other splits: those are not listed."""
         for path in self.folder.iterdir():
             if path.is_file():
                 yield path
@@ -30,58 +30,63 @@ class Split:
 
 
 def find_splits(path: str, only: str | None = None, flag: str = "path") -> list[Split]:
-    """What a folder holds: a split in each folder within it, or one in itself. `only` one of them, if given.
+    """The splits of a folder: the folder itself, or the folders in it. With `only`, the split of that name.
 
-    Raises UserError where there is none, or where a manifest cannot be read.
+    Raises UserError if there is none, or if a manifest cannot be read.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise UserError(f"--{flag} {path}: no such folder; give one with features, which `uvit extract` makes")
-    splits = [split for place in _places(folder) if (split := _look(place, folder, flag)) is not None]
+        raise UserError(f"--{flag} {path}: no such folder; give a folder of features, which `uvit extract` writes")
+    splits = [split for each in _candidates(folder) if (split := _open_split(each, folder, flag)) is not None]
     if not splits:
-        part = f"is part of a folder in the old layout; give {folder.absolute().parent}"
-        none = "holds no features (neither train/manifest.json nor train/0.npy); `uvit extract` makes them"
-        raise UserError(f"--{flag} {path}: {part if (folder / '0.npy').is_file() else none}")
+        if (folder / "0.npy").is_file():
+            raise UserError(f"--{flag} {path}: is one split of .npy features; give {folder.absolute().parent}")
+        raise UserError(
+            f"--{flag} {path}: contains no features (no train/manifest.json or train/0.npy); make some with"
+            " `uvit extract`"
+        )
     if only is None:
         return splits
     chosen = [split for split in splits if split.name == only]
     if not chosen:
-        there = ", ".join(split.name for split in splits)
-        raise UserError(f"--split {only}: {path} has no such split; it has {there}")
+        names = ", ".join(split.name for split in splits)
+        raise UserError(f"--split {only}: {path} has no such split; it has {names}")
     return chosen
 
 
 def find_stores(path: str, only: str | None = None, flag: str = "path") -> list[tuple[Split, Manifest]]:
-    """Like `find_splits`, but all must be finished stores."""
+    """Like `find_splits`. Raises UserError unless all of them are finished stores."""
     stores = []
     for split in find_splits(path, only, flag):
         if split.manifest is None:
-            wrong = {
-                "unfinished": "was not finished; run the command that began it again",
-                "old layout": "is in the old layout; `uvit features import` makes a store of it",
+            problem = {
+                "unfinished": "is not finished; run the command that started it again",
+                "npy": "contains .npy features; `uvit features import` converts them to a feature store",
             }
-            raise UserError(f"--{flag} {split.folder}: {wrong[split.kind]}")
+            raise UserError(f"--{flag} {split.folder}: {problem[split.kind]}")
         stores.append((split, split.manifest))
     return stores
 
 
-def _places(folder: Path) -> Iterator[Path]:
+def _candidates(folder: Path) -> Iterator[Path]:
     yield folder
     yield from sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _look(place: Path, root: Path, flag: str) -> Split | None:
-    if (place / "manifest.json").is_file():
-        manifest = read_manifest(place, lambda what: UserError(f"--{flag} {place}: {what}"))
-        name = manifest.split or "train" if place == root else place.name
-        return Split(name, place, "store", manifest.fields, manifest)
-    if (place / "settings.json").is_file():
+def _open_split(folder: Path, root: Path, flag: str) -> Split | None:
+    """The split in a folder, which is `root` or lies in it. None: there is no split."""
+    if (folder / "manifest.json").is_file():
+        manifest = read_manifest(folder, lambda what: UserError(f"--{flag} {folder}: {what}"))
+        name = manifest.split or "train" if folder == root else folder.name
+        return Split(name, folder, "store", manifest.fields, manifest)
+    if (folder / "settings.json").is_file():
         try:
-            settings = json.loads((place / "settings.json").read_text(encoding="utf-8"))
+            settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            raise UserError(f"--{flag} {place}: settings.json cannot be read; extract it again") from None
+            raise UserError(f"--{flag} {folder}: settings.json cannot be read; extract it again") from None
         if isinstance(settings, dict) and "moments_shape" in settings:
-            return Split(settings.get("split", "train") if place == root else place.name, place, "unfinished", settings)
-    if place != root and (place / "0.npy").is_file():
-        return Split(place.name, place, "old layout", {})
+            name = settings.get("split", "train") if folder == root else folder.name
+            return Split(name, folder, "unfinished", settings)
+    if folder != root and (folder / "0.npy").is_file():
+        return Split(folder.name, folder, "npy", {})
     return None

@@ -1,4 +1,4 @@
-"""What the readers of features have in common."""
+"""The protocol of all readers of features, and the batch that they return."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -8,7 +8,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class FeatureBatch:
-    """What a feature store holds of B samples; `context` or `token_ids` is there, or both."""
+    """The features of B samples. At least one of `context` and `token_ids` is present."""
 
     moments: np.ndarray  # (B, 2 C, h, w), as stored (float16 or float32)
     context: np.ndarray | None  # (B, T, D), as stored
@@ -16,31 +16,31 @@ class FeatureBatch:
 
 
 class Features(Protocol):
-    """Moments, and contexts or token ids, of a data set. Picklable."""
+    """The moments of a data set, and its text embeddings or token ids. Picklable."""
 
     num_samples: int
     moments_shape: tuple[int, ...]  # (2 C, h, w)
-    flipped: bool  # the mirrored images' moments are there too
-    context_shape: tuple[int, ...] | None  # (T, D); None where only token ids are stored
+    flipped: bool  # the moments of the mirrored images are stored too
+    context_shape: tuple[int, ...] | None  # (T, D); None: only token ids are stored
     num_tokens: int | None  # T
     latent_scale: float | None  # None: not known
-    resolution: int | None  # side of the images, in pixels; None: not known
+    resolution: int | None  # side of the images in pixels; None: not known
     empty_context: np.ndarray | None  # (T, D), as stored
     empty_token_ids: np.ndarray | None  # (T,)
-    vae_name: str | None  # where the encoders were found, for `uvit.weights` to load
-    vae_sha256: str | None  # their fingerprints; None: not known
+    vae_name: str | None  # names or paths of the encoders, as `uvit.weights` loads them
+    vae_sha256: str | None  # fingerprint of the encoder; None: not known
     text_encoder_name: str | None
     text_encoder_sha256: str | None
     tokenizer_name: str | None
 
     def read(self, rows: np.ndarray, caption_draws: np.ndarray, flip_draws: np.ndarray | None = None) -> FeatureBatch:
-        """Samples `rows`, (B,) int64, each with the caption that its draw, (B,) in [0, 1), picks.
+        """Read the samples `rows`, (B,) int64. `caption_draws`, (B,) in [0, 1), picks the caption of each.
 
-        Where `flip_draws`, (B,) in [0, 1), are below a half, with the mirrored image's moments: only where `flipped`.
-        The arrays are the caller's to change.
+        `flip_draws`, (B,) in [0, 1), is for stores with `flipped`: below 0.5, the mirrored image's moments are read.
+        The caller may change the arrays.
         """
         ...
 
     def captions(self, row: int) -> tuple[str, ...]:
-        """The captions of a sample as text; none where they were not stored."""
+        """The captions of a sample as text. Empty if they were not stored."""
         ...

@@ -1,7 +1,7 @@
-"""Writing a feature store, any shard by any process, so that it can be stopped anywhere and gone on with.
+"""Write a feature store. Any process can write any shard, and the work can be stopped and resumed at any point.
 
-`settings.json` keeps what the extraction was told; whoever goes on or joins in must be told the same. Shards are
-independent of one another: `uvit.store.shard` writes them. The manifest comes last.
+`settings.json` keeps the settings of the extraction. A process that resumes or joins it must have the same settings.
+The shards are independent of one another: `uvit.store.shard` writes them. The manifest is written last.
 """
 
 import contextlib
@@ -25,25 +25,25 @@ from uvit.store.shard import ArrayInfo, ShardWriter, committed_row, file_records
 
 @dataclass(frozen=True)
 class StoreInfo:
-    """How features were made: the head of the manifest."""
+    """How the features were made: the first part of the manifest."""
 
-    num_source_pairs: int | None  # None: a stream's, not known beforehand
-    shard_size: int  # source pairs in each shard but the last; what was left out of them is not stored
-    dtype: str  # of moments and contexts: float16 or float32
+    num_source_pairs: int | None  # None: not known in advance
+    shard_size: int  # source pairs per shard, except the last; skipped pairs count too
+    dtype: str  # of moments and text embeddings: float16 or float32
     moments_shape: tuple[int, ...]  # (2 C, h, w)
-    flipped: bool  # moments of the mirrored images are stored as well
-    context_shape: tuple[int, ...] | None  # (T, D); None: contexts are not stored
+    flipped: bool  # the moments of the mirrored images are stored too
+    context_shape: tuple[int, ...] | None  # (T, D); None: text embeddings are not stored
     num_tokens: int  # T
     token_dtype: str | None  # uint16 or int32; None: token ids are not stored
     latent_scale: float
     split: str
-    source: dict[str, Any]  # where the pairs were and how images became squares
+    source: dict[str, Any]  # where the pairs came from, and how their images were prepared
     vae: dict[str, str] | None  # {"name": folder or hub id, "sha256": fingerprint}
     text_encoder: dict[str, str] | None
     tokenizer: dict[str, str] | None
 
     def arrays(self) -> dict[str, ArrayInfo]:
-        """What a shard holds."""
+        """The arrays of a shard, by kind."""
         dtype = np.dtype(self.dtype)
         arrays = {"moments": ArrayInfo(self.moments_shape, dtype)}
         if self.flipped:
@@ -56,9 +56,9 @@ class StoreInfo:
 
 
 class StoreWriter:
-    """Writes one split, into a folder that is named after it.
+    """Writes one split into a folder of that name.
 
-    Raises UserError where the folder holds anything but this very extraction, half done or done.
+    Raises UserError if the folder contains anything but this extraction, finished or not.
     """
 
     def __init__(self, folder: Path, info: StoreInfo):
@@ -66,17 +66,16 @@ class StoreWriter:
         refuse_earlier_layouts(folder)
         settings = json.loads(json.dumps(asdict(info)))  # as it reads back: tuples are lists
         folder.mkdir(parents=True, exist_ok=True)
-        place = folder / "settings.json"
-        if not place.is_file():
-            strangers = any(not path.name.startswith(".") for path in folder.iterdir())
-            if strangers and not place.is_file():  # another process may have begun in this instant
+        path = folder / "settings.json"
+        if not path.is_file():
+            has_other_files = any(not entry.name.startswith(".") for entry in folder.iterdir())
+            if has_other_files and not path.is_file():  # another process may have started in the meantime
                 raise UserError(f"--output_dir {folder}: is not empty and no feature store; choose another folder")
-            write_json_once(place, settings, indent=1)
-        there = read_record(place)
-        if differing := first_difference(there, settings):
+            write_json_once(path, settings, indent=1)
+        if difference := first_difference(read_record(path), settings):
             raise UserError(
-                f"--output_dir {folder}: was begun with other settings ({differing}); give the same ones to go on, or"
-                " another folder"
+                f"--output_dir {folder}: was started with other settings ({difference}); give the same settings to"
+                " resume, or another folder"
             )
 
     @property
@@ -85,7 +84,7 @@ class StoreWriter:
 
     @property
     def num_source_pairs(self) -> int | None:
-        """None: a stream whose end nobody has reached yet."""
+        """None: not known yet, because no process has reached the end of the source."""
         if self.info.num_source_pairs is not None:
             return self.info.num_source_pairs
         end = self.folder / "stream-end.json"
@@ -93,12 +92,12 @@ class StoreWriter:
 
     @property
     def num_shards(self) -> int | None:
-        """None where that is not known yet."""
+        """None: not known yet."""
         pairs = self.num_source_pairs
         return None if pairs is None else -(-pairs // self.info.shard_size)
 
     def rows(self, shard: int) -> range:
-        """The source's rows that a shard deals with; of a stream whose end is not known, as if it were far."""
+        """The source rows of a shard. While the source's length is not known, no shard is cut short."""
         start, pairs = shard * self.info.shard_size, self.num_source_pairs
         stop = start + self.info.shard_size
         return range(start, stop if pairs is None else min(stop, pairs))
@@ -107,7 +106,7 @@ class StoreWriter:
         return (self.folder / record_name(shard)).is_file()
 
     def next_row(self, shard: int) -> int:
-        """The first source row of a shard that is not yet dealt with, as far as it is kept for good."""
+        """The first source row of a shard that is not yet processed and committed."""
         rows = self.rows(shard)
         if self.done(shard):
             return rows.stop
@@ -115,21 +114,21 @@ class StoreWriter:
         return rows.start if row is None else row
 
     def open_shard(self, shard: int) -> ShardWriter:
-        """To be entered as a context; goes on after what was committed before."""
+        """A context manager that writes a shard. It resumes after the last commit."""
         return ShardWriter(self.folder, shard, self.rows, self.info.arrays())
 
     def end_stream(self, num_source_pairs: int) -> None:
-        """Record how many pairs the stream turned out to have. Raises UserError if it had another number before."""
+        """Record the number of pairs that the source turned out to have. Raises UserError if it was another before."""
         write_json_once(self.folder / "stream-end.json", {"num_source_pairs": num_source_pairs}, indent=1)
         if self.num_source_pairs != num_source_pairs:
             raise UserError(
-                f"--output_dir {self.folder}: the source had {self.num_source_pairs} pairs and now has"
+                f"--output_dir {self.folder}: the source had {self.num_source_pairs} pairs before and now has"
                 f" {num_source_pairs}; give the same source, or another folder"
             )
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """While no other process is in here for this store; waits for its turn."""
+    def lock(self) -> Iterator[None]:
+        """Hold the lock of this store. Waits for other processes that hold it."""
         with (self.folder / "settings.json").open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -137,17 +136,17 @@ class StoreWriter:
     def finish(
         self, empty_context: np.ndarray | None, empty_token_ids: np.ndarray | None, num_shards: int | None = None
     ) -> None:
-        """All shards are done: add the empty caption's features, (T, D) and (T,), the problems and the manifest.
+        """Complete the store once all shards are done: write the empty caption's features, the problems, the manifest.
 
-        Raises UserError where no pair is left.
+        `empty_context` is (T, D), `empty_token_ids` (T,). Raises UserError if the store has no pairs.
         """
         number = self.num_shards if num_shards is None else num_shards
-        assert number is not None, "the end of the stream is not known"
+        assert number is not None, "the end of the source is not known"
         shards = [read_record(self.folder / record_name(shard)) for shard in range(number)]
-        with self.alone():
+        with self.lock():
             if not self.complete:
                 self._finish(shards, empty_context, empty_token_ids)
-            for path in self.folder.glob(".*"):  # what kills left behind
+            for path in self.folder.glob(".*"):  # left by processes that were killed
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
                 else:
@@ -165,9 +164,9 @@ class StoreWriter:
         num_pairs = sum(shard["rows"] for shard in shards)
         if not num_pairs:
             raise UserError(
-                f"--source: all {len(problems)} pairs were left out, as {self.folder / 'problems.jsonl'} says"
+                f"--source: all {len(problems)} pairs were skipped; {self.folder / 'problems.jsonl'} says why"
                 if problems
-                else "--source: holds no pairs"
+                else "--source: contains no pairs"
             )
         for name, array in (("empty_context.npy", empty_context), ("empty_tokens.npy", empty_token_ids)):
             if array is not None:
@@ -189,29 +188,29 @@ class StoreWriter:
 
 
 def refuse_earlier_layouts(folder: Path) -> None:
-    """Raises UserError where the folder of a split lies in a store or a folder without splits of earlier versions."""
+    """Raises UserError if the folder of a split lies in a store of version 1, or among `.npy` features."""
     root = folder.parent
     for name in ("manifest.json", "settings.json"):
         if (root / name).is_file():
             raise UserError(
-                f"--output_dir {root}: holds a feature store of an earlier version, which has no splits; choose another"
-                " folder (training still reads that one)"
+                f"--output_dir {root}: contains a feature store of version 1, which has no splits; choose another"
+                " folder (training still reads the old one)"
             )
     if (folder / "0.npy").is_file() or (root / "empty_context.npy").is_file():
         raise UserError(
-            f"--output_dir {root}: holds features in the old layout, a file for each array; choose another folder"
-            " (training still reads that one)"
+            f"--output_dir {root}: contains .npy features (U-ViT layout); choose another folder (training still reads"
+            " this one)"
         )
 
 
-def first_difference(there: dict[str, Any], here: dict[str, Any]) -> str:
-    """The first setting that differs, and how; empty where none does."""
-    for key in sorted(there.keys() | here.keys()):
-        a, b = there.get(key), here.get(key)
+def first_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The first setting that differs, with both values. Empty if none does."""
+    for key in sorted(before.keys() | now.keys()):
+        a, b = before.get(key), now.get(key)
         if a != b:
             if isinstance(a, dict) and isinstance(b, dict):
                 return f"{key}: {first_difference(a, b)}"
-            return f"{key}: {a} there, {b} here"
+            return f"{key}: {a} before, {b} now"
     return ""
 
 

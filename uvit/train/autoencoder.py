@@ -1,110 +1,144 @@
-"""`uvit autoencoder`: a first stage of one's own, for those who have none and want no download."""
+"""`uvit autoencoder`: train a VAE of one's own, for those who have none and want no download."""
 
-import functools
-import json
 import math
-import os
-import sys
+import shutil
+import time
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from safetensors import SafetensorError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import uvit
+from uvit.checkpoint.folder import Checkpoint, check_command, latest_checkpoint
+from uvit.checkpoint.saver import Saver, clean_up, keep_latest
 from uvit.config.extract import AutoencoderConfig
-from uvit.device import pick_device
-from uvit.diffusion import draw_latents
+from uvit.config.train import TrainConfig
+from uvit.distributed.mesh import World, single_process_world
 from uvit.errors import UserError
-from uvit.images import contact_sheet, save_png, to_pil, to_pixels, to_unit
+from uvit.images import to_unit
+from uvit.io import back_up, read_json, sync_path, to_yaml, write_json, write_yaml
 from uvit.sources.open import open_source, require_random_access
-from uvit.sources.types import PairError, Source
-from uvit.train.optimizer import EMA
+from uvit.sources.types import Source
+from uvit.train.guards import Guards
+from uvit.train.optimizer import EMA, set_learning_rate, training_state
+from uvit.train.process import StopSignal, hang_watchdog, report_stop, reset_hang_timer, stop_signals
+from uvit.train.vae_model import (
+    VaeBatches,
+    build_vae,
+    ignore_signals,
+    load_images,
+    load_some_images,
+    measure_vae,
+    psnr_of,
+    save_reconstructions,
+    split_rows,
+    vae_loss,
+)
 
+COMMAND = "uvit autoencoder"
 NUM_WARMUP_STEPS = 100
-INITIAL_LOG_VARIANCE = -6.0
 REPORT_STEPS = 50
-HELD_OUT_SHARE, MAX_HELD_OUT, MAX_MEASURED = 20, 256, 2048  # one image in 20, for the PSNR; images for the latent scale
+NUM_CHECKPOINTS = 2  # that training keeps; when it is done, it keeps one
+VAE_ASIDE = ".vae.writing"  # the folder that the finished VAE is written to first
+MAX_MEASURED = 2048  # images for the latent scale
+# Flags that a resumed run cannot change: another model, other images, or another choice of the held-out ones.
+FIXED_FLAGS = {
+    "source", "split", "image_folder", "seed", "resolution",
+    "factor", "channels", "layers_per_block", "latent_channels",
+}  # fmt: skip
 
 
-class ImageBatches(Dataset[Tensor]):
-    """Item s is the batch of step s: (B, 3, R, R) uint8, drawn from (seed, s)."""
-
-    def __init__(self, source: Source, rows: np.ndarray, config: AutoencoderConfig):
-        self.source, self.rows, self.config = source, rows, config
-
-    def __len__(self) -> int:
-        return self.config.max_steps
-
-    def __getitem__(self, step: int) -> Tensor:
-        generator = np.random.Generator(np.random.Philox(key=[self.config.seed, step]))
-        return load_images(self.source, generator.choice(self.rows, self.config.batch_size), self.config.resolution)
+# Training
 
 
-def load_images(source: Source, rows: np.ndarray, resolution: int) -> Tensor:
-    """-> (B, 3, R, R) uint8, B at most the number of rows: what cannot be used is left out, and named on stderr."""
-    pixels = []
-    for row in rows:
-        try:
-            pixels.append(to_pixels(source[int(row)].image, resolution))
-        except PairError as error:
-            _report(error.problem.message)
-    return torch.from_numpy(np.array(pixels, np.uint8).reshape(-1, 3, resolution, resolution))
+@dataclass
+class VaeRun:
+    """The training of a VAE, at `step` optimizer steps."""
+
+    config: AutoencoderConfig
+    output_dir: Path
+    source: Source
+    num_images: int
+    rows: np.ndarray  # images to train on
+    held_out: Tensor  # images to measure on, (B, 3, R, R) uint8
+    vae: AutoencoderKL
+    optimizer: torch.optim.AdamW
+    ema: EMA
+    guards: Guards
+    step: int = 0
+    checkpoint: Path | None = None  # the last one that it saved or resumed from
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        return training_state(self.vae, self.optimizer, self.ema)
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint says of itself."""
+        return {
+            "command": COMMAND,
+            "num_images": self.num_images,
+            "guards": self.guards.state_dict(),
+            "config": asdict(self.config),
+            "versions": {"uvit": uvit.__version__, "torch": torch.__version__},
+            "num_threads": torch.get_num_threads(),
+        }
 
 
-def load_some_images(source: Source, rows: np.ndarray, resolution: int) -> Tensor:
-    """-> (B, 3, R, R) uint8, B at least 1"""
-    images = load_images(source, rows, resolution)
-    if not len(images):
-        raise UserError(f"--source: none of its images can be used, of {len(rows)} looked at; why is said above")
-    return images
+@dataclass(frozen=True)
+class VaeStepResult:
+    psnr: float  # of the batch, in dB
+    grad_norm: float
+    lr: float
 
 
-@functools.cache
-def _report(message: str) -> None:
-    """Once for each message, however often its image is drawn."""
-    print(f"left out: {message}", file=sys.stderr)
-
-
-def build_vae(config: AutoencoderConfig) -> AutoencoderKL:
-    num_levels = int(math.log2(config.factor)) + 1
-    vae = AutoencoderKL(
-        sample_size=config.resolution,
-        latent_channels=config.latent_channels,
-        block_out_channels=[config.channels] + [2 * config.channels] * (num_levels - 1),
-        down_block_types=["DownEncoderBlock2D"] * num_levels,
-        up_block_types=["UpDecoderBlock2D"] * num_levels,
-        layers_per_block=config.layers_per_block,
-        norm_num_groups=8,
-    )
-    # Begin almost without noise in the latents: with the standard deviation of 1 that fresh weights give, the first
-    # thousands of steps learn little else than to get rid of it.
-    torch.nn.init.constant_(vae.quant_conv.bias[config.latent_channels :], INITIAL_LOG_VARIANCE)
-    return vae
-
-
-def vae_loss(vae: AutoencoderKL, images: Tensor, noise: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
-    """(squared error + kl_weight KL, squared error); images (B, 3, R, R) in [-1, 1], noise like the latents."""
-    moments = vae.quant_conv(vae.encoder(images))
-    mean, log_variance = moments.float().chunk(2, dim=1)
-    log_variance = log_variance.clamp(-30, 20)
-    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    error = (vae.decode(draw_latents(moments.float(), noise, 1.0)).sample.float() - images).square().mean()
-    return error + kl_weight * kl, error
-
-
-def train_autoencoder(config: AutoencoderConfig) -> None:
-    """Train, measure, write: OUTPUT_DIR opens with `AutoencoderKL.from_pretrained`."""
+def train_autoencoder(config: AutoencoderConfig) -> int:
+    """Train to the last step, or until Ctrl-C or SIGTERM; then measure, and write the VAE. Returns the exit status."""
     output_dir = Path(config.output_dir)
-    if (output_dir / "config.json").exists() and not config.overwrite_output_dir:
+    found = None if config.overwrite_output_dir else latest_checkpoint(output_dir)
+    if (output_dir / "config.json").exists() and not found and not config.overwrite_output_dir:
+        check_finished(config, output_dir)
+        return 0
+    world = single_process_world(config.device)
+    with hang_watchdog(TrainConfig.hang_timeout, world):
+        run = build_vae_run(config, output_dir, world.device)
+        if config.overwrite_output_dir and output_dir.exists() and any(output_dir.iterdir()):
+            print(f"--overwrite_output_dir: what was in {output_dir} is now in {back_up(output_dir)}")
+        if found:
+            resume_vae(run, found)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_yaml(replace(config, overwrite_output_dir=False), output_dir / "config.yaml")
+        if run.step >= config.max_steps:
+            print(f"{output_dir}: all {config.max_steps} steps are done")
+        else:
+            with stop_signals() as stop, Saver(output_dir, NUM_CHECKPOINTS) as saver:
+                train_vae(run, world, stop, saver)
+            if run.step < config.max_steps:
+                return report_stop(stop, run.step, config.max_steps)
+        write_result(run)
+    return 0
+
+
+def check_finished(config: AutoencoderConfig, output_dir: Path) -> None:
+    """A folder with a VAE and no checkpoint: did this very command finish it? If not, raises UserError."""
+    record = output_dir / "config.yaml"
+    same = record.is_file() and record.read_text(encoding="utf-8") == to_yaml(config)
+    if not same or (written_steps(output_dir) or 0) < config.max_steps:
         raise UserError(
             f"--output_dir {output_dir}: holds an autoencoder already; choose another folder or pass "
             "--overwrite_output_dir"
         )
-    device = pick_device(config.device)
+    print(f"{output_dir}: all {config.max_steps} steps are done")
+
+
+def build_vae_run(config: AutoencoderConfig, output_dir: Path, device: torch.device) -> VaeRun:
+    """A run at step 0."""
     source = require_random_access(
         open_source(config.source, config.split, config.image_folder, config.resolution),
         f"--source {' '.join(config.source)}",
@@ -114,121 +148,190 @@ def train_autoencoder(config: AutoencoderConfig) -> None:
         held_out, rows = rows[:1], rows[1:]
     torch.manual_seed(config.seed)
     vae = build_vae(config).to(device)
-    ema = EMA(vae, config.ema_decay)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
-    generator = torch.Generator(device).manual_seed(config.seed)
-    size = config.resolution // config.factor
-    held_out_images = load_some_images(source, held_out, config.resolution)
-    num_parameters = sum(p.numel() for p in vae.parameters())
-    latents = f"{config.latent_channels}x{size}x{size} latents"
-    print(f"first stage: {num_parameters:,} parameters, {len(rows):,} images, {latents}")
-
-    batches = DataLoader(ImageBatches(source, rows, config), batch_size=None, num_workers=config.num_workers)
-    progress = tqdm(batches, disable=config.disable_tqdm, unit="step", desc="autoencoder")
-    steps_done = 0
-    try:
-        for step, pixels in enumerate(progress):
-            if not len(pixels):  # all of its images are broken
-                continue
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * lr_factor(step, config.max_steps)
-            images = to_unit(pixels.to(device))
-            noise = torch.randn(len(images), config.latent_channels, size, size, device=device, generator=generator)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-                total, error = vae_loss(vae, images, noise, config.kl_weight)
-            if not torch.isfinite(total):
-                raise UserError(
-                    f"step {step}: the loss is {float(total)}; try a lower --learning_rate than {config.learning_rate}"
-                )
-            optimizer.zero_grad()
-            total.backward()
-            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-            optimizer.step()
-            ema.update(vae)
-            steps_done = step + 1
-            if steps_done % REPORT_STEPS == 0:
-                report = f"PSNR {psnr_of(error.item()):.1f} dB"
-                progress.set_postfix_str(report, refresh=False)
-                if config.disable_tqdm:
-                    print(f"step {steps_done}/{config.max_steps}: {report}", flush=True)
-            if config.preview_steps > 0 and steps_done % config.preview_steps == 0:
-                save_reconstructions(ema.model, held_out_images, output_dir / "previews" / f"step-{steps_done:06d}.png")
-    except KeyboardInterrupt:
-        print(f"\nstopped after {steps_done} of {config.max_steps} steps; writing what was learnt so far")
-
-    averaged: Any = ema.model
-    measured = measure_vae(averaged, held_out_images, load_some_images(source, rows[:MAX_MEASURED], config.resolution))
-    save_reconstructions(averaged, held_out_images, output_dir / "previews" / "last.png")
-    averaged.register_to_config(scaling_factor=measured["latent_scale"])
-    facts = {
-        **measured,
-        "steps": steps_done,
-        "parameters": num_parameters,
-        "source": config.source,
-        "seed": config.seed,
-    }
-    write_vae(averaged, facts, output_dir)
-    print(
-        f"PSNR {measured['psnr']:.2f} dB on {len(held_out_images)} images that it was not trained on, "
-        f"latent scale {measured['latent_scale']:.4f}: {output_dir}"
+    group = {"params": list(vae.parameters()), "lr": config.learning_rate, "peak_lr": config.learning_rate}
+    run = VaeRun(
+        config=config,
+        output_dir=output_dir,
+        source=source,
+        num_images=len(source),
+        rows=rows,
+        held_out=load_some_images(source, held_out, config.resolution),
+        vae=vae,
+        optimizer=torch.optim.AdamW([group], weight_decay=0.0, fused=True),
+        ema=EMA(vae, config.ema_decay),
+        guards=Guards(TrainConfig.spike_factor),
     )
+    side = config.resolution // config.factor
+    latents = f"{config.latent_channels}x{side}x{side} latents"
+    print(f"VAE: {vae.num_parameters():,} parameters, {len(rows):,} images, {latents}")
+    return run
 
 
-def split_rows(num_images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(held-out rows, training rows); a source of one image is both."""
-    order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(num_images)
-    num_held_out = min(MAX_HELD_OUT, max(1, num_images // HELD_OUT_SHARE))
-    return order[:num_held_out], order[num_held_out:] if num_images > 1 else order
+def resume_vae(run: VaeRun, found: Checkpoint) -> None:
+    """Put the run where its checkpoint was. Raises UserError where that is of another model or of other images."""
+    check_command(found, COMMAND)
+    changed = found.changed_flags(run.config)
+    refused = [changed.pop(flag) for flag in list(changed) if flag in FIXED_FLAGS]
+    if not refused and found.record["num_images"] != run.num_images:
+        refused = [f"the source had {found.record['num_images']:,} images and now has {run.num_images:,}"]
+    if refused:
+        raise UserError(
+            f"{found.folder}: {', '.join(refused)}; choose another --output_dir or pass --overwrite_output_dir to "
+            "start afresh"
+        )
+    for sentence in changed.values():
+        print(sentence)
+    for group, tensors in run.state().items():
+        found.load_into(group, tensors)
+    run.guards.load_state_dict(found.record["guards"])
+    run.step, run.checkpoint = found.step, found.folder
+    print(f"resumed {found.folder}: step {run.step} of {run.config.max_steps}")
+
+
+def train_vae(run: VaeRun, world: World, stop: StopSignal, saver: Saver) -> None:
+    """To the last step or a signal, and save."""
+    config = run.config
+    batches = DataLoader(
+        VaeBatches(run.source, run.rows, config),
+        batch_size=None,
+        sampler=range(run.step, config.max_steps),
+        num_workers=config.num_workers,
+        worker_init_fn=ignore_signals,
+    )
+    started, first_step = time.perf_counter(), run.step
+    bar = tqdm(total=config.max_steps, initial=run.step, unit="step", desc="autoencoder", disable=config.disable_tqdm)
+
+    def say(sentence: str) -> None:
+        """A line that does not tear the progress bar."""
+        print(sentence, flush=True) if config.disable_tqdm else bar.write(sentence)
+
+    with bar:
+        for pixels, noise in batches:
+            reset_hang_timer(TrainConfig.hang_timeout, world)
+            result = vae_step(run, pixels, noise)
+            bar.update()
+            if run.guards.skipped_in_a_row >= TrainConfig.max_nonfinite_steps:
+                raise UserError(too_many_nonfinite(run))
+            if result and (run.step % REPORT_STEPS == 0 or run.step == config.max_steps):
+                line = f"PSNR {result.psnr:.1f} dB, |grad| {result.grad_norm:.3g}, lr {result.lr:.2e}"
+                bar.set_postfix_str(line, refresh=False)
+                if config.disable_tqdm:
+                    seconds = (time.perf_counter() - started) / (run.step - first_step)
+                    left = timedelta(seconds=int(seconds * (config.max_steps - run.step)))
+                    rate = config.batch_size / seconds
+                    say(f"step {run.step}/{config.max_steps}: {line}, {rate:.1f} images/s, {left} left")
+            if config.preview_steps > 0 and run.step % config.preview_steps == 0:
+                path = run.output_dir / "previews" / f"step-{run.step:06d}.png"
+                save_reconstructions(run.ema.model, run.held_out, path)
+            # Not amidst skipped updates: the weights before them may be spoilt already.
+            due = run.step % config.save_steps == 0 and not run.guards.skipped_in_a_row
+            if due or run.step == config.max_steps or stop.signal:
+                saver.save(run.step, run.state(), run.record())
+                run.checkpoint = run.output_dir / f"checkpoint-{run.step}"
+            if folder := saver.saved():
+                say(f"saved {folder}")
+            if stop.signal:
+                break
+        saver.wait()
+        if folder := saver.saved():
+            say(f"saved {folder}")
 
 
 def lr_factor(step: int, max_steps: int) -> float:
     return min((step + 1) / NUM_WARMUP_STEPS, 0.5 * (1 + math.cos(math.pi * step / max_steps)))
 
 
-def psnr_of(squared_error: float) -> float:
-    """dB, of a mean squared error between images in [-1, 1]."""
-    return 10 * math.log10(4 / max(squared_error, 1e-12))
+def vae_step(run: VaeRun, pixels: Tensor, noise: Tensor) -> VaeStepResult | None:
+    """One optimizer step; the update is skipped where loss or gradient is not finite, or the gradient far too large.
+
+    None: all images of the batch are broken.
+    """
+    config, vae, guards, device = run.config, run.vae, run.guards, run.vae.device
+    lr = set_learning_rate(run.optimizer, lr_factor(run.step, config.max_steps))
+    first_image = run.step * config.batch_size
+    run.step += 1
+    if not len(pixels):
+        return None
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+        total, error = vae_loss(vae, to_unit(pixels.to(device)), noise.to(device), config.kl_weight)
+    run.optimizer.zero_grad()
+    total.backward()
+    norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0).item()
+    finite = math.isfinite(total.item()) and math.isfinite(norm)
+    skipped = not finite or guards.is_spike(norm)
+    if not skipped:
+        run.optimizer.step()
+        run.ema.update(vae)
+    guards.note(run.step, first_image, norm if finite else None, skipped)
+    return VaeStepResult(psnr_of(error.item()) if finite else math.nan, norm, lr)
 
 
-@torch.no_grad()
-def measure_vae(vae: AutoencoderKL, held_out: Tensor, others: Tensor, batch_size: int = 64) -> dict[str, float]:
-    """PSNR of the mean's reconstruction over all held-out pixels, and 1 / std of the latents, from uint8 images."""
-    error = latent_sum = latent_square = count = 0.0
-    for pixels in held_out.split(batch_size):
-        images = to_unit(pixels.to(vae.device))
-        decoded = vae.decode(vae.encode(images).latent_dist.mean).sample.clamp(-1, 1)
-        error += float((decoded - images).square().mean()) * len(images) / len(held_out)
-    for pixels in others.split(batch_size):
-        posterior = vae.encode(to_unit(pixels.to(vae.device))).latent_dist
-        latent_sum += float(posterior.mean.double().sum())
-        latent_square += float((posterior.mean.double().square() + posterior.var.double()).sum())
-        count += posterior.mean.numel()
-    variance = latent_square / count - (latent_sum / count) ** 2
-    return {"psnr": psnr_of(error), "latent_scale": 1 / math.sqrt(variance), "latent_mean": latent_sum / count}
+def too_many_nonfinite(run: VaeRun) -> str:
+    last = f"the last checkpoint is {run.checkpoint}" if run.checkpoint else "there is no checkpoint yet"
+    return (
+        f"the loss or gradient was far too large or not finite for {run.guards.skipped_in_a_row} steps in a row, up to "
+        f"step {run.step}, and nothing was updated; {last}. Try a lower --learning_rate than "
+        f"{run.config.learning_rate}"
+    )
 
 
-@torch.no_grad()
-def save_reconstructions(vae: AutoencoderKL, pixels: Tensor, path: Path, num_images: int = 16) -> None:
-    """Held-out images in the upper half, their reconstructions in the lower."""
-    images = to_unit(pixels[:num_images].to(vae.device))
-    decoded = vae.decode(vae.encode(images).latent_dist.mean).sample
-    half = len(images) // 2 or 1
-    rows = [batch for part in zip(images.split(half), decoded.split(half), strict=True) for batch in part]
-    save_png(contact_sheet([image for row in rows for image in to_pil(row)], columns=half), path)
+# The result
+
+
+def write_result(run: VaeRun) -> None:
+    """Measure and write the VAE of the last step, unless that was done before the run was killed or run again."""
+    config, output_dir = run.config, run.output_dir
+    before = written_steps(output_dir)
+    if before == run.step:
+        print(f"{output_dir}: the VAE is there already")
+    else:
+        vae: Any = run.ema.model
+        others = load_some_images(run.source, run.rows[:MAX_MEASURED], config.resolution)
+        measured = measure_vae(vae, run.held_out, others)
+        save_reconstructions(vae, run.held_out, output_dir / "previews" / "last.png")
+        vae.register_to_config(scaling_factor=measured["latent_scale"])
+        facts = {
+            **measured,
+            "steps": run.step,
+            "parameters": vae.num_parameters(),
+            "source": config.source,
+            "seed": config.seed,
+        }
+        write_vae(vae, facts, output_dir)
+        if before is not None:
+            print(f"{output_dir}: the VAE of step {before} is replaced by that of step {run.step}")
+        print(
+            f"PSNR {measured['psnr']:.2f} dB on {len(run.held_out)} images that it was not trained on, "
+            f"latent scale {measured['latent_scale']:.4f}: {output_dir}"
+        )
+    keep_latest(output_dir, 1, run.step)
+    clean_up(output_dir, ("deleting",))  # of a kill in the line above
+    shutil.rmtree(output_dir / VAE_ASIDE, ignore_errors=True)  # of a kill at the end of `write_vae`
+    print(f"{run.checkpoint} is kept: a higher --max_steps resumes from it. You may delete it")
 
 
 def write_vae(vae: AutoencoderKL, facts: dict[str, object], output_dir: Path) -> None:
-    """Weights, config and what was measured; whatever stood there before is set aside under another name."""
-    aside = output_dir / f".writing-{os.getpid()}"
-    vae.save_pretrained(aside)
-    (aside / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    for new in sorted(aside.iterdir()):
-        old = output_dir / new.name
-        if old.exists():
-            kept = next(
-                p for i in range(1, 10000) if not (p := old.with_name(f"{old.stem}.old{i}{old.suffix}")).exists()
-            )
-            old.replace(kept)
-            print(f"{old} is now {kept.name}")
-        new.replace(old)
-    aside.rmdir()
+    """Weights, then their config, then what was measured, which says that the others are there."""
+    aside = output_dir / VAE_ASIDE
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        vae.save_pretrained(aside)
+        write_json(aside / "training.json", facts)
+        last = ["config.json", "training.json"]
+        for path in sorted(aside.iterdir(), key=lambda path: (path.name in last, path.name)):
+            sync_path(path)
+            path.replace(output_dir / path.name)
+    except SafetensorError as error:
+        raise UserError(
+            f"--output_dir {output_dir}: the VAE cannot be written ({error}); fix that, and run the same command again "
+            "to resume"
+        ) from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    sync_path(output_dir)
+
+
+def written_steps(output_dir: Path) -> int | None:
+    """How many steps the VAE in the folder was trained for; None: there is none."""
+    path = output_dir / "training.json"
+    return read_json(path).get("steps") if path.is_file() else None

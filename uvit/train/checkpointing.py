@@ -1,18 +1,17 @@
 """A run's checkpoints: looked at before they are written, and gone on from."""
 
-import dataclasses
 import time
 from pathlib import Path
 
 from torch import Tensor
 
-from uvit.checkpoint.folder import Checkpoint, latest_checkpoint, read_checkpoint
+from uvit.checkpoint.folder import Checkpoint, check_command, latest_checkpoint, read_checkpoint
 from uvit.checkpoint.layout import from_checkpoint_layout, to_checkpoint_layout
 from uvit.checkpoint.saver import Saver, all_gather_channel
 from uvit.distributed.ops import any_of, broadcast, differing_replicas
 from uvit.errors import UserError
 from uvit.train.checks import differing_fingerprint
-from uvit.train.optimizer import checksum, flatten_optimizer, init_optimizer_state
+from uvit.train.optimizer import checksum, training_state
 from uvit.train.setup import Run
 
 MAX_NAMED_TENSORS = 3  # of tensors that are not as they should be
@@ -87,7 +86,7 @@ class Checkpointer:
 
     def _bits(self) -> tuple[int, int]:
         """Of this process's part of the weights and of their average."""
-        return (checksum(self.run.networks), checksum(self.run.ema.model)) if self.run.ema else (0, 0)
+        return (checksum(self.run.master_model), checksum(self.run.ema.model)) if self.run.ema else (0, 0)
 
     def _not_written(self) -> str:
         return f"--output_dir {self.run.output_dir}: checkpoint-{self.run.step} is not written"
@@ -98,13 +97,7 @@ class Checkpointer:
 
 
 def run_state(run: Run) -> dict[str, dict[str, Tensor]]:
-    """All that changes from step to step, by the names of a checkpoint's files."""
-    init_optimizer_state(run.optimizer)
-    state = {
-        "weights": run.networks.state_dict(),
-        "optimizer": flatten_optimizer(run.optimizer, run.parameter_names()),
-    }
-    return state | ({"ema": run.ema.model.state_dict()} if run.ema else {})
+    return training_state(run.master_model, run.optimizer, run.ema)
 
 
 def resume(run: Run) -> None:
@@ -139,6 +132,7 @@ def restore(run: Run, found: Checkpoint) -> None:
 
 def check_same_run(run: Run, found: Checkpoint) -> None:
     """Refuse a checkpoint of another model; tell of flags that differ."""
+    check_command(found, "uvit train")
     ours, theirs = run.record(), found.record
     for key in ("unet_config", "text_encoder_config", "prediction_type", "latent_scale", "timestep_labels"):
         if ours[key] != theirs[key]:
@@ -158,8 +152,5 @@ def check_same_run(run: Run, found: Checkpoint) -> None:
         raise UserError(
             f"{found.folder}: was{'' if theirs['loss_scale'] else ' not'} trained with --fp16; go on so or start afresh"
         )
-    quiet = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "disable_tqdm"}
-    before = theirs["config"]
-    for key, value in dataclasses.asdict(run.config).items():
-        if key not in quiet and key in before and before[key] != value:
-            print(f"--{key} was {before[key]} and is now {value}")
+    for sentence in found.changed_flags(run.config).values():
+        print(sentence)

@@ -1,8 +1,9 @@
-"""What a run tells: a line a step in metrics.jsonl, points on the boards, progress on the console."""
+"""What a run reports: a line of metrics.jsonl for each step, curves in the trackers, progress on the console."""
 
 import importlib.util
 import json
 import os
+import sys
 from collections import deque
 from dataclasses import asdict
 from pathlib import Path
@@ -10,23 +11,26 @@ from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from uvit.config.train import TrainConfig
 from uvit.errors import UserError
 from uvit.io import write_bytes
+from uvit.progress import Progress, duration, is_terminal, write
 from uvit.train.clock import PHASES
 from uvit.train.profiling import MfuReference
 from uvit.train.validate import TIMESTEPS
 
 PART_SECONDS = tuple(f"{part}_seconds" for part in PHASES)
-# What is measured, and so differs where all else in two runs' metrics.jsonl is the same.
+# The measured values: they differ between two runs whose metrics.jsonl are otherwise the same.
 TIMING_FIELDS = ("seconds", *PART_SECONDS, "samples_per_second", "mfu", "peak_memory_bytes")
 SHARE_TO_SHOW, SHARE_TO_WARN = 0.05, 0.2  # of the time, spent waiting for data
 
 
 class Metrics:
-    """Records step after step; `close` ends it. A run that resumes goes on from the line of its checkpoint's step."""
+    """Records each step until `close`. A resumed run continues after the line of its checkpoint's step.
+
+    A terminal gets a bar. Without one, and in a file or a pipe, stdout gets a line every --logging_steps.
+    """
 
     def __init__(
         self,
@@ -35,33 +39,33 @@ class Metrics:
         first_step: int,
         max_steps: int,
         samples_per_step: int,
-        work: MfuReference,
-        old_layout: bool = False,
+        mfu_reference: MfuReference,
+        npy_features: bool = False,
     ):
-        self.config, self.max_steps, self.samples_per_step, self.work = config, max_steps, samples_per_step, work
+        self.config, self.max_steps, self.samples_per_step = config, max_steps, samples_per_step
+        self.mfu_reference = mfu_reference
         folder = logs_folder(config, output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.losses = truncate_log(
-            folder / "metrics.jsonl", first_step, config.logging_steps
-        )  # since the last logged step
-        self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self.boards = open_trackers(config, output_dir, folder, first_step)
-        self.progress = tqdm(
-            total=max_steps, initial=first_step, unit="step", desc="train", disable=config.disable_tqdm, smoothing=0.05
-        )
+        log = folder / "metrics.jsonl"
+        self.losses = truncate_log(log, first_step, config.logging_steps)  # since the last logged step
+        self.file = log.open("a", encoding="utf-8")
+        self.trackers = open_trackers(config, output_dir, folder, first_step)
+        bar = not config.disable_tqdm
+        self.progress = Progress("train", max_steps, "step", done=first_step, bar=bar, lines=False)
+        self.prints_lines = self.progress.bar is None or not is_terminal(sys.stdout)
         self.recent: deque[float] = deque(maxlen=max(config.logging_steps, 2))
         self.times: list[dict[str, float]] = []  # since the last line
         self.all_times: list[dict[str, float]] = []  # for --benchmark
-        self.num_lines, self.warned = 0, False
-        self.advice = data_hints(config, old_layout)
-        self.validated = ""
+        self.num_reports, self.warned = 0, False
+        self.data_hints = data_hints(config, npy_features)
+        self.last_validation = ""
         self.skipped = 0
 
     def step(self, record: dict[str, Any]) -> None:
-        """One optimizer step: step, samples, loss, grad_norm, lr, skipped, what was measured, and a validation."""
+        """One optimizer step: step, samples, loss, grad_norm, lr, skipped, the measured values, and a validation."""
         record |= {
             "samples_per_second": round(self.samples_per_step / record["seconds"], 3),
-            "mfu": _rounded(self.work.utilisation(record["seconds"])),
+            "mfu": _rounded(self.mfu_reference.utilisation(record["seconds"])),
         }
         self.file.write(json.dumps(record) + "\n")
         self.recent.append(record["seconds"])
@@ -70,36 +74,33 @@ class Metrics:
         if self.config.benchmark:
             self.all_times.append(self.times[-1])
         if "val_loss" in record:
-            self._validation(record)
-        if record["loss"] is not None:  # null: not finite, the update was skipped
+            self._record_validation(record)
+        if record["loss"] is not None:  # None: not finite, the update was skipped
             self.losses.append(record["loss"])
         self.progress.update()
         if record["step"] % self.config.logging_steps == 0 or record["step"] == self.max_steps:
-            self._line(record)
+            self._report(record)
 
-    def _line(self, record: dict[str, Any]) -> None:
-        """On the console, and points on the boards."""
+    def _report(self, record: dict[str, Any]) -> None:
+        """On the console and in the trackers: the steps since the last report."""
         loss = float(np.mean(self.losses[-self.config.logging_steps :])) if self.losses else float("nan")
         self.losses.clear()
         grad_norm = float("nan") if record["grad_norm"] is None else record["grad_norm"]
         seconds = sum(self.recent) / len(self.recent)
-        rate, mfu, waiting = (
-            self.samples_per_step / seconds,
-            self.work.utilisation(seconds),
-            data_wait_share(self.times),
-        )
+        rate, mfu = self.samples_per_step / seconds, self.mfu_reference.utilisation(seconds)
+        waiting = data_wait_share(self.times)
         line = f"loss {loss:.4f}, |grad| {grad_norm:.3g}, lr {record['lr']:.2e}, {rate:.1f} samples/s"
         if mfu is not None:
             line += f", {mfu:.0%} MFU"
         if waiting > SHARE_TO_SHOW:
             line += f", {waiting:.0%} waiting for data"
-        line += self.validated
+        line += self.last_validation
         if self.skipped:
             line += f", {self.skipped} skipped"
-        self.progress.set_postfix_str(line, refresh=False)
-        if self.config.disable_tqdm:
-            left = (self.max_steps - record["step"]) * self.samples_per_step / rate
-            print(f"step {record['step']}/{self.max_steps}: {line}, {_duration(left)} left", flush=True)
+        self.progress.note(line)
+        if self.prints_lines:
+            left = duration((self.max_steps - record["step"]) * seconds)
+            write(f"step {record['step']}/{self.max_steps}: {line}, {left} left")
 
         points = {"loss": loss, "grad_norm": grad_norm, "lr": record["lr"], "samples_per_second": rate}
         points |= {
@@ -111,43 +112,41 @@ class Metrics:
         points |= {name: float(np.mean([times[name] for times in self.times])) for name in self.times[0]}
         self._show({f"train/{name}": value for name, value in points.items()}, record["step"])
 
-        if waiting > SHARE_TO_WARN and self.num_lines and not self.warned:  # the first has the workers' start in it
-            self.say(f"{waiting:.0%} of the last steps went into waiting for data; what helps: {self.advice}")
+        # The first report is no reason to warn: it includes the start of the workers.
+        if waiting > SHARE_TO_WARN and self.num_reports and not self.warned:
+            self.write(f"{waiting:.0%} of the last steps was spent waiting for data. What helps: {self.data_hints}.")
             self.warned = True
-        self.num_lines += 1
+        self.num_reports += 1
         self.times.clear()
 
-    def _validation(self, record: dict[str, Any]) -> None:
+    def _record_validation(self, record: dict[str, Any]) -> None:
         if record["val_loss"] is not None:
-            self.validated = f", val {record['val_loss']:.4f} at step {record['step']}"
+            self.last_validation = f", val {record['val_loss']:.4f} at step {record['step']}"
         points = {"loss": record["val_loss"], "loss_raw": record["val_loss_raw"]}
-        points |= {f"loss_t{label}": value for label, value in zip(TIMESTEPS, record["val_losses"], strict=True)}
+        points |= {f"loss_t{timestep}": value for timestep, value in zip(TIMESTEPS, record["val_losses"], strict=True)}
         self._show({f"val/{name}": value for name, value in points.items() if value is not None}, record["step"])
 
     def _show(self, points: dict[str, float], step: int) -> None:
-        for board in self.boards:
-            board.scalars(points, step)
+        for tracker in self.trackers:
+            tracker.scalars(points, step)
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
-        for board in self.boards:
-            board.image(name, image, step)
+        for tracker in self.trackers:
+            tracker.image(name, image, step)
 
-    def say(self, sentence: str) -> None:
-        """A line that does not tear the progress bar."""
-        if self.config.disable_tqdm:
-            print(sentence, flush=True)
-        else:
-            self.progress.write(sentence)
+    def write(self, sentence: str) -> None:
+        """Print a line without tearing the bar."""
+        write(sentence)
 
     def flush(self) -> None:
-        """Everything so far is on disk: called before a checkpoint that vouches for it."""
+        """Write everything so far to the file, before a checkpoint is saved that continues from it."""
         self.file.flush()
 
     def throughput(self) -> str:
-        """Steady-state samples/s: the median of the steps after the first tenth."""
+        """Steady-state samples/s: the median over the steps after the first tenth."""
         steady = self.all_times[len(self.all_times) // 10 :]
         median = float(np.median([times["seconds"] for times in steady])) if steady else float("nan")
-        mfu = self.work.utilisation(median)
+        mfu = self.mfu_reference.utilisation(median)
         return (
             f"{self.samples_per_step / median:.1f} samples/s, {median * 1000:.1f} ms a step (median of {len(steady)} "
             f"steps), {'' if mfu is None else f'{mfu:.1%} MFU, '}{data_wait_share(steady):.0%} waiting for data"
@@ -156,8 +155,8 @@ class Metrics:
     def close(self) -> None:
         self.progress.close()
         self.file.close()
-        for board in self.boards:
-            board.close()
+        for tracker in self.trackers:
+            tracker.close()
 
 
 def logs_folder(config: TrainConfig, output_dir: Path) -> Path:
@@ -165,11 +164,11 @@ def logs_folder(config: TrainConfig, output_dir: Path) -> Path:
 
 
 class NullMetrics:
-    """The Metrics of processes other than the main one, which speaks for all."""
+    """The Metrics of all processes but the main one, which reports for all of them."""
 
     def step(self, record: dict[str, Any]) -> None: ...
     def image(self, name: str, image: Image.Image, step: int) -> None: ...
-    def say(self, sentence: str) -> None: ...
+    def write(self, sentence: str) -> None: ...
     def flush(self) -> None: ...
     def close(self) -> None: ...
     def throughput(self) -> str:
@@ -181,19 +180,19 @@ def data_wait_share(times: list[dict[str, float]]) -> float:
     return sum(step["data_seconds"] for step in times) / total if total else 0.0
 
 
-def data_hints(config: TrainConfig, old_layout: bool) -> str:
-    """What makes data come faster."""
+def data_hints(config: TrainConfig, npy_features: bool) -> str:
+    """What makes loading faster."""
     cores = os.cpu_count() or 1
     num_workers = min(config.dataloader_num_workers, cores)
-    ways = [f"more --dataloader_num_workers (now {num_workers} of {cores} cores)"] if num_workers < cores else []
-    ways.append("features on a local disk")
-    if old_layout:
-        ways.append("a feature store instead of the old layout (`uvit features import`)")
-    return ", ".join(ways)
+    hints = [f"more --dataloader_num_workers (now {num_workers} of {cores} cores)"] if num_workers < cores else []
+    hints.append("features on a local disk")
+    if npy_features:
+        hints.append("a feature store instead of `.npy` features (`uvit features import`)")
+    return ", ".join(hints)
 
 
 def truncate_log(path: Path, last_step: int, logging_steps: int) -> list[float]:
-    """Cut metrics.jsonl after `last_step`: what a killed run wrote past its checkpoint is done again.
+    """Cut metrics.jsonl after `last_step`: a resumed run repeats the steps after its checkpoint.
 
     Returns the losses since the last logged step, so that the next mean is what it would have been.
     """
@@ -204,7 +203,7 @@ def truncate_log(path: Path, last_step: int, logging_steps: int) -> list[float]:
         try:
             record = json.loads(line) if line.endswith("\n") else None
         except ValueError:
-            raise UserError(f"{path}, line {number}: is not JSON; move the file away to go on") from None
+            raise UserError(f"{path}, line {number}: is not JSON; move the file away to resume") from None
         if record is None or record["step"] > last_step:
             break
         kept.append(record)
@@ -213,22 +212,16 @@ def truncate_log(path: Path, last_step: int, logging_steps: int) -> list[float]:
     return [record["loss"] for record in kept if record["loss"] is not None and record["step"] > logged]
 
 
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
-
-
 def _rounded(share: float | None) -> float | None:
     return None if share is None else round(share, 4)
 
 
-# Where curves and previews are shown besides the console: TensorBoard, Weights & Biases
+# Trackers: TensorBoard, Weights & Biases
 
 
 class Tracker(Protocol):
     def scalars(self, points: dict[str, float], step: int) -> None:
-        """{`train/loss`: ..., ...}"""
+        """Points of curves: {`train/loss`: ..., ...}."""
         ...
 
     def image(self, name: str, image: Image.Image, step: int) -> None: ...
@@ -237,13 +230,13 @@ class Tracker(Protocol):
 
 
 def open_trackers(config: TrainConfig, output_dir: Path, folder: Path, first_step: int) -> list[Tracker]:
-    """Those that the flags ask for, from step `first_step` on; `folder` is that of the logs."""
-    boards: list[Tracker] = []
+    """The trackers that the flags ask for, from step `first_step` on. `folder` holds the logs."""
+    trackers: list[Tracker] = []
     if config.enable_tensorboard and config.report_to in ("tensorboard", "all"):
-        boards.append(TensorBoard(folder, first_step))
+        trackers.append(TensorBoard(folder, first_step))
     if config.report_to == "wandb" or (config.report_to == "all" and has_wandb()):
-        boards.append(WeightsAndBiases(config, output_dir, folder, first_step))
-    return boards
+        trackers.append(WeightsAndBiases(config, output_dir, folder, first_step))
+    return trackers
 
 
 def has_wandb() -> bool:
@@ -251,13 +244,13 @@ def has_wandb() -> bool:
 
 
 def check_trackers(config: TrainConfig) -> None:
-    """Raises UserError where Weights & Biases is asked for by name and not installed."""
+    """Raises UserError if Weights & Biases is asked for by name and is not installed."""
     if config.report_to == "wandb" and not has_wandb():
         raise UserError("--report_to wandb: Weights & Biases is not installed; pip install wandb")
 
 
 class TensorBoard:
-    """A run that goes on takes back what it showed after its checkpoint."""
+    """A resumed run removes the points after its checkpoint."""
 
     def __init__(self, folder: Path, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -276,7 +269,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of the project $WANDB_PROJECT, or else `uvit`, for each time that training starts or goes on."""
+    """Each start and each resume is a run of its own, in the project $WANDB_PROJECT, or else `uvit`."""
 
     def __init__(self, config: TrainConfig, output_dir: Path, folder: Path, first_step: int):
         import wandb

@@ -38,6 +38,16 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]
     }
 
 
+def training_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, ema: "EMA | None"
+) -> dict[str, dict[str, Tensor]]:
+    """All tensors that change from step to step, by the names of a checkpoint's files."""
+    init_optimizer_state(optimizer)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    state = {"weights": model.state_dict(), "optimizer": flatten_optimizer(optimizer, names)}
+    return state | ({"ema": ema.model.state_dict()} if ema else {})
+
+
 def learning_rate_factor(step: int, config: TrainConfig, max_steps: int) -> float:
     """What the peak learning rate is multiplied with at optimizer step `step`, counted from 0.
 

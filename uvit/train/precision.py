@@ -48,12 +48,12 @@ class LossScale:
 class Precision:
     """`networks` compute; `masters`, float32, are what is trained (the same ones but under O2)."""
 
-    def __init__(self, config: TrainConfig, masters: nn.ModuleDict, device: torch.device):
+    def __init__(self, config: TrainConfig, master_model: nn.ModuleDict, device: torch.device):
         self.dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
         self.device = device
         self.has_copy = self.dtype != torch.float32 and config.fp16_opt_level == "O2"
-        self.masters = masters
-        self.networks = copy.deepcopy(masters).to(self.dtype) if self.has_copy else masters
+        self.master_model = master_model
+        self.compute_model = copy.deepcopy(master_model).to(self.dtype) if self.has_copy else master_model
         self.scale = LossScale(enabled=config.fp16)
 
     def autocast(self) -> torch.autocast:
@@ -71,12 +71,14 @@ class Precision:
     def collect_gradients(self) -> None:
         """After the last backward of a step: the masters' gradients, in float32 and unscaled."""
         if self.has_copy:
-            for master, worker in zip(self.masters.parameters(), self.networks.parameters(), strict=True):
+            for master, worker in zip(self.master_model.parameters(), self.compute_model.parameters(), strict=True):
                 master.grad = None if worker.grad is None else worker.grad.float()
                 worker.grad = None
         if self.scale.enabled:
             grads = [
-                local_tensor(parameter.grad) for parameter in self.masters.parameters() if parameter.grad is not None
+                local_tensor(parameter.grad)
+                for parameter in self.master_model.parameters()
+                if parameter.grad is not None
             ]
             torch._foreach_mul_(grads, 1 / self.scale.value)
 
@@ -93,5 +95,5 @@ class Precision:
     def publish(self) -> None:
         """The masters' values to the copy that computes."""
         if self.has_copy:
-            copies = [local_tensor(parameter) for parameter in self.networks.parameters()]
-            torch._foreach_copy_(copies, [local_tensor(parameter) for parameter in self.masters.parameters()])
+            copies = [local_tensor(parameter) for parameter in self.compute_model.parameters()]
+            torch._foreach_copy_(copies, [local_tensor(parameter) for parameter in self.master_model.parameters()])

@@ -72,6 +72,12 @@ def stop_signals() -> Iterator[StopSignal]:
             signal.signal(number, handler)
 
 
+def report_stop(stop: StopSignal, step: int, max_steps: int) -> int:
+    """Say how to resume; returns the exit status."""
+    print(f"stopped at step {step} of {max_steps}, saved; run the same command again to resume")
+    return 128 + (stop.signal or signal.SIGTERM)  # the signal may have reached another process alone
+
+
 # `--deterministic`: the same command computes the same bits on a GPU too
 
 

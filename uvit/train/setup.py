@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel
 
 import uvit
@@ -16,7 +16,7 @@ from uvit.config.train import TrainConfig
 from uvit.diffusion import LATENT_SCALE
 from uvit.distributed.mesh import World, single_process_world
 from uvit.distributed.ops import GradientAverage
-from uvit.distributed.parallelize import parallelize, shard
+from uvit.distributed.parallelize import check_divisibility, parallelize, shard
 from uvit.errors import UserError
 from uvit.export.convert import check_fingerprint
 from uvit.model import INIT_STD, UViTT2IModel
@@ -25,7 +25,6 @@ from uvit.store.types import Features
 from uvit.train.checks import (
     TIMESTEP_LABELS,
     check_features,
-    check_latents,
     check_pretrained,
     check_validation,
     fingerprints,
@@ -52,7 +51,7 @@ class Run:
     features: Features
     validation: Features | None  # other samples, to validate on
     batches: BatchDataset
-    networks: nn.ModuleDict  # unet, and text_encoder where it is trained; float32
+    master_model: nn.ModuleDict  # float32: unet, and text_encoder if it is trained
     optimizer: torch.optim.AdamW
     ema: EMA | None
     precision: Precision
@@ -77,20 +76,17 @@ class Run:
         return config.per_device_train_batch_size * config.gradient_accumulation_steps * num_data_ranks
 
     @property
-    def averaged(self) -> nn.ModuleDict:
-        """The networks that people get to see: the EMA's, where there is one."""
-        return self.ema.model if self.ema else self.networks  # type: ignore[return-value]
-
-    def parameter_names(self) -> dict[Tensor, str]:
-        return {parameter: name for name, parameter in self.networks.named_parameters()}
+    def ema_model(self) -> nn.ModuleDict:
+        """What is validated, previewed and exported: the EMA weights, or the trained ones without EMA."""
+        return self.ema.model if self.ema else self.master_model  # type: ignore[return-value]
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint says of itself: enough to resume, and to make a pipeline of it."""
         config, features = self.config, self.features
         return {
             "samples": self.samples,
-            "unet_config": model_config(self.networks["unet"]),
-            "text_encoder_config": text_encoder_config(self.networks),
+            "unet_config": model_config(self.master_model["unet"]),
+            "text_encoder_config": text_encoder_config(self.master_model),
             "prediction_type": config.prediction_type,
             "latent_scale": self.latent_scale,
             "timestep_labels": TIMESTEP_LABELS,
@@ -130,14 +126,14 @@ def build_run(config: TrainConfig, output_dir: Path, world: World | None = None)
     features = open_features(config.feature_path, "train", "feature_path")
     check_pretrained(config, features)
     torch.manual_seed(config.seed)
-    unet = build_unet(config)
+    unet = build_unet(config, device)
     use_tokens = config.train_text_encoder or features.context_shape is None
     check_features(config, features, unet, use_tokens, "feature_path", config.feature_path)
     validation = open_validation(config, features, unet, use_tokens)
     networks = nn.ModuleDict({"unet": unet})
     frozen, text_encoder_sha256, pad_token_id = None, None, 0
     if config.train_text_encoder:
-        networks["text_encoder"], pad_token_id = build_text_encoder(config, features, unet)
+        networks["text_encoder"], pad_token_id = build_text_encoder(config, features, unet, device)
     elif use_tokens:
         frozen, pad_token_id, text_encoder_sha256 = load_frozen_text_encoder(config, features, unet)
         frozen.to(device)
@@ -146,8 +142,8 @@ def build_run(config: TrainConfig, output_dir: Path, world: World | None = None)
     networks.to(device).train()
     ema = EMA(networks, config.ema_decay) if config.use_ema else None
     precision = Precision(config, networks, device)
-    for copy in {id(n): n for n in (networks, precision.networks, ema.model if ema else networks)}.values():
-        computes = copy is precision.networks
+    for copy in {id(n): n for n in (networks, precision.compute_model, ema.model if ema else networks)}.values():
+        computes = copy is precision.compute_model
         parallelize_networks(copy, world, recompute=computes and config.recompute, compile=computes and config.compile)  # type: ignore[arg-type]
     optimizer = build_optimizer(networks, config)
     run = Run(
@@ -163,7 +159,7 @@ def build_run(config: TrainConfig, output_dir: Path, world: World | None = None)
             use_tokens=use_tokens,
             noise_offset=config.noise_offset,
         ),
-        networks=networks,
+        master_model=networks,
         optimizer=optimizer,
         ema=ema,
         precision=precision,
@@ -174,12 +170,10 @@ def build_run(config: TrainConfig, output_dir: Path, world: World | None = None)
         pad_token_id=pad_token_id,
         max_steps=config.max_steps,
         world=world,
-        gradients=GradientAverage(precision.networks, world),
+        gradients=GradientAverage(precision.compute_model, world),
         guards=Guards(config.spike_factor),
         clock=Clock(device),
     )
-    if world.is_main:
-        check_latents(features, run.latent_scale, config.feature_path)
     if config.num_train_epochs:
         run.max_steps = max(1, round(config.num_train_epochs * features.num_samples / run.samples_per_step))
     return run
@@ -198,8 +192,11 @@ def encoders_of(config: TrainConfig, features: Features) -> dict[str, str | None
 
 
 def parallelize_networks(networks: nn.ModuleDict, world: World, recompute: bool, compile: bool) -> None:
-    """Over the processes, each copy of the networks alike."""
+    """Distribute the networks over the processes. All copies of them are distributed alike."""
     unet: Any = networks["unet"]
+    if world.device.type == "meta":  # a dry run: there are no other processes
+        check_divisibility(unet.mid_block, world)
+        return
     parallelize(unet, world, recompute=recompute, compile=compile)
     if "text_encoder" in networks:
         shard(networks["text_encoder"], world)
@@ -220,9 +217,10 @@ def open_validation(config: TrainConfig, features: Features, unet: UViTT2IModel,
     return validation
 
 
-def build_unet(config: TrainConfig) -> UViTT2IModel:
+def build_unet(config: TrainConfig, device: torch.device) -> UViTT2IModel:
     if config.pretrained_model_name_or_path is None:
-        unet = UViTT2IModel(**resolve_model_config(config.uvit_config_file))
+        with init_device(device):
+            unet = UViTT2IModel(**resolve_model_config(config.uvit_config_file))
         rescale_initialisation(unet, config.weight_init_std, config.position_init_std)
         return unet
     name = config.pretrained_model_name_or_path
@@ -237,6 +235,11 @@ def build_unet(config: TrainConfig) -> UViTT2IModel:
         raise UserError(f"--pretrained_model_name_or_path {name}: has no U-ViT in unet/ ({reason})") from None
 
 
+def init_device(device: torch.device) -> torch.device:
+    """Where new weights are initialised: on the CPU, so that they are the same for every device; a dry run has none."""
+    return device if device.type == "meta" else torch.device("cpu")
+
+
 @torch.no_grad()
 def rescale_initialisation(unet: UViTT2IModel, weight_std: float, position_std: float) -> None:
     """Give fresh linear weights and position embeddings, both of std INIT_STD, these standard deviations."""
@@ -249,7 +252,9 @@ def rescale_initialisation(unet: UViTT2IModel, weight_std: float, position_std: 
 # The text encoder of a run on token ids: trained with the U-ViT, or frozen and encoding them as they come
 
 
-def build_text_encoder(config: TrainConfig, features: Features, unet: UViTT2IModel) -> tuple[PreTrainedModel, int]:
+def build_text_encoder(
+    config: TrainConfig, features: Features, unet: UViTT2IModel, device: torch.device
+) -> tuple[PreTrainedModel, int]:
     """-> (the text encoder to train, the padding token's id): an existing one, or a small CLIP's from scratch."""
     tokenizer = load_features_tokenizer(config, features)
     pad_token_id = tokenizer.pad_token_id or 0
@@ -259,20 +264,20 @@ def build_text_encoder(config: TrainConfig, features: Features, unet: UViTT2IMod
         check_text_encoder_sizes(encoder, name, tokenizer, unet)
         return encoder, pad_token_id
     width = unet.config.clip_dim
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_hidden_layers=config.text_encoder_layers,
-            num_attention_heads=max(1, width // 64),
-            max_position_embeddings=unet.config.num_text_tokens,
-            projection_dim=width,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=pad_token_id,
-        )
-    ), pad_token_id
+    text_config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=config.text_encoder_layers,
+        num_attention_heads=max(1, width // 64),
+        max_position_embeddings=unet.config.num_text_tokens,
+        projection_dim=width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=pad_token_id,
+    )
+    with init_device(device):
+        return CLIPTextModel(text_config), pad_token_id
 
 
 def load_frozen_text_encoder(

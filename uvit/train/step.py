@@ -31,7 +31,7 @@ class StepResult:
 
 def batch_loss(run: Run, batch: Batch) -> Tensor:
     """What training makes smaller. A float32 scalar."""
-    return loss_of(run, run.precision.networks, batch, run.config.snr_gamma)
+    return loss_of(run, run.precision.compute_model, batch, run.config.snr_gamma)
 
 
 def loss_of(run: Run, networks: nn.Module, batch: Batch, snr_gamma: float | None = None) -> Tensor:
@@ -84,7 +84,7 @@ def train_step(run: Run, batches: Iterator[Batch]) -> StepResult:
     with clock.compute("backward"):
         run.gradients.finish()
         precision.collect_gradients()
-        parameters = list(run.networks.parameters())
+        parameters = list(run.master_model.parameters())
         norm = grad_norm(parameters, run.world)
         if config.max_grad_norm > 0:
             clip_gradients(parameters, config.max_grad_norm, norm)
@@ -96,7 +96,7 @@ def train_step(run: Run, batches: Iterator[Batch]) -> StepResult:
     with clock.compute("optimizer"):
         precision.step(optimizer, update=not skipped, finite=finite)
         if run.ema and not skipped:
-            run.ema.update(run.networks)
+            run.ema.update(run.master_model)
 
     first = next_kept_sample(run.samples, run.samples_per_step, guards.passed_over)
     run.step, run.samples = run.step + 1, first + run.samples_per_step

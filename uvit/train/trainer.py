@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import errno
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +17,11 @@ from uvit.distributed.mesh import Degrees, World, init_distributed
 from uvit.distributed.mesh import destroy_distributed as leave
 from uvit.distributed.ops import any_of, barrier
 from uvit.errors import UserError
-from uvit.export.convert import export_checkpoint, training_facts
+from uvit.export.convert import USUAL_ENCODERS, convert_command, export_checkpoint, missing_encoders, training_facts
 from uvit.io import back_up, write_yaml
 from uvit.store.npy_layout import NpyFeatures
 from uvit.train.checkpointing import Checkpointer, resume
+from uvit.train.checks import check_latents
 from uvit.train.clock import peak_memory_bytes
 from uvit.train.dry_run import describe_plan
 from uvit.train.guards import step_ranges
@@ -31,6 +31,7 @@ from uvit.train.process import (
     StopSignal,
     deterministic_mode,
     hang_watchdog,
+    report_stop,
     reset_hang_timer,
     run_in_named_frame,
     stop_signals,
@@ -72,6 +73,8 @@ def run_training(config: TrainConfig, world: World) -> int:
     output_dir = Path(config.output_dir)
     with hang_watchdog(config.hang_timeout, world):
         run = build_run(config, output_dir, world)
+        if world.is_main:
+            check_latents(run.features, run.latent_scale, config.feature_path)
         if config.overwrite_output_dir and world.is_main and output_dir.exists() and any(output_dir.iterdir()):
             print(f"--overwrite_output_dir: what was in {output_dir} is now in {back_up(output_dir)}")
         barrier(world)
@@ -101,8 +104,7 @@ def train_with_rollback(run: Run, stop: "StopSignal") -> int:
     while not train_loop(run, stop, vae, work):
         roll_back(run)
     if run.step < run.max_steps:
-        print(f"stopped at step {run.step} of {run.max_steps}, saved; run the same command again to go on")
-        return 128 + (stop.signal or signal.SIGTERM)  # the signal may have reached another process alone
+        return report_stop(stop, run.step, run.max_steps)
     return 0
 
 
@@ -133,13 +135,13 @@ def train_loop(run: Run, stop: "StopSignal", vae: AutoencoderKL | None, work: Mf
                     with run.clock.wait("save"):
                         saving.save()
                 if folder := saving.saved():
-                    metrics.say(f"saved {folder}")
+                    metrics.write(f"saved {folder}")
                 profile(run.step - first_step)
             metrics.flush()
             seconds = saving.save_and_wait()
-            metrics.say(f"saved {run.checkpoint} ({seconds:.1f} s)")
+            metrics.write(f"saved {run.checkpoint} ({seconds:.1f} s)")
         if config.benchmark:
-            metrics.say(f"steady state: {metrics.throughput()}")
+            metrics.write(f"steady state: {metrics.throughput()}")
     finally:
         metrics.close()
     return True
@@ -171,17 +173,27 @@ def step_metrics(run: Run, result: StepResult, seconds: float) -> dict[str, floa
 
 
 def export_pipeline(run: Run) -> None:
-    """OUTPUT_DIR/pipeline from the last checkpoint; without the encoders, say how to do it later."""
+    """Write OUTPUT_DIR/pipeline from the last checkpoint. Without the encoders, print the command that does it."""
     last = checkpoint_folders(run.output_dir)[-1]
     goal = run.output_dir / "pipeline"
     if training_facts(goal).get("step") == run.step:
         print(f"{goal} is there already")
         return
+    if missing := missing_encoders(last):
+        features = "The `.npy` features" if isinstance(run.features, NpyFeatures) else "The features"
+        usual = ["Stable Diffusion's VAE"] * ("vqvae" in missing)
+        usual += [USUAL_ENCODERS["text_encoder"]] * (missing != ["vqvae"])
+        print(
+            f"trained. {features} do not say which encoders made them, so no pipeline was written. Features of U-ViT's "
+            f"own extraction are made with {' and '.join(usual)}. With these encoders, this command writes the "
+            f"pipeline:\n{convert_command(last, goal, missing)}"
+        )
+        return
     try:
         export_checkpoint(last, goal, replace=True)
         print(f'wrote {goal}; try: uvit sample --pipeline {goal} "..."')
     except UserError as error:
-        print(f"trained, but no pipeline was written: {error}. Then: uvit convert {last} {goal}")
+        print(f"trained, but no pipeline was written: {error}. Then run:\n{convert_command(last, goal)}")
     except SafetensorError as error:
         raise cannot_write(run.config, error) from None
 

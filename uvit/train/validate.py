@@ -46,7 +46,7 @@ def validate(run: Run) -> dict[str, Any]:
     `val_losses`, one a timestep, and their mean `val_loss` are the averaged weights', where there are any;
     `val_loss_raw` is of the weights that are trained.
     """
-    raw = losses(run, run.precision.networks)
+    raw = losses(run, run.precision.compute_model)
     averaged = losses(run, run.ema.model) if run.ema else raw
     return {
         "val_loss": _finite(float(np.mean(averaged))),
@@ -152,10 +152,10 @@ def preview_sheet(run: Run, vae: AutoencoderKL) -> Image.Image:
     """Rows: the pictures themselves through the VAE, then guidance 1.0 and 7.5. Saved in previews/ too."""
     rows = np.arange(min(MAX_IMAGES, run.features.num_samples))
     read = run.features.read(rows, np.zeros(len(rows)))
-    unet = run.averaged["unet"]
+    unet = run.ema_model["unet"]
     if run.batches.use_tokens:
         ids = np.concatenate([read.token_ids, run.features.empty_token_ids[None]]).astype(np.int64)  # type: ignore[index]
-        contexts = encode_text(run, run.averaged, torch.from_numpy(ids).to(run.device))
+        contexts = encode_text(run, run.ema_model, torch.from_numpy(ids).to(run.device))
     else:
         stored = np.concatenate([read.context, run.features.empty_context[None]])  # type: ignore[index]
         contexts = torch.from_numpy(stored).to(run.device).float()

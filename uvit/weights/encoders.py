@@ -1,4 +1,4 @@
-"""The VAE and the text encoder: loading them, and images and captions through them.
+"""The VAE and the text encoder: load them, encode images and captions, decode latents.
 
 Shapes: B batch, T text tokens, D width of the text encoder, C latent channels, (h, w) latent size.
 """
@@ -23,17 +23,19 @@ from uvit.errors import UserError
 
 STABLE_DIFFUSION_SCALE = 0.18215
 WEIGHT_SUFFIXES = (".safetensors", ".pdparams", ".pth", ".pt", ".ckpt", ".bin")
-VAE_PRESETS = Path(__file__).parent.parent / "presets" / "vae"  # those that ship with the package, known by name
+VAE_PRESETS = (
+    Path(__file__).parent.parent / "presets" / "vae"
+)  # those that ship with the package; their names are accepted as paths
 
 
 # Loading
 
 
 def load_diffusers_vae(name_or_path: str) -> Any:
-    """An AutoencoderKL from its folder, a pipeline folder or a hub id: float32, eval mode, frozen.
+    """An AutoencoderKL from its folder, a pipeline folder or a Hub id: float32, eval mode, frozen.
 
-    `shapes` is the first stage that ships for the built-in pictures. Only safetensors are read. Raises UserError where
-    it cannot be had.
+    `shapes` names the VAE that ships for the built-in images. Only safetensors are read. Raises UserError where it
+    cannot be loaded.
     """
     if (VAE_PRESETS / name_or_path).is_dir() and not Path(name_or_path).exists():
         name_or_path = str(VAE_PRESETS / name_or_path)
@@ -41,22 +43,22 @@ def load_diffusers_vae(name_or_path: str) -> Any:
     def load(place: str, **options: Any) -> Any:
         _check_class(place, options, "AutoencoderKL")
         model, info = AutoencoderKL.from_pretrained(place, use_safetensors=True, output_loading_info=True, **options)
-        return _whole(model, info["missing_keys"])
+        return _complete(model, info["missing_keys"])
 
     return _load(load, name_or_path, ("vqvae", "vae"), "vae_name_or_path", "an AutoencoderKL with safetensors weights")
 
 
 def load_transformers_encoder(name_or_path: str) -> Any:
-    """A CLIP, T5 or BERT-like encoder of text, found and prepared like the VAE."""
+    """A text encoder of CLIP's, T5's or BERT's kind, found and prepared like the VAE."""
 
     def load(place: str, **options: Any) -> Any:
         config = AutoConfig.from_pretrained(place, **options)
-        # A CLIP of both towers gives its text tower; the others have a class for this purpose.
+        # From a CLIP with both towers, only the text tower is loaded.
         cls: Any = CLIPTextModel if config.model_type in ("clip", "clip_text_model") else AutoModelForTextEncoding
         model, info = cls.from_pretrained(
             place, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
         )
-        return _whole(model, [key for key in info["missing_keys"] if "pooler" not in key])  # the pooler is not used
+        return _complete(model, [key for key in info["missing_keys"] if "pooler" not in key])  # the pooler is not used
 
     return _load(
         load,
@@ -83,7 +85,7 @@ def load_tokenizer(name_or_path: str) -> Any:
 
 
 def _load(load: Callable[..., Any], name_or_path: str, subfolders: tuple[str, ...], flag: str, what: str) -> Any:
-    """Try a folder's subfolders, then itself; of the Hub itself first. The first error is the one that tells."""
+    """Try the subfolders of a folder, then the folder; on the Hub, the repository first. Report the first error."""
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         name_or_path = str(folder)
@@ -93,8 +95,8 @@ def _load(load: Callable[..., Any], name_or_path: str, subfolders: tuple[str, ..
         if not places:
             raise UserError(f"--{flag} {name_or_path}: is a pipeline folder without {what}")
     elif folder.exists() or is_local_path(name_or_path):
-        found = "is a file" if folder.exists() else "no such file or folder"
-        raise UserError(f"--{flag} {name_or_path}: {found}; give {what}, by folder or hub id")
+        problem = "is a file" if folder.exists() else "no such file or folder"
+        raise UserError(f"--{flag} {name_or_path}: {problem}; give {what}, by folder or Hub id")
     else:
         places = [{}, *({"subfolder": name} for name in subfolders)]
     errors = []
@@ -108,13 +110,13 @@ def _load(load: Callable[..., Any], name_or_path: str, subfolders: tuple[str, ..
 
 
 def is_local_path(name: str) -> bool:
-    """Whether this can only be meant as a place on this machine, and is no Hub id."""
+    """Whether this can only be a path on this machine, not a Hub id."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(WEIGHT_SUFFIXES)
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the libraries' own messages and bars: what matters is checked, and said in one sentence."""
+    """Silence the messages and progress bars of diffusers and transformers; the callers check what they warn of."""
     loggers = (transformers_logging, diffusers_logging)
     levels = [logger.get_verbosity() for logger in loggers]
     bars = [logger for logger in loggers if logger.is_progress_bar_enabled()]
@@ -133,7 +135,7 @@ def quiet() -> Iterator[None]:
 
 
 def _check_class(place: str, options: dict[str, Any], expected: str) -> None:
-    """diffusers would fill the class it is told to load with another one's weights as far as they go."""
+    """diffusers would load the weights of another class as far as they fit."""
     config = Path(place, options.get("subfolder", ""), "config.json")
     if config.is_file():
         found = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
@@ -141,11 +143,11 @@ def _check_class(place: str, options: dict[str, Any], expected: str) -> None:
             raise ValueError(f"its config.json has _class_name {found!r}, not {expected!r}")
 
 
-def _whole(model: Any, missing: Sequence[str]) -> Any:
+def _complete(model: Any, missing: Sequence[str]) -> Any:
     if missing:
         raise ValueError(f"its weights lack {len(missing)} parameters, the first being {sorted(missing)[0]}")
     if bad := not_finite(model.state_dict()):
-        raise ValueError(f"its array {bad} holds values that are not finite")
+        raise ValueError(f"its array {bad} holds NaN or infinity")
     return model.eval().requires_grad_(False)
 
 
@@ -157,7 +159,9 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 def check_finite(tensors: Mapping[str, Tensor], where: object) -> None:
     """Raises UserError, naming the array, where there is NaN or infinity in one."""
     if bad := not_finite(tensors):
-        raise UserError(f"{where}: {bad} holds values that are not finite; take other weights, an earlier checkpoint's")
+        raise UserError(
+            f"{where}: {bad} holds NaN or infinity; use other weights, such as those of an earlier checkpoint"
+        )
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -175,29 +179,29 @@ def fingerprint(module: nn.Module) -> str:
 def latent_scale_of(vae: Any) -> float:
     """The factor from the VAE's latents to those a U-ViT is trained on.
 
-    It is stored with the VAE as `scaling_factor`, but for Stable Diffusion's: that says 0.18215 (as does any
-    AutoencoderKL that was told nothing), where U-ViT has always used 0.23010.
+    The VAE stores it as `scaling_factor`. Stable Diffusion's VAE is the exception: it stores 0.18215, the default of
+    AutoencoderKL, and U-ViTs use 0.23010 with it.
     """
     scale = float(vae.config["scaling_factor"])
     return LATENT_SCALE if scale == STABLE_DIFFUSION_SCALE else scale
 
 
 def downsampling_of(vae: Any) -> int:
-    """Pixels a side for each latent: H / h."""
+    """Pixels per latent along a side: H / h."""
     return 2 ** (len(vae.config["block_out_channels"]) - 1)
 
 
 def encode_images(vae: Any, pixels: Tensor) -> Tensor:
     """(B, 3, H, W) in [-1, 1] -> moments (B, 2 C, h, w): mean and log-variance, the latter within -30..20.
 
-    So bounded it fits float16, and a draw from the moments is the same.
+    These bounds make it fit float16, and do not change what is sampled from the moments.
     """
     posterior = vae.encode(pixels).latent_dist
-    return torch.cat([posterior.mean, posterior.logvar], dim=1)  # diffusers clamps the log-variance to these bounds
+    return torch.cat([posterior.mean, posterior.logvar], dim=1)  # logvar is clamped by diffusers
 
 
 def decode_latents(vae: Any, latents: Tensor, latent_scale: float) -> Tensor:
-    """(B, C, h, w), scaled as in training -> images (B, 3, H, W) in [-1, 1]."""
+    """Latents (B, C, h, w), scaled as in training -> images (B, 3, H, W) in [-1, 1]."""
     return vae.decode(latents / latent_scale).sample.clamp(-1, 1)
 
 
@@ -213,9 +217,9 @@ def tokenize(tokenizer: Any, captions: Sequence[str], num_tokens: int) -> Tensor
 
 
 def encode_tokens(text_encoder: Any, token_ids: Tensor, pad_token_id: int) -> Tensor:
-    """(B, T) -> context (B, T, D), the last hidden state; differentiable.
+    """(B, T) -> text embeddings (B, T, D), the last hidden state; differentiable.
 
-    CLIP reads its padding, as it does for Stable Diffusion and U-ViT; other encoders are told not to.
+    CLIP attends to the padding, as in Stable Diffusion and U-ViT; for other encoders it is masked.
     """
     if text_encoder.config.model_type.startswith("clip"):
         return text_encoder(input_ids=token_ids).last_hidden_state

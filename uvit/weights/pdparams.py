@@ -1,7 +1,7 @@
-"""Paddle's `.pdparams` without Paddle: a reader that admits arrays and nothing else, and a writer.
+"""Paddle's `.pdparams` without Paddle: a reader that allows arrays and nothing else, and a writer.
 
-Such a file is a pickle, and a pickle may ask for any function of any module to be called. So nothing that it names is
-ever looked up: for the few names that arrays need there are stand-ins here, and any other is refused, by its name.
+Such a file is a pickle, and a pickle can call any function of any module. So nothing that it names is ever looked up.
+The few names that arrays need have stand-ins here. Any other name is refused.
 """
 
 import math
@@ -18,34 +18,34 @@ from torch import Tensor
 
 from uvit.errors import UserError
 
-NAME_TABLE = "StructuredToParameterName@@"  # Paddle's own names of the parameters; nothing needs them
+NAME_TABLE = "StructuredToParameterName@@"  # Paddle's internal names of the parameters, which nothing needs
 
 
 # Reading
 
 
 def read_pdparams(path: Path) -> dict[str, Any]:
-    """What the file holds: arrays as tensors, in dicts, lists and tuples, among numbers and strings.
+    """The content of the file: dicts, lists and tuples of tensors, numbers and strings.
 
-    uint16 is how Paddle stores bfloat16. Raises UserError where the file is damaged, asks for anything but arrays, or
-    holds no dict.
+    Paddle stores bfloat16 as uint16. Raises UserError where the file is damaged, asks for anything but arrays, or does
+    not hold a dict.
     """
     try:
         with path.open("rb") as file:
             content = _Arrays(file).load()
         if not isinstance(content, dict):
-            raise ValueError(f"it holds no dict of arrays but {type(content).__name__}")
+            raise ValueError(f"it holds a {type(content).__name__}, not a dict of arrays")
         return {str(key): _to_tensors(value) for key, value in content.items() if key != NAME_TABLE}
     except _RefusedError as error:
         raise UserError(
-            f"{path}: asks for {error}, which is no array: such a file can run code, so it is refused; get one that "
-            "holds arrays only"
+            f"{path}: asks for {error}, which is not an array. Such a file can run code and is refused; get one "
+            "that holds only arrays"
         ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-    except Exception as error:  # damaged bytes may mean anything
+    except Exception as error:  # damaged bytes raise errors of any type
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{path}: is damaged or cut short ({reason}); get it again") from None
+        raise UserError(f"{path}: is damaged or truncated ({reason}); get it again") from None
 
 
 class _RefusedError(Exception):
@@ -53,7 +53,7 @@ class _RefusedError(Exception):
 
 
 class _Dtype:
-    """Stands for numpy.dtype."""
+    """Stand-in for numpy.dtype."""
 
     __slots__ = ("code", "order")
 
@@ -70,7 +70,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands for numpy.ndarray."""
+    """Stand-in for numpy.ndarray."""
 
     __slots__ = ("value",)
 
@@ -81,14 +81,14 @@ class _Array:
 
 def _array(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
     if not isinstance(dtype, _Dtype) or not isinstance(data, (bytes, bytearray)):
-        raise ValueError("an array without numbers")
+        raise ValueError("an array without data")
     array = np.frombuffer(data, dtype.numpy())
     if math.prod(shape) != array.size:
         raise ValueError(f"an array of {array.size} numbers for the shape {shape}")
     return array.reshape(shape, order="F" if order == "F" else "C")
 
 
-# A stand-in is a class with a __setstate__: a pickle that tries to change one meets the method, not its attributes.
+# Each stand-in has a __setstate__, so a pickle that tries to change one calls it instead of setting attributes.
 class _Standin:
     __slots__ = ()
 
@@ -114,7 +114,7 @@ class _Scalar(_Standin):
 
 
 class _Encode(_Standin):
-    """Old protocols spell bytes as text."""
+    """Old pickle protocols store bytes as text."""
 
     def __new__(cls, text: str, coding: str) -> Any:
         if coding != "latin1":
@@ -123,19 +123,19 @@ class _Encode(_Standin):
 
 
 class _Empty(_Standin):
-    """So they spell no bytes at all."""
+    """Old pickle protocols store empty bytes as a call of bytes()."""
 
     def __new__(cls) -> Any:
         return b""
 
 
-_ADMITTED: dict[tuple[str, str], Any] = {
+_ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
     ("_codecs", "encode"): _Encode,
     ("__builtin__", "bytes"): _Empty,
     ("collections", "OrderedDict"): OrderedDict,
-    **{(module, "tuple"): tuple for module in ("builtins", "__builtin__")},  # how Paddle says (name, array)
+    **{(module, "tuple"): tuple for module in ("builtins", "__builtin__")},  # Paddle stores (name, array)
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _Reconstruct for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): _Scalar for core in ("core", "_core")},
     **{(f"numpy.{core}.numeric", "_frombuffer"): _FromBuffer for core in ("core", "_core")},
@@ -144,15 +144,15 @@ _ADMITTED: dict[tuple[str, str], Any] = {
 
 class _Arrays(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ADMITTED:
+        if (module, name) not in _ALLOWED:
             raise _RefusedError(f"{module}.{name}")
-        return _ADMITTED[module, name]
+        return _ALLOWED[module, name]
 
 
 def _to_tensors(value: Any) -> Any:
-    """Arrays to tensors; Paddle's (name, array) is the array."""
+    """Arrays become tensors; of Paddle's (name, array) the array is taken."""
     if isinstance(value, _Array):
-        array = np.require(value.value, requirements=["C", "W"])  # a copy: the file's bytes must not be written to
+        array = np.require(value.value, requirements=["C", "W"])  # a copy, as the bytes of the file are read-only
         if array.dtype == np.uint16:
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
@@ -171,7 +171,7 @@ def _to_tensors(value: Any) -> Any:
 
 
 def write_pdparams(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """The pickle that Paddle 2 writes of a dict of arrays, a tensor at a time; numpy of either generation reads it."""
+    """Write a dict of arrays as Paddle 2 does, one tensor at a time. numpy 1 and 2 read it."""
     with path.open("wb") as file:
         file.write(pickle.PROTO + b"\x04" + pickle.EMPTY_DICT)
         for name, tensor in tensors.items():
@@ -184,7 +184,7 @@ def write_pdparams(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def _put_array(file: BinaryIO, tensor: Tensor) -> None:
     tensor = tensor.detach().cpu().contiguous()
     array = (tensor.view(torch.int16).numpy().view(np.uint16)) if tensor.dtype == torch.bfloat16 else tensor.numpy()
-    # _reconstruct(ndarray, (0,), b"b"), and its state: (1, shape, dtype, in Fortran's order, data)
+    # _reconstruct(ndarray, (0,), b"b"), and its state: (1, shape, dtype, Fortran order, data)
     _put_global(file, "numpy.core.multiarray", "_reconstruct")
     _put_global(file, "numpy", "ndarray")
     file.write(pickle.BININT1 + b"\0" + pickle.TUPLE1 + pickle.SHORT_BINBYTES + b"\1b" + pickle.TUPLE3 + pickle.REDUCE)

@@ -1,20 +1,19 @@
-"""What a conversion did, in words: nothing is filled in or left out in silence."""
+"""The report of a conversion: every value that is filled in or dropped has a line."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass
 class Report:
-    """Lines under four heads; a conversion adds to them as it goes."""
+    """Four kinds of lines, in the order in which the conversion adds them."""
 
     read: list[str] = field(default_factory=list)
     converted: list[str] = field(default_factory=list)
     defaulted: list[str] = field(default_factory=list)
-    left: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        heads = {"read": self.read, "converted": self.converted, "defaulted": self.defaulted, "left": self.left}
-        return [f"{head}: {line}" for head, lines in heads.items() for line in lines]
+        return [f"{kind}: {line}" for kind, lines in vars(self).items() for line in lines]
 
     def __str__(self) -> str:
         return "\n".join(self.lines())

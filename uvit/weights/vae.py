@@ -1,7 +1,7 @@
-"""A VAE's weights from elsewhere: the Paddle port's, diffusers' older names, and the first names of all.
+"""Weights of a VAE: between PaddleMIX's layout, diffusers' old names and the original (LDM) names, and diffusers' own.
 
-Stable Diffusion's autoencoder, `autoencoder_kl.pth` in the official code, was published under other names than
-diffusers gives it; there its attention is made of 1x1 convolutions.
+The VAE of Stable Diffusion (`autoencoder_kl.pth` in the official U-ViT code) was published under other names than in
+diffusers, and with attention made of 1x1 convolutions. Those are the LDM names here, for latent diffusion models.
 """
 
 import inspect
@@ -18,7 +18,7 @@ from uvit.weights.report import Report
 from uvit.weights.unet import fill
 
 NORM_GROUPS = 32
-# What no array tells, and what those assume who are told nothing.
+# Settings that arrays do not tell, and the values that are assumed without a config.
 _ASSUMED = {
     "norm_num_groups": NORM_GROUPS,
     "act_fn": "silu",
@@ -31,10 +31,10 @@ _OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.
 
 
 def ldm_name(name: str, num_blocks: int) -> str:
-    """diffusers' name of an AutoencoderKL's weight -> its first name."""
+    """The name of an AutoencoderKL's weight in diffusers -> its LDM name."""
 
     def up(found: re.Match[str]) -> str:
-        return f"decoder.up.{num_blocks - 1 - int(found[1])}."  # counted from the pixels' end
+        return f"decoder.up.{num_blocks - 1 - int(found[1])}."  # LDM counts from the image, diffusers from the latents
 
     name = re.sub(r"^decoder\.up_blocks\.(\d+)\.", up, name)
     name = re.sub(r"^encoder\.down_blocks\.", "encoder.down.", name)
@@ -42,8 +42,8 @@ def ldm_name(name: str, num_blocks: int) -> str:
     name = re.sub(r"\.resnets\.", ".block.", name)
     name = name.replace(".conv_shortcut.", ".nin_shortcut.").replace(".conv_norm_out.", ".norm_out.")
     name = re.sub(r"\.(down|up)samplers\.0\.", r".\1sample.", name)
-    for ours, theirs in _ATTENTION.items():
-        name = name.replace(f".mid_block.attentions.0.{ours}.", f".mid.attn_1.{theirs}.")
+    for new, ldm in _ATTENTION.items():
+        name = name.replace(f".mid_block.attentions.0.{new}.", f".mid.attn_1.{ldm}.")
     return name
 
 
@@ -52,9 +52,9 @@ def is_attention_linear(name: str) -> bool:
 
 
 def from_ldm(tensors: Mapping[str, Tensor], names: list[str], num_blocks: int) -> dict[str, Tensor]:
-    """First names -> diffusers' `names`; what has another name keeps it."""
-    ours = {ldm_name(name, num_blocks): name for name in names}
-    found = {ours.get(name, name): value for name, value in tensors.items()}
+    """LDM names -> the `names` of diffusers; unknown names stay."""
+    renamed = {ldm_name(name, num_blocks): name for name in names}
+    found = {renamed.get(name, name): value for name, value in tensors.items()}
     return {
         name: value[:, :, 0, 0] if is_attention_linear(name) and value.ndim == 4 else value
         for name, value in found.items()
@@ -69,31 +69,34 @@ def to_ldm(tensors: Mapping[str, Tensor], num_blocks: int) -> dict[str, Tensor]:
 
 
 def transpose_vae(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Between Paddle's layout and ours."""
+    """Between the (out, in) layout and Paddle's (in, out), either way."""
     return {name: value.t().contiguous() if is_attention_linear(name) else value for name, value in tensors.items()}
 
 
 def vae_from_tensors(
-    tensors: Mapping[str, Tensor], path: Path, known: Mapping[str, Any] | None, paddle: bool, ldm: bool, report: Report
+    tensors: Mapping[str, Tensor], path: Path, config: Mapping[str, Any] | None, paddle: bool, ldm: bool, report: Report
 ) -> AutoencoderKL:
-    """The VAE of tensors under any of the names, float32; `known`: its config, else the shapes tell it."""
+    """The VAE of tensors under any of the names, float32.
+
+    config: None: the shapes tell it. paddle: whether Linear weights are (in, out). ldm: whether the names are LDM's.
+    """
     tensors = {
         re.sub(r"\.(query|key|value|proj_attn)\.", lambda m: f".{_OLDER[m[1]]}.", n): v for n, v in tensors.items()
     }
-    if known is None:
-        known = vae_config(tensors, path, ldm, report)
+    if config is None:
+        config = vae_config(tensors, path, ldm, report)
     arguments = set(inspect.signature(AutoencoderKL.__init__).parameters)
     try:
-        vae = AutoencoderKL(**{key: value for key, value in known.items() if key in arguments})
-    except Exception as error:  # whatever a wrong value leads to
-        raise UserError(f"{path}: the config.json beside it describes no AutoencoderKL ({error})") from None
+        vae = AutoencoderKL(**{key: value for key, value in config.items() if key in arguments})
+    except Exception as error:  # a wrong value raises errors of any type
+        raise UserError(f"{path}: the config.json beside it is not of an AutoencoderKL ({error})") from None
     if ldm:
         tensors = from_ldm(tensors, list(vae.state_dict()), len(vae.config["block_out_channels"]))
-        left = [name for name in tensors if name.startswith(("loss.", "model_ema."))]
-        if left:
-            report.left.append(f"{len(left)} arrays of the VAE's training (loss.*, model_ema.*)")
-            tensors = {name: value for name, value in tensors.items() if name not in left}
-        report.converted.append(f"VAE: {len(tensors)} arrays to diffusers' names")
+        dropped = [name for name in tensors if name.startswith(("loss.", "model_ema."))]
+        if dropped:
+            report.dropped.append(f"{len(dropped)} arrays of the VAE's training (loss.*, model_ema.*)")
+            tensors = {name: value for name, value in tensors.items() if name not in dropped}
+        report.converted.append(f"VAE: {len(tensors)} arrays renamed from LDM to diffusers")
     elif paddle:
         tensors = transpose_vae(tensors)
         linear = sum(is_attention_linear(name) for name in tensors)
@@ -103,7 +106,7 @@ def vae_from_tensors(
 
 
 def vae_config(tensors: Mapping[str, Tensor], path: Path, ldm: bool, report: Report) -> dict[str, Any]:
-    """An AutoencoderKL's config from shapes. The number of groups of its norms is not in them: 32, as everywhere."""
+    """An AutoencoderKL's config from shapes. They do not tell the number of norm groups, which is assumed to be 32."""
     block = "encoder.down.{}.block.{}.conv1.weight" if ldm else "encoder.down_blocks.{}.resnets.{}.conv1.weight"
     channels: list[int] = []
     layers = 0
@@ -118,10 +121,10 @@ def vae_config(tensors: Mapping[str, Tensor], path: Path, ldm: bool, report: Rep
         )
         out_channels = tensors["decoder.conv_out.weight"].shape[0]
     except (KeyError, IndexError) as error:
-        raise UserError(f"{path}: is not whole, {error} is missing from a VAE; get it again") from None
+        raise UserError(f"{path}: is not complete, {error} is missing from the VAE; get it again") from None
     if not channels or any(width % NORM_GROUPS for width in channels):
         raise UserError(
-            f"{path}: is a VAE of widths {channels}, which {NORM_GROUPS} does not divide; its config.json must lie "
+            f"{path}: is a VAE of widths {channels}, which are not multiples of {NORM_GROUPS}; put its config.json "
             "beside it"
         )
     report.defaulted.append(f"VAE: norm_num_groups {NORM_GROUPS}, scaling_factor 0.18215")
@@ -141,9 +144,9 @@ def vae_config(tensors: Mapping[str, Tensor], path: Path, ldm: bool, report: Rep
 
 
 def non_default_vae_config(vae: Any) -> list[str]:
-    """What its arrays do not tell and nobody would guess: norm_num_groups 8 (where 32 is assumed)."""
+    """The settings that arrays do not tell and that differ from what is assumed: norm_num_groups 8, for example."""
     config = vae.config
-    wrong = [key for key, value in _ASSUMED.items() if config.get(key, value) != value]
-    lines = [f"{key} {config[key]} (where {_ASSUMED[key]} is assumed)" for key in wrong]
+    other = [key for key, value in _ASSUMED.items() if config.get(key, value) != value]
+    lines = [f"{key} {config[key]} (where {_ASSUMED[key]} is assumed)" for key in other]
     usual = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
     return lines + [f"{key} other than {kind}" for key, kind in usual.items() if set(config[key]) != {kind}]

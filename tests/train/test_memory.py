@@ -1,10 +1,12 @@
+"""The memory of a step, traced without numbers, is that of a step with numbers; and its FLOPs are counted."""
+
 import pytest
 import torch
 from torch import Tensor
 
 from uvit.config.model import resolve_model_config
 from uvit.model import UViTT2IModel
-from uvit.train.dry_run import MemoryTrace, norms_in_float32, trace_memory, trace_step
+from uvit.train.memory import MemoryTrace, layer_norms_in_float32, trace_memory, trace_step
 from uvit.train.profiling import count_flops, meta_unet
 
 C, H, W, p, D, T, CONTEXT, NUM_BLOCKS = 4, 8, 12, 2, 32, 7, 24, 5
@@ -57,7 +59,7 @@ def real_trace(dtype: torch.dtype, autocast: torch.dtype, recompute: bool) -> Me
     if recompute:
         unet.enable_gradient_checkpointing()
     if autocast != torch.float32:
-        norms_in_float32(unet)
+        layer_norms_in_float32(unet)
 
     def compute() -> Tensor:
         latents, context = torch.randn(3, C, H, W), torch.randn(3, T, CONTEXT)
@@ -74,10 +76,10 @@ def test_a_step_without_numbers_takes_the_memory_of_one_with_them(
 ) -> None:
     hollow = trace_step(TINY, 3, dtype=dtype, autocast=autocast, recompute=recompute)
     real = real_trace(dtype, autocast, recompute)
-    assert hollow.kept == real.kept
+    assert hollow.saved == real.saved
     assert hollow.gradients[-1] == real.gradients[-1] == dtype.itemsize * meta_unet(TINY).num_parameters()
     for weight in (0, 1, 2):
-        assert hollow.fullest(weight) == pytest.approx(real.fullest(weight), rel=0.01)
+        assert hollow.peak(weight) == pytest.approx(real.peak(weight), rel=0.01)
 
 
 def test_what_the_forward_keeps_is_what_autograd_saves() -> None:
@@ -98,16 +100,16 @@ def test_what_the_forward_keeps_is_what_autograd_saves() -> None:
         loss = squares.mean()
     kept = sum(storage.nbytes() for storage in saved.values())
     kept += loss.nbytes + sum(x.nbytes for x in inputs if x.untyped_storage().data_ptr() not in saved)
-    assert trace_step(TINY, 3).kept == pytest.approx(kept, rel=0.01)
+    assert trace_step(TINY, 3).saved == pytest.approx(kept, rel=0.01)
 
 
 def test_activations_shrink_with_recomputing_low_precision_and_tensor_parallelism() -> None:
-    kept = trace_step(TINY, 2).kept
-    assert trace_step(TINY, 2, recompute=True).kept < kept / 4
-    assert trace_step(TINY, 2, autocast=BF16).kept < kept
-    assert trace_step(TINY, 2, dtype=BF16).kept < trace_step(TINY, 2, autocast=BF16).kept
-    assert trace_step(TINY, 2, tp=2).kept < kept
-    assert trace_step(TINY, 2, size=(4, 4)).kept < kept
+    kept = trace_step(TINY, 2).saved
+    assert trace_step(TINY, 2, recompute=True).saved < kept / 4
+    assert trace_step(TINY, 2, autocast=BF16).saved < kept
+    assert trace_step(TINY, 2, dtype=BF16).saved < trace_step(TINY, 2, autocast=BF16).saved
+    assert trace_step(TINY, 2, tp=2).saved < kept
+    assert trace_step(TINY, 2, size=(4, 4)).saved < kept
 
 
 def test_a_tensor_parallel_process_has_its_part_of_each_block() -> None:

@@ -1,0 +1,143 @@
+"""How much memory a training step takes, traced from shapes alone: no numbers are computed, and no memory is taken.
+
+A forward and a backward pass run on tensors that have a shape and no content. After each operation, the bytes of all
+tensors that are still alive are recorded.
+"""
+
+import copy
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from uvit.train.profiling import meta_inputs, meta_unet
+from uvit.weights.encoders import encode_tokens
+
+
+@dataclass(frozen=True)
+class MemoryTrace:
+    """Bytes alive after each operation of a forward and backward pass, without the weights."""
+
+    activations: list[int]  # saved for the backward pass, and temporary tensors
+    gradients: list[int]  # of the weights
+    saved: int  # by the forward pass for the backward pass
+
+    def peak(self, gradient_weight: float = 1.0) -> tuple[int, int]:
+        """-> (activations, gradients) when their sum is largest; gradients count `gradient_weight` times."""
+        moments = zip(self.activations, self.gradients, strict=True)
+        return max(moments, key=lambda moment: moment[0] + gradient_weight * moment[1])
+
+
+def trace_step(
+    model_config: dict[str, Any],
+    batch_size: int,
+    size: tuple[int, int] | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    autocast: torch.dtype = torch.float32,
+    recompute: bool = False,
+    tp: int = 1,
+    text_encoder: nn.Module | None = None,
+    pad_token_id: int = 0,
+) -> MemoryTrace:
+    """The memory of a forward and backward pass of the U-ViT.
+
+    The kernels are those of a CPU, except for layer norms under autocast. A GPU's autocast computes them in float32 and
+    saves their inputs in float32; a CPU's keeps the low precision.
+
+    Args:
+        size: height and width of the latents. Default: those of the model.
+        dtype, autocast: of the weights that compute, and of autocast (float32: no autocast).
+        tp: trace one of so many tensor parallel processes.
+        text_encoder: a text encoder on the meta device that is trained along with the U-ViT.
+    """
+    unet = meta_unet(model_config, tp)
+    if recompute:
+        unet.enable_gradient_checkpointing()
+    encoder = copy.deepcopy(text_encoder)
+    networks = nn.ModuleList([unet, encoder] if encoder else [unet]).train()
+    if autocast != torch.float32:
+        layer_norms_in_float32(networks)
+    # Fake tensors of a CPU, and not the meta device: attention has a fused kernel on the former only.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in networks.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype)))
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+
+        def compute_loss() -> Tensor:
+            latents, timesteps, context = meta_inputs(unet, batch_size, size)
+            with torch.autocast("cpu", autocast, enabled=autocast != torch.float32):
+                if encoder:
+                    context = encode_tokens(encoder, torch.zeros(context.shape[:2], dtype=torch.int64), pad_token_id)
+                return unet(latents.to(dtype), timesteps, context.to(dtype)).float().square().mean()
+
+        return trace_memory(networks, compute_loss)
+
+
+def layer_norms_in_float32(networks: nn.Module) -> None:
+    """Compute them as a GPU's autocast does."""
+    for module in networks.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+
+
+def trace_memory(networks: nn.Module, compute_loss: Callable[[], Tensor]) -> MemoryTrace:
+    """Run a forward and a backward pass and record their memory."""
+    gradients = 0
+
+    def count(parameter: Tensor) -> None:
+        nonlocal gradients
+        assert parameter.grad is not None
+        gradients += parameter.grad.nbytes
+
+    handles = [parameter.register_post_accumulate_grad_hook(count) for parameter in networks.parameters()]
+    moments: list[tuple[int, int]] = []
+    weights = [*networks.parameters(), *networks.buffers()]
+    with MemoryTracker(weights, lambda num_bytes: moments.append((num_bytes, gradients))) as tracker:
+        loss = compute_loss()
+        saved = tracker.bytes
+        loss.backward()
+        del loss
+    moments.append((tracker.bytes, gradients))
+    for handle in handles:
+        handle.remove()
+    return MemoryTrace([num_bytes - grads for num_bytes, grads in moments], [grads for _, grads in moments], saved)
+
+
+class MemoryTracker(TorchDispatchMode):
+    """Counts the bytes of all storages that are alive, and calls `after_operation(bytes)` after each operation."""
+
+    def __init__(self, ignored: list[Tensor], after_operation: Callable[[int], None]):
+        """`ignored`: tensors that are not counted."""
+        super().__init__()
+        self.bytes = 0
+        self.after_operation = after_operation
+        self.known = {tensor.untyped_storage()._cdata for tensor in ignored}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._add(leaf.untyped_storage())
+        self.after_operation(self.bytes)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known:
+            return
+        self.known.add(key)
+        self.bytes += size
+        weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.bytes -= size
