@@ -97,7 +97,7 @@ def test_bytes_in_words() -> None:
 def test_only_io_renames_and_syncs() -> None:
     """Elsewhere only what has a protocol of its own does: checkpoints and shards, which several processes write."""
     package = Path(uvit.io.__file__).parent
-    own = {"io.py", "checkpoint/saver.py", "store/shard.py"}
+    own = {"io.py", "checkpoint/folder.py", "store/shard.py"}
     pattern = re.compile(r"os\.(fsync|rename|replace|link)\(|\.rename\(|(?<!dataclasses)(?<!_)\.replace\([a-z_.]+\)")
     found = {
         path.relative_to(package).as_posix()
