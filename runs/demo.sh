@@ -2,10 +2,13 @@
 # From captioned images to generated ones in four commands, on built-in data: about 7 minutes on two CPU cores.
 #
 #   bash runs/demo.sh
+#   bash runs/demo.sh --fast   the same in under a minute, too short to learn anything
 #
 # `uvit demo` runs the same commands. All results are in output/demo. Stop it at any time. Run it again to resume.
 set -euo pipefail
+cd "$(dirname "$0")/.."
 out=output/demo
+if [ -n "${1:-}" ]; then exec uvit demo "$@"; fi
 
 # 1. Extract: encode 648 captioned images of shapes to moments and token ids. A tenth of the combinations of colour, shape,
 #    size, position and background is held out. The VAE comes with the package; runs/first_stage.sh trained it.

@@ -188,7 +188,7 @@ def test_a_checkpoint_that_is_half_written_is_skipped(
         Path("vae", name, "weights.safetensors").write_bytes(b"half")
     assert run("stopped") == (0, whole)
     said = capsys.readouterr().out
-    assert "vae/checkpoint-8: is not whole" in said and "resumed vae/checkpoint-5" in said
+    assert "vae/checkpoint-8: is not complete" in said and "resumed vae/checkpoint-5" in said
 
 
 def test_a_finished_folder_is_left_as_it_is_and_more_steps_train_on(
