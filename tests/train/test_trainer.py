@@ -168,7 +168,7 @@ def test_a_checkpoint_of_another_model_is_refused(tiny_config: Any, tmp_path: Pa
     (tmp_path / "other.json").write_text(json.dumps(other))
     with pytest.raises(UserError, match=r"unet_config.*--overwrite_output_dir"):
         train(tiny_config(uvit_config_file=str(tmp_path / "other.json")))
-    with pytest.raises(UserError, match="latest: there is no whole checkpoint"):
+    with pytest.raises(UserError, match="latest: there is no complete checkpoint"):
         train(tiny_config(output_dir=str(tmp_path / "new"), resume_from_checkpoint="latest"))
 
 
