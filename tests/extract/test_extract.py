@@ -31,7 +31,7 @@ from uvit.extract.extract import extract
 from uvit.images import to_pixels, to_unit
 from uvit.sources.open import open_source, require_random_access
 from uvit.sources.shapes import ShapesSource
-from uvit.sources.types import Pair, PairError, Problem
+from uvit.sources.types import Pair, PairError, Problem, Source
 from uvit.store import shard
 from uvit.store.reader import FeatureStore, open_features
 from uvit.store.shard import EncodedPairs
@@ -453,7 +453,7 @@ def test_low_precision_is_near(flags: dict[str, Any], tmp_path: Path) -> None:
 # Streams
 
 
-class Numbered:
+class Numbered(Source):
     """A stream of shapes, whose fourth pair is broken."""
 
     def __init__(self, length: int):

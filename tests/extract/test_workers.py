@@ -11,12 +11,12 @@ from PIL import Image
 
 from uvit.errors import UserError
 from uvit.extract.workers import Preprocessing, ShardPlan, decode_batches
-from uvit.sources.types import Pair, PairError, Problem
+from uvit.sources.types import Pair, PairError, Problem, RandomAccessSource, Source
 
 READING = Preprocessing(resolution=4, crop="center", resize="lanczos", min_image_size=2, skip=True)
 
 
-class Numbers:
+class Numbers(RandomAccessSource):
     """Pair i is all i."""
 
     def __init__(self, length: int):
@@ -39,7 +39,7 @@ class Numbers:
         return []
 
 
-class NumbersInARow:
+class NumbersInARow(Source):
     """The same as a stream; how many were decoded cannot be more than were wanted."""
 
     def __init__(self, length: int):

@@ -16,10 +16,10 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from uvit.extract.tokenizer import save_tokenizer
 from uvit.extract.workers import Decoded, Preprocessing, ShardPlan, decode_batches
 from uvit.io import format_bytes
 from uvit.sources.open import open_source
-from uvit.sources.types import PairError, Problem, Source, Stream
+from uvit.sources.types import PairError, Problem, RandomAccessSource, Source
 from uvit.store.shard import EncodedPairs, ShardWriter
 from uvit.store.writer import StoreWriter, refuse_earlier_layouts
 from uvit.weights.components import load_text_encoder, load_vae
@@ -100,15 +100,13 @@ def extract(config: ExtractConfig) -> None:
         )
 
 
-def encode_all(
-    config: ExtractConfig, source: Source | Stream, writer: StoreWriter, plan: ShardPlan, encoders: Encoders
-) -> None:
+def encode_all(config: ExtractConfig, source: Source, writer: StoreWriter, plan: ShardPlan, encoders: Encoders) -> None:
     """Extract all shards of this process. The process that writes the last shard completes the store."""
     preprocessing = Preprocessing(config.resolution, config.crop, config.resize, config.min_image_size, encoders.skip)
     all_done = writer.num_shards is not None and all(map(writer.done, plan.shards(writer.num_shards)))
     no_batches = (batch for batch in list[Decoded]())
     decoded = no_batches if all_done else decode_batches(source, plan, preprocessing, config.num_workers)
-    total = plan.num_rows(len(source)) if isinstance(source, Sized) else None
+    total = plan.num_rows(len(source)) if isinstance(source, RandomAccessSource) else None
     done = plan.num_rows_done()
     if done:
         print(f"Resuming after {done:,} of {f'{total:,}' if total is not None else '?'} pairs.")
@@ -205,9 +203,9 @@ def device_of(config: ExtractConfig) -> torch.device:
     return pick_device(config.device)
 
 
-def report_index_problems(config: ExtractConfig, source: Source | Stream) -> None:
+def report_index_problems(config: ExtractConfig, source: Source) -> None:
     """Print the problems that the index shows, before any model is loaded. Raises UserError with --on_error stop."""
-    problems = cast(Source, source).problems() if isinstance(source, Sized) else []
+    problems = source.problems() if isinstance(source, RandomAccessSource) else []
     if not problems:
         return
     if config.on_error == "stop":
@@ -289,7 +287,7 @@ NUM_SAMPLED_PAIRS = 1000  # whose captions are counted
 FIRST_SECONDS = 5.0  # after which the remaining time is estimated
 
 
-def check_disk(source: Source | Stream, writer: StoreWriter) -> None:
+def check_disk(source: Source, writer: StoreWriter) -> None:
     """Print the number of pairs and the disk space for them. Raises UserError if the disk has too little."""
     free = shutil.disk_usage(writer.folder).free
     arrays = writer.info.arrays().values()
@@ -297,7 +295,7 @@ def check_disk(source: Source | Stream, writer: StoreWriter) -> None:
         sum(array.dtype.itemsize * int(np.prod(array.shape)) for array in arrays if array.per_caption == kind)
         for kind in (False, True)
     )
-    if not isinstance(source, Sized):
+    if not isinstance(source, RandomAccessSource):
         print(
             f"Stream of unknown length: {format_bytes(per_pair)} per pair and {format_bytes(per_caption)} per caption"
             f" to write, {format_bytes(free)} free in {writer.folder}."
@@ -307,7 +305,7 @@ def check_disk(source: Source | Stream, writer: StoreWriter) -> None:
     captions = list[tuple[str, ...]]()
     for row in rows:
         try:
-            captions.append(cast(Source, source).captions(row))
+            captions.append(source.captions(row))
         except PairError:
             captions.append(())
     id = "an id of the usual"  # length

@@ -2,15 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
 from uvit.config.extract import ExtractConfig
 from uvit.errors import UserError
 from uvit.extract.tokenizer import train_tokenizer
-from uvit.sources.open import captions_of
-from uvit.sources.types import Source, Stream
+from uvit.sources.types import RandomAccessSource, Source
 from uvit.store.shard import read_record
 from uvit.store.writer import StoreInfo
 from uvit.weights.encoders import downsampling_of, fingerprint, load_tokenizer
@@ -20,7 +18,7 @@ VOCAB_SIZE = 8192  # of a tokenizer that is trained here without --vocab_size
 
 def describe_store(
     config: ExtractConfig,
-    source: Source | Stream,
+    source: Source,
     vae: Any,
     text_encoder: Any,
     tokenizer: Any,
@@ -31,7 +29,7 @@ def describe_store(
     side = config.resolution // downsampling_of(vae)
     wants_contexts, wants_tokens = config.text != "tokens", config.text != "contexts"
     return StoreInfo(
-        num_source_pairs=len(source) if isinstance(source, Sized) else None,
+        num_source_pairs=len(source) if isinstance(source, RandomAccessSource) else None,
         shard_size=config.shard_size,
         dtype=config.dtype,
         moments_shape=(2 * vae.config["latent_channels"], side, side),
@@ -66,7 +64,7 @@ def describe_store(
     )
 
 
-def find_tokenizer(config: ExtractConfig, source: Source | Stream, folder: Path) -> tuple[Any, dict[str, str]]:
+def find_tokenizer(config: ExtractConfig, source: Source, folder: Path) -> tuple[Any, dict[str, str]]:
     """(tokenizer, its name and fingerprint).
 
     It is the given one, else the one of a split beside `folder`, else a new one trained on the captions.
@@ -85,7 +83,7 @@ def find_tokenizer(config: ExtractConfig, source: Source | Stream, folder: Path)
             if split != folder:
                 print(f"Tokenizer: the one of {split}.")
             return tokenizer, _record(read_record(split / "settings.json")["tokenizer"]["name"], tokenizer)
-    tokenizer = train_tokenizer(captions_of(source), config.vocab_size or VOCAB_SIZE, config.model_max_length)
+    tokenizer = train_tokenizer(source.all_captions(), config.vocab_size or VOCAB_SIZE, config.model_max_length)
     sources = ", ".join(_absolute(name) for name in config.source)
     return tokenizer, _record(f"built from the captions of {sources}", tokenizer)
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from uvit.config.extract import TokenizerConfig
 from uvit.errors import UserError
 from uvit.io import write_folder_atomically
-from uvit.sources.open import captions_of, open_source
+from uvit.sources.open import open_source
 
 PAD, START_TOKEN, END_TOKEN = "<|pad|>", "<|startoftext|>", "<|endoftext|>"
 SMALLEST_VOCABULARY = 256 + 3  # every byte, and the three above
@@ -90,7 +90,7 @@ def build_tokenizer(config: TokenizerConfig) -> None:
 
     def counted() -> Iterator[str]:
         nonlocal num_captions
-        for num_captions, caption in enumerate(captions_of(source), start=1):  # noqa: B007
+        for num_captions, caption in enumerate(source.all_captions(), start=1):  # noqa: B007
             yield caption
 
     tokenizer = train_tokenizer(counted(), config.vocab_size, config.model_max_length)

@@ -9,17 +9,16 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Sized
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import cast
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from uvit.errors import UserError
 from uvit.images import to_pixels
-from uvit.sources.types import Pair, PairError, Problem, Source, Stream
+from uvit.sources.types import Pair, PairError, Problem, RandomAccessSource, Source
 
 
 @dataclass(frozen=True)
@@ -131,16 +130,16 @@ class Preprocessing:
 
 
 def decode_batches(
-    source: Source | Stream, plan: ShardPlan, preprocessing: Preprocessing, num_workers: int
+    source: Source, plan: ShardPlan, preprocessing: Preprocessing, num_workers: int
 ) -> Generator[Decoded]:
     """All batches of the plan, in order. The last item of a stream tells its end. Raises the source's UserError.
 
     The workers start in this call, before the caller starts threads.
     """
     dataset: Dataset[Decoded]
-    if isinstance(source, Sized):
+    if isinstance(source, RandomAccessSource):
         items = plan.batches(len(source))
-        dataset, num_workers = _BatchDataset(cast(Source, source), preprocessing), min(num_workers, len(items))
+        dataset, num_workers = _BatchDataset(source, preprocessing), min(num_workers, len(items))
     else:
         dataset, items = _StreamDataset(source, plan, preprocessing), None
     with warnings.catch_warnings():  # more workers than cores can be right: they wait for disks and networks
@@ -188,7 +187,7 @@ def _raise_errors(batches: Iterator[Decoded]) -> Generator[Decoded]:
 class _BatchDataset(Dataset[Decoded]):
     """A source with random access. The index of an item is the range of its rows."""
 
-    def __init__(self, source: Source, preprocessing: Preprocessing):
+    def __init__(self, source: RandomAccessSource, preprocessing: Preprocessing):
         self.source, self.preprocessing = source, preprocessing
 
     def __getitem__(self, rows: range) -> Decoded:
@@ -211,7 +210,7 @@ class _StreamDataset(IterableDataset[Decoded]):
     that this process does not extract is an item without rows.
     """
 
-    def __init__(self, stream: Stream, plan: ShardPlan, preprocessing: Preprocessing):
+    def __init__(self, stream: Source, plan: ShardPlan, preprocessing: Preprocessing):
         self.stream, self.plan, self.preprocessing = stream, plan, preprocessing
 
     def __iter__(self) -> Iterator[Decoded]:

@@ -21,7 +21,7 @@ from uvit.diffusion import draw_latents
 from uvit.errors import UserError
 from uvit.images import contact_sheet, save_png, to_pil, to_pixels, to_unit
 from uvit.sources.open import open_source, require_random_access
-from uvit.sources.types import PairError, Source
+from uvit.sources.types import PairError, RandomAccessSource
 from uvit.train.optimizer import EMA
 
 NUM_WARMUP_STEPS = 100
@@ -33,7 +33,7 @@ HELD_OUT_SHARE, MAX_HELD_OUT, MAX_MEASURED = 20, 256, 2048  # one image in 20, f
 class ImageBatches(Dataset[Tensor]):
     """Item s is the batch of step s: (B, 3, R, R) uint8, drawn from (seed, s)."""
 
-    def __init__(self, source: Source, rows: np.ndarray, config: AutoencoderConfig):
+    def __init__(self, source: RandomAccessSource, rows: np.ndarray, config: AutoencoderConfig):
         self.source, self.rows, self.config = source, rows, config
 
     def __len__(self) -> int:
@@ -44,7 +44,7 @@ class ImageBatches(Dataset[Tensor]):
         return load_images(self.source, generator.choice(self.rows, self.config.batch_size), self.config.resolution)
 
 
-def load_images(source: Source, rows: np.ndarray, resolution: int) -> Tensor:
+def load_images(source: RandomAccessSource, rows: np.ndarray, resolution: int) -> Tensor:
     """-> (B, 3, R, R) uint8, B at most the number of rows: what cannot be used is left out, and named on stderr."""
     pixels = []
     for row in rows:
@@ -55,7 +55,7 @@ def load_images(source: Source, rows: np.ndarray, resolution: int) -> Tensor:
     return torch.from_numpy(np.array(pixels, np.uint8).reshape(-1, 3, resolution, resolution))
 
 
-def load_some_images(source: Source, rows: np.ndarray, resolution: int) -> Tensor:
+def load_some_images(source: RandomAccessSource, rows: np.ndarray, resolution: int) -> Tensor:
     """-> (B, 3, R, R) uint8, B at least 1"""
     images = load_images(source, rows, resolution)
     if not len(images):
