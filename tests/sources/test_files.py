@@ -13,7 +13,7 @@ from tests.sources.pictures import PICTURES, ROWS, coco_of_pictures, png, write_
 from uvit.errors import UserError
 from uvit.sources.coco import open_coco
 from uvit.sources.files import FileSource, lists_paths, open_folder, open_list
-from uvit.sources.types import PairError, Source
+from uvit.sources.types import PairError, RandomAccessSource
 
 
 def write_parquet(path: Path, columns: dict[str, list[Any]]) -> Path:
@@ -41,7 +41,7 @@ def write_sidecars(folder: Path) -> Path:
     return folder
 
 
-FORMS: dict[str, Callable[[Path], Source]] = {
+FORMS: dict[str, Callable[[Path], RandomAccessSource]] = {
     "metadata.jsonl": lambda folder: open_list(write_metadata(folder / "metadata.jsonl")),
     "metadata.csv": lambda folder: open_list(write_table(folder / "metadata.csv", ROWS, ("file_name", "text"))),
     "csv": lambda folder: open_list(write_table(folder / "list.csv", ROWS)),

@@ -19,19 +19,19 @@ from tests.sources.pictures import (
     write_tar,
 )
 from uvit.errors import UserError
-from uvit.sources.open import captions_of, open_source, require_random_access
-from uvit.sources.types import Source
+from uvit.sources.open import open_source, require_random_access
+from uvit.sources.types import RandomAccessSource
 
 ALL = [captions for _, captions in PICTURES.values()]
 
 
-def opened(*places: Path | str, **flags: Any) -> Source:
+def opened(*places: Path | str, **flags: Any) -> RandomAccessSource:
     source = open_source([str(place) for place in places], **flags)
     assert pickle.loads(pickle.dumps(source)) is not source
     return require_random_access(source, "--source")
 
 
-def captions_in(source: Source) -> list[tuple[str, ...]]:
+def captions_in(source: RandomAccessSource) -> list[tuple[str, ...]]:
     return [source.captions(row) for row in range(len(source))]
 
 
@@ -55,8 +55,8 @@ def captioned_image(folder: Path, name: str) -> Path:
 def test_shapes_of_train_and_heldout_share_no_caption_and_come_at_the_resolution(name: str) -> None:
     train, heldout = opened(name, resolution=32), opened(name, split="heldout", resolution=32)
     assert train[0].image.size == heldout[0].image.size == (32, 32)
-    assert not set(captions_of(train)) & set(captions_of(heldout))
-    assert next(captions_of(train)) == train[0].captions[0] == train.captions(0)[0]
+    assert not set(train.all_captions()) & set(heldout.all_captions())
+    assert next(train.all_captions()) == train[0].captions[0] == train.captions(0)[0]
     assert train.problems() == []
 
 
@@ -137,7 +137,7 @@ def test_folders_of_parts(tmp_path: Path) -> None:
 def test_what_is_at_a_url_is_a_stream(tmp_path: Path) -> None:
     url = tar_of(tmp_path / "0.tar", "a", "b").as_uri()
     source = open_source(url)
-    assert list(captions_of(source)) == ["a", "b"]
+    assert list(source.all_captions()) == ["a", "b"]
     with pytest.raises(UserError, match=r"^--source there: can only be read from beginning to end"):
         require_random_access(source, "--source there")
 
@@ -156,7 +156,7 @@ def test_several_places_follow_one_another_whatever_they_are(tmp_path: Path) -> 
     assert source[3].image.getpixel((0, 0)) == (255, 0, 0)
     assert len(opened("shapes", tar)) == len(opened("shapes")) + 2
     stream = open_source([tar.as_uri(), str(path), str(folder)])
-    assert list(captions_of(stream)) == [caption for captions in expected for caption in captions]
+    assert list(stream.all_captions()) == [caption for captions in expected for caption in captions]
 
 
 def test_coco_files_about_the_same_images_are_joined_and_others_follow(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_captions_leave_out_pairs_that_cannot_be_used(tmp_path: Path) -> None:
     folder = captioned_image(tmp_path, "a")
     captioned_image(tmp_path, "b")
     (folder / "a.txt").write_text(" ")
-    assert list(captions_of(open_source(str(folder)))) == ["b"]
+    assert list(open_source(str(folder)).all_captions()) == ["b"]
 
 
 # What is wrong

@@ -23,7 +23,7 @@ from uvit.sources.decode import (
     decode_text,
 )
 from uvit.sources.tables import choose_columns
-from uvit.sources.types import Pair, PairError, Problem
+from uvit.sources.types import Pair, PairError, Problem, RandomAccessSource
 
 LIST_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 NUM_LOOKED_FOR = 100  # images, when a list is opened: enough to tell a wrong folder
@@ -43,7 +43,7 @@ class ListRow:
 
 
 @dataclass(frozen=True)
-class FileSource:
+class FileSource(RandomAccessSource):
     """Image files and their captions. An entry is (id, name of the image file, captions)."""
 
     index: str
@@ -289,7 +289,7 @@ def _damaged(path: Path, error: Exception) -> UserError:
 
 
 @dataclass(frozen=True)
-class FolderSource:
+class FolderSource(RandomAccessSource):
     """Names of images, relative to a folder, in sorted order; captions are read when asked for."""
 
     folder: str

@@ -14,7 +14,7 @@ from typing import Any
 
 from uvit.errors import UserError
 from uvit.sources.tables import Table, TableRow, TableRows, TableSource, TableStream, choose_columns
-from uvit.sources.types import Source, Stream
+from uvit.sources.types import Source
 
 SPLITS = ("train", "val", "validation", "valid", "dev", "test", "heldout")  # that files and folders are known by
 STREAM_BATCH = 32  # rows read at a time
@@ -35,7 +35,7 @@ def open_dataset(
     image_column: str | None = None,
     caption_column: str | None = None,
     streaming: bool = False,
-) -> Source | Stream:
+) -> Source:
     """A folder, a parquet file, or hf:USER/NAME or hf:USER/NAME:CONFIG of the hub.
 
     Raises UserError where it cannot be opened, has no such split, or none of the columns that are needed.

@@ -5,7 +5,7 @@ open files, so loader processes may share them.
 """
 
 import re
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, groupby
@@ -15,10 +15,10 @@ from typing import Literal, cast
 from uvit.errors import UserError
 from uvit.sources import huggingface, tars
 from uvit.sources.coco import find_captions, open_coco
-from uvit.sources.combine import ConcatSource, ConcatStream, SplitRule, SplitSource, SplitStream, StreamView
+from uvit.sources.combine import ConcatSource, ConcatStream, SplitRule, SplitSource, SplitStream
 from uvit.sources.files import LIST_SUFFIXES, has_captioned_images, lists_paths, open_folder, open_list
 from uvit.sources.shapes import ShapesSource
-from uvit.sources.types import Source, Stream
+from uvit.sources.types import RandomAccessSource, Source
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SOURCE_KINDS = (
@@ -50,7 +50,7 @@ def open_source(
     image_column: str | None = None,
     caption_column: str | None = None,
     streaming: bool = False,
-) -> Source | Stream:
+) -> Source:
     """Find out what each place of `source` is, read its index, and put one after the other.
 
     Args:
@@ -79,7 +79,7 @@ def open_source(
             caption_column=caption_column,
             streaming=streaming,
         )
-        opened: list[Source | Stream] = []
+        opened: list[Source] = []
         for (kind, folder), group in groupby(places, key=lambda place: (place.kind, place.folder)):
             files = [file for place in group for file in place.files]
             if kind == "shapes":
@@ -100,32 +100,28 @@ def open_source(
     if val_every is None:
         return whole
     rows = SplitRule(val_every, split)
-    if not isinstance(whole, Sized):
+    if not isinstance(whole, RandomAccessSource):
         return SplitStream(whole, rows)
-    part = SplitSource(cast(Source, whole), rows)
+    part = SplitSource(whole, rows)
     if not len(part):
         raise UserError(f"--val_every {val_every}: leaves --split {split} empty, of {len(whole)} pairs; give less")
     return part
 
 
-def require_random_access(source: Source | Stream, flag: str) -> Source:
-    """A source any pair of which can be had at once; `flag`, with its value, is what gave another."""
-    if isinstance(source, Sized):
-        return cast(Source, source)
-    raise UserError(f"{flag}: can only be read from beginning to end, and here any pair must be had; download it first")
+def require_random_access(source: Source, flag: str) -> RandomAccessSource:
+    """The source itself. Raises UserError, which begins with `flag`, if it has no random access."""
+    if isinstance(source, RandomAccessSource):
+        return source
+    raise UserError(
+        f"{flag}: can only be read from beginning to end, but this command reads pairs in any order; download it first"
+    )
 
 
-def captions_of(source: Source | Stream) -> Iterator[str]:
-    """All captions in order, without drawing or decoding images; those of pairs that cannot be used are left out."""
-    return StreamView(cast(Source, source)).all_captions() if isinstance(source, Sized) else source.all_captions()
-
-
-def _concatenate(opened: list[Source | Stream]) -> Source | Stream:
+def _concatenate(opened: list[Source]) -> Source:
     if len(opened) == 1:
         return opened[0]
-    if all(isinstance(source, Sized) for source in opened):
-        return ConcatSource(cast(list[Source], opened))
-    return ConcatStream([StreamView(source) if isinstance(source, Sized) else source for source in opened])
+    with_random_access = [source for source in opened if isinstance(source, RandomAccessSource)]
+    return ConcatSource(with_random_access) if len(with_random_access) == len(opened) else ConcatStream(opened)
 
 
 def _shapes(name: str, split: str, resolution: int) -> Source:

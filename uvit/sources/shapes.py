@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from uvit.sources.types import Pair, Problem
+from uvit.sources.types import Pair, Problem, RandomAccessSource
 
 COLOURS = {
     "red": (220, 40, 40),
@@ -132,7 +132,7 @@ def _draw(draw: ImageDraw.ImageDraw, shape: str, fill: tuple[int, int, int], x: 
         draw.rectangle((x - arm, y - r, x + arm, y + r), fill=fill)
 
 
-class ShapesSource:
+class ShapesSource(RandomAccessSource):
     """The built-in pairs of a split as a source."""
 
     def __init__(self, split: str, resolution: int, num_objects: int = 1):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from uvit.errors import UserError
 from uvit.sources.decode import CAPTION_COLUMNS, IMAGE_COLUMNS, caption_values, clean_captions, decode_image
-from uvit.sources.types import Pair, PairError, Problem
+from uvit.sources.types import Pair, PairError, Problem, RandomAccessSource, Source
 
 # Not image_id: an image may come in several rows, each with a caption.
 ID_COLUMNS = ("id", "key", "__key__")
@@ -138,7 +138,7 @@ class StreamedTable(Protocol):
         ...
 
 
-class TableSource:
+class TableSource(RandomAccessSource):
     """Rows any of which can be had at once."""
 
     def __init__(self, table: Table, rows: TableRows):
@@ -175,7 +175,7 @@ class TableSource:
         return self._table.row(index, columns)
 
 
-class TableStream:
+class TableStream(Source):
     """Rows that come one after the other. Ids that come twice go unnoticed: to notice takes all ids in memory."""
 
     def __init__(self, table: StreamedTable, rows: TableRows):

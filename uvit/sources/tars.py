@@ -28,10 +28,10 @@ from uvit.sources.decode import (
 )
 from uvit.sources.remote import RemoteFile, check_protocol, is_remote
 from uvit.sources.tar_format import Bytes, Member, members
-from uvit.sources.types import Pair, PairError, Problem, Source, Stream
+from uvit.sources.types import Pair, PairError, Problem, RandomAccessSource, Source
 
 
-def open_tars(places: list[str]) -> Source | Stream:
+def open_tars(places: list[str]) -> Source:
     """Tars that follow one another. Raises UserError for what is no tar or holds nothing."""
     places = [tar for place in places for tar in expand(place)]
     for place, times in Counter(places).items():
@@ -129,7 +129,7 @@ def _prefixes(places: list[str]) -> list[str]:
 # On disk
 
 
-class TarSource:
+class TarSource(RandomAccessSource):
     """Pairs of tars on disk. The index is compact: there may be millions."""
 
     def __init__(self, paths: list[Path]):
@@ -213,7 +213,7 @@ def _unreadable(path: Path, error: OSError) -> UserError:
 # Behind a URL
 
 
-class TarStream:
+class TarStream(Source):
     """Pairs of tars of which some or all are behind a URL: each is read once, from its beginning."""
 
     def __init__(self, places: list[str]):

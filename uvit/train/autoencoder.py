@@ -26,7 +26,7 @@ from uvit.errors import UserError
 from uvit.images import to_unit
 from uvit.io import back_up, read_json, sync_path, to_yaml, write_json, write_yaml
 from uvit.sources.open import open_source, require_random_access
-from uvit.sources.types import Source
+from uvit.sources.types import RandomAccessSource
 from uvit.train.guards import Guards
 from uvit.train.optimizer import EMA, set_learning_rate, training_state
 from uvit.train.process import StopSignal, hang_watchdog, report_stop, reset_hang_timer, stop_signals
@@ -65,7 +65,7 @@ class VaeRun:
 
     config: AutoencoderConfig
     output_dir: Path
-    source: Source
+    source: RandomAccessSource
     num_images: int
     rows: np.ndarray  # images to train on
     held_out: Tensor  # images to measure on, (B, 3, R, R) uint8
