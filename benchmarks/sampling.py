@@ -5,7 +5,7 @@
 A model is a name, a pipeline and its prompts: a text file with one a line, or `shapes`, the built-in data's held-out
 ones. Solvers are fitted on some of the prompts, and all are measured on others, with other noise. The error is the root
 mean square distance of the latents to where the same flow ends when it is solved in many steps, relative to their size.
-The official sampler stops at label 1 and is held against the flow there; all others go on to x_0. "plain 2M" is
+The official sampler stops at timestep 1 and is held against the flow there; all others go on to x_0. "plain 2M" is
 diffusers' DPM-Solver++ without the limit that `dpmsolver++` sets it. One thread; times are medians of rounds in which
 all take turns. For `shapes` also the share of held-out prompts that are drawn right. Writes tables as Markdown, all
 figures as JSON, and a picture.
@@ -27,7 +27,7 @@ from torch import Tensor
 from uvit.evaluate.prompts import accuracy
 from uvit.images import save_png, to_pil
 from uvit.sample.denoise import ALL_TIMESTEPS, denoise
-from uvit.sample.fit import Draw, Recorder, fit_plan, solve
+from uvit.sample.fit import Recorder, SampleLatents, fit_plan, solve
 from uvit.sample.load import open_pipeline
 from uvit.sample.schedulers import MultistepScheduler, SolverPlan, build_scheduler, karras_grid, second_order
 from uvit.sources.shapes import Scene, scenes
@@ -65,7 +65,7 @@ def read_prompts(source: str) -> list[str]:
 
 def drawing(
     pipeline: Any, prompts: list[str], seeds: list[int], guidance_scale: float, interval: Interval = ALL_TIMESTEPS
-) -> Draw:
+) -> SampleLatents:
     """Each prompt from each seed."""
     size = pipeline.unet.config.sample_size
     shape = (len(prompts), pipeline.unet.config.in_channels, size, size)
@@ -197,7 +197,7 @@ def plot(rows: list[dict[str, Any]]) -> Image.Image:
     scales = list(dict.fromkeys(row["guidance_scale"] for row in rows))
     width, height, left, top = 380, 300, 56, 34
     image = Image.new("RGB", (width * len(scales), height * len(models) + 30), "white")
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+    pen, font = ImageDraw.SampleLatents(image), ImageFont.load_default(13)
     low, high = (math.log10(edge(row["error"] for row in rows)) for edge in (min, max))
     low, high = math.floor(low * 2) / 2, math.ceil(high * 2) / 2
     for (i, model), (j, scale) in itertools.product(enumerate(models), enumerate(scales)):

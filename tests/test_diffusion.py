@@ -45,7 +45,7 @@ def test_schedule_equals_the_fixture(fixture: dict[str, np.ndarray]) -> None:
 def test_schedule_is_the_one_that_diffusers_is_told() -> None:
     scheduler = DDIMScheduler(**diffusion.scheduler_config())
     t = torch.arange(NUM_TIMESTEPS)
-    label = diffusion.label_of_scheduler_timestep(t)
+    label = diffusion.from_scheduler_timestep(t)
     assert (label.min(), label.max()) == (1, NUM_TIMESTEPS)
     torch.testing.assert_close(scheduler.alphas_cumprod.double(), diffusion.alphas_cumprod()[label], rtol=1e-4, atol=0)
 
@@ -119,9 +119,9 @@ def test_a_perfect_predictor_samples_x_0_back(kind: PredictionType) -> None:
     x_0, noise = draws(0)
     scheduler = DDIMScheduler(**diffusion.scheduler_config(kind), clip_sample=False, set_alpha_to_one=True)
     scheduler.set_timesteps(20)
-    x = diffusion.add_noise(x_0, noise, diffusion.label_of_scheduler_timestep(scheduler.timesteps[:1]))
+    x = diffusion.add_noise(x_0, noise, diffusion.from_scheduler_timestep(scheduler.timesteps[:1]))
     for t in scheduler.timesteps:
-        n = diffusion.label_of_scheduler_timestep(t)[None]
+        n = diffusion.from_scheduler_timestep(t)[None]
         a, s = diffusion.signal_and_noise(n, x)
         x = scheduler.step(diffusion.target(x_0, (x - a * x_0) / s, n, kind), t, x).prev_sample
     torch.testing.assert_close(x, x_0, atol=1e-4, rtol=0)

@@ -6,7 +6,7 @@ from uvit.errors import UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is a GPU where there is one. Raises UserError for a device that this machine has not."""
+    """`auto` is the GPU if there is one. Raises UserError if this machine does not have the device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

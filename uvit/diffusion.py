@@ -1,9 +1,9 @@
 """The one definition of the diffusion process: schedule, noising, targets, losses and the latent space.
 
 Variance-preserving diffusion with 1000 steps (DDPM, Ho et al. 2020), x_n = a_n x_0 + s_n eps with a_n^2 + s_n^2 = 1.
-Everything that trains, samples, previews or converts takes its constants from here.
+Training, sampling, previews and conversion take their constants from here.
 
-Shapes: latents, noise and predictions (B, C, H, W); timesteps (B,), the label n in 1..1000.
+Shapes: latents, noise and predictions (B, C, H, W); timesteps (B,), n in 1..1000.
 """
 
 import functools
@@ -14,10 +14,8 @@ from torch import Tensor
 
 NUM_TIMESTEPS = 1000
 BETA_START, BETA_END = 0.00085, 0.012
-LATENT_SCALE = (
-    0.23010  # of the Stable Diffusion VAE's latents, as U-ViT scales them; a model stores the one it trained with
-)
-CONTEXT_DROP_PROBABILITY = 0.1  # the caption gives way to the empty one, for guidance
+LATENT_SCALE = 0.23010  # for the Stable Diffusion VAE, as in U-ViT; a model stores the one that it was trained with
+CONTEXT_DROP_PROBABILITY = 0.1  # an empty caption replaces the caption, for guidance
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
@@ -33,7 +31,7 @@ def alphas_cumprod(device: torch.device | str = "cpu") -> Tensor:
 
 
 def log_snr(timesteps: Tensor) -> Tensor:
-    """log(a_n^2 / s_n^2), (B,) float64, for labels in 1..1000; between whole labels it is interpolated linearly."""
+    """log(a_n^2 / s_n^2), (B,) float64, for timesteps in 1..1000; fractional ones are interpolated linearly."""
     abar = alphas_cumprod(timesteps.device)[1:]
     table = torch.log(abar) - torch.log1p(-abar)  # index n - 1
     position = (timesteps.double() - 1).clamp(0, NUM_TIMESTEPS - 1)
@@ -43,7 +41,7 @@ def log_snr(timesteps: Tensor) -> Tensor:
 
 
 def timestep_of_log_snr(value: Tensor) -> Tensor:
-    """The label, a float in 1..1000, whose log-SNR is `value`: the inverse of `log_snr`."""
+    """The timestep, a float in 1..1000, whose log-SNR is `value`: the inverse of `log_snr`."""
     table = log_snr(torch.arange(NUM_TIMESTEPS, 0, -1, device=value.device))  # rising
     above = torch.searchsorted(table, value.double().contiguous()).clamp(1, NUM_TIMESTEPS - 1)
     low, high = table[above - 1], table[above]
@@ -88,13 +86,13 @@ def split_prediction(
 
 
 def convert_prediction(
-    prediction: Tensor, x_n: Tensor, timesteps: Tensor, source: PredictionType, goal: PredictionType
+    prediction: Tensor, x_n: Tensor, timesteps: Tensor, from_type: PredictionType, to_type: PredictionType
 ) -> Tensor:
     """The same prediction in another parametrisation, so that any model samples with any scheduler."""
-    if source == goal:
+    if from_type == to_type:
         return prediction
-    x_0, noise = split_prediction(prediction, x_n, timesteps, source)
-    return target(x_0, noise, timesteps, goal)
+    x_0, noise = split_prediction(prediction, x_n, timesteps, from_type)
+    return target(x_0, noise, timesteps, to_type)
 
 
 # The loss
@@ -127,16 +125,16 @@ def loss(
 
 
 def draw_latents(moments: Tensor, noise: Tensor, latent_scale: float) -> Tensor:
-    """x_0: a draw from the VAE posterior, scaled. moments (B, 2 C, H, W), noise (B, C, H, W), float32."""
+    """x_0: a sample of the VAE posterior, scaled. moments (B, 2 C, H, W), noise (B, C, H, W), float32."""
     mean, log_variance = moments.chunk(2, dim=1)
     return latent_scale * (mean + torch.exp(0.5 * log_variance.clamp(-30, 20)) * noise)
 
 
-# In diffusers' words
+# For diffusers schedulers
 
 
 def scheduler_config(prediction_type: PredictionType = "epsilon") -> dict[str, Any]:
-    """The schedule as diffusers schedulers are told it."""
+    """The schedule as settings of a diffusers scheduler."""
     return {
         "num_train_timesteps": NUM_TIMESTEPS,
         "beta_start": BETA_START,
@@ -146,6 +144,6 @@ def scheduler_config(prediction_type: PredictionType = "epsilon") -> dict[str, A
     }
 
 
-def label_of_scheduler_timestep(t: Tensor) -> Tensor:
-    """diffusers counts 0..999 the noise levels that the network was trained to know as 1..1000."""
+def from_scheduler_timestep(t: Tensor) -> Tensor:
+    """The network's timestep, 1..1000, of a diffusers scheduler's timestep t in 0..999."""
     return t + 1

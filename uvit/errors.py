@@ -1,4 +1,4 @@
-"""What a person did wrong, told apart from what we did wrong."""
+"""The error for mistakes of a user. Any other exception is a bug of ours."""
 
 
 class UserError(ValueError):

@@ -1,4 +1,4 @@
-"""Images between files, arrays and tensors; sheets of them for people to look at."""
+"""Images as files, arrays and tensors, and contact sheets."""
 
 import hashlib
 import math
@@ -18,7 +18,7 @@ FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "box": Image.Resampling.BOX,
 }
-SHEET_COLOUR = (232, 232, 236)  # of sheets; white pictures stand out from it
+SHEET_COLOUR = (232, 232, 236)  # the background of sheets; white images stand out from it
 
 
 def to_pixels(
@@ -27,8 +27,8 @@ def to_pixels(
     """Any image as a square: -> (3, R, R) uint8. Transparent parts become white.
 
     Args:
-        crop: `center` takes the middle square; `random` one that `key` chooses, the same on every machine; `pad` all
-            of the image, between white bars; `stretch` all of it, its proportions changed.
+        crop: `center` takes the middle square; `random` takes a square that depends on `key` alone; `pad` adds white
+            bars; `stretch` changes the proportions.
         resize: the filter, one of FILTERS.
     """
     if image.mode != "RGB":
@@ -53,7 +53,7 @@ def to_pixels(
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """Any mode -> RGB, what is transparent on white."""
+    """Any mode -> RGB; transparent parts become white."""
     if "A" not in image.getbands() and "transparency" not in image.info:
         return image.convert("RGB")
     rgba = image.convert("RGBA")
@@ -82,9 +82,9 @@ def contact_sheet(
     cell: int = 128,
     headings: Sequence[str] | None = None,
 ) -> Image.Image:
-    """Images in rows, each scaled to at most `cell` pixels, its label beneath it in up to four lines.
+    """Images in rows, each scaled to at most `cell` pixels, with its label below in up to four lines.
 
-    `headings` stand above the columns.
+    `headings` are the titles of the columns.
     """
     columns = columns or max(1, math.ceil(math.sqrt(len(images))))
     rows = math.ceil(len(images) / columns)
@@ -111,7 +111,7 @@ def contact_sheet(
 
 
 def _fit(image: Image.Image, cell: int) -> Image.Image:
-    """RGB, its longer side `cell` pixels; small pictures keep their pixels visible."""
+    """RGB, scaled so that the longer side has `cell` pixels. Pixels of small images stay visible."""
     scale = cell / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     sharp = Image.Resampling.NEAREST if scale >= 3 else Image.Resampling.LANCZOS
@@ -119,7 +119,7 @@ def _fit(image: Image.Image, cell: int) -> Image.Image:
 
 
 def save_png(image: Image.Image, path: Path, text: Mapping[str, str] | None = None) -> None:
-    """Write a PNG, whole or not at all, with `text` in its metadata."""
+    """Write a PNG atomically, with `text` in its metadata."""
     info = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
         info.add_itxt(key, value)

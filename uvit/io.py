@@ -1,7 +1,7 @@
-"""Files and folders that are whole or not there, JSON and YAML, and sizes in words.
+"""Atomic writes of files and folders, JSON and YAML, and sizes as text.
 
-The only place that writes aside, syncs and renames: a kill or a power cut leaves the old content or the new one, never
-half of it. What it leaves beside them is named `.NAME.writing`, and goes away with the next writing of the same name.
+An atomic write goes to a hidden name, `.NAME.writing`; then it is synced and renamed. A kill or a power cut leaves the
+old content or the new content, never a part. A hidden file that a kill leaves is removed by the next write of NAME.
 """
 
 import contextlib
@@ -14,15 +14,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Whole or not there
+# Atomic writes
 
 
 @contextlib.contextmanager
 def write_atomically(path: Path, sync: bool = True) -> Iterator[Path]:
-    """A path to write the new content of `path` to; it takes the name when the block ends without an error.
+    """Yields a path to write the new content to. It is renamed to `path` when the block ends without an error.
 
-    One process at a time may write a path. Without `sync` a kill loses nothing, but a power cut may: for files that are
-    many and cheap to make again. Raises OSError where the disk does not take it.
+    Only one process at a time may write a path. Without `sync`, a kill loses nothing, but a power cut may; use this for
+    many files that are cheap to make again. Raises OSError if the disk refuses the content.
     """
     aside = path.with_name(f".{path.name}.writing")
     try:
@@ -36,7 +36,7 @@ def write_atomically(path: Path, sync: bool = True) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def write_folder_atomically(folder: Path) -> Iterator[Path]:
-    """The same of a folder, made empty and with its parents; `folder` must not be there when the block ends."""
+    """The same for a folder. Yields an empty folder; `folder` must not exist when the block ends."""
     aside = folder.with_name(f".{folder.name}.writing")
     folder.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(aside, ignore_errors=True)
@@ -57,9 +57,9 @@ def write_bytes(path: Path, data: bytes, sync: bool = True) -> None:
 
 
 def sync_path(path: Path) -> None:
-    """Make sure that a file, or the names in a folder, outlive a power cut.
+    """Make sure that a file, or the names in a folder, survive a power cut.
 
-    A file's errors are raised: they may be the only sign of a disk that did not take it.
+    Errors of a file are raised: they may be the only sign that the disk refused it.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -70,35 +70,35 @@ def sync_path(path: Path) -> None:
 
 
 def back_up(path: Path) -> Path:
-    """Rename a file or folder to the first free one of NAME.old1, NAME.old2, ...; returns the new path."""
+    """Rename a file or folder to the first free name of NAME.old1, NAME.old2, ... Returns the new path."""
     names = (path.with_name(f"{path.stem}.old{i}{path.suffix}") for i in range(1, 10000))
-    kept = next(name for name in names if not name.exists())
-    path.rename(kept)
-    return kept
+    target = next(name for name in names if not name.exists())
+    path.rename(target)
+    return target
 
 
 # JSON and YAML
 
 
 def read_json(path: Path) -> Any:
-    """Raises OSError where it cannot be read, ValueError where it is not JSON."""
+    """Raises OSError if the file cannot be read, ValueError if it is not JSON."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_json(path: Path, content: Any, indent: int = 2) -> None:
-    """Whole or not at all."""
+    """Write atomically."""
     write_bytes(path, (json.dumps(content, indent=indent, ensure_ascii=False) + "\n").encode())
 
 
 def write_json_once(path: Path, content: Any, indent: int = 2) -> None:
-    """The same, unless another process was first: then the file stays as that one wrote it."""
+    """The same, unless another process was first: its file is kept."""
     if path.exists():
         return
     own = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     write_json(own, content, indent)
     try:
         os.link(own, path)
-    except (FileExistsError, FileNotFoundError):  # the latter: tidied away by a process that has just finished
+    except (FileExistsError, FileNotFoundError):  # not found: a process that has just finished removed it
         pass
     except OSError:  # a file system without links
         own.replace(path)
@@ -107,7 +107,7 @@ def write_json_once(path: Path, content: Any, indent: int = 2) -> None:
 
 
 def to_yaml(config: Any) -> str:
-    """A config dataclass, as a file that `--config` reads back to the same config."""
+    """A config dataclass as YAML. `--config` reads it back as the same config."""
     import yaml
 
     content = {
@@ -117,15 +117,15 @@ def to_yaml(config: Any) -> str:
 
 
 def write_yaml(config: Any, path: Path) -> None:
-    """Whole or not at all."""
+    """Write atomically."""
     write_bytes(path, to_yaml(config).encode())
 
 
-# Sizes in words
+# Sizes
 
 
 def format_bytes(num_bytes: float) -> str:
-    """In the unit that suits it, such as 1.5 GiB."""
+    """As text with a suitable unit, such as 1.5 GiB."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if num_bytes < 1024:
             return f"{num_bytes:,.0f} {unit}" if unit == "bytes" else f"{num_bytes:,.1f} {unit}"

@@ -2,7 +2,7 @@
 
 Time, words and image patches are all tokens of one sequence; long skip connections join the blocks of the first half
 to those of the second, as in a U-Net. The model predicts what `uvit.diffusion` asks of it from noisy latents, the
-timestep label (1..1000) and the text encoder's context.
+timestep (1..1000) and the text embeddings (context).
 
 Shapes in the margin: B batch, C latent channels, (H, W) latent size, p patch size, (h, w) = (H/p, W/p) patches,
 L = 1 + T + h w tokens (one for time, T for text), D width, N heads, d head dim.
@@ -21,7 +21,7 @@ INIT_STD = 0.02
 
 
 def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
-    """Sinusoidal embedding of the raw label, cosines first: (B,) -> (B, dim), float32."""
+    """Sinusoidal embedding of the raw timestep, cosines first: (B,) -> (B, dim), float32."""
     half = dim // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=timestep.device, dtype=torch.float32) / half)
     angles = timestep.float()[:, None] * frequencies                                             # (B, D/2)
@@ -65,7 +65,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block; those of the second half begin by taking in their long skip."""
+    """A pre-norm transformer block; those of the second half first take in their long skip."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, skip: bool):
         super().__init__()
@@ -156,7 +156,7 @@ class UViTT2IModel(ModelMixin, ConfigMixin):
 
         Args:
             latents: (B, C, H, W), the noisy latents x_n.
-            timestep: the label n in 1..1000, one for all or (B,).
+            timestep: n in 1..1000, one for all or (B,).
             context: (B, T, clip_dim), the text encoder's last hidden state.
         Returns:
             (B, C, H, W).

@@ -73,5 +73,5 @@ def test_a_width_that_does_not_divide_is_refused_where_it_must() -> None:
 
 
 def test_qkv_bias_is_refused_with_tensor_parallelism() -> None:
-    with pytest.raises(UserError, match=r"^--tensor_parallel_degree 2: is not there for networks with qkv_bias"):
+    with pytest.raises(UserError, match=r"^--tensor_parallel_degree 2: is not supported for networks with qkv_bias"):
         parallelize(UViTT2IModel(**TINY, qkv_bias=True), a_world_of(Degrees(tp=2)))

@@ -139,13 +139,13 @@ def test_prompts_from_arguments_file_and_pipe(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"prompts": ()}, "--prompts: there is none"),
+        ({"prompts": ()}, "--prompts: there are none"),
         ({"prompts_file": "absent.txt"}, "--prompts_file absent.txt"),
         ({"pipeline": "absent"}, "--pipeline absent: there is no such folder"),
         ({"compare_with": ("absent",)}, "--compare_with absent: there is no such folder"),
         ({"init_image": "absent.png"}, "--init_image absent.png: cannot be read"),
         ({"device": "gpu9"}, "--device gpu9"),
-        ({"output_dir": "/dev/null/x"}, "--output_dir /dev/null/x: /dev/null is no folder"),
+        ({"output_dir": "/dev/null/x"}, "--output_dir /dev/null/x: /dev/null is not a folder"),
         ({"prompts": ("caf\udce9",)}, r"the prompt 'caf.udce9': is not UTF-8"),
         ({"speed": "fast"}, r"--pipeline .*: no solver of 8 steps"),
     ],
@@ -164,7 +164,7 @@ def test_what_comes_out_as_no_numbers_is_not_written(folder: Path, tmp_path: Pat
     copy = UViTPipeline.from_pretrained(folder)
     torch.nn.init.constant_(copy.unet.norm.bias, torch.nan)
     copy.save_pretrained(tmp_path / "copy")
-    with pytest.raises(UserError, match="'a': came out as NaN"):
+    with pytest.raises(UserError, match="'a': the latents are NaN"):
         sample(SampleConfig(str(tmp_path / "copy"), ("a",), output_dir=str(tmp_path / "out"), num_inference_steps=2))
     assert not (tmp_path / "out").exists()
 
@@ -285,7 +285,7 @@ def test_an_interrupted_run_goes_on(folder: Path, tmp_path: Path, capsys: pytest
     assert contents(tmp_path) == whole
     assert (tmp_path / "00000-a.png").stat().st_mtime_ns == kept
     assert "4 images in" in (out := capsys.readouterr().out)
-    assert "1 of them were there already" in out
+    assert "1 of them existed already" in out
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_an_interrupted_run_goes_on(folder: Path, tmp_path: Path, capsys: pytest
         (["x", "b", "--skip_existing"], "prompt: a there, x here"),
         (["a", "b", "--skip_existing", "--seed=1"], "seed: 0 there, 1 here"),
         (["a", "b", "--skip_existing", "--negative_prompt=c"], "negative_prompt: nothing there, c here"),
-        (["a", "b", "--shard=0/2"], "is there already; --skip_existing"),
+        (["a", "b", "--shard=0/2"], "exists already; add --skip_existing"),
     ],
 )
 def test_other_pictures_are_never_taken_for_one_s_own_nor_overwritten(
@@ -333,7 +333,7 @@ def test_what_several_processes_share_is_no_terminal(
     for more in (["--shard=0/2"], ["--skip_existing"]):
         monkeypatch.setattr("sys.stdin", Terminal("a\n"))
         assert main(arguments(folder, tmp_path, *more)) == 2
-        assert "--prompts: there is none" in capsys.readouterr().err
+        assert "--prompts: there are none" in capsys.readouterr().err
     monkeypatch.setattr("sys.stdin", io.StringIO("a\n"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
@@ -357,7 +357,7 @@ def test_options_that_spare_memory(folder: Path, tmp_path: Path, capsys: pytest.
         one, other = (np.asarray(opened(tmp_path / kind / name)).astype(int) for kind in "ab")
         assert np.abs(one - other).max() <= 1
     assert main(arguments(folder, tmp_path / "c", "a", "--enable_model_cpu_offload")) == 2
-    assert "--enable_model_cpu_offload: spares a GPU's memory, and --device cpu" in capsys.readouterr().err
+    assert "--enable_model_cpu_offload: saves GPU memory, and --device cpu" in capsys.readouterr().err
 
 
 def test_fit_schedule_makes_the_speeds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -365,9 +365,9 @@ def test_fit_schedule_makes_the_speeds(tmp_path: Path, capsys: pytest.CaptureFix
     common = ["sample", f"--pipeline={folder}", "a red circle", "two cats", "--device=cpu", "--disable_tqdm"]
     fast = [*common, f"--output_dir={output_dir}", "--speed=fast"]
     assert main([*fast, "--guidance_scale=2"]) == 2
-    assert "no solver of 8 steps is fitted for guidance 2 (there are: none)" in capsys.readouterr().err
+    assert "no solver of 8 steps is fitted for guidance 2 (fitted: none)" in capsys.readouterr().err
     assert main([*common, "--fit_schedule", "--guidance_scale=2", "--num_images_per_prompt=3"]) == 2
-    assert "--fit_schedule: 6 pictures are too few" in capsys.readouterr().err
+    assert "--fit_schedule: 6 images are too few" in capsys.readouterr().err
 
     assert main([*common, "--fit_schedule", "--guidance_scale=2", "--num_images_per_prompt=4"]) == 0
     said = capsys.readouterr().out.splitlines()
@@ -375,7 +375,7 @@ def test_fit_schedule_makes_the_speeds(tmp_path: Path, capsys: pytest.CaptureFix
         "--speed fast, 8 steps for guidance 2", "--speed balanced, 12 steps for guidance 2",
         "--speed quality, 24 steps for guidance 2"
     ]  # fmt: skip
-    assert all(float(line.split("off by ")[1].split("%")[0]) < 5 for line in said)
+    assert all(float(line.split("error ")[1].split("%")[0]) < 5 for line in said)
     assert not output_dir.exists()
 
     assert main([*fast, "--guidance_scale=2"]) == 0
@@ -387,4 +387,4 @@ def test_fit_schedule_makes_the_speeds(tmp_path: Path, capsys: pytest.CaptureFix
         assert np.abs(np.asarray(drawn).astype(int) - np.asarray(wanted)).mean() < 4
         assert (drawn.text["scheduler"], drawn.text["num_inference_steps"]) == ("fitted", "8")
     assert main([*fast, "--guidance_scale=3"]) == 2
-    assert "(there are: 8 for guidance 2; 12 for guidance 2; 24 for guidance 2)" in capsys.readouterr().err
+    assert "(fitted: 8 for guidance 2; 12 for guidance 2; 24 for guidance 2)" in capsys.readouterr().err

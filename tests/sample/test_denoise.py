@@ -6,7 +6,7 @@ from torch import Tensor
 from tests.sample.parts import NAMES, PREDICTIONS, gaussian_flow, gaussian_predictor
 from uvit.diffusion import PredictionType
 from uvit.errors import UserError
-from uvit.sample.denoise import denoise, timestep_labels
+from uvit.sample.denoise import denoise, exact_timesteps
 from uvit.sample.schedulers import build_scheduler
 
 SHAPE = (3, 4, 8, 8)
@@ -87,13 +87,13 @@ def test_labels_are_those_of_training(name: str) -> None:
 def test_whole_timesteps_between_which_the_noise_level_lies_get_its_own_label() -> None:
     karras = build_scheduler("dpmsolver++")
     karras.set_timesteps(25)
-    labels = timestep_labels(karras)
+    labels = exact_timesteps(karras)
     assert ((labels - 1 - karras.timesteps).abs() <= 0.501).all()
     assert ((labels - 1 - karras.timesteps).abs() > 0.1).any()
 
     even = type(karras).from_config(karras.config, use_karras_sigmas=False)
     even.set_timesteps(25)
-    assert torch.equal(timestep_labels(even), even.timesteps.float() + 1)
+    assert torch.equal(exact_timesteps(even), even.timesteps.float() + 1)
 
 
 def test_a_grid_finer_than_whole_timesteps_loses_no_step() -> None:

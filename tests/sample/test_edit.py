@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.sample.parts import NAMES, gaussian_predictor, tiny_pipeline_folder
 from uvit.diffusion import signal_and_noise
-from uvit.sample.denoise import at_step, denoise, timestep_labels
+from uvit.sample.denoise import at_step, denoise, exact_timesteps
 from uvit.sample.edit import first_step
 from uvit.sample.pipeline import UViTPipeline
 from uvit.sample.schedulers import build_scheduler
@@ -79,7 +79,7 @@ def test_begins_at_the_noise_level_that_the_network_is_told(name: str, strength:
     start = first_step(strength, steps, scheduler.order)
     predictor = gaussian_predictor(MEAN, 0.5, "epsilon")
     x_0 = denoise(predictor, scheduler, NOISE, CONTEXT, CONTEXT, 1, steps, "epsilon", start=start, image=IMAGE)
-    a, s = signal_and_noise(timestep_labels(scheduler)[start : start + 1], NOISE)
+    a, s = signal_and_noise(exact_timesteps(scheduler)[start : start + 1], NOISE)
     exact = MEAN + 0.5 * (a * IMAGE + s * NOISE - a * MEAN) / (a**2 * 0.25 + s**2).sqrt()
     assert (x_0 - exact).square().mean().sqrt() < rms
 
@@ -103,7 +103,7 @@ def test_noisy_latents_are_what_a_scheduler_s_own_steps_come_through(name: str) 
     if name == "ddpm":
         return  # it adds noise of its own
     assert max(distances[:-1]) < 1e-4
-    assert distances[-1] < (0.2 if name == "official" else 1e-4)  # which leaves the noise of label 1 in
+    assert distances[-1] < (0.2 if name == "official" else 1e-4)  # which keeps the noise of timestep 1
 
 
 def test_the_share_of_steps() -> None:
@@ -201,9 +201,9 @@ def test_each_prompt_has_its_picture(pipeline: UViTPipeline) -> None:
     for i in range(4):
         alone = pipeline(prompts[i // 2], image=images[i // 2], latents=noise[i : i + 1], **fixed).images
         assert torch.allclose(together[i], alone[0], atol=1e-4)
-    with pytest.raises(ValueError, match="3 images for 2 to be drawn"):
+    with pytest.raises(ValueError, match="3 images for 2 images to generate"):
         pipeline(prompts, image=[picture()] * 3, **fixed)
-    with pytest.raises(ValueError, match="2 masks for 1 to be drawn"):
+    with pytest.raises(ValueError, match="2 masks for 1 images to generate"):
         pipeline(prompts[0], image=picture(), mask_image=[Image.new("L", (32, 32))] * 2, **fixed)
 
 

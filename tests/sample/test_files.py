@@ -11,9 +11,9 @@ from uvit.config.sample import SampleConfig
 from uvit.errors import UserError
 from uvit.sample.files import (
     UNRECORDED_FLAGS,
+    check_writable,
     is_generated,
     metadata,
-    need_writable,
     next_number,
     numbered,
     save_image,
@@ -61,12 +61,12 @@ def test_latents_lie_beside_the_picture(tmp_path: Path, kind: str | None) -> Non
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    need_writable(tmp_path / "new" / "newer", "--output_dir new")
+    check_writable(tmp_path / "new" / "newer", "--output_dir new")
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").touch()
     for place in (tmp_path / "file", tmp_path / "file" / "new"):
-        with pytest.raises(UserError, match=f"--output_dir x: {tmp_path}/file is no folder"):
-            need_writable(place, "--output_dir x")
+        with pytest.raises(UserError, match=f"--output_dir x: {tmp_path}/file is not a folder"):
+            check_writable(place, "--output_dir x")
 
 
 def test_a_picture_is_known_by_what_made_it(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_a_picture_is_known_by_what_made_it(tmp_path: Path) -> None:
             is_generated(path, other, None)
     for content in (path.read_bytes()[:-30], b"no picture"):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"cannot be read .*; delete it, and it is drawn again"):
+        with pytest.raises(UserError, match=r"cannot be read .*; delete it and run the same command again"):
             is_generated(path, text, None)
         with pytest.raises(UserError, match=r"00000-a.png: cannot be read"):
             save_sheet(SampleConfig("p", output_dir=str(tmp_path)), [variant(tmp_path)], [ImageJob(0, "a", 1)], {})

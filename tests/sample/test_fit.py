@@ -8,13 +8,22 @@ from torch import Tensor
 from tests.sample.parts import mixture_flow, mixture_predictor
 from uvit.errors import UserError
 from uvit.sample.denoise import denoise
-from uvit.sample.fit import FITTED_FILE, Draw, fit_plan, least_squares, read_plans, relative_error, solve, store_plan
+from uvit.sample.fit import (
+    FITTED_FILE,
+    SampleLatents,
+    fit_plan,
+    least_squares,
+    read_plans,
+    relative_error,
+    solve,
+    store_plan,
+)
 from uvit.sample.schedulers import MultistepScheduler, SolverPlan, karras_grid, second_order
 
 NONE = (1.0, 1.0, 1000.0)  # guidance
 
 
-def drawing(seed: int, calls: list[int] | None = None) -> Draw:
+def drawing(seed: int, calls: list[int] | None = None) -> SampleLatents:
     """Draws always from that noise, for data of a mixture of normal distributions."""
     noise = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
     context = torch.zeros(4, 1, 1)

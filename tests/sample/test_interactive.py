@@ -4,7 +4,7 @@ import pytest
 
 from uvit.config.sample import SampleConfig
 from uvit.errors import UserError
-from uvit.sample.interactive import SETTINGS, changed, interactive
+from uvit.sample.interactive import SETTINGS, change_setting, interactive
 
 GIVEN = SampleConfig("p", seed=3, guidance_scale=(2.0,))
 
@@ -23,7 +23,7 @@ def test_draws_each_line_until_the_end(monkeypatch: pytest.MonkeyPatch, capsys: 
     drawn: list = []
     talk("a\n\n  b \n/num_images_per_prompt 4\nc\n/seed 9\n/guidance_scale 1 7.5\nd", monkeypatch, drawn)
     assert drawn == [("a", 3, (2.0,)), ("b", 4, (2.0,)), ("c", 5, (2.0,)), ("d", 9, (1.0, 7.5))]
-    assert "Ctrl-D ends" in capsys.readouterr().out
+    assert "Ctrl-D quits" in capsys.readouterr().out
 
 
 def test_a_mistake_or_an_interrupted_drawing_ends_nothing(
@@ -42,7 +42,7 @@ def test_a_mistake_or_an_interrupted_drawing_ends_nothing(
 
 
 def test_every_setting_is_a_flag_and_is_shown(capsys: pytest.CaptureFixture) -> None:
-    assert changed(GIVEN, "", GIVEN) is GIVEN
+    assert change_setting(GIVEN, "", GIVEN) is GIVEN
     out = capsys.readouterr().out
     assert out.splitlines()[0] == "/seed 3"
     assert "/guidance_scale 2\n" in out
@@ -52,9 +52,9 @@ def test_every_setting_is_a_flag_and_is_shown(capsys: pytest.CaptureFixture) -> 
 
 
 def test_a_setting_goes_back_to_what_the_command_said() -> None:
-    config = changed(changed(GIVEN, "negative-prompt a blue dog", GIVEN), "seed 8", GIVEN)
+    config = change_setting(change_setting(GIVEN, "negative-prompt a blue dog", GIVEN), "seed 8", GIVEN)
     assert (config.negative_prompt, config.seed) == ("a blue dog", 8)
-    config = changed(changed(config, "negative_prompt", GIVEN), "seed", GIVEN)
+    config = change_setting(change_setting(config, "negative_prompt", GIVEN), "seed", GIVEN)
     assert config == GIVEN
 
 
@@ -70,4 +70,4 @@ def test_a_setting_goes_back_to_what_the_command_said() -> None:
 )
 def test_mistakes_are_named(words: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        changed(GIVEN, words, GIVEN)
+        change_setting(GIVEN, words, GIVEN)

@@ -68,7 +68,7 @@ def test_several_are_named_after_what_tells_them_apart(pipelines: list[str], tmp
     assert [name for name, _ in names(compare_with=(pipelines[1],), guidance_scale=(1.0, 2.0))] == [
         "small guidance 1", "small guidance 2", "large guidance 1", "large guidance 2"
     ]  # fmt: skip
-    with pytest.raises(UserError, match=r"--compare_with .*: cannot be told apart"):
+    with pytest.raises(UserError, match=r"--compare_with .*: two pipelines cannot be distinguished"):
         names(compare_with=(pipelines[0],))
 
 

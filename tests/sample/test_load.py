@@ -33,7 +33,9 @@ def test_what_to_do_where_there_is_none(tmp_path: Path) -> None:
     for step in (9, 10):
         save_checkpoint(tmp_path / "run", step, {"weights": {"w": torch.zeros(1)}}, {})
     run = tmp_path / "run"
-    with pytest.raises(UserError, match=f"not finished; .*: uvit convert {run}/checkpoint-10 {run}/pipeline$"):
+    with pytest.raises(
+        UserError, match=f"an unfinished training run; .*: uvit convert {run}/checkpoint-10 {run}/pipeline$"
+    ):
         find_pipeline(str(run))
     with pytest.raises(UserError, match=f"is a training checkpoint; .*: uvit convert {run}/checkpoint-9 {run}/pipe"):
         find_pipeline(str(run / "checkpoint-9"))
@@ -59,9 +61,11 @@ def test_a_pipeline_that_is_not_whole_is_one_sentence(folder: Path, tmp_path: Pa
         shutil.rmtree(copy / "text_encoder")
         text = tiny_text_encoder_folder(tmp_path / "text", width=16)
         load_transformers_encoder(str(text)).save_pretrained(copy / "text_encoder")
-    with pytest.raises(UserError, match=f"--pipeline {copy}: is not whole, or its parts do not fit") as caught:
+    with pytest.raises(
+        UserError, match=f"--pipeline {copy}: is incomplete, or its components do not fit together"
+    ) as caught:
         open_pipeline(str(copy), "cpu")
-    assert ("contexts are 16 wide, and the U-ViT takes 32" in str(caught.value)) == damage.startswith("another")
+    assert ("text embeddings are 16 wide, but the U-ViT takes 32" in str(caught.value)) == damage.startswith("another")
 
 
 def test_opens_with_what_is_asked_for(folder: Path, capsys: pytest.CaptureFixture) -> None:

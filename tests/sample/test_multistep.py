@@ -65,7 +65,7 @@ def test_the_plan_is_that_of_the_steps_and_the_guidance() -> None:
 
 def test_it_begins_with_noise_alone() -> None:
     scheduler = MultistepScheduler([second_order(karras_grid(5))])
-    with pytest.raises(UserError, match="noise alone"):
+    with pytest.raises(UserError, match="pure noise"):
         draw(scheduler, 5, start=2, image=NOISE)
 
 

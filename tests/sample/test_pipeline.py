@@ -151,7 +151,7 @@ def test_callback_sees_and_changes_the_latents(pipeline: UViTPipeline) -> None:
 def test_callback_may_leave_the_latents_alone(pipeline: UViTPipeline) -> None:
     seen = draw(pipeline, callback_on_step_end=lambda *_: {}, callback_on_step_end_tensor_inputs=["latents"])
     assert torch.equal(seen, draw(pipeline))
-    with pytest.raises(ValueError, match=r"\['prompt_embeds'\]: there are the latents alone"):
+    with pytest.raises(ValueError, match=r"\['prompt_embeds'\]: only latents is available"):
         draw(pipeline, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"])
 
 
@@ -167,7 +167,11 @@ def test_parts_of_another_model_are_refused(pipeline: UViTPipeline) -> None:
     wide = UViTT2IModel(**{**pipeline.unet.config, "clip_dim": 48})
     deep = UViTT2IModel(**{**pipeline.unet.config, "in_channels": 8})
     pipeline.tokenizer.add_tokens("elephant")
-    for unet, message in ((wide, "32 wide, and .* 48"), (deep, "4 channels, and .* 8"), (parts["unet"], "knows")):
+    for unet, message in (
+        (wide, "32 wide, but .* 48"),
+        (deep, "4 channels, but .* 8"),
+        (parts["unet"], "the text encoder has"),
+    ):
         with pytest.raises(ValueError, match=message):
             UViTPipeline(**{**parts, "unet": unet})
 

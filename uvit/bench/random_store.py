@@ -1,4 +1,4 @@
-"""A feature store of random numbers, to measure on."""
+"""A feature store of random numbers, for measurements."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,10 @@ from uvit.store.writer import StoreInfo, StoreWriter
 
 
 def write_random_store(folder: Path, unet: UViTT2IModel, num_pairs: int, block: int = 64) -> Path:
-    """Moments and one context a pair, float16, in the model's shapes; every `block` pairs the same. Split: train."""
+    """Write float16 moments and one context per pair, in the shapes of the model, as the split train.
+
+    They repeat after `block` pairs.
+    """
     sizes: Any = unet.config
     rows, columns = unet.grid
     num_tokens, width = sizes.num_text_tokens, sizes.clip_dim
@@ -34,7 +37,7 @@ def write_random_store(folder: Path, unet: UViTT2IModel, num_pairs: int, block: 
     )
     random = np.random.default_rng(0)
     moments = random.standard_normal((block, *info.moments_shape), dtype=np.float32)
-    moments[:, : sizes.in_channels] /= LATENT_SCALE  # means as large as real ones
+    moments[:, : sizes.in_channels] /= LATENT_SCALE  # means of a realistic size
     moments = moments.astype(np.float16)
     contexts = random.standard_normal((block, num_tokens, width), dtype=np.float32).astype(np.float16)
     writer = StoreWriter(folder / "train", info)

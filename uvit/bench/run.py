@@ -1,8 +1,8 @@
-"""`uvit bench`: the training step, the forward pass and the loader, beside the machine's own matrix product.
+"""`uvit bench`: times the training step, the forward pass and the loader, relative to a matrix product.
 
-What is timed is what `uvit train` runs, on a feature store of random numbers. The yardstick is taken again
-between the measurements: on a shared machine the rate drifts by tens of per cent within a minute, and only
-the ratio of neighbours says something about the code.
+It times the code of `uvit train` on a feature store of random numbers. The matrix product (matmul) is timed again
+between the measurements. On a shared machine the speed drifts by tens of per cent within a minute, so only the ratio to
+the matmul just before and after says something about the code.
 """
 
 import itertools
@@ -30,7 +30,7 @@ LOADER_PAIRS = 1024  # 137 MB at COCO's shapes
 NUM_WARM_UPS = 2  # the allocator needs two rounds to settle
 
 Job = Callable[[], object]
-Timing = tuple[float, float]  # seconds of a job, and of the matmul beside it
+Timing = tuple[float, float]  # seconds of a job, and of the matmul before and after it
 
 
 def bench(config: BenchConfig) -> None:
@@ -43,11 +43,11 @@ def bench(config: BenchConfig) -> None:
         matmul, forward, step = make_jobs(config, run)
         timings = time_rounds({"forward": forward, "training step": step}, matmul, config.steps, run.device)
         forward_flops, step_flops = count_flops(resolve_model_config(config.uvit_config_file), config.batch_size)
-        work = {"forward": forward_flops, "training step": step_flops}
-        print(format_table(timings, work, 2 * config.matmul_size**3, config.batch_size))
+        flops = {"forward": forward_flops, "training step": step_flops}
+        print(format_table(timings, flops, 2 * config.matmul_size**3, config.batch_size))
         if config.loader:
             rate = loader_rate(run)
-            print(f"loader: {rate:,.0f} samples/s in one process, batches of {LOADER_BATCH_SIZE}, all drawn")
+            print(f"loader: {rate:,.0f} samples/s in one process, batches of {LOADER_BATCH_SIZE}")
 
 
 def build_bench_run(config: BenchConfig, folder: Path) -> Run:
@@ -72,7 +72,7 @@ def build_bench_run(config: BenchConfig, folder: Path) -> Run:
 
 
 def make_jobs(config: BenchConfig, run: Run) -> tuple[Job, Job, Job]:
-    """(the yardstick in the precision's type, a forward pass as sampling does it, a training step)."""
+    """(a matmul in the dtype of the precision, a forward pass as in sampling, a training step)."""
     size = (config.matmul_size, config.matmul_size)
     left, right, product = (torch.randn(size, device=run.device).to(run.precision.dtype) for _ in range(3))
     batch = run.batches[0].to(run.device)
@@ -88,7 +88,7 @@ def make_jobs(config: BenchConfig, run: Run) -> tuple[Job, Job, Job]:
 
 
 def time_rounds(jobs: dict[str, Job], matmul: Job, rounds: int, device: torch.device) -> dict[str, list[Timing]]:
-    """{name: [(seconds, seconds of the matmul, the mean of those just before and after), ...]}."""
+    """{name: [(seconds, mean seconds of the matmul just before and after), ...]}."""
     timings: dict[str, list[Timing]] = {name: [] for name in jobs}
     with Progress("bench", NUM_WARM_UPS + rounds, "round") as progress:
         for round_ in progress.over(range(-NUM_WARM_UPS, rounds)):
@@ -115,12 +115,12 @@ def seconds(job: Job, device: torch.device) -> float:
 
 
 def loader_rate(run: Run) -> float:
-    """Samples per second of the batches' own making, from a store in memory: the median of ten stretches."""
+    """Samples per second of the loader alone, from a store in memory: the median of ten epochs."""
     batches = BatchDataset(run.features, LOADER_BATCH_SIZE, run.config.seed)
-    stretch = LOADER_PAIRS // LOADER_BATCH_SIZE
+    num_batches = LOADER_PAIRS // LOADER_BATCH_SIZE
 
     def epoch(number: int) -> None:
-        for index in range(number * stretch, (number + 1) * stretch):
+        for index in range(number * num_batches, (number + 1) * num_batches):
             batches[index]
 
     epoch(0)
@@ -130,28 +130,28 @@ def loader_rate(run: Run) -> float:
 
 def describe_run(config: BenchConfig, run: Run) -> str:
     cuda, num_threads = run.device.type == "cuda", torch.get_num_threads()
-    place = torch.cuda.get_device_name(run.device) if cuda else f"{num_threads} thread{'s'[: num_threads > 1]}"
+    hardware = torch.cuda.get_device_name(run.device) if cuda else f"{num_threads} thread{'s'[: num_threads > 1]}"
     options = [config.precision, *(name for name in ("compile", "recompute") if getattr(config, name))]
     num_parameters, size = sum(p.numel() for p in run.master_model.parameters()), config.matmul_size
     return (
         f"{config.uvit_config_file}: {num_parameters:,} parameters, batch {config.batch_size}, "
-        f"{', '.join(options)}; {run.device} ({place}), torch {torch.__version__}; "
-        f"medians of {config.steps}, beside the product of two {size}x{size} matrices"
+        f"{', '.join(options)}; {run.device} ({hardware}), torch {torch.__version__}; "
+        f"medians of {config.steps} rounds; matmul: the product of two {size}x{size} matrices"
     )
 
 
-def format_table(timings: dict[str, list[Timing]], work: dict[str, int], matmul_flops: int, batch_size: int) -> str:
-    """Median time and rates; the last column is the median of each measurement's ratio to its own matmul."""
+def format_table(timings: dict[str, list[Timing]], flops: dict[str, int], matmul_flops: int, batch_size: int) -> str:
+    """Median times and rates. The last column is the median of the ratios of each measurement to its own matmul."""
     matmul = statistics.median(beside for rows in timings.values() for _, beside in rows)
     lines = [f"{'':<14}{'ms':>10}{'samples/s':>11}{'GFLOP':>10}{'GFLOP/s':>10}{'of matmul':>11}"]
     gflop = matmul_flops / 1e9
     lines.append(f"{'matmul':<14}{matmul * 1e3:>10.1f}{'':>11}{gflop:>10.1f}{gflop / matmul:>10.1f}")
     for name, rows in timings.items():
         median = statistics.median(elapsed for elapsed, _ in rows)
-        ratio = statistics.median(work[name] / elapsed / (matmul_flops / beside) for elapsed, beside in rows)
+        ratio = statistics.median(flops[name] / elapsed / (matmul_flops / beside) for elapsed, beside in rows)
         lines.append(
-            f"{name:<14}{median * 1e3:>10.1f}{batch_size / median:>11.2f}{work[name] / 1e9:>10.1f}"
-            f"{work[name] / median / 1e9:>10.1f}{ratio:>11.1%}"
+            f"{name:<14}{median * 1e3:>10.1f}{batch_size / median:>11.2f}{flops[name] / 1e9:>10.1f}"
+            f"{flops[name] / median / 1e9:>10.1f}{ratio:>11.1%}"
         )
     return "\n".join(lines)
 

@@ -58,7 +58,7 @@ def is_ordered_by_rank(name: str, tensor: Tensor) -> bool:
 
 
 def gather_rows(tensor: Tensor, world: World) -> Tensor:
-    """The rows of all tp ranks: (tp, rows, columns)."""
+    """Gather the rows of all tp ranks: (tp, rows, columns)."""
     mine = local_tensor(tensor).contiguous()
     parts = [torch.empty_like(mine) for _ in range(world.degrees.tp)]
     dist.all_gather(parts, mine, group=world.group("tp"))

@@ -1,7 +1,7 @@
-"""The processes of a run and the grid that they form.
+"""The processes of a run and their mesh.
 
-Three axes: `dp` (replicas) x `shard` (fully sharded data parallel) x `tp` (tensor parallel), tp innermost, so that the
-processes that talk most are neighbours. The processes of a tp group read the same data.
+The mesh has three axes: `dp` (replicas) x `shard` (fully sharded data parallel) x `tp` (tensor parallel). `tp` is
+innermost, so that the processes that communicate most are neighbours. The processes of a tp group read the same data.
 """
 
 import os
@@ -19,7 +19,7 @@ AXES = ("dp", "shard", "tp")
 
 @dataclass(frozen=True)
 class Degrees:
-    """How many processes there are along each axis."""
+    """The number of processes along each axis."""
 
     dp: int = 1
     shard: int = 1
@@ -38,7 +38,7 @@ class Degrees:
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among `size` processes; a world of one has no mesh and uses no torch.distributed."""
+    """The rank of this process among `size` processes. A single process has no mesh and no torch.distributed."""
 
     rank: int
     size: int
@@ -52,17 +52,17 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """The one that speaks, logs and writes."""
+        """Whether this process prints, logs and writes."""
         return self.rank == 0
 
     @property
     def data_rank(self) -> int:
-        """Which share of the data this process reads, of `num_data_ranks`."""
+        """Which of the `num_data_ranks` parts of each batch this process reads."""
         return self.rank // self.degrees.tp
 
     @property
     def tp_rank(self) -> int:
-        """Which part of each block this process computes."""
+        """Which part of each transformer block this process computes."""
         return self.rank % self.degrees.tp
 
     @property
@@ -70,11 +70,11 @@ class World:
         return self.degrees.dp * self.degrees.shard
 
     def axes(self, *names: str) -> list[str]:
-        """Those of the axes (all of them, where none is named) along which there is more than one process."""
+        """The axes, of those named or of all, with more than one process."""
         return [name for name in names or AXES if getattr(self.degrees, name) > 1]
 
     def group(self, axis: str) -> dist.ProcessGroup:
-        """The processes that differ from this one along one axis alone."""
+        """The process group of this process along one axis."""
         assert self.mesh is not None
         return self.mesh.get_group(axis)
 
@@ -85,7 +85,7 @@ def single_process_world(device: str = "auto") -> World:
 
 
 def init_distributed(degrees: Degrees, device: str = "auto") -> World:
-    """Join the processes that torchrun started, if it did. Raises UserError where their number is not the degrees'."""
+    """Join the processes that torchrun started, if any. Raises UserError if their number does not match the degrees."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check_degrees(degrees, size, launched="WORLD_SIZE" in os.environ)
     chosen = pick_device(device)
@@ -94,8 +94,8 @@ def init_distributed(degrees: Degrees, device: str = "auto") -> World:
     if chosen.type == "cuda" and chosen.index is None:
         chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(chosen)
-    if not dist.is_initialized():  # a process may lay out its mesh more than once
-        # Objects and flags on the CPU go by gloo, whatever the tensors go by.
+    if not dist.is_initialized():  # a process may build more than one mesh
+        # Objects and flags on the CPU use gloo, also next to NCCL.
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=restart_safe_store(), rank=rank, world_size=size)
     mesh = init_device_mesh(chosen.type, (degrees.dp, degrees.shard, degrees.tp), mesh_dim_names=AXES)
@@ -103,9 +103,9 @@ def init_distributed(degrees: Degrees, device: str = "auto") -> World:
 
 
 def restart_safe_store() -> dist.Store:
-    """torchrun's, apart from what processes before a restart have left there: their addresses, nobody answers at them.
+    """torchrun's store, without the addresses that processes before a restart left in it.
 
-    On one machine the restarts are counted alike; on several they are not.
+    Only on one machine: on several, torchrun does not count restarts alike on all of them.
     """
     store, _, _ = next(dist.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
@@ -114,7 +114,7 @@ def restart_safe_store() -> dist.Store:
 
 
 def destroy_distributed(world: World) -> None:
-    """Leave the others; at the end of the process."""
+    """Call at the end of the process."""
     if world.parallel:
         dist.destroy_process_group()
 
@@ -129,11 +129,11 @@ def check_degrees(degrees: Degrees, size: int, launched: bool) -> None:
             raise UserError(f"--{name} {value}: must be 1 or more")
     if degrees.product == size:
         return
-    there = "there is 1 process" if size == 1 else f"there are {size} processes"
+    actual = "there is 1 process" if size == 1 else f"there are {size} processes"
     command = f"start them with torchrun --nproc_per_node {degrees.product} -m uvit train ..."
     if degrees.product == 1:
         command = "start one without torchrun"
-    rest = degrees.shard * degrees.tp
-    if not launched or size % rest:
-        raise UserError(f"{degrees}, but {there}; {command}")
-    raise UserError(f"{degrees}, but {there}; pass --dp_degree {size // rest}, or {command}")
+    per_replica = degrees.shard * degrees.tp
+    if not launched or size % per_replica:
+        raise UserError(f"{degrees}, but {actual}; {command}")
+    raise UserError(f"{degrees}, but {actual}; pass --dp_degree {size // per_replica}, or {command}")

@@ -1,6 +1,6 @@
-"""What the processes of a run tell one another: gradients, norms, flags. In a world of one nothing is sent.
+"""What the processes of a run exchange: gradients, norms, flags. A single process exchanges nothing.
 
-Every process must call these at the same point of the program.
+All functions that take a `World` are collective: every process calls them at the same point of the program.
 """
 
 import hashlib
@@ -17,20 +17,20 @@ from uvit.distributed.mesh import World
 
 T = TypeVar("T")
 
-BUCKET_BYTES = 25 * 2**20  # gradients sent at a time: few enough calls, and early enough to hide behind the backward
+BUCKET_BYTES = 25 * 2**20  # gradients per all-reduce: few calls, and early enough to overlap with the backward
 
 
 @torch.no_grad()
 def local_tensor(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds, in the same memory and free of autograd; all of a plain one."""
+    """The local part of a DTensor, or a plain tensor itself: in the same memory, detached from autograd."""
     if not isinstance(tensor, DTensor):
         return tensor.detach()
-    assert not any(placement.is_partial() for placement in tensor.placements), "a sum that was not carried out"
+    assert not any(placement.is_partial() for placement in tensor.placements), "a partial sum"
     return tensor.to_local().detach()
 
 
 def sharded_axes(tensor: Tensor) -> tuple[str, ...]:
-    """The axes of the mesh along which a tensor is cut into parts; along the others it is replicated."""
+    """The axes of the mesh along which a tensor is sharded. Along the others it is replicated."""
     if not isinstance(tensor, DTensor):
         return ()
     names = tensor.device_mesh.mesh_dim_names or ()
@@ -38,7 +38,7 @@ def sharded_axes(tensor: Tensor) -> tuple[str, ...]:
 
 
 def fused_groups(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Parameters that one fused or foreach kernel takes together: plain tensors, or DTensors of one mesh."""
+    """Groups of parameters that one fused or foreach kernel accepts: plain tensors, or DTensors of one mesh."""
     groups: dict[object, list[Tensor]] = {}
     for parameter in parameters:
         key = parameter.device_mesh if isinstance(parameter, DTensor) else None
@@ -57,15 +57,16 @@ class GradientAverage:
             loss.backward()
         average.finish()
 
-    Fully sharded networks do it by themselves and are only told when. For replicas, buckets of gradients are summed as
-    soon as they are whole, while the backward goes on. A parameter must have a gradient in all processes or in none.
+    Fully sharded networks average by themselves; this class only selects the microbatch. For replicas, a bucket of
+    gradients is summed as soon as it is complete, while the backward continues. A parameter must have a gradient in all
+    processes or in none.
     """
 
     def __init__(self, networks: nn.Module, world: World, bucket_bytes: int = BUCKET_BYTES):
         self.world = world
         self.sharded = [module for module in networks.modules() if isinstance(module, FSDPModule)]
         self.buckets: list[list[nn.Parameter]] = []
-        self.missing: list[int] = []  # gradients that each bucket waits for
+        self.missing: list[int] = []  # how many gradients each bucket still waits for
         self.last = False
         self.sent: list[tuple[list[Tensor], Tensor, dist.Work]] = []
         if world.degrees.dp > 1 and not self.sharded:
@@ -73,7 +74,7 @@ class GradientAverage:
 
     def _hook(self, parameters: list[nn.Parameter], bucket_bytes: int) -> None:
         filled = bucket_bytes
-        for parameter in reversed(parameters):  # about the order in which a backward comes by
+        for parameter in reversed(parameters):  # roughly the order in which the backward reaches them
             size = local_tensor(parameter).nbytes
             if filled + size > bucket_bytes or parameter.dtype != self.buckets[-1][0].dtype:
                 self.buckets.append([])
@@ -86,7 +87,7 @@ class GradientAverage:
         def hook(_: Tensor) -> None:
             if self.last:
                 self.missing[bucket] -= 1
-                # In the order of the buckets, the same in every process.
+                # Always in the order of the buckets, so that all processes send alike.
                 while len(self.sent) < len(self.buckets) and not self.missing[len(self.sent)]:
                     self._send()
 
@@ -99,13 +100,13 @@ class GradientAverage:
         if not grads:
             grads = [torch.zeros(1, device=self.world.device)]
         flat = torch.cat([grad.flatten() for grad in grads])
-        flat.div_(self.world.degrees.dp)  # first, so that a sum of float16 does not overflow where the mean would not
+        flat.div_(self.world.degrees.dp)  # before the sum, so that float16 overflows only if the mean does
         work = dist.all_reduce(flat, group=self.world.group("dp"), async_op=True)
         assert work is not None
         self.sent.append((grads, flat, work))
 
     def microbatch(self, last: bool) -> None:
-        """Before each backward."""
+        """Call before each backward."""
         self.last = last
         self.missing = [len(bucket) for bucket in self.buckets]
         for module in self.sharded:
@@ -113,8 +114,8 @@ class GradientAverage:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """After the last backward: every gradient is now the mean over the data ranks."""
-        while len(self.sent) < len(self.buckets):  # those with parameters that have no gradient
+        """Call after the last backward. Every gradient is then the mean over the data ranks."""
+        while len(self.sent) < len(self.buckets):  # buckets with parameters that have no gradient
             self._send()
         for grads, flat, work in self.sent:
             work.wait()
@@ -128,29 +129,29 @@ class GradientAverage:
 def grad_norm(parameters: Iterable[Tensor], world: World) -> Tensor:
     """The 2-norm of all gradients together, the same in every process: a 0-d tensor.
 
-    Call it after the gradients are averaged: replicas are taken to have the same ones, and nothing is summed over `dp`.
-    A part that is not finite in one process then makes it so in all. torch's own cannot take several meshes.
+    Call it after the gradients are averaged: replicas then have equal gradients, and nothing is summed over `dp`. A NaN
+    or Inf in one process gives a NaN or Inf norm in all. (torch's own function does not accept several meshes.)
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not world.parallel:
         return torch.nn.utils.get_total_norm(grads)
-    # Sums of squares by the axes along which the gradients are cut. Along `dp` nothing is cut: it only replicates.
+    # Sums of squares by the axes along which the gradients are sharded. `dp` only replicates.
     parts: dict[tuple[str, ...], list[Tensor]] = {(): [], ("shard",): [], ("tp",): [], ("shard", "tp"): []}
     for grad in grads:
         parts[sharded_axes(grad)].append(local_tensor(grad))
-    kinds = list(parts)
-    squares = torch.stack([torch.nn.utils.get_total_norm(some).square().to(world.device) for some in parts.values()])
+    keys = list(parts)
+    squares = torch.stack([torch.nn.utils.get_total_norm(group).square().to(world.device) for group in parts.values()])
     for axis in world.axes("shard", "tp"):
-        cut = torch.tensor([axis in kind for kind in kinds], device=world.device)
+        sharded = torch.tensor([axis in key for key in keys], device=world.device)
         total = squares.clone()
         dist.all_reduce(total, group=world.group(axis))
-        squares = torch.where(cut, total, squares)
+        squares = torch.where(sharded, total, squares)
     return squares.sum().sqrt()
 
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float, norm: Tensor) -> None:
-    """Scale all gradients down so that their norm, which is `norm`, is at most `max_norm`."""
+    """Scale all gradients so that their norm is at most `max_norm`. `norm` is their norm now."""
     grads = [local_tensor(parameter.grad) for parameter in parameters if parameter.grad is not None]
     torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
 
@@ -159,7 +160,7 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float, norm: Tensor) 
 
 
 def mean_over_data(value: Tensor, world: World) -> Tensor:
-    """The mean of a tensor over the data ranks, such as of a loss."""
+    """The mean of a tensor, such as a loss, over the data ranks."""
     value = value.detach().clone()
     for axis in world.axes("dp", "shard"):
         dist.all_reduce(value, group=world.group(axis))
@@ -181,12 +182,12 @@ def all_of(flag: bool, world: World) -> bool:
 
 
 def barrier(world: World) -> None:
-    """Wait for all."""
+    """Wait until every process is here."""
     any_of(False, world)
 
 
 def broadcast(value: T, world: World) -> T:
-    """The main process's value, in every process."""
+    """The value of the main process, in every process."""
     if not world.parallel:
         return value
     values = [value]
@@ -198,9 +199,9 @@ def broadcast(value: T, world: World) -> T:
 
 
 def differing_replicas(tensors: Mapping[str, Tensor], world: World) -> list[str]:
-    """The names of tensors that differ, in any bit, between processes that should hold the same; none: all is well.
+    """The names of tensors that differ in any bit between replicas; empty if all are equal.
 
-    Reads every byte: for now and then, not for every step.
+    Reads every byte, so do not call it at every step.
     """
     if not world.parallel:
         return []
@@ -218,6 +219,6 @@ def differing_replicas(tensors: Mapping[str, Tensor], world: World) -> list[str]
 
 
 def digest(tensor: Tensor) -> int:
-    """63 bits that tell the bytes of this process's part from others."""
+    """63 bits of the SHA-256 of the local tensor."""
     raw = local_tensor(tensor).cpu().contiguous().flatten().view(torch.uint8).numpy()
     return int.from_bytes(hashlib.sha256(raw.data).digest()[:8], "little") >> 1

@@ -1,8 +1,8 @@
-"""Spread a U-ViT over the processes, from outside: tensor parallel, activation checkpointing, compile, fully sharded.
+"""Applies parallelism to a U-ViT from outside: tensor parallel, activation checkpointing, compile, fully sharded.
 
-Every process calls this with the same weights, before the optimizer is made. Copies that follow the weights (the EMA's,
-float32 masters) are made before it and go through it too: what they hold is then laid out alike, and updates are local.
-Plain replication (`dp` alone) changes nothing here: `ops.GradientAverage` is all it takes.
+Every process calls `parallelize` with the same weights, before the optimizer is made. Copies of the network (EMA
+weights, float32 master weights) go through it too. All then have the same layout, and their updates are local. Plain
+replication (`dp` alone) needs nothing here, only `ops.GradientAverage`.
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ from uvit.model import Attention, Block, UViTT2IModel
 
 
 def parallelize(unet: UViTT2IModel, world: World, *, recompute: bool = False, compile: bool = False) -> None:
-    """In place. Raises UserError where the sizes of the network do not divide by the degrees."""
+    """Works in place. Raises UserError if the degrees do not divide the sizes of the network."""
     blocks: list[Block] = [*unet.in_blocks, unet.mid_block, *unet.out_blocks]
     check_divisibility(blocks[0], world)
     if world.degrees.tp > 1:
@@ -28,7 +28,7 @@ def parallelize(unet: UViTT2IModel, world: World, *, recompute: bool = False, co
     if recompute:
         unet.enable_gradient_checkpointing()
     if compile:
-        # Gathering the parameters of a block breaks a graph: sharded blocks are compiled one by one.
+        # Gathering the parameters of a block breaks the graph, so sharded blocks are compiled one by one.
         for module in blocks if world.degrees.shard > 1 else [unet]:
             module.compile()
     shard(unet, world, blocks)
@@ -44,7 +44,7 @@ def check_divisibility(block: Block, world: World) -> None:
             f"{hidden}; choose a degree that divides both"
         )
     if tp > 1 and block.attn.qkv.bias is not None:
-        raise UserError(f"--tensor_parallel_degree {tp}: is not there for networks with qkv_bias; use 1")
+        raise UserError(f"--tensor_parallel_degree {tp}: is not supported for networks with qkv_bias; use 1")
     if tp > 1 and (width % shard or hidden // tp % shard):
         raise UserError(
             f"--sharding_parallel_degree {shard}: does not divide the network's width {width} and its MLPs' width "
@@ -56,9 +56,9 @@ def check_divisibility(block: Block, world: World) -> None:
 
 
 def split_block(block: Block, world: World) -> None:
-    """Give this process 1/tp of a block's heads and of its MLP's hidden units; all else is replicated over tp.
+    """Give this process 1/tp of the heads and of the MLP's hidden units of a block. All else is replicated over tp.
 
-    Inputs and outputs of attention and MLP are whole; what is between them exists in part only.
+    Inputs and outputs of attention and MLP are whole; activations between them are split.
     """
     assert world.mesh is not None
     order_by_rank(block.attn, world.degrees.tp)
@@ -71,7 +71,7 @@ def split_block(block: Block, world: World) -> None:
             "mlp.fc1": ColwiseParallel(),
             "mlp.fc2": RowwiseParallel(),
         },
-        src_data_rank=None,  # all have the same weights: each takes its part of its own
+        src_data_rank=None,  # all processes have the same weights, so each takes its part of its own
     )
 
 
@@ -79,7 +79,7 @@ def split_block(block: Block, world: World) -> None:
 def order_by_rank(attention: Attention, tp: int) -> None:
     """Reorder qkv's rows from (q|k|v) x heads to ranks x (q|k|v) x heads of the rank.
 
-    Cut into tp pieces, the rows as published would give the first rank queries and the last one values alone.
+    Split in the published order, the first rank would get queries only and the last rank values only.
     """
     weight = attention.qkv.weight
     weight.copy_(weight.unflatten(0, (3, tp, -1)).transpose(0, 1).flatten(0, 2).clone())
@@ -89,9 +89,9 @@ def order_by_rank(attention: Attention, tp: int) -> None:
 
 
 def shard(module: nn.Module, world: World, blocks: Iterable[nn.Module] = ()) -> None:
-    """Keep 1/shard of a network in each process; a block is gathered where it is used, all outside of blocks at once.
+    """Keep 1/shard of a network in each process. Each block is gathered when it runs; the rest is gathered together.
 
-    Does nothing where the degree is 1. With replicas as well, the gradients are averaged over both axes.
+    Does nothing if the degree is 1. With replicas, gradients are averaged over both axes.
     """
     size = world.degrees.shard
     if size == 1:
@@ -99,13 +99,15 @@ def shard(module: nn.Module, world: World, blocks: Iterable[nn.Module] = ()) -> 
     assert world.mesh is not None
     mesh = world.mesh["dp", "shard"] if world.degrees.dp > 1 else world.mesh["shard"]
 
-    def dim_to_cut(parameter: nn.Parameter) -> Shard:
-        """The first one that tensor parallelism has left whole and that divides evenly, or else the first."""
-        cut = {p.dim for p in parameter.placements if isinstance(p, Shard)} if isinstance(parameter, DTensor) else set()
-        even = [dim for dim, length in enumerate(parameter.shape) if dim not in cut and length % size == 0]
+    def dim_to_shard(parameter: nn.Parameter) -> Shard:
+        """The first dim that tensor parallelism left whole and that divides evenly, or else the first dim."""
+        sharded = (
+            {p.dim for p in parameter.placements if isinstance(p, Shard)} if isinstance(parameter, DTensor) else set()
+        )
+        even = [dim for dim, length in enumerate(parameter.shape) if dim not in sharded and length % size == 0]
         return Shard(even[0] if even else 0)
 
     for part in [*blocks, module]:
-        # A forward without a backward (previews, validation) must not leave the root gathered: the optimizer, the EMA
-        # and checkpoints want the shards.
-        fully_shard(part, mesh=mesh, shard_placement_fn=dim_to_cut, reshard_after_forward=True)
+        # After a forward without a backward (previews, validation) the root must not stay gathered: optimizer, EMA and
+        # checkpoints need the shards.
+        fully_shard(part, mesh=mesh, shard_placement_fn=dim_to_shard, reshard_after_forward=True)

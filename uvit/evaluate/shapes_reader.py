@@ -1,6 +1,6 @@
-"""Reads colour, shape, size, position and background back from the pixels of a picture of one shape.
+"""Reads colour, shape, size, position and background from the pixels of an image of one shape.
 
-No model is involved: colours are compared with the palette, and the object's outline with the rendered outlines of all
+It uses no model. It compares colours with the palette, and the outline of the object with the rendered outlines of all
 40 combinations of shape, size and position.
 """
 
@@ -25,29 +25,29 @@ MIN_OVERLAP = 0.6  # intersection over union of the object and the closest outli
 
 
 def read_scene(image: Image.Image) -> dict[str, str | None]:
-    """Attribute -> what the picture shows, or None where it shows nothing of the kind."""
+    """Attribute -> its value in the image, or None if the image shows no such thing."""
     pixels = np.asarray(image.convert("RGB")).astype(np.float64)  # (R, R, 3)
     read: dict[str, str | None] = dict.fromkeys(ATTRIBUTES)
 
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    ground = np.median(border, axis=0)
-    read["background"] = _closest(ground, BACKGROUNDS)
+    background = np.median(border, axis=0)
+    read["background"] = _closest(background, BACKGROUNDS)
     if read["background"] is None:
         return read
 
-    distance = np.linalg.norm(pixels - ground, axis=-1)  # (R, R)
+    distance = np.linalg.norm(pixels - background, axis=-1)  # (R, R)
     inside = distance > 0.7 * np.quantile(distance, 0.98)
     if distance.max() < MAX_COLOUR_DISTANCE:
         return read
-    paint = np.median(pixels[inside], axis=0)
-    read["colour"] = _closest(paint, COLOURS)
+    colour = np.median(pixels[inside], axis=0)
+    read["colour"] = _closest(colour, COLOURS)
 
-    direction = (paint - ground) / np.sum((paint - ground) ** 2)
-    coverage = np.clip((pixels - ground) @ direction, 0, 1)  # (R, R), share of each pixel
+    direction = (colour - background) / np.sum((colour - background) ** 2)
+    coverage = np.clip((pixels - background) @ direction, 0, 1)  # (R, R), the covered fraction of each pixel
     keys, outlines = _outlines(image.width)
     closest = int(np.square(coverage - outlines).sum((1, 2)).argmin())
-    drawn, rendered = coverage > 0.5, outlines[closest] > 0.5
-    if (drawn & rendered).sum() >= MIN_OVERLAP * (drawn | rendered).sum():
+    generated, rendered = coverage > 0.5, outlines[closest] > 0.5
+    if (generated & rendered).sum() >= MIN_OVERLAP * (generated | rendered).sum():
         read["shape"], read["size"], read["position"] = keys[closest]
     return read
 
@@ -59,8 +59,8 @@ def _closest(colour: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> st
 
 @functools.cache
 def _outlines(resolution: int) -> tuple[list[tuple[str, str, str]], np.ndarray]:
-    """All (shape, size, position) and the share of each pixel that they cover, (40, R, R)."""
+    """All (shape, size, position), and the fraction of each pixel that they cover, (40, R, R)."""
     keys = list(itertools.product(SHAPES, SIZES, POSITIONS))
     red = np.array(COLOURS["red"], dtype=np.float64)
-    pictures = np.stack([np.asarray(render(Scene("red", *key, "black"), resolution)) for key in keys])
-    return keys, pictures @ red / (red @ red)
+    renderings = np.stack([np.asarray(render(Scene("red", *key, "black"), resolution)) for key in keys])
+    return keys, renderings @ red / (red @ red)

@@ -1,4 +1,8 @@
-"""`uvit sample`: prompts in, PNG files out."""
+"""`uvit sample`: prompts in, PNG files out.
+
+`sample` is the command. `run` generates and writes the images of one call; `generate` is the same without files, for
+other commands. The jobs and their batches come from `jobs`, the files from `files`, the pipeline from `load`.
+"""
 
 import contextlib
 import dataclasses
@@ -19,7 +23,7 @@ from uvit.config.sample import SPEEDS, SampleConfig
 from uvit.config.sharding import resolve_shard
 from uvit.errors import UserError
 from uvit.progress import Progress, write
-from uvit.sample.files import is_generated, metadata, need_writable, next_number, numbered, save_image, save_sheet
+from uvit.sample.files import check_writable, is_generated, metadata, next_number, numbered, save_image, save_sheet
 from uvit.sample.fit import NUM_REFERENCE_STEPS, fit_plan, read_plans, relative_error, solve, store_plan
 from uvit.sample.interactive import interactive
 from uvit.sample.jobs import ImageJob, Variant, image_jobs, job_batches, list_variants
@@ -30,12 +34,12 @@ from uvit.sources.decode import decode_image
 from uvit.sources.types import PairError
 from uvit.weights.encoders import fingerprint
 
-MIN_FITTED_TO = 8  # pictures
+MIN_FIT_IMAGES = 8
 
 
 @dataclass(frozen=True)
 class LoadedPipeline:
-    """A pipeline, ready, and what its network is known by."""
+    """A pipeline on its device, and the SHA-256 of the weights of its U-ViT."""
 
     pipeline: UViTPipeline
     unet_sha256: str
@@ -43,10 +47,10 @@ class LoadedPipeline:
 
 @dataclass(frozen=True)
 class SampleResult:
-    """What came of it."""
+    """The images of one call of `run`."""
 
     paths: list[Path]
-    num_there: int  # that were there already
+    num_existing: int  # how many of them existed before
     sheet: Path | None
 
 
@@ -60,10 +64,10 @@ def generate(
     negative_prompt: str | None = None,
     progress: Progress | None = None,
 ) -> Iterator[tuple[int, str, int, Image.Image]]:
-    """Draw image i of prompts[i] and seeds[i]; yields (i, prompt, seed, image) in order.
+    """Generate image i from prompts[i] and seeds[i]. Yields (i, prompt, seed, image) in order.
 
-    All noise of an image comes from its own generator, so the batch it is drawn in makes no difference beyond
-    rounding: matrix products of another size add in another order.
+    All noise of an image comes from its own generator. So its batch only affects rounding: matrix products of another
+    size add in another order.
     """
     for start in range(0, len(prompts), batch_size):
         batch = range(start, min(start + batch_size, len(prompts)))
@@ -83,7 +87,7 @@ def generate(
 def sample_batch(
     pipeline: UViTPipeline, prompts: list[str], seeds: list[int], progress: Progress | None = None, **options: Any
 ) -> tuple[list[Image.Image], Tensor]:
-    """One batch: its images, and the latents (B, C, h, w) that they were decoded from.
+    """Generate one batch: its images, and the latents (B, C, h, w) that the VAE decoded.
 
     progress: counts the images, in fractions while they are denoised.
     """
@@ -104,8 +108,8 @@ def sample_batch(
         progress.update(done_before + len(prompts) - progress.done)
     if not torch.isfinite(last["latents"]).all():
         raise UserError(
-            f"{prompts[0]!r}: came out as NaN or infinite; with --dtype float16 try bfloat16, "
-            "otherwise look whether the network's weights are whole"
+            f"{prompts[0]!r}: the latents are NaN or Inf; with --dtype float16 try bfloat16, otherwise check the "
+            "weights of the network"
         )
     return images, last["latents"]
 
@@ -117,31 +121,29 @@ def sample(config: SampleConfig) -> None:
             fit_schedule(config)
             return
         if is_interactive(config):
-            studio = lru_cache(maxsize=None)(lambda path: load_pipeline(config, path))
-            studio(
-                list_variants(config)[0].pipeline
-            )  # a mistake is told, and the wait is over, before the first prompt
-            interactive(config, lambda config, prompt: sample_and_print(config, prompt, studio))
+            load = lru_cache(maxsize=None)(lambda path: load_pipeline(config, path))
+            load(list_variants(config)[0].pipeline)  # errors and the wait come before the first prompt
+            interactive(config, lambda config, prompt: sample_and_print(config, prompt, load))
             return
-        drawn = run(config, read_prompts(config), lru_cache(maxsize=1)(lambda path: load_pipeline(config, path)))
+        result = run(config, read_prompts(config), lru_cache(maxsize=1)(lambda path: load_pipeline(config, path)))
     part, num_parts = resolve_shard(config.shard)
-    words = [f"{len(drawn.paths)} images in {config.output_dir}"]
-    words += [f"{drawn.num_there} of them were there already"] if drawn.num_there else []
-    words += [f"part {part} of {num_parts}"] if num_parts > 1 else []
-    words += [f"contact sheet: {drawn.sheet}"] if drawn.sheet else []
-    print("; ".join(words))
+    summary = [f"{len(result.paths)} images in {config.output_dir}"]
+    summary += [f"{result.num_existing} of them existed already"] if result.num_existing else []
+    summary += [f"part {part} of {num_parts}"] if num_parts > 1 else []
+    summary += [f"contact sheet: {result.sheet}"] if result.sheet else []
+    print("; ".join(summary))
 
 
 def fit_schedule(config: SampleConfig) -> None:
-    """Fit a solver for each of the speeds at each guidance scale, and store them with the pipeline."""
-    pictures = image_jobs(config, read_prompts(config), 0)
-    if len(pictures) < MIN_FITTED_TO:
+    """Fit a solver for each speed at each guidance scale, and store the solvers in the pipeline."""
+    jobs = image_jobs(config, read_prompts(config), 0)
+    if len(jobs) < MIN_FIT_IMAGES:
         raise UserError(
-            f"--fit_schedule: {len(pictures)} pictures are too few to fit to; give {MIN_FITTED_TO} prompts or more, or "
-            "--num_images_per_prompt"
+            f"--fit_schedule: {len(jobs)} images are too few to fit to; give {MIN_FIT_IMAGES} prompts or more, or "
+            "raise --num_images_per_prompt"
         )
     folder = find_pipeline(config.pipeline)
-    need_writable(folder / "scheduler", f"--pipeline {config.pipeline}")
+    check_writable(folder / "scheduler", f"--pipeline {config.pipeline}")
     pipeline = load_pipeline(config, folder).pipeline
     total = len(config.guidance_scale) * (NUM_REFERENCE_STEPS + sum(SPEEDS.values()))
     progress = Progress("fit", total, "step", bar=not config.disable_tqdm)
@@ -152,11 +154,11 @@ def fit_schedule(config: SampleConfig) -> None:
 
     for scale in config.guidance_scale:
 
-        def latents_by(scheduler: MultistepScheduler, num_steps: int, scale: float = scale) -> Tensor:
+        def sample_latents(scheduler: MultistepScheduler, num_steps: int, scale: float = scale) -> Tensor:
             pipeline.scheduler = scheduler
             return pipeline(
-                [picture.prompt for picture in pictures],
-                generator=[torch.Generator("cpu").manual_seed(picture.seed) for picture in pictures],
+                [job.prompt for job in jobs],
+                generator=[torch.Generator("cpu").manual_seed(job.seed) for job in jobs],
                 guidance_scale=scale,
                 guidance_interval=config.guidance_interval,
                 num_inference_steps=num_steps,
@@ -166,13 +168,13 @@ def fit_schedule(config: SampleConfig) -> None:
                 return_dict=False,
             )[0]
 
-        reference, guidance = solve(latents_by), (scale, *config.guidance_interval)
+        reference, guidance = solve(sample_latents), (scale, *config.guidance_interval)
         for name, num_steps in SPEEDS.items():
-            plan, drawn = fit_plan(latents_by, reference, num_steps, guidance)
+            plan, latents = fit_plan(sample_latents, reference, num_steps, guidance)
             path = store_plan(folder, plan)
-            error = relative_error(drawn, reference.x_0)
-            what = f"--speed {name}, {num_steps} steps for {describe_guidance(guidance)}"
-            write(f"{what}: off by {error:.1%}; stored in {path}")
+            error = relative_error(latents, reference.x_0)
+            solver = f"--speed {name}, {num_steps} steps for {describe_guidance(guidance)}"
+            write(f"{solver}: error {error:.1%}; stored in {path}")
     progress.close()
 
 
@@ -181,67 +183,67 @@ def is_interactive(config: SampleConfig) -> bool:
     return no_prompts and not config.skip_existing and resolve_shard(config.shard)[1] == 1 and sys.stdin.isatty()
 
 
-def sample_and_print(config: SampleConfig, prompt: str, studio: Callable[[Path], LoadedPipeline]) -> None:
-    """For a person who waits: where each picture is."""
-    alone = config.num_images_per_prompt * len(list_variants(config)) == 1
-    drawn = run(dataclasses.replace(config, grid=False, columns=None) if alone else config, [prompt], studio)
-    for path in [*drawn.paths, *([drawn.sheet] if drawn.sheet else [])]:
+def sample_and_print(config: SampleConfig, prompt: str, load: Callable[[Path], LoadedPipeline]) -> None:
+    """Generate the images of one prompt and print their paths."""
+    single = config.num_images_per_prompt * len(list_variants(config)) == 1
+    result = run(dataclasses.replace(config, grid=False, columns=None) if single else config, [prompt], load)
+    for path in [*result.paths, *([result.sheet] if result.sheet else [])]:
         print(path)
 
 
-def run(config: SampleConfig, prompts: Sequence[str], studio: Callable[[Path], LoadedPipeline]) -> SampleResult:
-    """Draw this process's part of the pictures, in every variant.
+def run(config: SampleConfig, prompts: Sequence[str], load: Callable[[Path], LoadedPipeline]) -> SampleResult:
+    """Generate this process's part of the images, in every variant.
 
-    Raises UserError where a picture's name is taken by another.
+    Raises UserError if a file with the name of an image exists and is another image.
     """
     part, num_parts = resolve_shard(config.shard)
     variants = list_variants(config)
     for variant in variants:
-        need_writable(variant.folder, f"--output_dir {config.output_dir}")
+        check_writable(variant.folder, f"--output_dir {config.output_dir}")
         if config.scheduler == "fitted":
-            need_fitted(config, variant)
-    in_parts = config.skip_existing or num_parts > 1  # then others count on the same numbers
-    first = 0 if in_parts else max(next_number(variant.folder) for variant in variants)
-    pictures = image_jobs(config, prompts, first)
-    batches = job_batches(pictures, config.batch_size, part, num_parts)
-    paths, num_there, shared = [], 0, None
+            check_fitted(config, variant)
+    from_zero = config.skip_existing or num_parts > 1  # other processes, or an earlier run, use the same numbers
+    first = 0 if from_zero else max(next_number(variant.folder) for variant in variants)
+    jobs = image_jobs(config, prompts, first)
+    batches = job_batches(jobs, config.batch_size, part, num_parts)
+    paths, num_existing, shared = [], 0, None
     total, silent = len(variants) * sum(map(len, batches)), int(os.environ.get("RANK", "0")) > 0
     with Progress("sample", total, "image", bar=not (config.disable_tqdm or silent), lines=not silent) as progress:
         for variant in variants:
-            opened = studio(variant.pipeline)
-            options = pipeline_options(config, variant, opened.pipeline)
-            settings = metadata(config, variant, opened.unet_sha256)
+            loaded = load(variant.pipeline)
+            options = pipeline_options(config, variant, loaded.pipeline)
+            settings = metadata(config, variant, loaded.unet_sha256)
             shared = settings if shared is None else {k: v for k, v in shared.items() if settings.get(k) == v}
-            there = numbered(variant.folder) if in_parts else {}
+            existing = numbered(variant.folder) if from_zero else {}
             for batch in batches:
-                texts = [{**settings, "prompt": picture.prompt, "seed": str(picture.seed)} for picture in batch]
-                goals = [variant.folder / picture.file_name for picture in batch]
-                found = [_is_there(config, there, picture, text) for picture, text in zip(batch, texts, strict=True)]
-                if all(found):
+                texts = [{**settings, "prompt": job.prompt, "seed": str(job.seed)} for job in batch]
+                targets = [variant.folder / job.file_name for job in batch]
+                done = [_is_done(config, existing, job, text) for job, text in zip(batch, texts, strict=True)]
+                if all(done):
                     progress.skip(len(batch))
-                else:  # if any is missing, all are drawn: as they were, to the bit
+                else:  # generate the whole batch, so that each image is the same to the bit
                     images, latents = sample_batch(
-                        opened.pipeline, [p.prompt for p in batch], [p.seed for p in batch], progress, **options
+                        loaded.pipeline, [job.prompt for job in batch], [job.seed for job in batch], progress, **options
                     )
-                    for i in (i for i in range(len(batch)) if not found[i]):
-                        save_image(goals[i], images[i], latents[i], texts[i], config.save_latents)
-                paths += goals
-                num_there += sum(found)
-    sheet = save_sheet(config, variants, pictures, shared or {}) if config.grid else None
-    return SampleResult(paths, num_there, sheet)
+                    for i in (i for i in range(len(batch)) if not done[i]):
+                        save_image(targets[i], images[i], latents[i], texts[i], config.save_latents)
+                paths += targets
+                num_existing += sum(done)
+    sheet = save_sheet(config, variants, jobs, shared or {}) if config.grid else None
+    return SampleResult(paths, num_existing, sheet)
 
 
-def _is_there(config: SampleConfig, there: dict[int, Path], picture: ImageJob, text: dict[str, str]) -> bool:
-    path = there.get(picture.number)
+def _is_done(config: SampleConfig, existing: dict[int, Path], job: ImageJob, text: dict[str, str]) -> bool:
+    path = existing.get(job.number)
     if path is None:
         return False
     if not config.skip_existing:
-        raise UserError(f"{path}: is there already; --skip_existing goes on; choose another --output_dir to begin anew")
+        raise UserError(f"{path}: exists already; add --skip_existing to resume, or choose another --output_dir")
     return is_generated(path, text, config.save_latents)
 
 
-def need_fitted(config: SampleConfig, variant: Variant) -> None:
-    """Raises UserError where the pipeline has no solver fitted for what is asked."""
+def check_fitted(config: SampleConfig, variant: Variant) -> None:
+    """Raises UserError if the pipeline has no fitted solver for these settings."""
     scheduler = MultistepScheduler(read_plans(variant.pipeline))
     scheduler.guidance = (variant.guidance_scale, *config.guidance_interval)
     try:
@@ -251,7 +253,7 @@ def need_fitted(config: SampleConfig, variant: Variant) -> None:
 
 
 def pipeline_options(config: SampleConfig, variant: Variant, pipeline: UViTPipeline) -> dict[str, Any]:
-    """What the pipeline is called with beside prompts and noise."""
+    """The arguments of the pipeline besides prompts and noise."""
     options: dict[str, Any] = {
         "guidance_scale": variant.guidance_scale,
         "guidance_interval": config.guidance_interval,
@@ -264,14 +266,14 @@ def pipeline_options(config: SampleConfig, variant: Variant, pipeline: UViTPipel
         if config.mask is not None:
             mask = load_input_image(config.mask, "mask")
             if mask.size != image.size:
-                here, there = ("{} x {}".format(*each.size) for each in (mask, image))
-                raise UserError(f"--mask {config.mask}: has {here} pixels, and --init_image has {there}")
+                mask_size, image_size = ("{} x {}".format(*each.size) for each in (mask, image))
+                raise UserError(f"--mask {config.mask}: has {mask_size} pixels, and --init_image has {image_size}")
             options["mask_image"] = center_crop(mask, pipeline.resolution)
     return options
 
 
 def load_input_image(path: str, flag: str) -> Image.Image:
-    """Upright, RGB, what is transparent on white."""
+    """An upright RGB image; transparent parts become white."""
     try:
         return decode_image(Path(path).expanduser().read_bytes(), path, f"--{flag}")
     except OSError as error:
@@ -281,7 +283,7 @@ def load_input_image(path: str, flag: str) -> Image.Image:
 
 
 def center_crop(image: Image.Image, resolution: tuple[int, int]) -> Image.Image:
-    """The largest part of an image, in its middle, that has the proportions of (H, W), scaled to it."""
+    """Crop the largest centered part with the proportions of (H, W), and scale it to them."""
     return ImageOps.fit(image, (resolution[1], resolution[0]), Image.Resampling.LANCZOS)
 
 
@@ -300,29 +302,29 @@ def load_pipeline(config: SampleConfig, path: Path) -> LoadedPipeline:
 
 @contextlib.contextmanager
 def print_warnings() -> Iterator[None]:
-    """Each of the pipeline's own warnings once, as a sentence."""
-    said = set()
+    """Print each of the pipeline's own warnings once, as one line."""
+    printed = set()
 
-    def say(message: Warning | str, *_: Any, **__: Any) -> None:
-        if str(message) not in said:
-            said.add(str(message))
+    def print_once(message: Warning | str, *_: Any, **__: Any) -> None:
+        if str(message) not in printed:
+            printed.add(str(message))
             write(f"uvit sample: warning: {message}", file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.filterwarnings("always", message="the model reads")
-        warnings.showwarning = say
+        warnings.showwarning = print_once
         yield
 
 
 def read_prompts(config: SampleConfig) -> list[str]:
-    """Arguments, then the file's lines; standard input for `-`, or if piped and nothing else is given."""
-    given = config.prompts
-    if not given and config.prompts_file is None and not sys.stdin.isatty():
-        given = ("-",)
-    if "-" in given and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    """The prompts of the command line, then those of the file. `-`, or a pipe without any prompt, is standard input."""
+    arguments = config.prompts
+    if not arguments and config.prompts_file is None and not sys.stdin.isatty():
+        arguments = ("-",)
+    if "-" in arguments and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--prompts -: several processes cannot share standard input; give a --prompts_file")
     prompts = []
-    for prompt in given:
+    for prompt in arguments:
         prompts += _lines(sys.stdin.read()) if prompt == "-" else [prompt]
     if config.prompts_file is not None:
         try:
@@ -331,11 +333,11 @@ def read_prompts(config: SampleConfig) -> list[str]:
             raise UserError(f"--prompts_file {config.prompts_file}: cannot be read ({error})") from None
     if not prompts:
         raise UserError(
-            "--prompts: there is none; give prompts in quotes, a --prompts_file, or one a line through a pipe"
+            "--prompts: there are none; give prompts in quotes, a --prompts_file, or one prompt per line through a pipe"
         )
     return prompts
 
 
 def _lines(text: str) -> list[str]:
-    """Of a file that may begin with a mark of its byte order, as some editors leave it."""
+    """The lines that are not empty, without the byte order mark that some editors write first."""
     return [line.strip() for line in text.removeprefix("\ufeff").splitlines() if line.strip()]

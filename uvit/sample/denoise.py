@@ -1,6 +1,6 @@
-"""From noise to latents: the sampling loop of the pipeline and of training's previews.
+"""The sampling loop, from noise to latents. The pipeline and the previews of training use it.
 
-Shapes: B images, C latent channels, (h, w) latent size, T text tokens, D width of the context.
+Shapes: B images, C latent channels, (h, w) latent size, T text tokens, D width of the text embeddings.
 """
 
 import inspect
@@ -14,7 +14,7 @@ from uvit.diffusion import (
     PredictionType,
     add_noise,
     convert_prediction,
-    label_of_scheduler_timestep,
+    from_scheduler_timestep,
     timestep_of_log_snr,
 )
 from uvit.errors import UserError
@@ -36,91 +36,95 @@ def denoise(
     generator: torch.Generator | list[torch.Generator] | None = None,
     progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
     on_step: Callable[[int, Tensor, Tensor], Tensor] | None = None,
-    first_label: int = 1,
+    timestep_offset: int = 1,
     start: int = 0,
     image: Tensor | None = None,
     guidance_interval: tuple[float, float] = ALL_TIMESTEPS,
 ) -> Tensor:
-    """Draw latents.
+    """Sample latents.
 
     Args:
-        unet: (noisy latents, labels (B,), context) -> prediction; called in the dtype of `context`.
-        scheduler: any of diffusers' for this process, whatever prediction it expects.
+        unet: (noisy latents, timesteps (B,), context) -> prediction; called in the dtype of `context`.
+        scheduler: any diffusers scheduler with this noise schedule and any prediction type.
         latents: (B, C, h, w), standard normal.
-        context, empty_context: (B, T, D); that of the empty (or negative) prompt, or one for all.
-        guidance_scale: g in uncond + g (cond - uncond); 1 is the conditional prediction alone, half the cost.
-            Guided is the network's own prediction; parametrisations are affine in one another: it is all one.
+        context: (B, T, D), the text embeddings of the prompts.
+        empty_context: those of the empty or negative prompts, (B, T, D), or (1, T, D) for all.
+        guidance_scale: g in uncond + g (cond - uncond); 1 is the conditional prediction alone, at half the cost.
+            Guidance acts on what the network predicts. The prediction types are affine in one another, so it makes no
+            difference which of them it acts on.
         prediction_type: what the network predicts.
-        generator: of the noise that DDPM adds; one for all, or one per image.
+        generator: of the noise that DDPM adds; one for all images, or one per image.
         progress: wraps the timesteps, as tqdm does.
-        on_step: (step, scheduler's timestep, latents) -> the latents to go on with.
-        first_label: what the network is told of the scheduler's timestep 0; see `timestep_labels`.
-        start: begin at the scheduler's timesteps[start], a multiple of its order, ...
-        image: ... from this x_0 (B, C, h, w), `latents` being the noise that is added to it; at 0 it plays no part.
-        guidance_interval: lowest and highest label with guidance (Kynkäänniemi et al. 2024); elsewhere the prediction
-            is the conditional one alone, at half the cost.
+        on_step: (step, scheduler's timestep, latents) -> the latents to continue with.
+        timestep_offset: the network gets the scheduler's timestep t as t + timestep_offset: 1 as in training, 0 for
+            PaddleMIX's pipelines.
+        start: the index of the scheduler's timestep to begin at, a multiple of its order.
+        image: x_0 (B, C, h, w) to begin from; `latents` is then the noise to add to it. Unused if `start` is 0.
+        guidance_interval: lowest and highest timestep with guidance (Kynkäänniemi et al. 2024). Outside, the
+            prediction is the conditional one alone, at half the cost.
     Returns:
         (B, C, h, w) float32: x_0, scaled as in training.
     """
     check_scheduler(scheduler)
     if isinstance(scheduler, MultistepScheduler):
-        scheduler.guidance = (guidance_scale, *guidance_interval)  # some of its plans are for one alone
+        scheduler.guidance = (guidance_scale, *guidance_interval)  # a fitted plan is valid for one guidance only
     scheduler.set_timesteps(num_inference_steps, device=latents.device)
     if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(start)  # or a step is lost where rounding has the first timestep there twice
+        scheduler.set_begin_index(start)  # otherwise a first timestep that rounding repeats costs a step
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     options = {"generator": generator} if takes_generator else {}
     both = torch.cat([empty_context.expand_as(context), context])  # (2 B, T, D)
     lowest, highest = guidance_interval
 
-    labels = timestep_labels(scheduler).to(latents.device)
-    told = labels + (first_label - 1)  # what the network is told; `labels` are the noise levels that it is at
+    timesteps = exact_timesteps(scheduler).to(latents.device)  # the noise levels, 1..1000
+    model_timesteps = timesteps + (timestep_offset - 1)
     if image is None or start == 0:
         x = latents.float() * scheduler.init_noise_sigma
     else:
         x = at_step(scheduler, start, image, latents.float())
     for i, t in enumerate(progress(scheduler.timesteps[start:]), start):
-        x_n = scheduler.scale_model_input(x, t)  # variance-preserving, as the network knows it
-        guided = guidance_scale != 1 and lowest <= labels[i] <= highest
+        x_n = scheduler.scale_model_input(x, t)  # variance-preserving, as in training
+        guided = guidance_scale != 1 and lowest <= timesteps[i] <= highest
         inputs = torch.cat([x_n, x_n]) if guided else x_n
-        prediction = unet(inputs.to(context.dtype), told[i].expand(len(inputs)), both if guided else context).float()
+        n = model_timesteps[i].expand(len(inputs))
+        prediction = unet(inputs.to(context.dtype), n, both if guided else context).float()
         if guided:
             uncond, cond = prediction.chunk(2)
             prediction = uncond + guidance_scale * (cond - uncond)
-        goal = scheduler.config.prediction_type
-        prediction = convert_prediction(prediction, x_n, labels[i].expand(len(x_n)), prediction_type, goal)
+        wanted = scheduler.config.prediction_type
+        prediction = convert_prediction(prediction, x_n, timesteps[i].expand(len(x_n)), prediction_type, wanted)
         x = scheduler.step(prediction, t, x, **options).prev_sample
         if on_step is not None:
             x = on_step(i, t, x)
     return x
 
 
-def timestep_labels(scheduler: Any) -> Tensor:
-    """The network's label, 1..1000, at each of the scheduler's timesteps: (steps,) float32, on the CPU.
+def exact_timesteps(scheduler: Any) -> Tensor:
+    """The timestep in 1..1000, possibly fractional, at each step of the scheduler: (steps,) float32, on the CPU.
 
-    A scheduler whose timesteps are whole numbers may stand at a noise level in between: on Karras' grid they
-    are rounded. Its sigma = s_n / a_n tells the level, for the network as for converting its prediction.
+    A scheduler with integer timesteps may use noise levels between them: on Karras' grid, diffusers rounds the
+    timesteps. The exact timestep is that of the scheduler's sigma = s_n / a_n.
     """
     timesteps = scheduler.timesteps.cpu()
     if timesteps.min() < 0:  # rounding in diffusers' "trailing" grid: 61 steps, 103, ...
         raise UserError(
-            f"--num_inference_steps {scheduler.num_inference_steps}: is a number of steps that "
-            f"{type(scheduler).__name__} cannot divide evenly; choose one that divides 1000"
+            f"--num_inference_steps {scheduler.num_inference_steps}: {type(scheduler).__name__} cannot space so "
+            "many steps evenly; choose a number that divides 1000"
         )
-    labels = label_of_scheduler_timestep(timesteps).double()
+    result = from_scheduler_timestep(timesteps).double()
     if not timesteps.is_floating_point() and hasattr(scheduler, "sigmas"):
         exact = timestep_of_log_snr(-2 * scheduler.sigmas[: len(timesteps)].double().cpu().log())
-        meant_whole = (exact - labels).abs() < 0.01
-        labels = torch.where(meant_whole, labels, exact)
-    return labels.float()
+        is_integer = (exact - result).abs() < 0.01
+        result = torch.where(is_integer, result, exact)
+    return result.float()
 
 
 def at_step(scheduler: Any, step: int, x_0: Tensor, noise: Tensor) -> Tensor:
-    """x_0 (B, C, h, w) with as much noise as latents have before a step, the next to be done, in the scheduler's scale.
+    """x_0 (B, C, h, w) with the noise level of the latents before a step, in the scheduler's scale.
 
-    After the last step there is none.
+    `step` must be the next step of the scheduler. After the last step there is no noise.
     """
     if step == len(scheduler.timesteps):
         return x_0
-    x_n = add_noise(x_0, noise, timestep_labels(scheduler)[step].expand(len(x_0)).to(x_0.device))
+    x_n = add_noise(x_0, noise, exact_timesteps(scheduler)[step].expand(len(x_0)).to(x_0.device))
     return x_n / scheduler.scale_model_input(torch.ones_like(x_0), scheduler.timesteps[step])

@@ -1,4 +1,4 @@
-"""Drawing that begins with a picture, or repaints a part of one.
+"""Image-to-image and inpainting: sampling that begins with an image.
 
 Shapes: B images, (H, W) pixels, C latent channels, (h, w) latent size.
 """
@@ -16,41 +16,41 @@ from uvit.images import on_white
 from uvit.sample.denoise import at_step
 from uvit.weights.encoders import encode_images
 
-STRENGTH = 0.8  # where none is given and there is no mask, as in diffusers
+STRENGTH = 0.8  # the default without a mask, as in diffusers
 
 
 @dataclass(frozen=True)
 class Original:
-    """The picture that drawing begins with."""
+    """The images that sampling begins with."""
 
     pixels: Tensor  # (B, 3, H, W) in [-1, 1]
-    latents: Tensor  # (B, C, h, w) float32, scaled as in training: the mean, so that it takes no noise from the seed
-    mask: Tensor | None  # (B, 1, H, W): 1 where it is repainted, 0 where it stays
+    latents: Tensor  # (B, C, h, w) float32, scaled as in training: the posterior mean, so that it uses no noise
+    mask: Tensor | None  # (B, 1, H, W): 1 is repainted, 0 is kept
 
     def keep(self, scheduler: Any, step: int, latents: Tensor, noise: Tensor) -> Tensor:
-        """`latents` before a step, with the picture's own where it stays, as noisy as they are by then."""
+        """Replace the kept part of `latents` by the image's latents at the noise level before `step`."""
         if self.mask is None:
             return latents
-        # A latent that any repainted pixel lies in is free: its other pixels are pasted in the end.
+        # A latent with any repainted pixel is free. Its kept pixels are pasted in the end.
         free = adaptive_max_pool2d(self.mask, latents.shape[-2:])
         return torch.where(free > 0, latents, at_step(scheduler, step, self.latents, noise).to(latents))
 
     def paste(self, images: Tensor) -> Tensor:
-        """`images` (B, 3, H, W) in [-1, 1], with the picture's own pixels where it stays."""
+        """Replace the kept part of `images` (B, 3, H, W) in [-1, 1] by the original pixels."""
         return images if self.mask is None else torch.where(self.mask > 0, images, self.pixels.to(images))
 
 
 def read_original(
     vae: Any, latent_scale: float, image: Any, mask_image: Any, size: tuple[int, int], batch: int, device: Any
 ) -> Original:
-    """From images as diffusers takes them: PIL, arrays (B, H, W, 3) or tensors (B, 3, H, W) in [0, 1], or lists.
+    """Read images as diffusers does: PIL, arrays (B, H, W, 3) or tensors (B, 3, H, W) in [0, 1], or lists of them.
 
     Args:
-        mask_image: the same with one channel, white where the image is repainted; None: everywhere.
-        size: (H, W), which others are scaled to.
-        batch: B; there is one image for all of them, or each has its own, and follows one another, B / n each.
+        mask_image: the same with one channel; white is repainted. None repaints everything.
+        size: (H, W); images of another size are scaled.
+        batch: B. n images are repeated B / n times each, in order.
 
-    Raises ValueError where their numbers do not fit.
+    Raises ValueError if B is not a multiple of the number of images or masks.
     """
     pixels = 2 * _processed(image, size, VaeImageProcessor(do_normalize=False)) - 1
     moments = encode_images(vae, pixels.to(device, vae.dtype))
@@ -63,15 +63,15 @@ def read_original(
 
 
 def first_step(strength: float, num_inference_steps: int, order: int) -> int:
-    """The scheduler's step to begin with, so that the last `strength` of all steps are done.
+    """The index of the scheduler's step to begin with, so that the last `strength` of all steps are run.
 
-    Raises ValueError where that is none of them.
+    Raises ValueError if that is no step.
     """
     if not 0 < strength <= 1:
         raise ValueError(f"strength {strength} must be above 0 and at most 1")
     steps = int(num_inference_steps * strength + 1e-9)  # 0.29 of 100 is 28.999999999999996
     if steps == 0:
-        raise ValueError(f"strength {strength} of {num_inference_steps} steps is none at all")
+        raise ValueError(f"strength {strength} of {num_inference_steps} steps is less than one step")
     return (num_inference_steps - steps) * order
 
 
@@ -84,5 +84,5 @@ def _processed(image: Any, size: tuple[int, int], processor: Any) -> Tensor:
 
 def _for_each(values: Tensor, batch: int, what: str) -> Tensor:
     if batch % len(values):
-        raise ValueError(f"there are {len(values)} {what} for {batch} to be drawn")
+        raise ValueError(f"there are {len(values)} {what} for {batch} images to generate")
     return values.repeat_interleave(batch // len(values), dim=0)

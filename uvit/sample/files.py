@@ -1,4 +1,4 @@
-"""The files that `uvit sample` writes, and those that it finds."""
+"""The files of `uvit sample`: PNGs with metadata, latents, the contact sheet; and which of them exist already."""
 
 import dataclasses
 import fcntl
@@ -22,7 +22,7 @@ from uvit.sample.jobs import ImageJob, Variant
 
 SHEET = "contact_sheet.png"
 MAX_SHEET_IMAGES = 400
-# Flags that make no difference to a picture, or that stand in its metadata under names of their own.
+# Flags that do not change an image, or that the metadata holds under a name of its own.
 UNRECORDED_FLAGS = {
     "pipeline", "guidance_scale", "compare_with", "prompts", "prompts_file", "seed", "num_images_per_prompt",
     "output_dir", "batch_size", "device", "enable_vae_slicing", "enable_vae_tiling", "enable_model_cpu_offload",
@@ -30,13 +30,12 @@ UNRECORDED_FLAGS = {
     "fit_schedule",
 }  # fmt: skip
 
-
-# Where things lie may be spelled in many ways; the SHA-256 of what was used stands beside them.
+# A path can be written in many ways, so paths are not compared; the SHA-256 of each file is.
 UNCOMPARED_FIELDS = {"software", "pipeline", "init_image", "mask"}
 
 
 def metadata(config: SampleConfig, variant: Variant, unet_sha256: str) -> dict[str, str]:
-    """What made a picture, under the flags' names; its prompt and seed come on top."""
+    """The settings of an image, by flag name. The caller adds prompt and seed."""
     flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in UNRECORDED_FLAGS}
     values = {
         "software": f"uvit {__version__}",
@@ -52,40 +51,40 @@ def metadata(config: SampleConfig, variant: Variant, unet_sha256: str) -> dict[s
     return {name: str(value) for name, value in values.items() if value is not None}
 
 
-def need_writable(folder: Path, flag: str) -> None:
-    """Raises UserError where nothing can be written there: before the work rather than after it."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not there.is_dir():
-        raise UserError(f"{flag}: {there} is no folder; name another")
-    if not os.access(there, os.W_OK):
-        raise UserError(f"{flag}: {there} cannot be written; name another, or mend that")
+def check_writable(folder: Path, flag: str) -> None:
+    """Raises UserError if the folder cannot be written, before the work begins."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"{flag}: {existing} is not a folder; choose another")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"{flag}: {existing} is not writable; choose another, or change its permissions")
 
 
 def numbered(folder: Path) -> dict[int, Path]:
-    """{number: path} of the pictures in a folder."""
+    """{number: path} of the images in a folder."""
     matches = [(re.match(r"(\d{5,})-", path.name), path) for path in folder.glob("*.png")]
     return {int(match[1]): path for match, path in matches if match}
 
 
 def next_number(folder: Path) -> int:
-    """One more than the highest number that a picture in the folder begins with, so none is overwritten."""
+    """One more than the highest number in the folder, so that no image is overwritten."""
     return max(numbered(folder), default=-1) + 1
 
 
 def is_generated(path: Path, text: Mapping[str, str], latents: str | None) -> bool:
-    """Whether all that is to be written is there. Raises UserError where the picture is, but made otherwise."""
+    """Whether the image and its latents exist. Raises UserError if the image was made with other settings."""
     try:
         with Image.open(path) as image:
             image.load()
             found = {str(name): value for name, value in image.info.items() if isinstance(value, str)}
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error}); delete it, and it is drawn again") from None
+        raise UserError(f"{path}: cannot be read ({error}); delete it and run the same command again") from None
     for name in sorted({*found, *text} - UNCOMPARED_FIELDS):
         if found.get(name) != text.get(name):
             there, here = found.get(name, "nothing"), text.get(name, "nothing")
             raise UserError(
-                f"{path}: was not drawn by this command ({name}: {there} there, {here} here); --skip_existing goes on "
-                "with the same one; choose another --output_dir"
+                f"{path}: was made with other settings ({name}: {there} there, {here} here); --skip_existing resumes "
+                "the same command only; choose another --output_dir"
             )
     return latents is None or path.with_suffix(f".{latents}").is_file()
 
@@ -93,11 +92,11 @@ def is_generated(path: Path, text: Mapping[str, str], latents: str | None) -> bo
 def save_image(
     path: Path, image: Image.Image, latents: Tensor, text: Mapping[str, str], latents_as: str | None
 ) -> None:
-    """The PNG, and before it its latents (C, h, w) where they are asked for: what has its PNG is all there."""
+    """Write the latents (C, h, w), if asked for, and then the PNG. So an image with its PNG is complete."""
     if latents_as is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        goal = path.with_suffix(f".{latents_as}")
-        with write_atomically(goal, sync=False) as aside:
+        target = path.with_suffix(f".{latents_as}")
+        with write_atomically(target, sync=False) as aside:
             if latents_as == "npy":
                 with aside.open("wb") as file:
                     np.save(file, latents.cpu().numpy())
@@ -107,18 +106,18 @@ def save_image(
 
 
 def save_sheet(
-    config: SampleConfig, variants: list[Variant], pictures: list[ImageJob], settings: Mapping[str, str]
+    config: SampleConfig, variants: list[Variant], jobs: list[ImageJob], settings: Mapping[str, str]
 ) -> Path | None:
-    """The pictures, read back from their files, variants side by side. None while some are still being drawn."""
-    shown = pictures[: max(1, MAX_SHEET_IMAGES // len(variants))]
-    paths = [variant.folder / picture.file_name for picture in shown for variant in variants]
+    """Read the images back and write them as one sheet, variants side by side. None if some are still missing."""
+    shown = jobs[: max(1, MAX_SHEET_IMAGES // len(variants))]
+    paths = [variant.folder / job.file_name for job in shown for variant in variants]
     if not all(path.is_file() for path in paths):
         return None
-    goal = Path(config.output_dir) / SHEET
+    sheet_path = Path(config.output_dir) / SHEET
     columns = config.columns or (config.num_images_per_prompt if config.num_images_per_prompt > 1 else None)
-    labels = [picture.prompt for picture in shown]
+    labels = [job.prompt for job in shown]
     headings = None
-    if len(variants) > 1:  # a row for each picture, or several beside one another
+    if len(variants) > 1:  # one or more jobs per row, each with all its variants
         across = max(1, (config.columns or 1) // len(variants))
         columns, headings = across * len(variants), [variant.name for variant in variants] * across
         labels = [label if first else "" for label in labels for first in [True, *[False] * (len(variants) - 1)]]
@@ -128,14 +127,12 @@ def save_sheet(
             with Image.open(path) as image:
                 images.append(image.convert("RGB"))
         except OSError as error:
-            raise UserError(
-                f"{path}: cannot be read ({error}); delete it, and draw again with --skip_existing"
-            ) from None
+            raise UserError(f"{path}: cannot be read ({error}); delete it and run again with --skip_existing") from None
     sheet = contact_sheet(images, labels, columns, headings=headings)
-    folder = os.open(goal.parent, os.O_RDONLY)
+    folder = os.open(sheet_path.parent, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX)  # two processes may have drawn the last pictures at the same time
-        save_png(sheet, goal, settings)
+        fcntl.flock(folder, fcntl.LOCK_EX)  # two processes may finish at the same time
+        save_png(sheet, sheet_path, settings)
     finally:
         os.close(folder)
-    return goal
+    return sheet_path

@@ -1,8 +1,10 @@
-"""Fit a solver to a model: weights with which few steps follow its own trajectories (`uvit sample --fit_schedule`).
+"""Fits a solver to a model, so that few steps follow the probability flow (`uvit sample --fit_schedule`).
 
-The probability flow is solved once in many steps. Then each of the few steps gets, by least squares, those weights
-that bring it closest to where the flow was at the end of that step. What later steps find is what earlier ones did, so
-they mend some of it. Fitting a step asks the network no more than drawing with it.
+1. `solve` solves the probability flow once, in many steps: the reference.
+2. `fit_plan` samples with few steps. Before each step, it fits the weights of the step by least squares, so that the
+   step ends as close as possible to the reference. A later step starts from the latents that earlier steps gave, so it
+   also corrects part of their error. Fitting needs no more network evaluations than sampling.
+3. `store_plan` and `read_plans` keep the fitted solvers in the pipeline folder.
 """
 
 import itertools
@@ -21,41 +23,42 @@ from uvit.errors import UserError
 from uvit.io import write_json
 from uvit.sample.schedulers import MultistepScheduler, SolverPlan, karras_grid, second_order
 
-NUM_PREDICTIONS = 3  # that a step looks back on
+NUM_PREDICTIONS = 3  # of x_0 that a step uses: its own and the two before it
 NUM_REFERENCE_STEPS = 300
-FITTED_FILE = Path("scheduler") / "fitted.json"  # in a pipeline's folder
+FITTED_FILE = Path("scheduler") / "fitted.json"  # in the pipeline folder
 
-Draw = Callable[[MultistepScheduler, int], Tensor]
+# (scheduler, number of steps) -> latents (B, C, h, w), always from the same prompts and noise.
+SampleLatents = Callable[[MultistepScheduler, int], Tensor]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The flow that a model draws along, solved closely."""
+    """A close solution of a model's probability flow."""
 
-    latents: Tensor  # (NUM_REFERENCE_STEPS, B, C, h, w), at Karras' noise levels, on the CPU
+    latents: Tensor  # (NUM_REFERENCE_STEPS, B, C, h, w), before each step of Karras' grid, on the CPU
     x_0: Tensor  # (B, C, h, w)
 
     def at(self, num_steps: int) -> list[Tensor]:
-        """The latents at the levels of Karras' grid of so many steps: between the four closest, a cubic."""
-        last, found = len(self.latents) - 1, []
+        """The latents before each step of Karras' grid of `num_steps` steps, by cubic interpolation."""
+        last, result = len(self.latents) - 1, []
         for i in range(num_steps):
-            place = i / (num_steps - 1) * last
-            left = min(max(int(place) - 1, 0), last - 3)
-            shares = torch.ones(4, dtype=torch.float64)
+            position = i / (num_steps - 1) * last
+            left = min(max(int(position) - 1, 0), last - 3)
+            coefficients = torch.ones(4, dtype=torch.float64)
             for j, k in itertools.permutations(range(4), 2):
-                shares[j] *= (place - left - k) / (j - k)
-            found.append(torch.einsum("s,s...->...", shares, self.latents[left : left + 4].double()))
-        return found
+                coefficients[j] *= (position - left - k) / (j - k)
+            result.append(torch.einsum("s,s...->...", coefficients, self.latents[left : left + 4].double()))
+        return result
 
 
-def solve(draw: Draw) -> Reference:
+def solve(sample_latents: SampleLatents) -> Reference:
     recorder = Recorder([second_order(karras_grid(NUM_REFERENCE_STEPS))])
-    x_0 = draw(recorder, NUM_REFERENCE_STEPS)
+    x_0 = sample_latents(recorder, NUM_REFERENCE_STEPS)
     return Reference(torch.stack(recorder.latents), x_0)
 
 
 class Recorder(MultistepScheduler):
-    """Keeps the latents before each step."""
+    """Records the latents before each step."""
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
         super().set_timesteps(num_inference_steps, device)
@@ -67,32 +70,35 @@ class Recorder(MultistepScheduler):
 
 
 class Fitter(MultistepScheduler):
-    """Replaces each step's weights by those that lead closest to `goals[step]`."""
+    """Fits the weights of each step, so that it ends as close as possible to `targets[step]`."""
 
-    def __init__(self, plan: SolverPlan, goals: list[Tensor]):
+    def __init__(self, plan: SolverPlan, targets: list[Tensor]):
         super().__init__([plan])
-        self.goals = goals
+        self.targets = targets
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor) -> SchedulerOutput:
         i = self.step_index
-        seen = [sample, model_output, *self.predicted][: 1 + NUM_PREDICTIONS]
-        prior = [*self.plan.weights[i], *[0.0] * NUM_PREDICTIONS][: len(seen)]
-        fitted = tuple(least_squares(seen, self.goals[i], prior))
+        terms = [sample, model_output, *self.predicted][: 1 + NUM_PREDICTIONS]
+        prior = [*self.plan.weights[i], *[0.0] * NUM_PREDICTIONS][: len(terms)]
+        fitted = tuple(least_squares(terms, self.targets[i], prior))
         weights = self.plan.weights
         padded = (*fitted, *[0.0] * (1 + NUM_PREDICTIONS - len(fitted)))
         self.plan = replace(self.plan, weights=(*weights[:i], padded, *weights[i + 1 :]))
         return super().step(model_output, timestep, sample)
 
 
-def least_squares(terms: list[Tensor], goal: Tensor, prior: list[float], ridge: float = 1e-6) -> list[float]:
-    """Weights with which the terms, (B, ...) each, sum up to the goal.
+def least_squares(terms: list[Tensor], target: Tensor, prior: list[float], ridge: float = 1e-6) -> list[float]:
+    """The weights whose weighted sum of the terms, (B, ...) each, is closest to the target.
 
-    What is minimised is the sum of the images' root mean square errors, not of their squares: at a fork of the flow a
-    picture may go the other way, and no weight of others' should be spent on it.
+    Minimises the sum of the root mean square errors of the images, not of their squares. Where the flow forks, one
+    image may take the other branch; this keeps it from dominating the fit.
+
+    Args:
+        prior: the weights that a ridge penalty pulls towards.
     """
     X = torch.stack([term.double().cpu().flatten(1) for term in terms], dim=-1)  # (B, n, terms)
     start = torch.tensor(prior, dtype=torch.float64)
-    Y = goal.double().cpu().flatten(1) - X @ start  # (B, n)
+    Y = target.double().cpu().flatten(1) - X @ start  # (B, n)
     change, importance = torch.zeros_like(start), torch.ones(len(X), dtype=torch.float64)
     for _ in range(5):  # iteratively reweighted
         scaled = X * importance[:, None, None]
@@ -104,26 +110,22 @@ def least_squares(terms: list[Tensor], goal: Tensor, prior: list[float], ridge: 
 
 
 def fit_plan(
-    draw: Draw, reference: Reference, num_steps: int, guidance: tuple[float, float, float]
+    sample_latents: SampleLatents, reference: Reference, num_steps: int, guidance: tuple[float, float, float]
 ) -> tuple[SolverPlan, Tensor]:
-    """A plan of so many steps, at least 2, and what it draws.
-
-    Args:
-        draw: (scheduler, number of steps) -> latents (B, C, h, w), always from the same noise, as for the reference.
-    """
-    goals = [*reference.at(num_steps)[1:], reference.x_0]
-    fitter = Fitter(second_order(karras_grid(num_steps)), goals)
-    drawn = draw(fitter, num_steps)
-    return replace(fitter.plan, guidance=guidance), drawn
+    """Fit a plan of `num_steps` steps, at least 2. -> (the plan, the latents that it gives)"""
+    targets = [*reference.at(num_steps)[1:], reference.x_0]
+    fitter = Fitter(second_order(karras_grid(num_steps)), targets)
+    latents = sample_latents(fitter, num_steps)
+    return replace(fitter.plan, guidance=guidance), latents
 
 
 def relative_error(latents: Tensor, reference: Tensor) -> float:
-    """Root mean square distance, relative to the reference's own size."""
+    """Root mean square distance, divided by the root mean square of the reference."""
     return ((latents - reference).square().mean() / reference.square().mean()).sqrt().item()
 
 
 def read_plans(pipeline: Path) -> list[SolverPlan]:
-    """Those stored with a pipeline. Raises UserError where the file cannot be read."""
+    """The plans stored in a pipeline folder. Raises UserError if their file cannot be read."""
     path = pipeline / FITTED_FILE
     if not path.is_file():
         return []
@@ -134,7 +136,7 @@ def read_plans(pipeline: Path) -> list[SolverPlan]:
 
 
 def parse_plan(stored: dict[str, Any]) -> SolverPlan:
-    """Raises KeyError, TypeError or ValueError where it is none."""
+    """Raises KeyError, TypeError or ValueError if this is not a plan."""
     log_snrs = tuple(map(float, stored["log_snrs"]))
     weights = tuple(tuple(map(float, row)) for row in stored["weights"])
     if len(weights) != len(log_snrs) or not all(map(math.isfinite, [*log_snrs, *itertools.chain(*weights)])):
@@ -144,7 +146,7 @@ def parse_plan(stored: dict[str, Any]) -> SolverPlan:
 
 
 def store_plan(pipeline: Path, plan: SolverPlan) -> Path:
-    """Add a plan to those of a pipeline, instead of that for as many steps and the same guidance. -> the file"""
+    """Add a plan to a pipeline folder; it replaces the plan of the same steps and guidance. -> the file"""
     others = [
         other
         for other in read_plans(pipeline)

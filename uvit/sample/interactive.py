@@ -9,38 +9,38 @@ from typing import Any
 from uvit.config.sample import SampleConfig
 from uvit.errors import UserError
 
-WELCOME = "Type what to draw. /seed 5 changes a setting, / shows all of them, Ctrl-D ends."
-ASK = "draw> "
+WELCOME = "Type a prompt. /seed 5 changes a setting, / lists the settings, Ctrl-D quits."
+INPUT_PROMPT = "prompt> "
 
 
 def _numbers(text: str) -> tuple[float, ...]:
     return tuple(map(float, text.split()))
 
 
-# What can be changed between prompts, and how it is read. With nothing after its name, a setting goes back to the
-# command's own.
+# The settings that can change between prompts, and how each is read. A name without a value restores the value of the
+# command line.
 SETTINGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "seed": (int, "a whole number"),
     "num_images_per_prompt": (int, "a whole number"),
-    "guidance_scale": (_numbers, "a number, or several"),
+    "guidance_scale": (_numbers, "a number, or several numbers"),
     "num_inference_steps": (int, "a whole number"),
-    "negative_prompt": (str, "words"),
+    "negative_prompt": (str, "text"),
     "strength": (float, "a number"),
 }
 
 
-def interactive(config: SampleConfig, draw: Callable[[SampleConfig, str], None]) -> None:
-    """Ask, draw, and ask again, until the input ends. Each image has the seed after the one before.
+def interactive(config: SampleConfig, generate: Callable[[SampleConfig, str], None]) -> None:
+    """Read a prompt, generate, and repeat until the input ends. Each image adds 1 to the seed.
 
-    Ctrl-C while drawing stops the drawing; while asking, it ends.
+    Ctrl-C stops the current image; at the prompt it ends the command.
     """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # arrow keys and a history, where Python has it
-    given = config
+    initial = config
     print(WELCOME)
     while True:
         try:
-            line = input(ASK).strip()
+            line = input(INPUT_PROMPT).strip()
         except EOFError:
             print()
             return
@@ -48,9 +48,9 @@ def interactive(config: SampleConfig, draw: Callable[[SampleConfig, str], None])
             continue
         try:
             if line.startswith("/"):
-                config = changed(config, line[1:], given)
+                config = change_setting(config, line[1:], initial)
                 continue
-            draw(config, line)
+            generate(config, line)
             config = dataclasses.replace(config, seed=config.seed + config.num_images_per_prompt)
         except UserError as error:
             print(f"error: {error}")
@@ -58,26 +58,26 @@ def interactive(config: SampleConfig, draw: Callable[[SampleConfig, str], None])
             print("\nstopped")
 
 
-def changed(config: SampleConfig, words: str, given: SampleConfig) -> SampleConfig:
-    """`seed 5` -> the config with it; `seed` alone: as at the start; nothing: all are printed. Raises UserError."""
+def change_setting(config: SampleConfig, words: str, initial: SampleConfig) -> SampleConfig:
+    """`seed 5` sets the seed, `seed` restores its initial value, "" prints all settings. Raises UserError."""
     name, _, value = words.strip().partition(" ")
     name, value = name.replace("-", "_"), value.strip()
     if not name:
-        print("\n".join(f"/{name} {_shown(getattr(config, name))}" for name in SETTINGS))
+        print("\n".join(f"/{name} {_formatted(getattr(config, name))}" for name in SETTINGS))
         return config
     if name not in SETTINGS:
         close = difflib.get_close_matches(name, SETTINGS, n=1)
-        hint = f"did you mean /{close[0]}?" if close else f"there are /{', /'.join(SETTINGS)}"
+        hint = f"did you mean /{close[0]}?" if close else f"the settings are /{', /'.join(SETTINGS)}"
         raise UserError(f"/{name}: there is no such setting; {hint}")
-    read, wanted = SETTINGS[name]
+    parse, expected = SETTINGS[name]
     try:
-        after = read(value) if value else getattr(given, name)
+        parsed = parse(value) if value else getattr(initial, name)
     except ValueError:
-        raise UserError(f"/{name} {value}: must be {wanted}") from None
-    config = dataclasses.replace(config, **{name: after})
-    print(f"/{name} {_shown(after)}")
+        raise UserError(f"/{name} {value}: must be {expected}") from None
+    config = dataclasses.replace(config, **{name: parsed})
+    print(f"/{name} {_formatted(parsed)}")
     return config
 
 
-def _shown(value: Any) -> str:
+def _formatted(value: Any) -> str:
     return " ".join(f"{item:g}" for item in value) if isinstance(value, tuple) else "" if value is None else str(value)

@@ -1,4 +1,8 @@
-"""What `uvit sample` is to draw, and which of it here."""
+"""What `uvit sample` generates: the image jobs, the variants of each, and the batches of this process.
+
+An `ImageJob` is a prompt, a seed and a number. A `Variant` is a pipeline and a guidance scale. Every job runs in every
+variant.
+"""
 
 import re
 from collections.abc import Sequence
@@ -13,7 +17,7 @@ from uvit.sample.load import find_pipeline
 
 @dataclass(frozen=True)
 class ImageJob:
-    """The same in all variants."""
+    """One image to generate, with the same prompt and seed in all variants."""
 
     number: int
     prompt: str
@@ -21,23 +25,23 @@ class ImageJob:
 
     @property
     def file_name(self) -> str:
-        """00000-the-prompt.png; letters of any script stay."""
+        """00000-the-prompt.png. Letters of any script are kept."""
         slug = re.sub(r"[\W_]+", "-", self.prompt.lower()).strip("-")[:50].rstrip("-")
         return f"{self.number:05d}-{slug or 'empty'}.png"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the ways in which every picture is drawn."""
+    """A pipeline and a guidance scale, with the folder for their images."""
 
     pipeline: Path
     guidance_scale: float
-    name: str  # for people; empty where there is one alone
+    name: str  # for headings; empty if there is only one variant
     folder: Path
 
 
 def list_variants(config: SampleConfig) -> list[Variant]:
-    """All pipelines with all guidance scales; those of a pipeline follow one another. Raises UserError."""
+    """Every pipeline with every guidance scale, pipeline by pipeline. Raises UserError."""
     folders = [find_pipeline(config.pipeline), *(find_pipeline(path, "compare_with") for path in config.compare_with)]
     names, scales = short_names(folders), list(dict.fromkeys(config.guidance_scale))
     variants = []
@@ -47,34 +51,34 @@ def list_variants(config: SampleConfig) -> list[Variant]:
         slug = re.sub(r"[^\w.]+", "-", " ".join(words)).strip("-")
         variants.append(Variant(folder, scale, " ".join(words), Path(config.output_dir) / slug))
     if len({variant.folder for variant in variants}) < len(variants):
-        given = " ".join(config.compare_with)
-        raise UserError(f"--compare_with {given}: cannot be told apart by name from one another or from --pipeline")
+        paths = " ".join(config.compare_with)
+        raise UserError(f"--compare_with {paths}: two pipelines cannot be distinguished by name; rename a folder")
     return variants
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """What the paths do not have in common."""
-    rest = [list(folder.resolve().parts) for folder in folders]
+    """The parts of each path that the paths do not share."""
+    paths = [list(folder.resolve().parts) for folder in folders]
     for end in (0, -1):
-        while all(rest) and len({parts[end] for parts in rest}) == 1:
-            for parts in rest:
+        while all(paths) and len({parts[end] for parts in paths}) == 1:
+            for parts in paths:
                 parts.pop(end)
-    return ["-".join(parts) for parts in rest]
+    return ["-".join(parts) for parts in paths]
 
 
 def image_jobs(config: SampleConfig, prompts: Sequence[str], first: int) -> list[ImageJob]:
-    """Numbered from `first` on; a prompt's images follow one another, and each has the seed after the one before.
+    """Number the images from `first`. The images of a prompt are consecutive; each seed is one more than the last.
 
-    Raises UserError for a prompt that came as bytes of no UTF-8.
+    Raises UserError for a prompt that is not UTF-8 text.
     """
     for prompt in prompts:
         if not is_text(prompt):
-            raise UserError(f"the prompt {prompt!r}: is not UTF-8 text; save or type it as that")
+            raise UserError(f"the prompt {prompt!r}: is not UTF-8 text; save the file or type the prompt in UTF-8")
     repeated = [prompt for prompt in prompts for _ in range(config.num_images_per_prompt)]
     return [ImageJob(first + i, prompt, config.seed + i) for i, prompt in enumerate(repeated)]
 
 
-def job_batches(pictures: Sequence[ImageJob], batch_size: int, part: int, num_parts: int) -> list[Sequence[ImageJob]]:
-    """Those of a part. They are cut before they are shared out: a picture's last bits depend on its batch's size."""
-    starts = range(0, len(pictures), batch_size)
-    return [pictures[start : start + batch_size] for start in starts][part::num_parts]
+def job_batches(jobs: Sequence[ImageJob], batch_size: int, part: int, num_parts: int) -> list[Sequence[ImageJob]]:
+    """The batches of one part. All parts share one division into batches: rounding depends on the size of the batch."""
+    starts = range(0, len(jobs), batch_size)
+    return [jobs[start : start + batch_size] for start in starts][part::num_parts]

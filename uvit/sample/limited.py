@@ -1,8 +1,8 @@
-"""DPM-Solver++ (2M) that extrapolates only as far as the course of its predictions is steady.
+"""DPM-Solver++ (2M) with a damped second-order term: the default scheduler, `dpmsolver++`.
 
-A multistep solver draws a line through the last two predictions of x_0 and goes on along it. Where guidance is large
-the flow is stiff: predictions swing to and fro from step to step, and the line feeds the swing. The cosine of the angle
-between the last two changes tells: it is -1 in a swing.
+A multistep solver extrapolates along a line through its last two predictions of x_0. At high guidance the flow is
+stiff: the predictions oscillate from step to step, and extrapolation amplifies the oscillation. The cosine of the angle
+between the last two changes of the prediction detects it: in an oscillation it is -1.
 """
 
 from typing import Any
@@ -10,12 +10,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import DPMSolverMultistepScheduler
-from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  # by which diffusers knows what this is
+from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  # diffusers recognises schedulers by it
 from torch import Tensor
 
 
 class LimitedDPMSolverScheduler(DPMSolverMultistepScheduler):
-    """Of a step's second order each picture gets the share 1 + cosine, at most 1: all of it where nothing swings."""
+    """Multiplies the second-order term of each image by min(1, 1 + cosine): 1 on a smooth flow, 0 in an oscillation.
+
+    Module and class keep their names, because the model_index.json of existing pipeline folders contains them.
+    """
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         super().set_timesteps(*args, **kwargs)
@@ -31,5 +34,5 @@ class LimitedDPMSolverScheduler(DPMSolverMultistepScheduler):
             return first_order
         second = super().multistep_dpm_solver_second_order_update(model_output_list, *args, sample=sample, **kwargs)
         cosine = F.cosine_similarity(change.flatten(1).float(), last.flatten(1).float())
-        share = (1 + cosine).clamp(max=1).view(-1, 1, 1, 1)
-        return torch.lerp(first_order, second, share)
+        factor = (1 + cosine).clamp(max=1).view(-1, 1, 1, 1)
+        return torch.lerp(first_order, second, factor)

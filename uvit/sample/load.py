@@ -1,4 +1,4 @@
-"""From what --pipeline names to a pipeline on its device."""
+"""Finds the pipeline folder that `--pipeline` names, and opens it on its device."""
 
 from pathlib import Path
 
@@ -16,28 +16,30 @@ from uvit.weights.encoders import quiet
 
 
 def find_pipeline(path: str, flag: str = "pipeline") -> Path:
-    """The pipeline's folder: that one itself, or what a training run left in it.
+    """The pipeline folder: `path` itself, or `path/pipeline` of a finished training run.
 
-    Raises UserError, saying what to do, where there is none.
+    Raises UserError with what to do if there is none.
     """
     folder = Path(path).expanduser()
-    for place in (folder, folder / "pipeline"):
-        if (place / INDEX).is_file():
-            return place
+    for candidate in (folder, folder / "pipeline"):
+        if (candidate / INDEX).is_file():
+            return candidate
     where = f"--{flag} {path}:"
     if folder.is_file():
-        raise UserError(f"{where} is a file; make a pipeline of weights: uvit convert {path} pipeline")
+        raise UserError(f"{where} is a file; to make a pipeline from weights, run: uvit convert {path} pipeline")
     if not folder.is_dir():
         raise UserError(f"{where} there is no such folder; give OUTPUT_DIR/pipeline of a finished training run")
     if (folder / RECORD).is_file():
-        goal = folder.with_name(f"pipeline-{folder.name.removeprefix('checkpoint-')}")
-        raise UserError(f"{where} is a training checkpoint; make a pipeline of it: uvit convert {folder} {goal}")
+        target = folder.with_name(f"pipeline-{folder.name.removeprefix('checkpoint-')}")
+        raise UserError(
+            f"{where} is a training checkpoint; to make a pipeline from it, run: uvit convert {folder} {target}"
+        )
     if found := checkpoint_folders(folder):
-        how = f"uvit convert {found[-1]} {folder / 'pipeline'}"
-        raise UserError(f"{where} is a training run that is not finished; make a pipeline of a checkpoint: {how}")
+        command = f"uvit convert {found[-1]} {folder / 'pipeline'}"
+        raise UserError(f"{where} is an unfinished training run; to make a pipeline from a checkpoint, run: {command}")
     raise UserError(
-        f"{where} has no {INDEX}, so it is no pipeline folder; give OUTPUT_DIR/pipeline of a finished training run, or "
-        f"make a pipeline of weights: uvit convert {path} pipeline"
+        f"{where} has no {INDEX}, so it is not a pipeline folder; give OUTPUT_DIR/pipeline of a finished training "
+        f"run, or make a pipeline from weights: uvit convert {path} pipeline"
     )
 
 
@@ -48,16 +50,20 @@ def open_pipeline(
     scheduler: str = DEFAULT_SCHEDULER,
     model_cpu_offload: bool = False,
 ) -> UViTPipeline:
-    """The pipeline of a folder, on its device, with the scheduler asked for. Raises UserError where there is none."""
+    """Open a pipeline on its device, with the named scheduler. Raises UserError if it cannot be opened."""
     folder, chosen = find_pipeline(path), pick_device(device)
     if model_cpu_offload and chosen.type == "cpu":
-        raise UserError(f"--enable_model_cpu_offload: spares a GPU's memory, and --device {device} is the CPU here")
+        raise UserError(
+            f"--enable_model_cpu_offload: saves GPU memory, and --device {device} is the CPU here; leave it out"
+        )
     with quiet():
         try:
             pipeline = UViTPipeline.from_pretrained(folder, dtype=getattr(torch, dtype))
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # of files that are cut short, or missing
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # truncated or missing files
             reason = " ".join(str(error).split())[:300]
-            raise UserError(f"--pipeline {folder}: is not whole, or its parts do not fit ({reason})") from None
+            raise UserError(
+                f"--pipeline {folder}: is incomplete, or its components do not fit together ({reason})"
+            ) from None
     if model_cpu_offload:
         pipeline.enable_model_cpu_offload(device=chosen)
     else:

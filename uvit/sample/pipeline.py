@@ -1,4 +1,4 @@
-"""The text-to-image pipeline, in diffusers' manner."""
+"""`UViTPipeline`: text to image, image to image and inpainting, as a diffusers pipeline."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,17 +22,20 @@ from uvit.weights.components import pipeline_components
 from uvit.weights.encoders import decode_latents, downsampling_of, encode_tokens, tokenize
 
 Generators = torch.Generator | list[torch.Generator]
-TIMESTEP_OFFSETS = {"1..1000": 1, "0..999": 0}  # by the pipeline's `timestep_labels`
+TIMESTEP_OFFSETS = {"1..1000": 1, "0..999": 0}  # timestep_labels -> `denoise`'s timestep_offset
 StepCallback = Callable[["UViTPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 
 
 class UViTPipeline(DiffusionPipeline):
-    """Images from prompts with a U-ViT.
+    """Generates images from prompts with a U-ViT.
 
-    The folder is laid out as published ones are: `unet/` holds the U-ViT and `vqvae/` the VAE. Three values of
-    the model stand in model_index.json: `latent_scale`, the factor of its latents in training;
-    `prediction_type`, what the network predicts, whatever the scheduler asks for; and `timestep_labels`, what it
-    is told of the noise levels from the least to the most: "1..1000" as trained, or "0..999" as the Paddle port did.
+    The folder has the layout of published ones: `unet/` holds the U-ViT and `vqvae/` the VAE. Its model_index.json
+    stores three settings of the model:
+
+    - `latent_scale`: the factor of the latents in training.
+    - `prediction_type`: what the network predicts, whatever the scheduler expects.
+    - `timestep_labels`: the timesteps that the network gets, from the least to the most noise: "1..1000" as trained,
+      or "0..999" as PaddleMIX passes them.
     """
 
     vqvae: Any  # set by register_modules
@@ -67,7 +70,7 @@ class UViTPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "UViTPipeline":
-        """As in diffusers, from safetensors only; and of the Paddle port's folders and files, converted in memory."""
+        """As in diffusers, from safetensors only. Also opens PaddleMIX's folders and files, converted in memory."""
         if (arguments := pipeline_components(pretrained_model_name_or_path, kwargs)) is not None:
             if (config := arguments.pop("scheduler_config", None)) is not None:
                 arguments["scheduler"] = scheduler_from_config(config)
@@ -76,29 +79,29 @@ class UViTPipeline(DiffusionPipeline):
         return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
 
     def enable_vae_slicing(self) -> None:
-        """Decode one image at a time: less memory for many."""
+        """Decode one image at a time. Saves memory."""
         self.vqvae.enable_slicing()
 
     def disable_vae_slicing(self) -> None:
         self.vqvae.disable_slicing()
 
     def enable_vae_tiling(self) -> None:
-        """Decode images in tiles: less memory for those larger than the VAE was trained on."""
+        """Decode images larger than the VAE's training size in tiles. Saves memory."""
         self.vqvae.enable_tiling()
 
     def disable_vae_tiling(self) -> None:
         self.vqvae.disable_tiling()
 
     def encode_prompt(self, prompt: str | list[str]) -> Tensor:
-        """Context (B, T, D) of the prompts; warns of what is cut off one that is too long."""
+        """The text embeddings (B, T, D) of the prompts. Warns if a prompt is too long and is truncated."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         num_tokens = self.unet.config.num_text_tokens
         for text in dict.fromkeys(prompts):
             cut = self.tokenizer(text, verbose=False).input_ids[num_tokens - 1 :]
-            if len(cut) > 1:  # more than the closing token
-                rest = truncate(self.tokenizer.decode(cut, skip_special_tokens=True))
+            if len(cut) > 1:  # more than the end token
+                removed = truncate(self.tokenizer.decode(cut, skip_special_tokens=True))
                 warnings.warn(
-                    f"the model reads {num_tokens} tokens; cut off: {rest!r} of {truncate(text)!r}", stacklevel=3
+                    f"the model reads {num_tokens} tokens; cut off: {removed!r} of {truncate(text)!r}", stacklevel=3
                 )
         token_ids = tokenize(self.tokenizer, prompts, num_tokens).to(self._execution_device)
         return encode_tokens(self.text_encoder, token_ids, self.tokenizer.pad_token_id)
@@ -126,34 +129,33 @@ class UViTPipeline(DiffusionPipeline):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Draw images.
+        """Generate images.
 
         Args:
-            prompt: one or more; or their context in `prompt_embeds` (B, T, D), and the negative ones' in
-                `negative_prompt_embeds`.
-            height, width: in pixels; by default what the model was trained for, at most that.
-            guidance_scale: 1 switches guidance off; `negative_prompt` then plays no part.
-            guidance_interval: lowest and highest label, of 1 to 1000, with guidance; elsewhere there is none.
-            negative_prompt: one for all or one for each prompt, instead of the empty one.
-            image: what to begin with, one for all or one for each prompt: PIL, or as 'np' or 'pt' below.
-            mask_image: the same in black and white: only what is white is repainted, the rest stays to the pixel.
-            strength: how much of the image may change, above 0 to 1: the share of the steps that are done. At 1 the
-                drawing begins with noise alone. By default 0.8, with a mask 1.
-            num_images_per_prompt: N; the N images of a prompt follow one another.
-            generator: draws the noise; a list holds one for each image.
+            prompt: one or more. Instead, `prompt_embeds` and `negative_prompt_embeds` take text embeddings (B, T, D).
+            height, width: in pixels, at most the size that the model was trained for, which is the default.
+            guidance_scale: 1 turns guidance off; `negative_prompt` is then unused.
+            guidance_interval: lowest and highest timestep with guidance, in 1..1000.
+            negative_prompt: one for all or one per prompt, instead of the empty prompt.
+            image: the image to begin with, one for all or one per prompt: PIL, or as 'np' or 'pt' below.
+            mask_image: the same in black and white. White is repainted; the rest keeps its exact pixels.
+            strength: how much of the image may change: the fraction of the steps that are run, above 0 to 1. At 1
+                sampling begins with pure noise. Default: 0.8; 1 with a mask.
+            num_images_per_prompt: N. The N images of a prompt are consecutive.
+            generator: of the noise; a list holds one per image.
             latents: (B N, C, h, w), the standard normal noise to begin with.
             output_type: 'pil'; 'np' (B N, H, W, 3) or 'pt' (B N, 3, H, W) in [0, 1]; 'latent' (B N, C, h, w).
             callback_on_step_end: (pipeline, step, timestep, {"latents": ...}) -> {} or {"latents": others}.
-            callback_on_step_end_tensor_inputs: as in diffusers; there are the latents alone.
+            callback_on_step_end_tensor_inputs: as in diffusers; only "latents" is available.
 
-        Raises ValueError for arguments that do not fit together.
+        Raises ValueError if arguments do not fit together.
         """
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type {output_type!r} is none of 'pil', 'np', 'pt', 'latent'")
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps {num_inference_steps} must be at least 1")
         if unknown := set(callback_on_step_end_tensor_inputs) - {"latents"}:
-            raise ValueError(f"callback_on_step_end_tensor_inputs {sorted(unknown)}: there are the latents alone")
+            raise ValueError(f"callback_on_step_end_tensor_inputs {sorted(unknown)}: only latents is available")
         if negative_prompt is None and negative_prompt_embeds is None:
             negative_prompt = ""
         context = negative = self._context(prompt, prompt_embeds)
@@ -173,7 +175,7 @@ class UViTPipeline(DiffusionPipeline):
                 strength = STRENGTH if mask_image is None else 1.0
             start = first_step(strength, num_inference_steps, self.scheduler.order)
         elif strength is not None:
-            raise ValueError(f"strength {strength} says how much of an image may change, and there is no image")
+            raise ValueError(f"strength {strength} needs an image")
 
         def on_step(i: int, t: Tensor, latents: Tensor) -> Tensor:
             if original is not None:
@@ -194,7 +196,7 @@ class UViTPipeline(DiffusionPipeline):
             generator=generator,
             progress=self.progress_bar,
             on_step=on_step,
-            first_label=TIMESTEP_OFFSETS[self.config.timestep_labels],
+            timestep_offset=TIMESTEP_OFFSETS[self.config.timestep_labels],
             start=start,
             image=None if original is None else original.latents,
             guidance_interval=guidance_interval,
@@ -204,7 +206,7 @@ class UViTPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _context(self, prompt: str | list[str] | None, embeds: Tensor | None) -> Tensor:
-        """(B, T, D), as the network takes it."""
+        """The text embeddings (B, T, D), on the device and in the dtype of the network."""
         if embeds is None:
             if prompt is None or prompt == []:
                 raise ValueError("prompt and prompt_embeds are both missing")
@@ -222,13 +224,13 @@ class UViTPipeline(DiffusionPipeline):
 
     def _latents_shape(self, batch: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
         factor = downsampling_of(self.vqvae)
-        pixels = [given or side for given, side in zip((height, width), self.resolution, strict=True)]
+        pixels = [wanted or side for wanted, side in zip((height, width), self.resolution, strict=True)]
         if any(side % factor for side in pixels):
             raise ValueError(f"height {pixels[0]} and width {pixels[1]} must be multiples of {factor}")
         return batch, self.unet.config.in_channels, pixels[0] // factor, pixels[1] // factor
 
     def _noise(self, shape: tuple[int, ...], generator: Generators | None, latents: Tensor | None) -> Tensor:
-        """Drawn in float32, whatever the model's dtype: a seed is a picture."""
+        """The initial noise, always in float32, so that a seed gives the same image in every dtype."""
         if isinstance(generator, list) and len(generator) != shape[0]:
             raise ValueError(f"there are {len(generator)} generators for {shape[0]} images")
         if latents is None:
@@ -240,7 +242,7 @@ class UViTPipeline(DiffusionPipeline):
     def _original(self, image: Any, mask_image: Any, shape: tuple[int, int, int, int]) -> Original | None:
         if image is None:
             if mask_image is not None:
-                raise ValueError("mask_image says which part of an image is repainted, and there is no image")
+                raise ValueError("mask_image needs an image")
             return None
         factor = downsampling_of(self.vqvae)
         size = shape[2] * factor, shape[3] * factor
@@ -263,17 +265,17 @@ def check_components(
     text_encoder: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
-    """ValueError where the parts of a pipeline are of different models. Who gives contexts needs no text encoder."""
+    """Raises ValueError if components are of different models. Without a text encoder, embeddings must be passed."""
     channels, in_channels = vqvae.config.latent_channels, unet.config.in_channels
     if channels != in_channels:
-        raise ValueError(f"the VAE's latents have {channels} channels, and the U-ViT's have {in_channels}")
+        raise ValueError(f"the VAE's latents have {channels} channels, but the U-ViT takes {in_channels}")
     if text_encoder is None or tokenizer is None:
         return
     width, clip_dim = text_encoder.config.hidden_size, unet.config.clip_dim
     if width != clip_dim:
-        raise ValueError(f"the text encoder's contexts are {width} wide, and the U-ViT takes {clip_dim}")
+        raise ValueError(f"the text embeddings are {width} wide, but the U-ViT takes {clip_dim}")
     if len(tokenizer) > (size := text_encoder.config.vocab_size):
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, and the text encoder knows {size}")
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, but the text encoder has {size}")
 
 
 def truncate(text: str, length: int = 120) -> str:

@@ -1,7 +1,11 @@
-"""diffusers schedulers, told of our diffusion process.
+"""Schedulers of `uvit sample --scheduler`.
 
-Every scheduler is built from one config, so that swapping one for another in diffusers' way,
-`DDIMScheduler.from_config(pipeline.scheduler.config)`, finds in it what it needs.
+- By name: `build_scheduler` builds diffusers' schedulers for our noise schedule. All are built from one config, so
+  they can be exchanged as in diffusers: `DDIMScheduler.from_config(pipeline.scheduler.config)`.
+- `OfficialScheduler`: the solver of U-ViT's published results.
+- `MultistepScheduler`: fitted solvers, as tables of weights (`SolverPlan`). `uvit.sample.fit` fits them.
+
+The default, with damping, is in `uvit.sample.limited`.
 """
 
 import math
@@ -30,24 +34,27 @@ from uvit.sample.limited import LimitedDPMSolverScheduler
 DEFAULT_SCHEDULER = "dpmsolver++"
 
 
+# The official solver
+
+
 class OfficialScheduler(DPMSolverSinglestepScheduler):
     """The sampler of U-ViT's published results: singlestep DPM-Solver++ (Lu et al. 2022), "fast", of order 3.
 
-    Each timestep is one evaluation of the network. Three make a step of third order, the last two or one a step of
-    second or first; they stand at even, fractional labels from 1000 down. The latents end at label 1, with the little
-    noise of that level left in.
+    The network is evaluated once at each timestep. Three evaluations make a third-order step; the last two or one make
+    a second- or first-order step. The timesteps are fractional, at equal distances from 1000 to 1. The result keeps
+    the small amount of noise of timestep 1.
     """
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
         super().set_timesteps(num_inference_steps, device)
-        labels = torch.linspace(NUM_TIMESTEPS, 1, num_inference_steps + 1, dtype=torch.float64)
-        self.sigmas = torch.exp(-log_snr(labels) / 2).float()  # s_n / a_n
-        self.timesteps = (labels[:-1] - 1).float().to(device)
+        timesteps = torch.linspace(NUM_TIMESTEPS, 1, num_inference_steps + 1, dtype=torch.float64)
+        self.sigmas = torch.exp(-log_snr(timesteps) / 2).float()  # s_n / a_n
+        self.timesteps = (timesteps[:-1] - 1).float().to(device)
 
     def singlestep_dpm_solver_second_order_update(
         self, model_output_list: list[Tensor], *args: Any, sample: Any = None, **kwargs: Any
     ) -> Tensor:
-        """Towards the third evaluation of a step x_0's slope is integrated; diffusers takes it at the middle."""
+        """As diffusers', except before the third evaluation of a step: the slope of x_0 is integrated exactly there."""
         i = self.step_index
         if i + 1 == len(self.order_list) or self.order_list[i + 1] != 3:
             return super().singlestep_dpm_solver_second_order_update(model_output_list, *args, sample=sample, **kwargs)
@@ -58,8 +65,10 @@ class OfficialScheduler(DPMSolverSinglestepScheduler):
         return ((last / first) * (1 + first**2).sqrt() * sample + x_0) / (1 + last**2).sqrt()
 
 
-# Multistep solvers of second order gain from Karras' grid (Karras et al. 2022, rho 7); Euler's and Heun's are
-# better off with even steps in time.
+# By name
+
+# Second-order multistep solvers are better on Karras' grid (Karras et al. 2022, rho 7), Euler and Heun with time steps
+# of equal size.
 _SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dpmsolver++": (LimitedDPMSolverScheduler, {"use_karras_sigmas": True}),
     "unipc": (UniPCMultistepScheduler, {"use_karras_sigmas": True}),
@@ -75,30 +84,30 @@ _SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def build_scheduler(name: str = DEFAULT_SCHEDULER, prediction_type: PredictionType = "epsilon") -> Any:
-    """The diffusers scheduler of that name.
+    """Build a scheduler.
 
     Args:
         name: dpmsolver++, unipc, euler, heun, ddim, ddpm or official.
-        prediction_type: what `step` is given; `denoise` converts to it from what the network predicts.
+        prediction_type: what `step` expects. `denoise` converts the network's prediction to it.
     """
     cls, settings = _SCHEDULERS[name]
     return cls.from_config(shared_config(prediction_type) | settings)
 
 
 def shared_config(prediction_type: PredictionType) -> dict[str, Any]:
-    """What all are built from, of which each takes what it knows."""
+    """The config that all schedulers are built from. Each uses the settings that it knows."""
     return {
         **scheduler_config(prediction_type),
-        "clip_sample": False,  # latents are not confined to [-1, 1], as pixels are
-        "timestep_spacing": "trailing",  # from pure noise, label 1000, in even steps
+        "clip_sample": False,  # latents are not limited to [-1, 1]
+        "timestep_spacing": "trailing",  # from pure noise, timestep 1000, in equal steps
         "set_alpha_to_one": True,  # DDIM's last step ends at x_0, not just before it
     }
 
 
 def scheduler_from_config(config: Mapping[str, Any]) -> Any:
-    """The scheduler that a pipeline folder's scheduler_config.json describes: one of diffusers, or of this file.
+    """The scheduler of a pipeline folder's scheduler_config.json, one of diffusers' or ours.
 
-    Raises UserError where its class is neither.
+    Raises UserError if its class is neither.
     """
     name = str(config.get("_class_name"))
     own = {cls.__name__: cls for cls in (LimitedDPMSolverScheduler, OfficialScheduler)}
@@ -110,43 +119,43 @@ def scheduler_from_config(config: Mapping[str, Any]) -> Any:
 
 
 def check_scheduler(scheduler: Any) -> None:
-    """ValueError if it steps through another diffusion process than the network was trained with."""
+    """Raises ValueError if the scheduler has another diffusion process than the network was trained with."""
     abar = getattr(scheduler, "alphas_cumprod", torch.empty(0)).double().cpu()
-    name, ours = type(scheduler).__name__, alphas_cumprod()[1:]
-    if abar.shape != ours.shape or not torch.allclose(abar, ours, rtol=1e-3):
+    name, trained = type(scheduler).__name__, alphas_cumprod()[1:]
+    if abar.shape != trained.shape or not torch.allclose(abar, trained, rtol=1e-3):
         raise ValueError(
             f"{name} has another noise schedule than the model; "
-            f"make it by {name}.from_config(pipeline.scheduler.config)"
+            f"create it with {name}.from_config(pipeline.scheduler.config)"
         )
     if scheduler.config.get("clip_sample"):
-        raise ValueError(f"{name} clips to [-1, 1], which latents exceed; make it with clip_sample=False")
+        raise ValueError(f"{name} clips to [-1, 1], but latents exceed that; create it with clip_sample=False")
 
 
-# A solver that is a table of numbers: a grid of noise levels, and how each step weighs what it has seen.
+# Fitted solvers: tables of weights
 #
-# A step is x' = w_0 x + w_1 D_0 + w_2 D_1 + ..., the latents and the x_0 predicted at this step, the one before, and so
-# on. DPM-Solver++ is of this form on any grid; `uvit.sample.fit` finds better weights for a model.
-
+# A step is a weighted sum x' = w_0 x + w_1 D_0 + w_2 D_1 + ... of the latents x and of the x_0 predicted at this step
+# (D_0), at the one before (D_1), and so on. DPM-Solver++ has this form on any grid. `uvit.sample.fit` fits the weights
+# to a model.
 
 KARRAS_RHO = 7
 
 
 @dataclass(frozen=True)
 class SolverPlan:
-    """All that a solver is."""
+    """A solver as a table: a grid of noise levels and the weights of each step."""
 
     log_snrs: tuple[float, ...]
-    """(N,), rising from label 1000's: log(a^2 / s^2) wherever the network is asked."""
+    """(N,), log(a^2 / s^2) at each step, rising from that of timestep 1000."""
     weights: tuple[tuple[float, ...], ...]
-    """Of each of the N steps: of the latents, of the x_0 just predicted, of the one before, ..."""
+    """For each of the N steps: of the latents, of the x_0 predicted at this step, of the one before, ..."""
     guidance: tuple[float, float, float] | None = None
-    """What it was fitted for: scale, lowest and highest label with guidance. None: it was not, and goes for any."""
+    """The guidance that it was fitted for: scale, lowest and highest timestep. None: not fitted, valid for any."""
 
 
 def karras_grid(num_steps: int) -> Tensor:
-    """Log-SNRs (num_steps,) float64 from label 1000's to label 1's (Karras et al. 2022, rho 7).
+    """Log-SNRs (num_steps,) float64, from that of timestep 1000 to that of timestep 1 (Karras et al. 2022, rho 7).
 
-    Most of them are at little noise; even steps in time, which have most at much noise, need more of them.
+    Most steps are at low noise. Time steps of equal size have most steps at high noise, and need more of them.
     """
     ends = log_snr(torch.tensor([NUM_TIMESTEPS, 1]))
     first, last = torch.exp(-ends / 2 / KARRAS_RHO).tolist()  # roots of the noise levels s_n / a_n
@@ -154,7 +163,7 @@ def karras_grid(num_steps: int) -> Tensor:
 
 
 def second_order(log_snrs: Tensor) -> SolverPlan:
-    """DPM-Solver++ (2M) of Lu et al. 2022 on that grid; the first step and the last, to x_0, are of first order."""
+    """DPM-Solver++ (2M) of Lu et al. 2022 on a grid. The first step and the last, to x_0, are of first order."""
     half = (log_snrs / 2).tolist()  # lambda = log(a / s)
     a, s = (torch.sigmoid(sign * log_snrs).sqrt().tolist() for sign in (1, -1))
     weights = []
@@ -167,9 +176,9 @@ def second_order(log_snrs: Tensor) -> SolverPlan:
 
 
 class MultistepScheduler(SchedulerMixin, ConfigMixin):
-    """Steps through plans, in the way of diffusers' schedulers.
+    """A diffusers scheduler that follows plans.
 
-    Which of the plans is a matter of the number of steps and of `guidance`, to be set before `set_timesteps`.
+    The number of steps and `guidance`, which must be set before `set_timesteps`, select the plan.
     """
 
     order = 1
@@ -182,11 +191,11 @@ class MultistepScheduler(SchedulerMixin, ConfigMixin):
         self.guidance: tuple[float, float, float] | None = None
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
-        """Raises UserError where no plan is for that."""
+        """Raises UserError if there is no plan for this number of steps and this guidance."""
         self.plan = self.plan_for(num_inference_steps)
         self.num_inference_steps = num_inference_steps
-        labels = timestep_of_log_snr(torch.tensor(self.plan.log_snrs, dtype=torch.float64))
-        self.timesteps = (labels - 1).float().to(device)
+        timesteps = timestep_of_log_snr(torch.tensor(self.plan.log_snrs, dtype=torch.float64))
+        self.timesteps = (timesteps - 1).float().to(device)
         self.predicted: list[Tensor] = []  # newest first
         self.step_index = 0
 
@@ -194,27 +203,29 @@ class MultistepScheduler(SchedulerMixin, ConfigMixin):
         for plan in self.plans:
             if len(plan.log_snrs) == num_steps and plan.guidance in (None, self.guidance):
                 return plan
-        known = (
+        fitted = (
             "; ".join(f"{len(plan.log_snrs)} for {describe_guidance(plan.guidance)}" for plan in self.plans) or "none"
         )
         raise UserError(
-            f"no solver of {num_steps} steps is fitted for {describe_guidance(self.guidance)} (there are: {known}); "
+            f"no solver of {num_steps} steps is fitted for {describe_guidance(self.guidance)} (fitted: {fitted}); "
             "fit it with --fit_schedule, or choose another --scheduler or --speed"
         )
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         if begin_index:
-            raise UserError("--scheduler fitted: begins with noise alone; choose another to begin with a picture")
+            raise UserError(
+                "--scheduler fitted: starts from pure noise; choose another scheduler to begin with an image"
+            )
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         return sample
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor) -> SchedulerOutput:
-        """From the x_0 predicted and the latents, in float32, to those of the next step."""
+        """The predicted x_0 and the latents, in float32 -> the latents of the next step."""
         weights = self.plan.weights[self.step_index]
         self.predicted = [model_output, *self.predicted][: len(weights) - 1]
         self.step_index += 1
-        terms = zip(weights, [sample, *self.predicted], strict=False)  # the first steps have less to look back on
+        terms = zip(weights, [sample, *self.predicted], strict=False)  # the first steps have fewer predictions
         return SchedulerOutput(prev_sample=sum(weight * value for weight, value in terms))
 
 

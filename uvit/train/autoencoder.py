@@ -262,7 +262,7 @@ def vae_step(run: VaeRun, pixels: Tensor, noise: Tensor) -> VaeStepResult | None
     if not skipped:
         run.optimizer.step()
         run.ema.update(vae)
-    guards.note(run.step, first_image, norm if finite else None, skipped)
+    guards.record_step(run.step, first_image, norm if finite else None, skipped)
     return VaeStepResult(psnr_of(error.item()) if finite else math.nan, norm, lr)
 
 
