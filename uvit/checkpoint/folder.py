@@ -93,11 +93,9 @@ class Checkpoint:
         return [self.folder / name for name in self.record["files"] if pattern.fullmatch(name)]
 
     def changed_flags(self, config: Any) -> dict[str, str]:
-        """{flag: what it was and is now}, of the config dataclass's flags that change something."""
-        before, now = (
-            self.record["config"],
-            json.loads(json.dumps(dataclasses.asdict(config))),
-        )  # a tuple is a list there
+        """The flags whose values changed, without those that change nothing: {flag: "--flag was 1 and is now 2"}."""
+        before = self.record["config"]
+        now = json.loads(json.dumps(dataclasses.asdict(config)))  # JSON turns tuples into lists, as in the record
         changed = [key for key in now if key not in QUIET_FLAGS and key in before and before[key] != now[key]]
         return {key: f"--{key} was {before[key]} and is now {now[key]}" for key in changed}
 
