@@ -11,7 +11,7 @@ out=output/demo
 if [ -n "${1:-}" ]; then exec uvit demo "$@"; fi
 
 # 1. Extract: encode 648 captioned images of shapes to moments and token ids. A tenth of the combinations of colour, shape,
-#    size, position and background is held out. The VAE comes with the package; runs/first_stage.sh trained it.
+#    size, position and background is held out. The VAE comes with the package; runs/shapes_vae.sh trained it.
 uvit extract --source shapes --split train --resolution 32 --vae_name_or_path shapes \
     --text tokens --model_max_length 18 --output_dir "$out/features"
 

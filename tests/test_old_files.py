@@ -218,7 +218,7 @@ def test_an_extraction_that_was_cut_off_goes_on(old: Path, capsys: pytest.Captur
     settings["source"]["source"], settings["vae"]["name"] = [str(old / "images")], str(old / "vae")  # as it had written
     Path("store/train/settings.json").write_text(json.dumps(settings))
     uvit(f"{EXTRACT} --text tokens --vocab_size 320 --output_dir store")
-    assert "Going on after 5 of 8 pairs" in capsys.readouterr().out
+    assert "Resuming after 5 of 8 pairs" in capsys.readouterr().out
     again = json.loads(Path("store/train/manifest.json").read_text())
     assert manifest["shards"][0] == again["shards"][0]
     assert manifest["files"] == again["files"]

@@ -17,7 +17,7 @@ from uvit.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 SOME_STEP = 24  # of the checkpoints that stay, the first
-CANNOT_WRITE = r"^uvit train: error: --output_dir run: cannot be written to \(.*{}.*\); mend that"
+CANNOT_WRITE = r"^uvit train: error: --output_dir run: cannot be written to \(.*{}.*\); fix this"
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_after_kills_at_any_moment_every_byte_is_the_same(folder: Path) -> None:
     assert "all is well\n\nstatus 0\n" in said, said
     assert said.count("every byte equal") == 2 and "\n6 kills (" in said, said
     rollback = (folder / "rollback-0" / "said.txt").read_text()
-    assert "going back to run/checkpoint-" in rollback
+    assert "rolled back to run/checkpoint-" in rollback
 
 
 def test_a_full_disk_costs_nothing_that_was_saved(

@@ -120,8 +120,8 @@ def test_what_readers_have_in_their_code_is_reported(tmp_path: Path) -> None:
     components.report.dropped.clear()
     write_paddlemix(components, tmp_path / "port", "safetensors")
     assert components.report.dropped == [
-        "latent scale 0.5: the PaddleMIX pipeline has 0.18215 in its source code; change it there",
-        "timesteps 1..1000: the PaddleMIX pipeline has 0..999 in its source code; change it there",
+        "latent scale 0.5: the PaddleMIX pipeline uses 0.18215; change it in its source code",
+        "timesteps 1..1000: the PaddleMIX pipeline uses 0..999; change it in its source code",
     ]
     assert components.report.defaulted[-1] == "scheduler: DDIM, as in PaddleMIX's folders"
     written = json.loads((tmp_path / "port" / "scheduler" / "scheduler_config.json").read_text())

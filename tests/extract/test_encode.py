@@ -117,8 +117,8 @@ def test_a_pair_that_float16_cannot_hold_is_left_out(parts: dict[str, Any]) -> N
     assert len(encoded.contexts) == sum(map(len, encoded.captions))
     (problem,) = encoded.problems
     assert (problem.id, problem.kind, problem.left_out) == (id, "not finite", True)
-    assert problem.message.endswith(f"the moments of {id} come out infinite or not a number; give --dtype float32")
-    with pytest.raises(UserError, match=r"some moments come out infinite.*give --dtype float32"):
+    assert problem.message.endswith(f"the moments of {id} are NaN or infinite; give --dtype float32")
+    with pytest.raises(UserError, match=r"some moments are NaN or infinite.*give --dtype float32"):
         encode(parts | {"skip": False}, [batch])
 
 
@@ -127,7 +127,7 @@ def test_a_whole_batch_beyond_float16_is_a_mistake_in_the_flags(parts: dict[str,
     with pytest.raises(UserError, match=r"--dtype float16: some moments .*give --dtype float32"):
         encode(parts | {"dtype": np.dtype("float16")}, batches(1))
     parts["text_encoder"].final_layer_norm.bias[0] = float("nan")
-    with pytest.raises(UserError, match=r"--dtype float32: some contexts .*the encoder itself gives them"):
+    with pytest.raises(UserError, match=r"--dtype float32: some text embeddings .*the encoder itself returns"):
         encode(parts, batches(1))
 
 

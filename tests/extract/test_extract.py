@@ -31,7 +31,7 @@ from uvit.extract.extract import extract
 from uvit.images import to_pixels, to_unit
 from uvit.sources.open import open_source, require_random_access
 from uvit.sources.shapes import ShapesSource
-from uvit.sources.types import Pair, PairError, Problem
+from uvit.sources.types import Pair, PairError, Problem, Source
 from uvit.store import shard
 from uvit.store.reader import FeatureStore, open_features
 from uvit.store.shard import EncodedPairs
@@ -158,7 +158,7 @@ def test_latent_scale(flags: dict[str, Any], tmp_path: Path, capsys: pytest.Capt
     config = json.loads((tmp_path / "sd" / "config.json").read_text()) | {"scaling_factor": 0.18215}
     (tmp_path / "sd" / "config.json").write_text(json.dumps(config))
     assert run(flags | {"vae_name_or_path": str(tmp_path / "sd")}).latent_scale == LATENT_SCALE
-    assert "0.2301: U-ViT's own" in capsys.readouterr().out
+    assert "0.2301: U-ViT's value" in capsys.readouterr().out
 
 
 # Stopping and going on
@@ -203,9 +203,9 @@ def test_stopped_by_ctrl_c_and_run_again(
         patch.setattr("uvit.extract.extract.open_source", lambda *_, **__: Interrupted("train", flags["resolution"]))
         with pytest.raises(KeyboardInterrupt):
             run(flags)
-    assert "run the same command to go on" in capsys.readouterr().out
+    assert "run the same command to resume" in capsys.readouterr().out
     run(flags)
-    done = re.search(r"Going on after (\d+) of 648 pairs", capsys.readouterr().out)
+    done = re.search(r"Resuming after (\d+) of 648 pairs", capsys.readouterr().out)
     assert done is not None
     assert 40 < int(done[1]) <= 50, "shards are not redone, and what was encoded is kept"
     run(flags | {"output_dir": str(tmp_path / "whole")})
@@ -297,7 +297,7 @@ def test_sigterm_commits_what_was_done(flags: dict[str, Any], tmp_path: Path) ->
         process.terminate()
         said, _ = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM, said
-    assert "run the same command to go on" in said
+    assert "run the same command to resume" in said
     (progress,) = progress_files(tmp_path / "store")
     assert json.loads(progress.read_text())["next_row"] >= 8
 
@@ -308,7 +308,7 @@ def test_sigterm_commits_what_was_done(flags: dict[str, Any], tmp_path: Path) ->
 def test_parts_one_after_the_other(flags: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(flags | {"output_dir": str(tmp_path / "whole")})
     extract(ExtractConfig(**flags, shard="1/2"))
-    assert "2 of 3 shards are left to the other processes" in capsys.readouterr().out
+    assert "The other processes still have to write 2 of 3" in capsys.readouterr().out
     extract(ExtractConfig(**flags | {"batch_size": 3, "num_workers": 1}, shard="1/2"))  # has nothing to do
     with pytest.raises(UserError, match="not finished"):
         open_features(tmp_path / "store")
@@ -373,7 +373,7 @@ def test_bad_pairs_are_left_out_and_listed(
     assert (store.num_samples, store.manifest["num_source_pairs"], store.manifest["num_left_out"]) == (7, 9, 2)
     assert store.manifest["problems"] == {"broken image": 1, "empty caption": 1, "tiny image": 1}
     said = capsys.readouterr().out
-    assert "Problems: 1 broken image, 1 empty caption, 1 tiny image; 2 pairs left out. See " in said
+    assert "Problems: 1 broken image, 1 empty caption, 1 tiny image; 2 pairs skipped. See " in said
     assert "problems.jsonl" in said
     whole = run(flags | {"source": (str(bad_pairs.parent / "bad"),), "output_dir": str(tmp_path / "other")})
     assert whole.num_samples == 7
@@ -386,7 +386,7 @@ def test_bad_pairs_stop_it_where_that_is_asked(
     flags: dict[str, Any], pairs: Path, bad_pairs: Path, num_workers: int
 ) -> None:
     flags |= {"source": (str(bad_pairs),), "num_workers": num_workers, "on_error": "stop"}
-    with pytest.raises(UserError, match="--on_error skip leaves such pairs out"):
+    with pytest.raises(UserError, match="--on_error skip skips such pairs"):
         run(flags)
     shutil.copytree(pairs, bad_pairs, dirs_exist_ok=True)
     assert run(flags).num_samples == 9
@@ -402,7 +402,7 @@ def test_what_the_index_shows_is_said_first(
     with pytest.raises(UserError, match=r"first of 1 problems\); --on_error skip"):
         run(flags | {"on_error": "stop", "vae_name_or_path": "no/such/vae"})
     assert run(flags).num_samples == 9
-    assert "Problems that the index shows: 1 " in capsys.readouterr().out
+    assert "Problems in the index: 1 " in capsys.readouterr().out
 
 
 def test_nothing_but_bad_pairs(flags: dict[str, Any], tmp_path: Path) -> None:
@@ -453,7 +453,7 @@ def test_low_precision_is_near(flags: dict[str, Any], tmp_path: Path) -> None:
 # Streams
 
 
-class Numbered:
+class Numbered(Source):
     """A stream of shapes, whose fourth pair is broken."""
 
     def __init__(self, length: int):
@@ -485,7 +485,7 @@ def test_a_stream_in_parts_that_are_stopped(
 ) -> None:
     monkeypatch.setattr(extract_module, "open_source", lambda *_, **__: Numbered(length))
     store = run(flags | {"output_dir": str(tmp_path / "whole")})
-    assert "A stream, its end not known" in capsys.readouterr().out
+    assert "Stream of unknown length" in capsys.readouterr().out
     assert (store.num_samples, store.manifest["num_source_pairs"]) == (length - 1, None)
     assert [store.captions(i) for i in range(3, 20)] == [ShapesSource("train", 16)[i].captions for i in range(4, 21)]
 
@@ -524,7 +524,7 @@ def test_real_images(coco_folder: Path, image_tar: Path, flags: dict[str, Any], 
     ("change", "says"),
     [
         ({"resolution": 18}, "--resolution 18: must be a multiple of 4"),
-        ({"model_max_length": 17}, "--model_max_length 17: the text encoder takes 16 at most"),
+        ({"model_max_length": 17}, "--model_max_length 17: the text encoder supports 16 at most"),
         ({"device": "abacus"}, "--device abacus"),
         ({"text_encoder_name_or_path": None}, "--text both: needs --text_encoder_name_or_path"),
         ({"vocab_size": 300}, "--vocab_size 300"),
@@ -541,7 +541,7 @@ def test_what_float16_cannot_hold(flags: dict[str, Any], tmp_path: Path) -> None
     vae = encoders.load_diffusers_vae(flags["vae_name_or_path"])
     vae.quant_conv.bias[0] = 1e5
     vae.save_pretrained(tmp_path / "loud")
-    with pytest.raises(UserError, match=r"moments come out infinite.*give --dtype float32"):
+    with pytest.raises(UserError, match=r"moments are NaN or infinite.*give --dtype float32"):
         run(flags | {"vae_name_or_path": str(tmp_path / "loud")})
 
 
@@ -558,14 +558,14 @@ def test_a_worker_that_the_system_kills(flags: dict[str, Any], monkeypatch: pyte
     flags |= {"source": ("shapes",), "num_workers": 1, "text": "contexts", "shard_size": 1000}
     with monkeypatch.context() as patch:
         patch.setattr(extract_module, "open_source", lambda *_, **__: Alone("train", 16))
-        with pytest.raises(UserError, match=r"--num_workers 1: a process that reads images was ended from outside"):
+        with pytest.raises(UserError, match=r"--num_workers 1: a worker process was killed"):
             run(flags)
     assert run(flags).num_samples == 648
 
 
 def test_a_disk_that_is_too_small(flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 5000, 5000))
-    with pytest.raises(UserError, match=r"needs \d+\.\d KiB, and its disk has 4\.9 KiB left"):
+    with pytest.raises(UserError, match=r"needs \d+\.\d KiB, but its disk has 4\.9 KiB free"):
         run(flags)
     assert not list((tmp_path / "store" / "train").glob(".partial*"))
 
@@ -580,7 +580,7 @@ def test_a_disk_that_fills_up(flags: dict[str, Any], tmp_path: Path, monkeypatch
             raise full
         file.write(data.data)
 
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="its disk is full; make room and run the same"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="its disk is full; free some space"):
         patch.setattr(shard, "_write_all", write_all)
         run(flags)
     run(flags)
@@ -595,7 +595,7 @@ def test_a_second_process_at_the_same_shard(flags: dict[str, Any], tmp_path: Pat
     partial.mkdir()
     with (partial / "lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process is at shard 0"):
+        with pytest.raises(UserError, match="another process is writing shard 0"):
             run(flags)
     assert run(flags).num_samples == 9
 
@@ -603,5 +603,5 @@ def test_a_second_process_at_the_same_shard(flags: dict[str, Any], tmp_path: Pat
 def test_an_earlier_store_is_not_written_into(flags: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "manifest.json").write_text("{}")
-    with pytest.raises(UserError, match="of an earlier version"):
+    with pytest.raises(UserError, match="of version 1"):
         run(flags)

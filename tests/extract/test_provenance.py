@@ -83,5 +83,5 @@ def test_a_tokenizer_is_given_or_that_of_another_split_or_new(flags: dict[str, A
 def test_why_a_latent_scale_is_what_it_is(flags: dict[str, Any]) -> None:
     vae = load_diffusers_vae(flags["vae_name_or_path"])
     assert scale_reason(ExtractConfig(**flags), vae, 0.5) == "stored with the VAE"
-    assert scale_reason(ExtractConfig(**flags, latent_scale=0.7), vae, 0.7) == "as --latent_scale says"
-    assert scale_reason(ExtractConfig(**flags), vae, 0.23).startswith("U-ViT's own")
+    assert scale_reason(ExtractConfig(**flags, latent_scale=0.7), vae, 0.7) == "from --latent_scale"
+    assert scale_reason(ExtractConfig(**flags), vae, 0.23).startswith("U-ViT's value")

@@ -89,5 +89,5 @@ def test_captions_by_column_and_none_at_all(tmp_path: Path, capsys: pytest.Captu
     tokenizer = AutoTokenizer.from_pretrained(config.output_dir)
     assert len(tokenizer("x" * 32)["input_ids"]) < len(tokenizer("red")["input_ids"]) + 2
     tar = write_tar(tmp_path / "0.tar", [("a.txt", b" "), ("a.png", b"")])
-    with pytest.raises(UserError, match=r"0\.tar: has no caption that can be used"):
+    with pytest.raises(UserError, match=r"0\.tar: has no usable caption"):
         build_tokenizer(TokenizerConfig((str(tar),), str(tmp_path / "none")))

@@ -11,12 +11,12 @@ from PIL import Image
 
 from uvit.errors import UserError
 from uvit.extract.workers import Preprocessing, ShardPlan, decode_batches
-from uvit.sources.types import Pair, PairError, Problem
+from uvit.sources.types import Pair, PairError, Problem, RandomAccessSource, Source
 
 READING = Preprocessing(resolution=4, crop="center", resize="lanczos", min_image_size=2, skip=True)
 
 
-class Numbers:
+class Numbers(RandomAccessSource):
     """Pair i is all i."""
 
     def __init__(self, length: int):
@@ -39,7 +39,7 @@ class Numbers:
         return []
 
 
-class NumbersInARow:
+class NumbersInARow(Source):
     """The same as a stream; how many were decoded cannot be more than were wanted."""
 
     def __init__(self, length: int):
@@ -117,7 +117,7 @@ def test_a_problem_stops_it_where_that_is_asked(source: Numbers | NumbersInARow,
     strict = Preprocessing(4, "center", "lanczos", 2, skip=False)
     batches = decode_batches(source, ShardPlan(100, 2, 0, 1, {}), strict, num_workers)
     assert [next(batches).rows, next(batches).rows] == [range(2), range(2, 4)]
-    with pytest.raises(UserError, match=r"^5\.png is broken; --on_error skip leaves such pairs out"):
+    with pytest.raises(UserError, match=r"^5\.png is broken; --on_error skip skips such pairs"):
         next(batches)
     assert multiprocessing.active_children() == []
 
@@ -136,11 +136,11 @@ def test_what_was_wrong_with_a_pair_comes_along() -> None:
         Pair("b", Image.new("RGB", (9, 1)), ("two",)),
         PairError(Problem("c", "broken image", "c is broken")),
     ]
-    decoded = READING.decoded(range(3), pairs)
+    decoded = READING.preprocess(range(3), pairs)
     assert (decoded.ids, decoded.captions, decoded.pixels.shape) == (["a"], [("one",)], (1, 3, 4, 4))
     assert [(problem.id, problem.kind) for problem in decoded.problems] == [
         ("a", "empty caption"),
         ("b", "tiny image"),
         ("c", "broken image"),
     ]
-    assert READING.decoded(range(1), pairs[2:]).pixels.shape == (0, 3, 4, 4)
+    assert READING.preprocess(range(1), pairs[2:]).pixels.shape == (0, 3, 4, 4)

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from uvit.sources.combine import ConcatSource, ConcatStream, SplitRule, SplitSource, SplitStream, StreamView
+from uvit.sources.combine import ConcatSource, ConcatStream, SplitRule, SplitSource, SplitStream
 from uvit.sources.shapes import ShapesSource
-from uvit.sources.types import Pair, PairError, Problem, Source, Stream
+from uvit.sources.types import Pair, PairError, Problem, RandomAccessSource, Source
 
 SHAPES = ShapesSource("train", 8)
 
 
-class Letters:
+class Letters(RandomAccessSource):
     """A pair for each letter; upper-case ones cannot be used."""
 
     def __init__(self, letters: str):
@@ -36,7 +36,7 @@ class Letters:
         return [Problem(letter, "loud", f"{letter} is too loud") for letter in self.letters if letter.isupper()]
 
 
-def letters_of(source: Source) -> str:
+def letters_of(source: RandomAccessSource) -> str:
     found = []
     for row in range(len(source)):
         try:
@@ -47,7 +47,7 @@ def letters_of(source: Source) -> str:
     return "".join(found)
 
 
-def read(stream: Stream, start: int = 0, wanted: Callable[[int], bool] = lambda _: True) -> Iterator[tuple[int, str]]:
+def read(stream: Source, start: int = 0, wanted: Callable[[int], bool] = lambda _: True) -> Iterator[tuple[int, str]]:
     """(position, letter, or - for what is not wanted)"""
     for position, pair in stream.read(start, wanted):
         yield position, "-" if pair is None else pair.problem.id if isinstance(pair, PairError) else pair.id
@@ -79,7 +79,7 @@ def test_every_kth_is_val_and_the_others_train(text: str, every: int) -> None:
 
 @given(st.lists(TEXT, min_size=1, max_size=4), st.integers(0, 9), st.sets(st.integers(0, 20)))
 def test_a_joined_stream_starts_anywhere(texts: list[str], start: int, unwanted: set[int]) -> None:
-    stream = pickle.loads(pickle.dumps(ConcatStream([StreamView(Letters(text)) for text in texts])))
+    stream = pickle.loads(pickle.dumps(ConcatStream([Letters(text) for text in texts])))
     whole = "".join(texts)
     expected = [(i, "-" if i in unwanted else letter) for i, letter in enumerate(whole)][start:]
     assert list(read(stream, start, lambda position: position not in unwanted)) == expected
@@ -91,7 +91,7 @@ def test_a_joined_stream_starts_anywhere(texts: list[str], start: int, unwanted:
 def test_a_part_of_a_stream_is_the_part_of_the_source(text: str, every: int, start: int, split: str) -> None:
     rows = SplitRule(every, split)
     expected = letters_of(SplitSource(Letters(text), rows))
-    stream = SplitStream(StreamView(Letters(text)), rows)
+    stream = SplitStream(Letters(text), rows)
     assert list(read(stream)) == list(enumerate(expected))
     assert (
         list(read(stream, start, lambda position: position % 2 == 0))
@@ -107,7 +107,7 @@ def test_what_is_not_wanted_is_not_looked_at() -> None:
             Counting.num_read += 1
             return super().__getitem__(index)
 
-    stream = ConcatStream([StreamView(Counting("abc")), StreamView(Counting("abc"))])
+    stream = ConcatStream([Counting("abc"), Counting("abc")])
     assert [letter for _, letter in read(stream, 1, lambda position: position == 4)] == ["-", "-", "-", "b", "-"]
     assert list(read(SplitStream(stream, SplitRule(3, "val")), 0, lambda position: position == 1)) == [
         (0, "-"),

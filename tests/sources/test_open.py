@@ -19,19 +19,19 @@ from tests.sources.pictures import (
     write_tar,
 )
 from uvit.errors import UserError
-from uvit.sources.open import captions_of, open_source, require_random_access
-from uvit.sources.types import Source
+from uvit.sources.open import open_source, require_random_access
+from uvit.sources.types import RandomAccessSource
 
 ALL = [captions for _, captions in PICTURES.values()]
 
 
-def opened(*places: Path | str, **flags: Any) -> Source:
+def opened(*places: Path | str, **flags: Any) -> RandomAccessSource:
     source = open_source([str(place) for place in places], **flags)
     assert pickle.loads(pickle.dumps(source)) is not source
     return require_random_access(source, "--source")
 
 
-def captions_in(source: Source) -> list[tuple[str, ...]]:
+def captions_in(source: RandomAccessSource) -> list[tuple[str, ...]]:
     return [source.captions(row) for row in range(len(source))]
 
 
@@ -55,8 +55,8 @@ def captioned_image(folder: Path, name: str) -> Path:
 def test_shapes_of_train_and_heldout_share_no_caption_and_come_at_the_resolution(name: str) -> None:
     train, heldout = opened(name, resolution=32), opened(name, split="heldout", resolution=32)
     assert train[0].image.size == heldout[0].image.size == (32, 32)
-    assert not set(captions_of(train)) & set(captions_of(heldout))
-    assert next(captions_of(train)) == train[0].captions[0] == train.captions(0)[0]
+    assert not set(train.all_captions()) & set(heldout.all_captions())
+    assert next(train.all_captions()) == train[0].captions[0] == train.captions(0)[0]
     assert train.problems() == []
 
 
@@ -127,17 +127,17 @@ def test_folders_of_parts(tmp_path: Path) -> None:
                 tar_of(folder / "0.tar", part)
         for part in ("train", "val"):
             assert captions_in(opened(tmp_path / kind, split=part)) == [(part,)]
-        with pytest.raises(UserError, match=r"--split test: .* has no such part"):
+        with pytest.raises(UserError, match=r"--split test: .* has no such split"):
             open_source(str(tmp_path / kind), "test")
         for part in ("train", "val"):
-            with pytest.raises(UserError, match=f"--val_every 2: .* has parts already, {part}/"):
+            with pytest.raises(UserError, match=f"--val_every 2: .* already has splits, {part}/"):
                 open_source(str(tmp_path / kind), part, val_every=2)
 
 
 def test_what_is_at_a_url_is_a_stream(tmp_path: Path) -> None:
     url = tar_of(tmp_path / "0.tar", "a", "b").as_uri()
     source = open_source(url)
-    assert list(captions_of(source)) == ["a", "b"]
+    assert list(source.all_captions()) == ["a", "b"]
     with pytest.raises(UserError, match=r"^--source there: can only be read from beginning to end"):
         require_random_access(source, "--source there")
 
@@ -156,7 +156,7 @@ def test_several_places_follow_one_another_whatever_they_are(tmp_path: Path) -> 
     assert source[3].image.getpixel((0, 0)) == (255, 0, 0)
     assert len(opened("shapes", tar)) == len(opened("shapes")) + 2
     stream = open_source([tar.as_uri(), str(path), str(folder)])
-    assert list(captions_of(stream)) == [caption for captions in expected for caption in captions]
+    assert list(stream.all_captions()) == [caption for captions in expected for caption in captions]
 
 
 def test_coco_files_about_the_same_images_are_joined_and_others_follow(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_coco_files_about_the_same_images_are_joined_and_others_follow(tmp_path:
     joined = [ALL[0], (*ALL[1], "rouge"), ALL[2]]
     assert captions_in(opened(first, second, image_folder=[str(one)])) == joined
     assert captions_in(opened(first, second, image_folder=[str(one), str(two)])) == [*ALL, ("rouge",)]
-    with pytest.raises(UserError, match="--image_folder: 3 folders for 2 files"):
+    with pytest.raises(UserError, match="--image_folder: 3 folders for 2 caption files"):
         open_source([str(first), str(second)], image_folder=[str(one)] * 3)
 
 
@@ -180,12 +180,12 @@ def test_val_every_divides_what_has_no_parts(tmp_path: Path) -> None:
     stream = open_source([tar.as_uri()], "val", val_every=2)
     assert [(row, pair and pair.captions) for row, pair in stream.read(0, lambda _: True)] == [(0, ("b",)), (1, ("d",))]  # type: ignore[union-attr]
     for places, split in (([str(tar)], "val"), (["shapes", str(tar)], "heldout")):
-        with pytest.raises(UserError, match=f"--split {split}: .* has no such part; .*--val_every"):
+        with pytest.raises(UserError, match=f"--split {split}: .* has no such split; .*--val_every"):
             open_source(places, split)
     with pytest.raises(UserError, match="--val_every 6: leaves --split val empty, of 5 pairs"):
         open_source(str(tar), "val", val_every=6)
     for split in ("train", "val"):
-        with pytest.raises(UserError, match="--val_every 10: --source shapes has parts already"):
+        with pytest.raises(UserError, match="--val_every 10: --source shapes already has splits"):
             open_source("shapes", split, val_every=10)
 
 
@@ -194,7 +194,7 @@ def test_val_every_divides_a_coco_folder_of_one_captions_file(tmp_path: Path) ->
     coco_of_pictures(tmp_path / "annotations" / "captions_mini.json")
     assert captions_in(opened(tmp_path, split="val", val_every=2)) == [ALL[1]]
     write_coco(tmp_path / "annotations" / "captions_train.json", [], [])
-    with pytest.raises(UserError, match="has parts already"):
+    with pytest.raises(UserError, match="already has splits"):
         open_source(str(tmp_path), "val", val_every=2)
 
 
@@ -202,7 +202,7 @@ def test_captions_leave_out_pairs_that_cannot_be_used(tmp_path: Path) -> None:
     folder = captioned_image(tmp_path, "a")
     captioned_image(tmp_path, "b")
     (folder / "a.txt").write_text(" ")
-    assert list(captions_of(open_source(str(folder)))) == ["b"]
+    assert list(open_source(str(folder)).all_captions()) == ["b"]
 
 
 # What is wrong
@@ -216,10 +216,10 @@ def test_captions_leave_out_pairs_that_cannot_be_used(tmp_path: Path) -> None:
         ("shapes:three", {}, "shapes and shapes:two"),
         ("shapes", {"split": "val"}, "--split val: shapes have"),
         ("shapes", {"image_folder": ["images"]}, "--image_folder images"),
-        ("shapes", {"image_column": "image"}, "--image_column image: goes with"),
-        ("shapes", {"caption_column": "text"}, "--caption_column text: goes with"),
-        ("shapes", {"streaming": True}, "--streaming: goes with"),
-        ([], {}, "--source: names nothing"),
+        ("shapes", {"image_column": "image"}, "--image_column image: needs"),
+        ("shapes", {"caption_column": "text"}, "--caption_column text: needs"),
+        ("shapes", {"streaming": True}, "--streaming: needs"),
+        ([], {}, "--source: names no source"),
     ],
 )
 def test_names_and_flags_that_do_not_go_together(source: str, flags: dict[str, Any], says: str) -> None:
@@ -232,7 +232,7 @@ def test_files_that_are_no_source(tmp_path: Path) -> None:
         ("words.tar", "words.tar"),
         ("words.tar.gz", "words.tar.gz"),
         ("words.csv", "its columns are 'not any"),
-        ("words.parquet", "is not a whole parquet file"),
+        ("words.parquet", "is not a complete parquet file"),
         ("words.doc", r"is a \.doc file; give shapes"),
         ("words", "is a nameless file"),
     ]:
@@ -244,11 +244,11 @@ def test_files_that_are_no_source(tmp_path: Path) -> None:
 
 
 def test_folders_that_are_no_source(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds nothing, and no annotations/, metadata\.jsonl"):
+    with pytest.raises(UserError, match=r"contains nothing; it needs annotations/, metadata\.jsonl"):
         open_source(str(tmp_path))
     for name in "abcdefg":
         (tmp_path / f"{name}.png").write_bytes(png("red"))
-    with pytest.raises(UserError, match=r"holds a\.png, b\.png, c\.png, d\.png, e\.png and 2 more, and no"):
+    with pytest.raises(UserError, match=r"contains a\.png, b\.png, c\.png, d\.png, e\.png and 2 more; it needs"):
         open_source(str(tmp_path))
 
 

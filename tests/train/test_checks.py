@@ -23,11 +23,11 @@ OTHER = {"name": "elsewhere", "sha256": "0123456789abcdef"}
 @pytest.mark.parametrize(
     ("changes", "flags", "message"),
     [
-        ({"in_channels": 8}, {}, r"latents of 4 channels, the model 8"),
-        ({"sample_size": 2}, {}, r"latents of 4x4, the model's sample_size is 2x2"),
-        ({"clip_dim": 48}, {}, r"contexts of width 32, the model's clip_dim is 48"),
-        ({"num_text_tokens": 20}, {}, r"16 context tokens.*num_text_tokens is 20.*--model_max_length 20"),
-        ({"num_text_tokens": 20}, {"train_text_encoder": True}, r"16 token ids.*num_text_tokens is 20"),
+        ({"in_channels": 8}, {}, r"its latents have 4 channels, and the model's have 8"),
+        ({"sample_size": 2}, {}, r"its latents are 4x4, and the model's sample_size is 2x2"),
+        ({"clip_dim": 48}, {}, r"its text embeddings have width 32, and the model's clip_dim is 48"),
+        ({"num_text_tokens": 20}, {}, r"16 text embeddings per caption.*num_text_tokens is 20.*--model_max_length 20"),
+        ({"num_text_tokens": 20}, {"train_text_encoder": True}, r"16 token ids per caption.*num_text_tokens is 20"),
         ({}, {"model_max_length": 77}, r"--model_max_length 77: the features have 16"),
         ({}, {"resolution": 256}, r"--resolution 256: the features were extracted at 16"),
         ({}, {"feature_path": "/nowhere"}, r"--feature_path /nowhere"),
@@ -55,7 +55,7 @@ def test_contradictions(
         ({"vae": OTHER}, {}, r"its split heldout was made by another VAE .*fingerprints 0123456789ab and \w{12}\)"),
         ({"text_encoder": OTHER}, {}, r"made by another text encoder"),
         ({"tokenizer": OTHER}, {"train_text_encoder": True}, r"made by another tokenizer"),
-        ({"context_shape": None}, {}, r"has no contexts, as the training features do; extract"),
+        ({"context_shape": None}, {}, r"has no text embeddings, but the training features have; extract"),
     ],
 )
 def test_features_to_validate_on_must_belong_to_those_to_train_on(
@@ -92,11 +92,13 @@ def test_a_pipeline_to_start_from_must_have_the_encoders_of_the_features(
     for name, what in {"vae": "VAE", "text_encoder": "text encoder"}.items():
         other = edited_store(**{name: OTHER})
         config = tiny_config(feature_path=other, pretrained_model_name_or_path=str(pipeline))
-        with pytest.raises(UserError, match=f"--pretrained_model_name_or_path {pipeline}: its {what} is not the one"):
+        with pytest.raises(
+            UserError, match=f"--pretrained_model_name_or_path {pipeline}: its {what} did not make the features"
+        ):
             build_run(config, tmp_path)
     assert build_run(tiny_config(pretrained_model_name_or_path=str(pipeline)), tmp_path)
     (pipeline / "training.json").write_text(json.dumps(facts | {"timestep_labels": "0..999"}))
-    with pytest.raises(UserError, match=r"was trained with the timestep labels 0\.\.999, and here they are 1\.\.1000"):
+    with pytest.raises(UserError, match=r"was trained with timesteps 0\.\.999, but this training uses 1\.\.1000"):
         build_run(tiny_config(pretrained_model_name_or_path=str(pipeline)), tmp_path)
 
 
@@ -119,8 +121,8 @@ def test_latents_of_an_unusual_size_are_warned_of(tiny_config: Any, capsys: pyte
 def test_latents_that_are_all_alike_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
     features = array_features(num_samples=1)
     check_latents(features, 1.0, "somewhere")
-    assert "--feature_path somewhere: the latents of 1 samples are all alike" in capsys.readouterr().out
+    assert "--feature_path somewhere: the latents of 1 samples are all equal" in capsys.readouterr().out
     features = array_features(num_samples=2)
     features.moments = np.where(features.moments > 0, features.moments, np.inf)
     check_latents(features, 1.0, "somewhere")
-    assert "the latents of 2 samples are all alike or not finite" in capsys.readouterr().out
+    assert "the latents of 2 samples are all equal or not finite" in capsys.readouterr().out

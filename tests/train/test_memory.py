@@ -74,12 +74,12 @@ def real_trace(dtype: torch.dtype, autocast: torch.dtype, recompute: bool) -> Me
 def test_a_step_without_numbers_takes_the_memory_of_one_with_them(
     dtype: torch.dtype, autocast: torch.dtype, recompute: bool
 ) -> None:
-    hollow = trace_step(TINY, 3, dtype=dtype, autocast=autocast, recompute=recompute)
+    traced = trace_step(TINY, 3, dtype=dtype, autocast=autocast, recompute=recompute)
     real = real_trace(dtype, autocast, recompute)
-    assert hollow.saved == real.saved
-    assert hollow.gradients[-1] == real.gradients[-1] == dtype.itemsize * meta_unet(TINY).num_parameters()
+    assert traced.saved == real.saved
+    assert traced.gradients[-1] == real.gradients[-1] == dtype.itemsize * meta_unet(TINY).num_parameters()
     for weight in (0, 1, 2):
-        assert hollow.peak(weight) == pytest.approx(real.peak(weight), rel=0.01)
+        assert traced.peak(weight) == pytest.approx(real.peak(weight), rel=0.01)
 
 
 def test_what_the_forward_keeps_is_what_autograd_saves() -> None:

@@ -1,4 +1,4 @@
-"""Samples on which no update can be made are passed over, named, and passed over again by a run that goes on."""
+"""Samples on which no update can be made are skipped and named, and skipped again by a run that resumes."""
 
 import json
 from collections.abc import Callable
@@ -25,14 +25,14 @@ def config(tiny_config: Any, poisoned_store: Callable[..., str]) -> Any:
     return lambda **more: tiny_config(**(flags | more))
 
 
-def test_a_run_goes_back_and_passes_over(config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_rolls_back_and_skips_samples(config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(config()) == 0
     run = tmp_path / "run"
     assert [line["step"] for line in lines(run)] == list(range(1, 10))  # once each
     assert [line["samples"] for line in lines(run)] == [4, 8, 12, 16, 32, 36, 40, 44, 48]
     assert not any(line["skipped"] for line in lines(run))
     said = capsys.readouterr().out
-    assert "not finite for 3 steps in a row, up to step 7: going back to" in said and "checkpoint-4 and pass" in said
+    assert "not finite for 3 steps in a row, up to step 7: rolled back to" in said and "checkpoint-4. Their 12" in said
 
     features = FeatureStore(Path(config().feature_path) / "train")
     named = [json.loads(line) for line in (run / "logs" / "passed_over.jsonl").read_text().splitlines()]
@@ -69,7 +69,7 @@ def test_where_the_checkpoint_before_is_gone_the_one_in_the_midst_will_do(config
 
 
 def test_samples_that_a_run_does_not_know_of_are_named_once(config: Any, tmp_path: Path) -> None:
-    """After a kill between going back and the next checkpoint, it goes back once more."""
+    """After a kill between a rollback and the next checkpoint, the run rolls back once more."""
     train(config())
     run = tmp_path / "run"
     before = (run / "logs" / "passed_over.jsonl").read_text()
@@ -78,16 +78,18 @@ def test_samples_that_a_run_does_not_know_of_are_named_once(config: Any, tmp_pat
 
 
 def test_without_a_checkpoint_it_ends_with_a_sentence(config: Any, tmp_path: Path) -> None:
-    message = r"not finite for 3 steps in a row, up to step 7, .*there is no checkpoint yet\. .*lower --learning_rate"
+    message = r"not finite for 3 steps in a row, up to step 7; .*There is no checkpoint yet\. .*lower --learning_rate"
     with pytest.raises(UserError, match=message):
         train(config(save_steps=100))
 
 
-def test_going_back_in_vain_ends_too(tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rollbacks_that_do_not_help_end_too(
+    tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The second update ruins the weights, whatever the samples."""
     config = tiny_config(learning_rate=1e30, warmup_steps=1, max_steps=50, max_nonfinite_steps=2)
-    with pytest.raises(UserError, match=r"checkpoint-3, and going back 3 times did not help.*lower --learning_rate"):
+    with pytest.raises(UserError, match=r"checkpoint-3, and 3 rollbacks did not help.*lower --learning_rate"):
         train(config)
-    assert capsys.readouterr().out.count("going back to") == MAX_ROLLBACKS
+    assert capsys.readouterr().out.count("rolled back to") == MAX_ROLLBACKS
     [last] = checkpoint_folders(tmp_path / "run")
     assert read_checkpoint(last).step == 3

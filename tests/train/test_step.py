@@ -107,7 +107,7 @@ def test_no_spikes_where_none_are_wanted(tiny_config: Any) -> None:
 
 def test_passing_over_jumps_the_sample_counter(tiny_config: Any) -> None:
     run = start(tiny_config())
-    run.guards.passed_over = [(4, 12)]
+    run.guards.skipped_samples = [(4, 12)]
     steps(run, 1)
     assert run.samples == 4
     steps(run, 1)

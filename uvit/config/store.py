@@ -33,7 +33,7 @@ class FeaturesInfoConfig:
 class FeaturesVerifyConfig:
     """Check a feature store: read every byte, compare checksums, and check shapes, counts, captions, NaN and Inf.
 
-    The exit status is 0 if all is well, 1 if something is wrong, and 2 if there are no features.
+    The exit status is 0 if no problems are found, 1 if something is wrong, and 2 if there are no features.
 
     uvit features verify output/features
     """

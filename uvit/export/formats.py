@@ -229,13 +229,13 @@ def _report_lost_conventions(
     conventions = components.conventions
     if conventions.latent_scale != assumed.latent_scale:
         components.report.dropped.append(
-            f"latent scale {conventions.latent_scale}: {reader} has {assumed.latent_scale} in its source code; change "
-            "it there"
+            f"latent scale {conventions.latent_scale}: {reader} uses {assumed.latent_scale}; change it "
+            "in its source code"
         )
     if conventions.timestep_labels != assumed.timestep_labels:
         components.report.dropped.append(
-            f"timesteps {conventions.timestep_labels}: {reader} has {assumed.timestep_labels} in its source code; "
-            "change it there"
+            f"timesteps {conventions.timestep_labels}: {reader} uses {assumed.timestep_labels}; "
+            "change it in its source code"
         )
     if conventions.prediction_type != assumed.prediction_type and not stores_prediction_type:
         components.report.dropped.append(

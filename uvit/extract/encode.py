@@ -1,7 +1,7 @@
-"""Decoded pairs through the VAE and the text encoder, several batches at once and in order.
+"""Encode decoded pairs with the VAE and the text encoder: several batches at a time, with results in order.
 
-On a CPU each batch is computed by one thread: the number of threads that share a product changes its last bits, and so
-what is stored would depend on the machine's cores.
+On a CPU, one thread computes each batch. The number of threads that share a matrix product changes its last bits, so
+the stored features would otherwise depend on the number of cores.
 """
 
 import contextlib
@@ -24,42 +24,42 @@ from uvit.sources.types import Problem
 from uvit.store.shard import EncodedPairs
 from uvit.weights.encoders import encode_images, encode_tokens, tokenize
 
-PIXELS_AT_ONCE = 2**18  # of a batch on a CPU: several are encoded at once, and what a VAE holds of an image is large
+PIXELS_AT_ONCE = 2**18  # that a thread encodes on a CPU: the VAE's activations take much memory
 
 
 @dataclass(frozen=True)
 class Encoders:
-    """What pairs are encoded with; no text encoder where contexts are not wanted. For any number of threads."""
+    """The VAE, the text encoder and the settings of the encoding. `encode` may run in several threads."""
 
     vae: Any
-    text_encoder: Any
+    text_encoder: Any  # None: text embeddings are not stored
     tokenizer: Any
     device: torch.device
-    precision: torch.dtype  # that of autocast; float32: none
+    precision: torch.dtype  # of autocast; float32: no autocast
     num_tokens: int
     batch_size: int
-    flip: bool  # encode the mirrored images as well
-    dtype: np.dtype  # of moments and contexts
-    token_dtype: np.dtype | None  # None: token ids are not wanted
-    skip: bool  # leave out a pair that cannot be stored; False: stop
-    stopped: threading.Event = field(default_factory=threading.Event)  # set: give up at the next opportunity
+    flip: bool  # also encode the mirrored images
+    dtype: np.dtype  # of moments and text embeddings
+    token_dtype: np.dtype | None  # None: token ids are not stored
+    skip: bool  # skip a pair with NaN or infinite features; False: stop
+    stopped: threading.Event = field(default_factory=threading.Event)  # set: stop as soon as possible
 
     def tokenize(self, captions: list[str]) -> Tensor:
-        """c captions -> (c, T). For one thread at a time: fast tokenizers refuse more."""
+        """c captions -> (c, T). Only one thread may call this at a time: fast tokenizers allow no more."""
         if not captions:
             return torch.empty((0, self.num_tokens), dtype=torch.int64)
         return tokenize(self.tokenizer, captions, self.num_tokens)
 
     def encode(self, batch: Decoded, token_ids: Tensor) -> EncodedPairs:
-        """Raises UserError where all pairs, or with `skip` unset any, come out infinite or not a number."""
+        """Raises UserError if the features of all pairs (without `skip`, of any pair) are NaN or infinite."""
         try:
             with self._computing():
                 flipped = self._images(batch.pixels[..., ::-1].copy()) if self.flip else None
                 moments, contexts = self._images(batch.pixels), self._contexts(token_ids)
         except torch.OutOfMemoryError:
             raise UserError(
-                f"--batch_size {self.batch_size}: does not fit into the memory of {self.device}; run the same command"
-                " with a smaller one to go on"
+                f"--batch_size {self.batch_size}: needs more memory than {self.device} has; run the same command with a"
+                " smaller one to resume"
             ) from None
         counts = np.array([len(captions) for captions in batch.captions], dtype=np.int64)
         owners = np.repeat(np.arange(len(batch.ids)), counts)  # (c,)
@@ -68,7 +68,7 @@ class Encoders:
         for what, features, rows in (
             ("moments", moments, np.arange(len(batch.ids))),
             ("moments", flipped, np.arange(len(batch.ids))),
-            ("contexts", contexts, owners),
+            ("text embeddings", contexts, owners),
         ):
             if features is None:
                 continue
@@ -92,7 +92,7 @@ class Encoders:
         )
 
     def empty(self) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """The empty caption's context (T, D) and token ids (T,); None for what is not wanted."""
+        """The empty caption's text embedding (T, D) and token ids (T,). None: not stored."""
         token_ids = self.tokenize([""])
         with self._computing():
             contexts = self._contexts(token_ids)
@@ -101,7 +101,7 @@ class Encoders:
 
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
-        """Both are a thread's own."""
+        """Inference mode and autocast, which PyTorch sets for each thread."""
         low = self.precision != torch.float32
         with torch.inference_mode(), torch.autocast(self.device.type, self.precision if low else None, enabled=low):
             yield
@@ -147,19 +147,19 @@ class Encoders:
         return None if self.token_dtype is None else token_ids.numpy().astype(self.token_dtype)
 
     def _not_finite(self, what: str, features: Tensor) -> str:
-        reason = "give --dtype float32" if torch.isfinite(features).all() else "the encoder itself gives them"
-        return f"--dtype {self.dtype.name}: {what} come out infinite or not a number; {reason}"
+        reason = "give --dtype float32" if torch.isfinite(features).all() else "the encoder itself returns such values"
+        return f"--dtype {self.dtype.name}: {what} are NaN or infinite; {reason}"
 
 
 @contextlib.contextmanager
 def encoding_threads(encoders: Encoders) -> Iterator[tuple[ThreadPoolExecutor, int]]:
-    """(pool, batches at once). On a CPU every thread, this one too, computes alone while it lasts."""
+    """(pool, number of batches at a time). On a CPU, each thread then computes with one core, this thread too."""
     on_cpu, before = encoders.device.type == "cpu", torch.get_num_threads()
-    at_once = before if on_cpu else 2  # on a GPU one computes while the other one's results are copied
+    at_once = before if on_cpu else 2  # on a GPU, one batch is computed while the results of another are copied
     if on_cpu:
         torch.set_num_threads(1)
-    alone = functools.partial(torch.set_num_threads, 1)
-    pool = ThreadPoolExecutor(at_once, "encode", initializer=alone if on_cpu else None)
+    single_thread = functools.partial(torch.set_num_threads, 1)
+    pool = ThreadPoolExecutor(at_once, "encode", initializer=single_thread if on_cpu else None)
     try:
         yield pool, at_once
     finally:
@@ -171,7 +171,7 @@ def encoding_threads(encoders: Encoders) -> Iterator[tuple[ThreadPoolExecutor, i
 def encode_in_order(
     encoders: Encoders, decoded: Iterator[Decoded], pool: ThreadPoolExecutor, at_once: int
 ) -> Iterator[tuple[Decoded, EncodedPairs]]:
-    """One batch more than are encoded at once is on its way."""
+    """Encode batches in the pool. At most `at_once` + 1 of them are in progress."""
     waiting = deque[tuple[Decoded, Future[EncodedPairs]]]()
     for batch in decoded:
         token_ids = encoders.tokenize([caption for captions in batch.captions for caption in captions])

@@ -1,9 +1,9 @@
-"""`uvit extract`: pairs -> feature store.
+"""`uvit extract`: read pairs, encode them, and write a feature store.
 
-Worker processes decode images, threads encode them, and one thread writes; batches pass from one to the next in order.
-What was written is committed every few seconds, so that a kill loses no more than that, and an extraction that was
-stopped and gone on with writes the same bytes as one that was not. Several processes share the shards without talking
-to one another: what lies in the folder tells each of them what is left.
+Worker processes decode images, threads encode them, and one thread writes. Batches pass through these stages in order.
+Written features are committed every few seconds, so a kill loses only those seconds. A resumed extraction writes the
+same bytes as an uninterrupted one. Several processes can share the shards without communication: the files in the
+folder tell each process what remains.
 """
 
 import contextlib
@@ -16,10 +16,10 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,17 +35,17 @@ from uvit.extract.workers import Decoded, Preprocessing, ShardPlan, decode_batch
 from uvit.io import format_bytes
 from uvit.progress import Progress
 from uvit.sources.open import open_source
-from uvit.sources.types import PairError, Problem, Source, Stream
+from uvit.sources.types import PairError, Problem, RandomAccessSource, Source
 from uvit.store.shard import EncodedPairs, ShardWriter
 from uvit.store.writer import StoreWriter, refuse_earlier_layouts
 from uvit.weights.components import load_text_encoder, load_vae
 from uvit.weights.encoders import downsampling_of, latent_scale_of
 
-COMMIT_SECONDS = 2.0  # the least between two commits, each of which waits for the disk
+COMMIT_SECONDS = 2.0  # between two commits, at least: a commit waits for the disk
 
 
 def extract(config: ExtractConfig) -> None:
-    """The command `uvit extract`. Raises UserError for what cannot be read, encoded or written."""
+    """The command `uvit extract`. Raises UserError if something cannot be read, encoded or written."""
     part, num_parts = resolve_shard(config.shard)
     folder = Path(config.output_dir).expanduser() / config.split
     refuse_earlier_layouts(folder)
@@ -72,7 +72,7 @@ def extract(config: ExtractConfig) -> None:
             return
         if info.token_dtype:
             with writer.lock():
-                if not (folder / "tokenizer").is_dir():  # the settings vouch for the one that is there
+                if not (folder / "tokenizer").is_dir():  # `settings.json` names an existing one
                     save_tokenizer(tokenizer, folder / "tokenizer")
         check_disk(source, writer)
         device = device_of(config)
@@ -89,8 +89,8 @@ def extract(config: ExtractConfig) -> None:
             token_dtype=np.dtype(info.token_dtype) if info.token_dtype else None,
             skip=config.on_error == "skip",
         )
-        begun = {int(path.stem[-5:]) for name in ("shard-*.json", ".partial-*") for path in folder.glob(name)}
-        next_rows = {shard: writer.next_row(shard) for shard in begun}
+        started = {int(path.stem[-5:]) for name in ("shard-*.json", ".partial-*") for path in folder.glob(name)}
+        next_rows = {shard: writer.next_row(shard) for shard in started}
         encode_all(
             config,
             source,
@@ -100,38 +100,36 @@ def extract(config: ExtractConfig) -> None:
         )
 
 
-def encode_all(
-    config: ExtractConfig, source: Source | Stream, writer: StoreWriter, plan: ShardPlan, encoders: Encoders
-) -> None:
-    """All shards of this process; and what completes the store, if they were the last."""
-    reading = Preprocessing(config.resolution, config.crop, config.resize, config.min_image_size, encoders.skip)
+def encode_all(config: ExtractConfig, source: Source, writer: StoreWriter, plan: ShardPlan, encoders: Encoders) -> None:
+    """Extract all shards of this process. The process that writes the last shard completes the store."""
+    preprocessing = Preprocessing(config.resolution, config.crop, config.resize, config.min_image_size, encoders.skip)
     all_done = writer.num_shards is not None and all(map(writer.done, plan.shards(writer.num_shards)))
-    nothing = (batch for batch in list[Decoded]())
-    decoded = nothing if all_done else decode_batches(source, plan, reading, config.num_workers)
-    total = plan.num_rows(len(source)) if isinstance(source, Sized) else None
+    no_batches = (batch for batch in list[Decoded]())
+    decoded = no_batches if all_done else decode_batches(source, plan, preprocessing, config.num_workers)
+    total = plan.num_rows(len(source)) if isinstance(source, RandomAccessSource) else None
     done = plan.num_rows_done()
     if done:
-        print(f"Going on after {done:,} of {f'{total:,}' if total is not None else '?'} pairs.")
+        print(f"Resuming after {done:,} of {f'{total:,}' if total is not None else '?'} pairs.")
     progress = Progress("extract", total, "pair", done=done, bar=not config.disable_tqdm)
     with contextlib.closing(decoded), sigterm_as_exit(), encoding_threads(encoders) as (pool, at_once):
         try:
             write_all(writer, encode_in_order(encoders, decoded, pool, at_once), progress)
         except (KeyboardInterrupt, SystemExit):
             progress.close()
-            print(f"Stopped after {progress.done:,.0f} pairs; run the same command to go on.")
+            print(f"Stopped after {progress.done:,.0f} pairs; run the same command to resume.")
             raise
         finally:
             progress.close()
         assert writer.num_shards is not None
         for shard in plan.shards(writer.num_shards):
-            if not writer.done(shard):  # all of its rows were dealt with before, or its stream ended
+            if not writer.done(shard):  # its rows were all processed before, or the stream ended in it
                 with writer.open_shard(shard) as opened:
                     opened.finish()
-        left = sum(not writer.done(shard) for shard in range(writer.num_shards))
-        if left:
+        remaining = sum(not writer.done(shard) for shard in range(writer.num_shards))
+        if remaining:
             print(
-                f"This part is done. {left} of {writer.num_shards} shards are left to the other processes, the last of"
-                " which completes the store."
+                f"This process has written its shards. The other processes still have to write {remaining} of"
+                f" {writer.num_shards}; the last one completes the store."
             )
             return
         writer.finish(*encoders.empty())
@@ -139,28 +137,28 @@ def encode_all(
 
 
 def write_all(writer: StoreWriter, encoded: Iterator[tuple[Decoded, EncodedPairs]], progress: Progress) -> None:
-    """In a thread of its own; whatever stops this, what has reached the files is committed."""
-    with ShardAppender(writer) as writing, ThreadPoolExecutor(1, "write") as pen:
-        under_way = deque[tuple[Decoded, Future[None]]]()
+    """Write batches in a separate thread. Whatever stops this, all data in the files is committed."""
+    with ShardAppender(writer) as appender, ThreadPoolExecutor(1, "write") as writer_thread:
+        in_progress = deque[tuple[Decoded, Future[None]]]()
 
         def wait_for_one() -> None:
-            batch, written = under_way.popleft()
+            batch, written = in_progress.popleft()
             written.result()
             progress.update(len(batch.rows))
 
         for batch, pairs in encoded:
             if batch.num_source_pairs is not None:
-                under_way.append((batch, pen.submit(writer.end_stream, batch.num_source_pairs)))
+                in_progress.append((batch, writer_thread.submit(writer.end_stream, batch.num_source_pairs)))
             else:
-                under_way.append((batch, pen.submit(writing.append, batch.rows, pairs)))
-            if len(under_way) > 2:
+                in_progress.append((batch, writer_thread.submit(appender.append, batch.rows, pairs)))
+            if len(in_progress) > 2:
                 wait_for_one()
-        while under_way:
+        while in_progress:
             wait_for_one()
 
 
 class ShardAppender:
-    """Puts batches into their shards, one after the other."""
+    """Appends batches to their shards. Keeps one shard open at a time."""
 
     def __init__(self, writer: StoreWriter):
         self.writer = writer
@@ -174,7 +172,8 @@ class ShardAppender:
             self._shard = self.writer.open_shard(number).__enter__()
         if self._shard.next_row != rows.start:
             raise UserError(
-                f"--output_dir {self.writer.folder}: another process has worked at shard {number} meanwhile"
+                f"--output_dir {self.writer.folder}: another process has written to shard {number} in the meantime;"
+                " give each process its own shards, such as --shard 0/2 and --shard 1/2"
             )
         self._shard.append(part, rows.stop)
         if rows.stop == self.writer.rows(number).stop:
@@ -193,71 +192,71 @@ class ShardAppender:
             shard.__exit__(kind, error, trace)
 
 
-# What is settled first
+# Preparation
 
 
 def device_of(config: ExtractConfig) -> torch.device:
-    """With `auto`, each of several processes of a machine takes a GPU of its own."""
+    """With `auto`, each process of `torchrun` on a machine uses its own GPU."""
     if config.device == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         return pick_device(f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}")
     return pick_device(config.device)
 
 
-def report_index_problems(config: ExtractConfig, source: Source | Stream) -> None:
-    """Before any network is loaded: what is known to be wrong. Raises UserError if that is to stop."""
-    problems = cast(Source, source).problems() if isinstance(source, Sized) else []
+def report_index_problems(config: ExtractConfig, source: Source) -> None:
+    """Print the problems that the index shows, before any model is loaded. Raises UserError with --on_error stop."""
+    problems = source.problems() if isinstance(source, RandomAccessSource) else []
     if not problems:
         return
     if config.on_error == "stop":
         raise UserError(
-            f"{problems[0].message} (the first of {len(problems):,} problems); --on_error skip leaves such pairs out"
+            f"{problems[0].message} (the first of {len(problems):,} problems); --on_error skip skips such pairs"
         )
-    print(f"Problems that the index shows: {by_kind(problems)}; what cannot be used is left out.")
+    print(f"Problems in the index: {by_kind(problems)}; unusable pairs are skipped.")
 
 
 def load_encoders(config: ExtractConfig) -> tuple[Any, Any]:
-    """(VAE, text encoder or None). Raises UserError where the sizes asked for do not suit them."""
+    """(VAE, text encoder or None). Raises UserError if --resolution or --model_max_length does not fit them."""
     vae = load_vae(config.vae_name_or_path)
     factor = downsampling_of(vae)
     if config.resolution % factor:
         raise UserError(
-            f"--resolution {config.resolution}: must be a multiple of {factor}, by which the VAE scales down"
+            f"--resolution {config.resolution}: must be a multiple of {factor}, the downsampling factor of the VAE"
         )
     if not config.text_encoder_name_or_path:
         return vae, None
     text_encoder = load_text_encoder(config.text_encoder_name_or_path)
     positions = getattr(text_encoder.config, "max_position_embeddings", None)
     if positions and config.model_max_length > positions:
-        raise UserError(f"--model_max_length {config.model_max_length}: the text encoder takes {positions} at most")
+        raise UserError(f"--model_max_length {config.model_max_length}: the text encoder supports {positions} at most")
     return vae, text_encoder
 
 
-# What may go wrong
+# Errors and signals
 
 
 @contextlib.contextmanager
 def extraction_errors(config: ExtractConfig) -> Iterator[None]:
-    """A full disk and a killed worker, in a sentence."""
+    """Turn a full disk and a killed worker into a UserError."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(
-            f"--output_dir {config.output_dir}: its disk is full; make room and run the same command to go on"
+            f"--output_dir {config.output_dir}: its disk is full; free some space and run the same command to resume"
         ) from None
-    except RuntimeError as error:  # the loader raises it wherever the main thread is then
+    except RuntimeError as error:  # the DataLoader raises it at any point of the main thread
         if "DataLoader worker" not in str(error):
             raise
         raise UserError(
-            f"--num_workers {config.num_workers}: a process that reads images was ended from outside, as systems do"
-            " that run out of memory; run the same command to go on, with fewer of them or a smaller --batch_size"
+            f"--num_workers {config.num_workers}: a worker process was killed, perhaps because the machine ran out of"
+            " memory; run the same command to resume, with fewer workers or a smaller --batch_size"
         ) from None
 
 
 @contextlib.contextmanager
 def sigterm_as_exit() -> Iterator[None]:
-    """A polite kill ends like Ctrl-C, with everything committed; its status says what it was."""
+    """Make SIGTERM end the process like Ctrl-C, with everything committed. The exit status is 128 + 15."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -268,7 +267,7 @@ def sigterm_as_exit() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-# What is said at the end
+# The summary
 
 
 def print_summary(folder: Path) -> None:
@@ -277,42 +276,42 @@ def print_summary(folder: Path) -> None:
     print(f"{folder} is complete: {manifest['num_pairs']:,} pairs, {format_bytes(on_disk)}.")
     if manifest["problems"]:
         counts = ", ".join(f"{count:,} {kind}" for kind, count in manifest["problems"].items())
-        print(f"Problems: {counts}; {manifest['num_left_out']:,} pairs left out. See {folder / 'problems.jsonl'}.")
+        print(f"Problems: {counts}; {manifest['num_left_out']:,} pairs skipped. See {folder / 'problems.jsonl'}.")
 
 
-# Before an extraction: what it will take on the disk. While it runs: when it will be done
+# Estimates: the disk space before an extraction, and the remaining time while it runs
 
 
-NUM_SAMPLED_PAIRS = 1000  # pairs whose captions are counted
+NUM_SAMPLED_PAIRS = 1000  # whose captions are counted
 
 
-def check_disk(source: Source | Stream, writer: StoreWriter) -> None:
-    """Say what there is to extract and what it takes. Raises UserError where the disk has not that much."""
+def check_disk(source: Source, writer: StoreWriter) -> None:
+    """Print the number of pairs and the disk space for them. Raises UserError if the disk has too little."""
     free = shutil.disk_usage(writer.folder).free
     arrays = writer.info.arrays().values()
     per_pair, per_caption = (
         sum(array.dtype.itemsize * int(np.prod(array.shape)) for array in arrays if array.per_caption == kind)
         for kind in (False, True)
     )
-    if not isinstance(source, Sized):
+    if not isinstance(source, RandomAccessSource):
         print(
-            f"A stream, its end not known: {format_bytes(per_pair)} for each pair and {format_bytes(per_caption)} for"
-            f" each caption to write, {format_bytes(free)} free in {writer.folder}."
+            f"Stream of unknown length: {format_bytes(per_pair)} per pair and {format_bytes(per_caption)} per caption"
+            f" to write, {format_bytes(free)} free in {writer.folder}."
         )
         return
     rows = np.unique(np.linspace(0, len(source) - 1, min(NUM_SAMPLED_PAIRS, len(source))).round().astype(int)).tolist()
     captions = list[tuple[str, ...]]()
     for row in rows:
         try:
-            captions.append(cast(Source, source).captions(row))
+            captions.append(source.captions(row))
         except PairError:
             captions.append(())
     id = "an id of the usual"  # length
     lines = sum(len(json.dumps({"id": id, "captions": each}, ensure_ascii=False).encode()) + 1 for each in captions)
     num_captions = round(len(source) * sum(map(len, captions)) / max(1, len(rows)))
     total = len(source) * (per_pair + lines // max(1, len(rows))) + num_captions * per_caption
-    there = sum(path.stat().st_size for path in writer.folder.rglob("*") if path.is_file())
-    needed = max(0, total - there)
+    written = sum(path.stat().st_size for path in writer.folder.rglob("*") if path.is_file())
+    needed = max(0, total - written)
     about = "about " if len(rows) < len(source) else ""
     print(
         f"{len(source):,} pairs, {about}{num_captions:,} captions: {format_bytes(needed)} to write,"
@@ -320,7 +319,7 @@ def check_disk(source: Source | Stream, writer: StoreWriter) -> None:
     )
     if needed > free:
         raise UserError(
-            f"--output_dir {writer.folder}: needs {format_bytes(needed)}, and its disk has {format_bytes(free)} left;"
+            f"--output_dir {writer.folder}: needs {format_bytes(needed)}, but its disk has {format_bytes(free)} free;"
             " choose another disk, or store less"
         )
 

@@ -1,37 +1,35 @@
-"""What a feature store says of itself: where its pairs were, and what they were encoded with."""
+"""What a feature store records about its origin: the source, the settings and the encoders."""
 
 import hashlib
 import json
-from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
 from uvit.config.extract import ExtractConfig
 from uvit.errors import UserError
 from uvit.extract.tokenizer import train_tokenizer
-from uvit.sources.open import captions_of
-from uvit.sources.types import Source, Stream
+from uvit.sources.types import RandomAccessSource, Source
 from uvit.store.shard import read_record
 from uvit.store.writer import StoreInfo
 from uvit.weights.encoders import downsampling_of, fingerprint, load_tokenizer
 
-VOCAB_SIZE = 8192  # of a tokenizer built here, where nothing is said
+VOCAB_SIZE = 8192  # of a tokenizer that is trained here without --vocab_size
 
 
 def describe_store(
     config: ExtractConfig,
-    source: Source | Stream,
+    source: Source,
     vae: Any,
     text_encoder: Any,
     tokenizer: Any,
     tokenizer_record: dict[str, str],
     latent_scale: float,
 ) -> StoreInfo:
-    """All that decides what is stored; not what may change on the way: batch size, workers, device, shares."""
+    """All settings that determine the stored features. Batch size, workers and device may change on resuming."""
     side = config.resolution // downsampling_of(vae)
     wants_contexts, wants_tokens = config.text != "tokens", config.text != "contexts"
     return StoreInfo(
-        num_source_pairs=len(source) if isinstance(source, Sized) else None,
+        num_source_pairs=len(source) if isinstance(source, RandomAccessSource) else None,
         shard_size=config.shard_size,
         dtype=config.dtype,
         moments_shape=(2 * vae.config["latent_channels"], side, side),
@@ -42,10 +40,10 @@ def describe_store(
         latent_scale=latent_scale,
         split=config.split,
         source={
-            "source": [_place(place) for place in config.source],
+            "source": [_absolute(name) for name in config.source],
             "split": config.split,
             "val_every": config.val_every,
-            "image_folder": [_place(place) for place in config.image_folder],
+            "image_folder": [_absolute(name) for name in config.image_folder],
             "image_column": config.image_column,
             "caption_column": config.caption_column,
             "resolution": config.resolution,
@@ -55,9 +53,9 @@ def describe_store(
             "on_error": config.on_error,
             "precision": "bfloat16" if config.bf16 else "float16" if config.fp16 else "float32",
         },
-        vae={"name": _place(config.vae_name_or_path), "sha256": fingerprint(vae)},
+        vae={"name": _absolute(config.vae_name_or_path), "sha256": fingerprint(vae)},
         text_encoder={
-            "name": _place(config.text_encoder_name_or_path or ""),
+            "name": _absolute(config.text_encoder_name_or_path or ""),
             "sha256": fingerprint(text_encoder),
         }
         if text_encoder
@@ -66,35 +64,37 @@ def describe_store(
     )
 
 
-def find_tokenizer(config: ExtractConfig, source: Source | Stream, folder: Path) -> tuple[Any, dict[str, str]]:
-    """(tokenizer, its name and fingerprint): the one given; else that of a split beside `folder`; else a new one."""
+def find_tokenizer(config: ExtractConfig, source: Source, folder: Path) -> tuple[Any, dict[str, str]]:
+    """(tokenizer, its name and fingerprint).
+
+    It is the given one, else the one of a split beside `folder`, else a new one trained on the captions.
+    """
     if given := config.tokenizer_name or config.text_encoder_name_or_path:
         tokenizer = load_tokenizer(given)
-        return tokenizer, _record(_place(given), tokenizer)
+        return tokenizer, _record(_absolute(given), tokenizer)
     for split in (folder, folder.with_name("train"), *sorted(folder.parent.glob("*"))):
         if (split / "tokenizer").is_dir() and (split / "settings.json").is_file():
             tokenizer = load_tokenizer(str(split / "tokenizer"))
             if config.vocab_size is not None and config.vocab_size < len(tokenizer):
                 raise UserError(
                     f"--vocab_size {config.vocab_size}: {split / 'tokenizer'} has {len(tokenizer)} tokens, and the"
-                    " splits of a feature store share a tokenizer; leave --vocab_size out, or choose another"
-                    " --output_dir"
+                    " splits of a feature store share a tokenizer; remove --vocab_size, or choose another --output_dir"
                 )
             if split != folder:
-                print(f"Tokenizer: that of {split}.")
+                print(f"Tokenizer: the one of {split}.")
             return tokenizer, _record(read_record(split / "settings.json")["tokenizer"]["name"], tokenizer)
-    tokenizer = train_tokenizer(captions_of(source), config.vocab_size or VOCAB_SIZE, config.model_max_length)
-    places = ", ".join(_place(place) for place in config.source)
-    return tokenizer, _record(f"built from the captions of {places}", tokenizer)
+    tokenizer = train_tokenizer(source.all_captions(), config.vocab_size or VOCAB_SIZE, config.model_max_length)
+    sources = ", ".join(_absolute(name) for name in config.source)
+    return tokenizer, _record(f"built from the captions of {sources}", tokenizer)
 
 
 def scale_reason(config: ExtractConfig, vae: Any, latent_scale: float) -> str:
     if config.latent_scale:
-        return "as --latent_scale says"
+        return "from --latent_scale"
     stored = vae.config["scaling_factor"]
     if latent_scale == stored:
         return "stored with the VAE"
-    return f"U-ViT's own for a Stable Diffusion VAE, which says {stored:g}"
+    return f"U-ViT's value for a Stable Diffusion VAE, whose own is {stored:g}"
 
 
 def _record(name: str, tokenizer: Any) -> dict[str, str]:
@@ -102,7 +102,7 @@ def _record(name: str, tokenizer: Any) -> dict[str, str]:
     return {"name": name, "sha256": hashlib.sha256(vocabulary).hexdigest()}
 
 
-def _place(name_or_path: str) -> str:
-    """A local file or folder made absolute; hub ids, addresses and built-in names as they are."""
+def _absolute(name_or_path: str) -> str:
+    """A local file or folder as an absolute path; Hub ids, URLs and built-in names as they are."""
     path = Path(name_or_path).expanduser()
     return str(path.resolve()) if path.exists() else name_or_path

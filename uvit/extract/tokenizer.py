@@ -1,4 +1,4 @@
-"""A tokenizer of one's own: byte-level BPE learnt from captions, in English, Chinese or anything else."""
+"""Train a tokenizer on captions: byte-level BPE, for any language."""
 
 import json
 import tempfile
@@ -11,21 +11,21 @@ from transformers import PreTrainedTokenizerFast
 from uvit.config.extract import TokenizerConfig
 from uvit.errors import UserError
 from uvit.io import write_folder_atomically
-from uvit.sources.open import captions_of, open_source
+from uvit.sources.open import open_source
 
 PAD, START_TOKEN, END_TOKEN = "<|pad|>", "<|startoftext|>", "<|endoftext|>"
 SMALLEST_VOCABULARY = 256 + 3  # every byte, and the three above
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int, model_max_length: int = 77) -> PreTrainedTokenizerFast:
-    """Learn at most `vocab_size` tokens from captions; the same captions, in any order, give the same tokens.
+    """Learn at most `vocab_size` tokens from captions. The order of the captions does not change the result.
 
-    Captions are lower-cased and put in Unicode's composed form; nothing is unknown: each byte is a token.
-    Raises UserError for a vocabulary that cannot hold the bytes.
+    Captions are lower-cased and converted to Unicode's composed form (NFC). No text is unknown: each byte is a token.
+    Raises UserError if the vocabulary is too small for the bytes.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise UserError(
-            f"--vocab_size {vocab_size}: must be at least {SMALLEST_VOCABULARY}, one for each byte and 3 more"
+            f"--vocab_size {vocab_size}: must be at least {SMALLEST_VOCABULARY}: one for each byte and 3 special tokens"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence(
@@ -36,7 +36,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, model_max_length: 
             normalizers.Strip(),
         ]
     )
-    # The prefix space makes a word the same token at the start of a caption as within it.
+    # With the prefix space, a word is the same token at the start of a caption and within it.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -61,20 +61,20 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, model_max_length: 
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the folder whole or not at all; the same tokenizer there already is left alone.
+    """Write the folder completely or not at all. Does nothing if it already contains this tokenizer.
 
-    Raises UserError where something else is there.
+    Raises UserError if it contains anything else.
     """
     if not folder.exists():
         with write_folder_atomically(folder) as aside:
             tokenizer.save_pretrained(aside)
         return
-    with tempfile.TemporaryDirectory() as place:
-        tokenizer.save_pretrained(place)
-        same = _content(folder) == _content(Path(place))
+    with tempfile.TemporaryDirectory() as other:
+        tokenizer.save_pretrained(other)
+        same = _content(folder) == _content(Path(other))
     if not same:
         raise UserError(
-            f"--output_dir {folder}: exists and is not this tokenizer; choose another folder or move it away"
+            f"--output_dir {folder}: contains another tokenizer; choose another folder, or move this one away"
         )
 
 
@@ -90,12 +90,12 @@ def build_tokenizer(config: TokenizerConfig) -> None:
 
     def counted() -> Iterator[str]:
         nonlocal num_captions
-        for num_captions, caption in enumerate(captions_of(source), start=1):  # noqa: B007
+        for num_captions, caption in enumerate(source.all_captions(), start=1):  # noqa: B007
             yield caption
 
     tokenizer = train_tokenizer(counted(), config.vocab_size, config.model_max_length)
     if not num_captions:
-        raise UserError(f"--source {config.source[0]}: has no caption that can be used")
+        raise UserError(f"--source {config.source[0]}: has no usable caption")
     folder = Path(config.output_dir)
     folder.parent.mkdir(parents=True, exist_ok=True)
     save_tokenizer(tokenizer, folder)

@@ -1,17 +1,17 @@
-"""Sources made of others: one after the other, and each so-manieth pair."""
+"""Combine sources: several one after the other, or one split into `train` and `val`."""
 
 import bisect
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from uvit.sources.types import Pair, PairError, Problem, Source, Stream
+from uvit.sources.types import Pair, PairError, Problem, RandomAccessSource, Source
 
 
-class ConcatSource:
-    """Several sources, one after the other."""
+class ConcatSource(RandomAccessSource):
+    """Several sources with random access, one after the other."""
 
-    def __init__(self, sources: list[Source]):
+    def __init__(self, sources: list[RandomAccessSource]):
         self.sources = sources
         self._ends = list(itertools.accumulate(len(source) for source in sources))
 
@@ -29,7 +29,7 @@ class ConcatSource:
     def problems(self) -> list[Problem]:
         return [problem for source in self.sources for problem in source.problems()]
 
-    def _find(self, index: int) -> tuple[Source, int]:
+    def _find(self, index: int) -> tuple[RandomAccessSource, int]:
         number = bisect.bisect_right(self._ends, index)
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -38,19 +38,19 @@ class ConcatSource:
 
 @dataclass(frozen=True)
 class SplitRule:
-    """The rows of one part: row r of the whole is in `val` where r % every == every - 1, else in `train`."""
+    """The rows of one split. Row r of the source is in `val` if r % every == every - 1, else in `train`."""
 
     every: int
     split: str
 
     def row(self, position: int) -> int:
-        """Where in the whole a position of this part is."""
+        """The row of the source at a position of this split."""
         if self.split == "val":
             return position * self.every + self.every - 1
         return position + position // (self.every - 1)
 
     def position(self, row: int) -> int | None:
-        """Where in this part a row of the whole is; None: in the other part."""
+        """The position in this split of a row of the source. None: the row is in the other split."""
         if (row % self.every == self.every - 1) != (self.split == "val"):
             return None
         return row // self.every if self.split == "val" else row - row // self.every
@@ -61,10 +61,10 @@ class SplitRule:
 
 
 @dataclass(frozen=True)
-class SplitSource:
-    """One part of a source."""
+class SplitSource(RandomAccessSource):
+    """One split of a source with random access."""
 
-    source: Source
+    source: RandomAccessSource
     rows: SplitRule
 
     def __len__(self) -> int:
@@ -77,70 +77,46 @@ class SplitSource:
         return self.source.captions(self.rows.row(index))
 
     def problems(self) -> list[Problem]:
-        """What leaves out pairs of this part. The source's own list does not say which rows it speaks of."""
+        """The problems because of which pairs of this split are skipped. The source's own list does not give rows."""
         if not self.source.problems():
             return []
-        found = []
+        problems = []
         for index in range(len(self)):
             try:
                 self.captions(index)
             except PairError as error:
-                found.append(error.problem)
-        return found
+                problems.append(error.problem)
+        return problems
 
 
 @dataclass(frozen=True)
-class StreamView:
-    """A source read as a stream, to stand among streams."""
+class ConcatStream(Source):
+    """Several sources, one after the other. At least one has no random access."""
 
-    source: Source
-
-    def read(self, start: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, Pair | PairError | None]]:
-        for row in range(start, len(self.source)):
-            pair: Pair | PairError | None = None
-            if wanted(row):
-                try:
-                    pair = self.source[row]
-                except PairError as error:
-                    pair = error
-            yield row, pair
-
-    def all_captions(self) -> Iterator[str]:
-        for row in range(len(self.source)):
-            try:
-                yield from self.source.captions(row)
-            except PairError:
-                continue
-
-
-@dataclass(frozen=True)
-class ConcatStream:
-    """Several streams, one after the other."""
-
-    streams: list[Stream]
+    sources: list[Source]
 
     def read(self, start: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, Pair | PairError | None]]:
         first = 0
-        for stream in self.streams:
-            # Only who reads a stream from its beginning learns how long it is.
-            begin = max(start - first, 0) if stream is self.streams[-1] else 0
+        for source in self.sources:
+            # A source must be read from its beginning to learn its length.
+            begin = max(start - first, 0) if source is self.sources[-1] else 0
             length = 0
-            for row, pair in stream.read(begin, lambda row, first=first: first + row >= start and wanted(first + row)):  # type: ignore[misc]
+            for row, pair in source.read(begin, lambda row, first=first: first + row >= start and wanted(first + row)):  # type: ignore[misc]
                 length = row + 1
                 if first + row >= start:
                     yield first + row, pair
             first += length
 
     def all_captions(self) -> Iterator[str]:
-        for stream in self.streams:
-            yield from stream.all_captions()
+        for source in self.sources:
+            yield from source.all_captions()
 
 
 @dataclass(frozen=True)
-class SplitStream:
-    """One part of a stream; its captions are those of all parts, as they come without their place."""
+class SplitStream(Source):
+    """One split of a source without random access. `all_captions` gives those of both splits: they have no rows."""
 
-    stream: Stream
+    source: Source
     rows: SplitRule
 
     def read(self, start: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, Pair | PairError | None]]:
@@ -148,10 +124,10 @@ class SplitStream:
             position = self.rows.position(row)
             return position is not None and wanted(position)
 
-        for row, pair in self.stream.read(self.rows.row(start), row_wanted):
+        for row, pair in self.source.read(self.rows.row(start), row_wanted):
             position = self.rows.position(row)
             if position is not None:
                 yield position, pair
 
     def all_captions(self) -> Iterator[str]:
-        return self.stream.all_captions()
+        return self.source.all_captions()

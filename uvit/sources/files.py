@@ -1,7 +1,7 @@
-"""Image files named by a list: lines of JSON (Hugging Face's metadata.jsonl), or a csv, tsv or parquet table.
+"""Image files on disk: named by a list (`.jsonl`, `.csv`, `.tsv`, `.parquet`), or in a folder beside `.txt` captions.
 
-What is wrong with one row stays in its place as a pair that cannot be used; what makes the whole list useless is a
-UserError. No image is read here before its pair is asked for.
+A bad row becomes an unusable pair at its place. A list that is unusable as a whole raises UserError. Opening a source
+reads no image.
 """
 
 import csv
@@ -23,49 +23,49 @@ from uvit.sources.decode import (
     decode_text,
 )
 from uvit.sources.tables import choose_columns
-from uvit.sources.types import Pair, PairError, Problem
+from uvit.sources.types import Pair, PairError, Problem, RandomAccessSource
 
 LIST_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
-NUM_LOOKED_FOR = 100  # images, when a list is opened: enough to tell a wrong folder
+NUM_CHECKED = 100  # images that must include an existing one, or else the folder is wrong
 
 
-# What lists come to
+# Rows and the source that they make
 
 
 @dataclass(frozen=True)
 class ListRow:
-    """An image file, relative to a folder, and its captions as they were found."""
+    """The path of an image file relative to a folder, and its captions as they are in the list."""
 
     id: str
     name: str
     captions: list[str]
-    where: str  # for people
+    where: str  # file and line, for messages
 
 
 @dataclass(frozen=True)
-class FileSource:
-    """Image files and their captions. An entry is (id, name of the image file, captions)."""
+class FileSource(RandomAccessSource):
+    """Image files and their captions. An entry is (id, relative path of the image, captions)."""
 
     index: str
     folder: str
     entries: list[tuple[str, str, tuple[str, ...]]]
-    found: dict[int, tuple[Problem, ...]]  # of the rows where something is wrong
+    problems_of: dict[int, tuple[Problem, ...]]  # {row: its problems}
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def captions(self, index: int) -> tuple[str, ...]:
-        self._usable(index)
+        self._check_usable(index)
         return self.entries[index][2]
 
     def problems(self) -> list[Problem]:
-        return [problem for row in sorted(self.found) for problem in self.found[row]]
+        return [problem for row in sorted(self.problems_of) for problem in self.problems_of[row]]
 
     def path(self, index: int) -> Path:
         return Path(self.folder) / self.entries[index][1]
 
     def __getitem__(self, index: int) -> Pair:
-        problems = self._usable(index)
+        problems = self._check_usable(index)
         id, _, captions = self.entries[index]
         path = self.path(index)
         return Pair(
@@ -75,8 +75,8 @@ class FileSource:
             problems,
         )
 
-    def _usable(self, index: int) -> tuple[Problem, ...]:
-        problems = self.found.get(index, ())
+    def _check_usable(self, index: int) -> tuple[Problem, ...]:
+        problems = self.problems_of.get(index, ())
         for problem in problems:
             if problem.left_out:
                 raise PairError(problem)
@@ -84,33 +84,33 @@ class FileSource:
 
 
 def build_source(index: Path, folder: Path, rows: Iterable[ListRow | Problem]) -> FileSource:
-    """Raises UserError for a list that is empty, of no use at all, or of images that are elsewhere."""
+    """Raises UserError if the list is empty, if no row is usable, or if the images are not in the folder."""
     entries: list[tuple[str, str, tuple[str, ...]]] = []
-    found: dict[int, tuple[Problem, ...]] = {}
+    problems_of: dict[int, tuple[Problem, ...]] = {}
     for row in rows:
         captions, problems = _cleaned(row)
         if problems:
-            found[len(entries)] = problems
+            problems_of[len(entries)] = problems
         entries.append((row.id, row.name if isinstance(row, ListRow) else "", captions))
-    source = FileSource(str(index), str(folder), entries, found)
+    source = FileSource(str(index), str(folder), entries, problems_of)
     usable = [row for row, entry in enumerate(entries) if entry[2]]
     if not entries:
-        raise UserError(f"--source {index}: lists no image")
+        raise UserError(f"--source {index}: lists no images")
     if not usable:
-        first = found[0][0].message
-        raise UserError(f"--source {index}: none of its {len(entries):,} images can be used; the first: {first}")
-    looked_for = [source.path(row) for row in usable[:NUM_LOOKED_FOR]]
-    if not any(path.is_file() for path in looked_for):
-        number = "its only image" if len(looked_for) == 1 else f"any of its first {len(looked_for)} images"
+        first = problems_of[0][0].message
+        raise UserError(f"--source {index}: none of its {len(entries):,} images is usable; the first problem: {first}")
+    checked = [source.path(row) for row in usable[:NUM_CHECKED]]
+    if not any(path.is_file() for path in checked):
+        number = "its only image" if len(checked) == 1 else f"any of its first {len(checked)} images"
         raise UserError(
-            f"--source {index}: cannot find {number}, such as {safe_name(looked_for[0])}; give the folder that the "
-            "paths begin in with --image_folder"
+            f"--source {index}: cannot find {number}, such as {safe_name(checked[0])}; give the folder that the "
+            "paths are relative to as --image_folder"
         )
     return source
 
 
 def _cleaned(row: ListRow | Problem) -> tuple[tuple[str, ...], tuple[Problem, ...]]:
-    """(captions, problems); no captions where the row cannot be used."""
+    """(captions, problems). No captions: the row is unusable."""
     if isinstance(row, Problem):
         return (), (row,)
     try:
@@ -120,19 +120,19 @@ def _cleaned(row: ListRow | Problem) -> tuple[tuple[str, ...], tuple[Problem, ..
 
 
 def read_image_file(path: Path, folder: str, id: str, where: object) -> bytes:
-    """An image file below `folder`. Raises PairError; UserError where all of the folder is gone."""
+    """Read an image file in `folder`. Raises PairError, or UserError if the folder itself cannot be read."""
     try:
         return path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+    except (OSError, ValueError) as error:  # ValueError: the name is not a valid file name
         if not Path(folder).is_dir():
-            raise UserError(f"{where}: the folder of its images, {folder}, cannot be read any more") from None
+            raise UserError(f"{where}: the image folder {folder} can no longer be read") from None
         reason = error.strerror if isinstance(error, OSError) else error
         message = f"{where}: the image {safe_name(path)} of {id} cannot be read ({reason})"
         raise PairError(Problem(id, "missing image", message)) from None
 
 
 def safe_name(name: object) -> str:
-    """A name that can be printed and stored, whatever bytes it has on disk."""
+    """A form of a name that can be printed and stored as UTF-8, whatever its bytes."""
     return str(name).encode(errors="backslashreplace").decode()
 
 
@@ -142,7 +142,7 @@ def safe_name(name: object) -> str:
 def open_list(
     path: Path, image_folder: Path | None = None, image_column: str | None = None, caption_column: str | None = None
 ) -> FileSource:
-    """Images relative to `image_folder`, or else to the list's own folder. Raises UserError."""
+    """Open a list. Its paths are relative to `image_folder`, or else to the list's folder. Raises UserError."""
     rows: Iterable[ListRow | Problem]
     if path.suffix == ".jsonl":
         images = (image_column,) if image_column else IMAGE_COLUMNS
@@ -155,7 +155,7 @@ def open_list(
 
 
 def _json_rows(path: Path, images: Iterable[str], captions: Iterable[str]) -> Iterator[ListRow | Problem]:
-    """A row can have all captions of its image, so an image that comes twice is a mistake."""
+    """A row contains all captions of its image, so an image that appears twice is a problem."""
     seen: set[str] = set()
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -172,7 +172,7 @@ def _json_rows(path: Path, images: Iterable[str], captions: Iterable[str]) -> It
                 id = safe_name(name)
                 row = ListRow(id, name, caption_values(content, captions, id, where), where)
                 if name in seen:
-                    raise PairError(Problem(id, "duplicate id", f"{where}: {id} has a line before this one"))
+                    raise PairError(Problem(id, "duplicate id", f"{where}: {id} already has an earlier line"))
             except PairError as error:
                 yield error.problem
             else:
@@ -181,7 +181,7 @@ def _json_rows(path: Path, images: Iterable[str], captions: Iterable[str]) -> It
 
 
 def _by_image(rows: Iterable[ListRow | Problem]) -> list[ListRow | Problem]:
-    """Rows of a table about the same image are one pair, which stands where the first of them does."""
+    """Rows of a table with the same image become one pair, at the place of the first."""
     joined: list[ListRow | Problem] = []
     known: dict[str, ListRow] = {}
     for row in rows:
@@ -195,8 +195,8 @@ def _by_image(rows: Iterable[ListRow | Problem]) -> list[ListRow | Problem]:
 
 
 def _text_rows(path: Path, image_column: str | None, caption_column: str | None) -> Iterator[ListRow | Problem]:
-    """Comma- or tab-separated, quoted as spreadsheets do; the first line names the columns."""
-    # A path need not be UTF-8 to be right; a caption must be, and is looked at later.
+    """Rows of a `.csv` or `.tsv` file with quotes as in spreadsheets. The first line names the columns."""
+    # A path may be valid without being UTF-8. A caption may not, which is checked later.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
         try:
@@ -211,17 +211,17 @@ def _text_rows(path: Path, image_column: str | None, caption_column: str | None)
                 where = f"{path}, line {start}"
                 id = f"{path.name}:{start}"
                 if len(fields) > len(header) or len(fields) <= max(image, caption):
-                    message = f"{where}: has {len(fields)} fields, and the first line {len(header)}"
+                    message = f"{where}: has {len(fields)} fields, but the first line has {len(header)}"
                     yield Problem(id, "broken line", f"{message}; does a caption need quotes?")
-                elif path.suffix == ".tsv" and end > start:  # seldom meant: an open quote swallows lines
-                    yield Problem(id, "broken line", f"{where}: a field goes on to line {end}; is a quote not closed?")
+                elif path.suffix == ".tsv" and end > start:  # rarely intended: an open quote swallows lines
+                    yield Problem(id, "broken line", f"{where}: a field continues to line {end}; is a quote missing?")
                 elif not fields[image]:
                     yield Problem(id, "broken line", f"{where}: names no image")
                 else:
                     yield ListRow(safe_name(fields[image]), fields[image], [fields[caption]], where)
         except csv.Error as error:
-            message = f"--source {path}: cannot be read from line {reader.line_num} on ({error})"
-            raise UserError(f"{message}; is a quote not closed there?") from None
+            message = f"--source {path}: cannot be read after line {reader.line_num} ({error})"
+            raise UserError(f"{message}; is a quote missing there?") from None
 
 
 def _parquet_rows(path: Path, image_column: str | None, caption_column: str | None) -> Iterator[ListRow | Problem]:
@@ -233,7 +233,7 @@ def _parquet_rows(path: Path, image_column: str | None, caption_column: str | No
         if not isinstance(name, str) or not name:
             yield Problem(f"{path.name}:{number}", "broken line", f"{where}: names no image")
             continue
-        row[caption] = row[caption] or ""  # null is how a table says that there is none
+        row[caption] = row[caption] or ""  # a null is an absent caption
         try:
             yield ListRow(safe_name(name), name, caption_values(row, (caption,), safe_name(name), where), where)
         except PairError as error:
@@ -241,21 +241,21 @@ def _parquet_rows(path: Path, image_column: str | None, caption_column: str | No
 
 
 def _find_column(path: Path, header: list[str], flag: str, given: str | None, usual: Iterable[str]) -> int:
-    """Which column a flag names, or else the first that has a usual name."""
+    """The index of the column that a flag names, or of the first column with a usual name."""
     columns = ", ".join(map(repr, header)) or "none"
     if given is not None and given not in header:
-        raise UserError(f"--{flag} {given}: the columns of {path} are {columns}; give one of them")
+        raise UserError(f"--{flag} {given}: {path} has no such column; it has {columns}")
     names = [given] if given is not None else [name for name in usual if name in header]
     if not names:
-        raise UserError(f"--source {path}: its columns are {columns}; say which one to take with --{flag}")
+        raise UserError(f"--source {path}: its columns are {columns}; name the one to use with --{flag}")
     return header.index(names[0])
 
 
 def lists_paths(path: Path, image_column: str | None, caption_column: str | None) -> bool:
-    """Whether a parquet table names its images; others hold them. Raises UserError where it is no such table."""
+    """Whether a parquet table contains paths of images, not the images. Raises UserError for other tables."""
     schema = _parquet(path).schema_arrow
     column = choose_columns(schema, str(path), image_column, caption_column).image
-    return "binary" not in str(schema.field(column).type)  # which is text, or bytes, or a struct with bytes
+    return "binary" not in str(schema.field(column).type)  # the type is text, bytes, or a struct with bytes
 
 
 def _parquet(path: Path) -> Any:
@@ -263,7 +263,7 @@ def _parquet(path: Path) -> Any:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise UserError(f"--source {path}: parquet files need pyarrow: pip install 'uvit[datasets]'") from None
+        raise UserError(f"--source {path}: reading parquet files needs pyarrow: pip install 'uvit[datasets]'") from None
     try:
         return ParquetFile(path)
     except (OSError, ArrowException) as error:
@@ -282,19 +282,19 @@ def _values(path: Path, file: Any, columns: list[str]) -> Iterator[dict[str, Any
 
 def _damaged(path: Path, error: Exception) -> UserError:
     reason = " ".join(str(error).split())
-    return UserError(f"--source {path}: is not a whole parquet file ({reason})")
+    return UserError(f"--source {path}: is not a complete parquet file ({reason})")
 
 
-# A folder of images, each with its caption beside it in a .txt of the same name
+# Folders of images, each with a .txt of the same name that contains its caption
 
 
 @dataclass(frozen=True)
-class FolderSource:
-    """Names of images, relative to a folder, in sorted order; captions are read when asked for."""
+class FolderSource(RandomAccessSource):
+    """Images of a folder, in the order of their names. A caption is read when its pair is read."""
 
     folder: str
     names: list[str]
-    bare: dict[int, Problem]  # of the images without a caption file
+    without_caption: dict[int, Problem]  # {row of an image without a .txt: the problem}
 
     def __len__(self) -> int:
         return len(self.names)
@@ -303,7 +303,7 @@ class FolderSource:
         return self._captions(index)[0]
 
     def problems(self) -> list[Problem]:
-        return list(self.bare.values())
+        return list(self.without_caption.values())
 
     def __getitem__(self, index: int) -> Pair:
         captions, problems = self._captions(index)
@@ -317,8 +317,8 @@ class FolderSource:
 
     def _captions(self, index: int) -> tuple[tuple[str, ...], tuple[Problem, ...]]:
         name = self.names[index]
-        if index in self.bare:
-            raise PairError(self.bare[index])
+        if index in self.without_caption:
+            raise PairError(self.without_caption[index])
         path, id = (Path(self.folder) / name).with_suffix(".txt"), safe_name(name)
         try:
             data = path.read_bytes()
@@ -329,23 +329,23 @@ class FolderSource:
 
 
 def open_folder(folder: Path) -> FolderSource:
-    """Images at any depth, but for files and folders that begin with a dot."""
+    """Open the images at any depth. Names that begin with a dot are ignored."""
     found = sorted(_walk(folder))
-    bare = {}
+    without_caption = {}
     for row, (name, has_text) in enumerate(found):
         if not has_text:
-            message = f"{safe_name(folder / name)}: has no .txt of the same name, with its caption"
-            bare[row] = Problem(safe_name(name), "no caption", message)
-    return FolderSource(str(folder), [name for name, _ in found], bare)
+            message = f"{safe_name(folder / name)}: has no .txt of the same name that contains its caption"
+            without_caption[row] = Problem(safe_name(name), "no caption", message)
+    return FolderSource(str(folder), [name for name, _ in found], without_caption)
 
 
 def has_captioned_images(folder: Path) -> bool:
-    """Whether one image at least has a .txt of its name."""
+    """Whether at least one image has a .txt of the same name."""
     return any(has_text for _, has_text in _walk(folder))
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, bool]]:
-    """(name of an image, whether it has a .txt), in no order."""
+    """(relative path of an image, whether it has a .txt), in any order."""
     for here, inner, files in os.walk(folder):
         inner[:] = [name for name in inner if not name.startswith(".")]
         prefix = "".join(part + "/" for part in Path(here).relative_to(folder).parts)

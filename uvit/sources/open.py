@@ -1,11 +1,11 @@
-"""Where pairs come from: what `--source` names is recognised, opened, joined and divided here.
+"""Open what `--source` names: detect its kind, read its index, concatenate several sources, select a split.
 
-A source is opened by reading its index; images are decoded when a pair is asked for. All are picklable and hold no
-open files, so loader processes may share them.
+Opening a source reads only its index. Images are decoded when a pair is read. All sources are picklable and hold no
+open files, so worker processes can share them.
 """
 
 import re
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, groupby
@@ -15,10 +15,10 @@ from typing import Literal, cast
 from uvit.errors import UserError
 from uvit.sources import huggingface, tars
 from uvit.sources.coco import find_captions, open_coco
-from uvit.sources.combine import ConcatSource, ConcatStream, SplitRule, SplitSource, SplitStream, StreamView
+from uvit.sources.combine import ConcatSource, ConcatStream, SplitRule, SplitSource, SplitStream
 from uvit.sources.files import LIST_SUFFIXES, has_captioned_images, lists_paths, open_folder, open_list
 from uvit.sources.shapes import ShapesSource
-from uvit.sources.types import Source, Stream
+from uvit.sources.types import RandomAccessSource, Source
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SOURCE_KINDS = (
@@ -31,13 +31,13 @@ SourceKind = Literal["shapes", "tars", "coco", "list", "images", "dataset"]
 
 @dataclass(frozen=True)
 class _Input:
-    """What one place of --source was recognised as."""
+    """One entry of --source and its kind."""
 
-    name: str  # as it was given
+    name: str  # as given
     kind: SourceKind
-    files: tuple[str, ...]  # what to read
-    folder: Path | None = None  # of the images, where the place has its own; --image_folder is stronger
-    parts: str | None = None  # what its parts are, for people; None: it is one, `train`
+    files: tuple[str, ...]  # to read
+    folder: Path | None = None  # of the images, if the entry has its own; --image_folder overrides it
+    splits: str | None = None  # a description of its splits; None: it has only `train`
 
 
 def open_source(
@@ -50,28 +50,28 @@ def open_source(
     image_column: str | None = None,
     caption_column: str | None = None,
     streaming: bool = False,
-) -> Source | Stream:
-    """Find out what each place of `source` is, read its index, and put one after the other.
+) -> Source:
+    """Detect the kind of each entry of `source`, read its index, and concatenate them.
 
     Args:
-        split: `train` or `heldout` of shapes; of folders and data sets, the part so named.
-        image_folder: the images of COCO captions files and of lists: one folder for all, or one for each.
-        resolution: at which shapes are drawn; other images keep their size.
-        val_every: of places without parts, each so-manieth pair is `val` and the others `train`.
-        image_column, caption_column: of lists and Hugging Face data sets, where the names are not the usual ones.
-        streaming: read Hugging Face data sets as they come.
+        split: `train` or `heldout` of shapes; the split of that name of folders and data sets.
+        image_folder: the images of COCO caption files and of lists: one folder for all, or one for each.
+        resolution: of the shapes; other images keep their size.
+        val_every: for sources without splits: every so many pairs, one is `val` and the others are `train`.
+        image_column, caption_column: of lists and Hugging Face data sets, if the columns have unusual names.
+        streaming: read Hugging Face data sets without downloading them first.
 
-    Raises UserError, naming the file and what was found in it, where there is nothing to read.
+    Raises UserError, which names the file and its content, if there is nothing to read.
     """
-    names = [name for place in ([source] if isinstance(source, str) else source) for name in tars.expand(place)]
+    names = [name for each in ([source] if isinstance(source, str) else source) for name in tars.expand(each)]
     if not names:
-        raise UserError(f"--source: names nothing; give {SOURCE_KINDS}")
+        raise UserError(f"--source: names no source; give {SOURCE_KINDS}")
     try:
-        places = [_recognise(name, split, val_every is not None, image_column, caption_column) for name in names]
-        _check_parts(places, split, val_every)
-        _check_flags(places, image_column, caption_column, streaming)
-        places = _with_folders(places, image_folder)
-        # A data set has its parts; to divide it means to divide the one for training.
+        inputs = [_detect(name, split, val_every is not None, image_column, caption_column) for name in names]
+        _check_splits(inputs, split, val_every)
+        _check_flags(inputs, image_column, caption_column, streaming)
+        inputs = _with_folders(inputs, image_folder)
+        # A data set has its own splits. --val_every then splits its `train`.
         open_dataset = partial(
             huggingface.open_dataset,
             split=split if val_every is None else "train",
@@ -79,14 +79,14 @@ def open_source(
             caption_column=caption_column,
             streaming=streaming,
         )
-        opened: list[Source | Stream] = []
-        for (kind, folder), group in groupby(places, key=lambda place: (place.kind, place.folder)):
-            files = [file for place in group for file in place.files]
+        opened: list[Source] = []
+        for (kind, folder), group in groupby(inputs, key=lambda each: (each.kind, each.folder)):
+            files = [file for each in group for file in each.files]
             if kind == "shapes":
                 opened += [_shapes(name, split, resolution) for name in files]
             elif kind == "tars":
                 opened.append(tars.open_tars(files))
-            elif kind == "coco":  # files with one folder are about the same images
+            elif kind == "coco":  # files with the same folder describe the same images
                 opened.append(open_coco([Path(file) for file in files], cast(Path, folder)))
             elif kind == "list":
                 opened += [open_list(Path(file), folder, image_column, caption_column) for file in files]
@@ -100,32 +100,30 @@ def open_source(
     if val_every is None:
         return whole
     rows = SplitRule(val_every, split)
-    if not isinstance(whole, Sized):
+    if not isinstance(whole, RandomAccessSource):
         return SplitStream(whole, rows)
-    part = SplitSource(cast(Source, whole), rows)
-    if not len(part):
-        raise UserError(f"--val_every {val_every}: leaves --split {split} empty, of {len(whole)} pairs; give less")
-    return part
+    selected = SplitSource(whole, rows)
+    if not len(selected):
+        raise UserError(
+            f"--val_every {val_every}: leaves --split {split} empty, of {len(whole)} pairs; give a smaller number"
+        )
+    return selected
 
 
-def require_random_access(source: Source | Stream, flag: str) -> Source:
-    """A source any pair of which can be had at once; `flag`, with its value, is what gave another."""
-    if isinstance(source, Sized):
-        return cast(Source, source)
-    raise UserError(f"{flag}: can only be read from beginning to end, and here any pair must be had; download it first")
+def require_random_access(source: Source, flag: str) -> RandomAccessSource:
+    """The source itself. Raises UserError, which begins with `flag`, if it has no random access."""
+    if isinstance(source, RandomAccessSource):
+        return source
+    raise UserError(
+        f"{flag}: can only be read from beginning to end, but this command reads pairs in any order; download it first"
+    )
 
 
-def captions_of(source: Source | Stream) -> Iterator[str]:
-    """All captions in order, without drawing or decoding images; those of pairs that cannot be used are left out."""
-    return StreamView(cast(Source, source)).all_captions() if isinstance(source, Sized) else source.all_captions()
-
-
-def _concatenate(opened: list[Source | Stream]) -> Source | Stream:
+def _concatenate(opened: list[Source]) -> Source:
     if len(opened) == 1:
         return opened[0]
-    if all(isinstance(source, Sized) for source in opened):
-        return ConcatSource(cast(list[Source], opened))
-    return ConcatStream([StreamView(source) if isinstance(source, Sized) else source for source in opened])
+    with_random_access = [source for source in opened if isinstance(source, RandomAccessSource)]
+    return ConcatSource(with_random_access) if len(with_random_access) == len(opened) else ConcatStream(opened)
 
 
 def _shapes(name: str, split: str, resolution: int) -> Source:
@@ -134,21 +132,21 @@ def _shapes(name: str, split: str, resolution: int) -> Source:
     return ShapesSource(split, resolution, 2 if name == "shapes:two" else 1)
 
 
-# What a place is
+# Detecting the kind
 
 
-def _recognise(name: str, split: str, divided: bool, image_column: str | None, caption_column: str | None) -> _Input:
+def _detect(name: str, split: str, has_val_every: bool, image_column: str | None, caption_column: str | None) -> _Input:
     if name == "shapes" or name.startswith("shapes:"):
         if name not in ("shapes", "shapes:two"):
             raise UserError(f"--source {name}: the built-in sources are shapes and shapes:two")
-        return _Input(name, "shapes", (name,), parts="train and heldout")
+        return _Input(name, "shapes", (name,), splits="train and heldout")
     if name.startswith("hf:"):
-        return _Input(name, "dataset", (name,), parts="its own")
+        return _Input(name, "dataset", (name,), splits="its own")
     if tars.is_remote(name):
         return _Input(name, "tars", (name,))
     path = Path(name).expanduser()
     if path.is_dir():
-        return _recognise_folder(name, path, split, divided)
+        return _detect_folder(name, path, split, has_val_every)
     if not path.is_file():
         raise UserError(f"--source {name}: no such file or folder; give {SOURCE_KINDS}")
     if re.search(r"\.(tar|tar\.\w+|tgz)$", path.name):
@@ -162,72 +160,72 @@ def _recognise(name: str, split: str, divided: bool, image_column: str | None, c
     raise UserError(f"--source {name}: is a {path.suffix or 'nameless'} file; give {SOURCE_KINDS}")
 
 
-def _recognise_folder(name: str, path: Path, split: str, divided: bool) -> _Input:
+def _detect_folder(name: str, path: Path, split: str, has_val_every: bool) -> _Input:
     if (path / "annotations").is_dir():
-        captions, folder, is_one_of_several = find_captions(path, "train" if divided else split)
-        return _Input(name, "coco", (str(captions),), folder, "its captions files" if is_one_of_several else None)
-    # Folders of parts come first. To divide a folder that has them would mix them, so then any is looked for.
-    inner = [path / part for part in dict.fromkeys([split, "train"] if divided else [split])]
+        captions, folder, is_one_of_several = find_captions(path, "train" if has_val_every else split)
+        return _Input(name, "coco", (str(captions),), folder, "its caption files" if is_one_of_several else None)
+    # Folders of splits come first. --val_every would mix them, so any of them is detected then, and refused later.
+    inner = [path / name for name in dict.fromkeys([split, "train"] if has_val_every else [split])]
     bases: list[tuple[Path, str | None]] = [(base, f"{base.name}/") for base in inner if base.is_dir()] + [(path, None)]
-    for base, parts in bases:
+    for base, splits in bases:
         for metadata in METADATA:
             if (base / metadata).is_file():
-                return _Input(name, "list", (str(base / metadata),), parts=parts)
+                return _Input(name, "list", (str(base / metadata),), splits=splits)
     if huggingface.is_dataset(path):
-        return _Input(name, "dataset", (str(path),), parts="its own")
-    for base, parts in bases:
+        return _Input(name, "dataset", (str(path),), splits="its own")
+    for base, splits in bases:
         if found := sorted(base.glob("*.tar")):
-            return _Input(name, "tars", tuple(map(str, found)), parts=parts)
-    for base, parts in bases:
+            return _Input(name, "tars", tuple(map(str, found)), splits=splits)
+    for base, splits in bases:
         if has_captioned_images(base):
-            return _Input(name, "images", (str(base),), parts=parts)
+            return _Input(name, "images", (str(base),), splits=splits)
     found_names = sorted(inside.name for inside in path.iterdir())
     shown = ", ".join(found_names[:5]) + (f" and {len(found_names) - 5} more" if len(found_names) > 5 else "")
     raise UserError(
-        f"--source {name}: holds {shown or 'nothing'}, and no annotations/, {METADATA[0]}, {METADATA[1]}, data set, "
-        ".tar files or images, each with a .txt"
+        f"--source {name}: contains {shown or 'nothing'}; it needs annotations/, {METADATA[0]}, {METADATA[1]}, a data "
+        "set, .tar files, or images each with a .txt"
     )
 
 
-# What goes with what
+# Checking the flags
 
 
-def _check_parts(places: list[_Input], split: str, val_every: int | None) -> None:
-    for place in places:
-        if val_every is not None and place.parts and place.kind != "dataset":
+def _check_splits(inputs: list[_Input], split: str, val_every: int | None) -> None:
+    for each in inputs:
+        if val_every is not None and each.splits and each.kind != "dataset":
             raise UserError(
-                f"--val_every {val_every}: --source {place.name} has parts already, {place.parts}; name one by --split"
+                f"--val_every {val_every}: --source {each.name} already has splits, {each.splits}; give one as --split"
             )
-        if val_every is None and not place.parts and split != "train":
+        if val_every is None and not each.splits and split != "train":
             raise UserError(
-                f"--split {split}: --source {place.name} has no such part; leave --split out, or let --val_every 100 "
+                f"--split {split}: --source {each.name} has no such split; remove --split, or add --val_every 100 to "
                 "make every hundredth pair val"
             )
 
 
-def _check_flags(places: list[_Input], image_column: str | None, caption_column: str | None, streaming: bool) -> None:
-    kinds, name = {place.kind for place in places}, places[0].name
+def _check_flags(inputs: list[_Input], image_column: str | None, caption_column: str | None, streaming: bool) -> None:
+    kinds, name = {each.kind for each in inputs}, inputs[0].name
     for flag, value in (("image_column", image_column), ("caption_column", caption_column)):
         if value is not None and not kinds & {"list", "dataset"}:
             raise UserError(
-                f"--{flag} {value}: goes with a list or a Hugging Face data set; --source {name} is neither"
+                f"--{flag} {value}: needs a list or a Hugging Face data set, and --source {name} is neither"
             )
     if streaming and "dataset" not in kinds:
-        raise UserError(f"--streaming: goes with a Hugging Face data set, which --source {name} is not")
+        raise UserError(f"--streaming: needs a Hugging Face data set, which --source {name} is not")
 
 
-def _with_folders(places: list[_Input], given: Sequence[str]) -> list[_Input]:
-    """Places with the folder of their images, as far as they need one."""
-    takers = [place for place in places if place.kind in ("coco", "list")]
-    if given and not takers:
-        raise UserError(f"--image_folder {given[0]}: goes with COCO or a list, which --source {places[0].name} is not")
-    if len(given) not in (0, 1, len(takers)):
+def _with_folders(inputs: list[_Input], given: Sequence[str]) -> list[_Input]:
+    """Add the folder of the images to the entries that need one."""
+    with_images = [each for each in inputs if each.kind in ("coco", "list")]
+    if given and not with_images:
+        raise UserError(f"--image_folder {given[0]}: needs COCO or a list, which --source {inputs[0].name} is not")
+    if len(given) not in (0, 1, len(with_images)):
         raise UserError(
-            f"--image_folder: {len(given)} folders for {len(takers)} files of captions; give one, or one for each"
+            f"--image_folder: {len(given)} folders for {len(with_images)} caption files; give one, or one for each file"
         )
     folders = cycle(Path(folder).expanduser() for folder in given)
-    placed = [replace(place, folder=next(folders, place.folder)) if place in takers else place for place in places]
-    for place in placed:
-        if place.kind == "coco" and place.folder is None:
-            raise UserError(f"--source {place.name}: needs --image_folder, the folder with its images")
+    placed = [replace(each, folder=next(folders, each.folder)) if each in with_images else each for each in inputs]
+    for each in placed:
+        if each.kind == "coco" and each.folder is None:
+            raise UserError(f"--source {each.name}: needs --image_folder, the folder with its images")
     return placed

@@ -1,4 +1,4 @@
-"""Files behind a URL, of any protocol that fsspec speaks."""
+"""Read files at a URL, with any protocol that fsspec supports."""
 
 import time
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from uvit.errors import UserError
 
 T = TypeVar("T")
 
-TRY_AGAIN_AFTER = (1.0, 2.0, 4.0)  # seconds
+RETRY_DELAYS = (1.0, 2.0, 4.0)  # seconds
 
 
 def is_remote(place: str) -> bool:
@@ -20,12 +20,12 @@ def check_protocol(url: str) -> None:
 
     try:
         fsspec.get_filesystem_class(fsspec.utils.get_protocol(url))
-    except (ImportError, ValueError) as error:  # fsspec says which package to install, or knows no such protocol
+    except (ImportError, ValueError) as error:  # the message names the package to install, or the unknown protocol
         raise UserError(f"--source {url}: cannot be read here ({error})") from None
 
 
 class RemoteFile:
-    """A file behind a URL, read forwards, and tried again where the network fails."""
+    """A file at a URL, read forwards. Retries if the network fails."""
 
     def __init__(self, url: str):
         self.url = url
@@ -37,7 +37,7 @@ class RemoteFile:
         self.position = position
 
     def read(self, size: int) -> bytes:
-        """Fewer bytes only at the end."""
+        """Read `size` bytes; fewer only at the end of the file."""
         data = self._retrying(lambda: self._read(size))
         self.position += len(data)
         return data
@@ -58,7 +58,7 @@ class RemoteFile:
         except ValueError:
             if self._options or not self.url.startswith("http"):
                 raise
-            self._options = {"block_size": 0}  # the server knows no ranges: take the whole file as it comes
+            self._options = {"block_size": 0}  # the server does not support ranges: read the file as one stream
             self.close()
             return self._read_on(size)
 
@@ -78,12 +78,12 @@ class RemoteFile:
         return b"".join(parts)
 
     def _retrying(self, action: Callable[[], T]) -> T:
-        for wait in (*TRY_AGAIN_AFTER, None):
+        for wait in (*RETRY_DELAYS, None):
             try:
                 return action()
-            except Exception as error:  # of whichever library speaks the protocol
+            except Exception as error:  # the type depends on the protocol's library
                 self.close()
-                cause = error.__cause__ or error  # fsspec's http calls all that goes wrong a missing file
+                cause = error.__cause__ or error  # fsspec raises FileNotFoundError for all http errors
                 is_final = isinstance(cause, FileNotFoundError | PermissionError)
                 if wait is None or is_final or 400 <= getattr(cause, "status", 0) < 500:
                     reason = " ".join(str(cause).split()) or type(cause).__name__

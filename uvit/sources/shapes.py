@@ -1,7 +1,7 @@
-"""Built-in captioned pictures: shapes with a colour, a size, a position and a background.
+"""Built-in captioned images: shapes with a colour, a size, a position and a background.
 
-Everything is rendered, deterministic and compositional, and a tenth of the combinations is held out, so that a model
-can be asked for what it has never seen. `uvit.evaluate.shapes_reader` reads the attributes back from pixels.
+All images are rendered deterministically. A tenth of the combinations is held out, to test a model on prompts that it
+has never seen. `uvit.evaluate.shapes_reader` reads the attributes back from pixels.
 """
 
 import functools
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from uvit.sources.types import Pair, Problem
+from uvit.sources.types import Pair, Problem, RandomAccessSource
 
 COLOURS = {
     "red": (220, 40, 40),
@@ -24,15 +24,15 @@ COLOURS = {
 }
 BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0), "grey": (128, 128, 128)}
 SHAPES = ("circle", "square", "triangle", "cross")
-SIZES = {"small": 0.15, "large": 0.25}  # radius as a share of the picture's side
-POSITIONS = {  # centre as a share of the picture's side, (x, y)
+SIZES = {"small": 0.15, "large": 0.25}  # radius as a share of the image's side
+POSITIONS = {  # centre as a share of the image's side, (x, y)
     "in the centre": (0.5, 0.5),
     "at the top left": (0.27, 0.27),
     "at the top right": (0.73, 0.27),
     "at the bottom left": (0.27, 0.73),
     "at the bottom right": (0.73, 0.73),
 }
-RELATIONS = {  # where the first and the second object stand
+RELATIONS = {  # centres of the first and the second object
     "left of": ((0.27, 0.5), (0.73, 0.5)),
     "right of": ((0.73, 0.5), (0.27, 0.5)),
     "above": ((0.5, 0.27), (0.5, 0.73)),
@@ -44,7 +44,7 @@ SUPERSAMPLING = 8
 
 @dataclass(frozen=True)
 class Scene:
-    """One object. The fields are the attributes that a picture is asked for."""
+    """One object. The fields are its attributes in the captions."""
 
     colour: str
     shape: str
@@ -108,7 +108,7 @@ def scenes(split: str, num_objects: int = 1) -> list[Scene | PairScene]:
 
 @functools.lru_cache(maxsize=4096)
 def render(scene: Scene | PairScene, resolution: int) -> Image.Image:
-    """The scene as an RGB picture of `resolution` pixels a side, anti-aliased."""
+    """The scene as an RGB image of `resolution` pixels a side, anti-aliased."""
     side = resolution * SUPERSAMPLING
     image = Image.new("RGB", (side, side), BACKGROUNDS[scene.background])
     draw = ImageDraw.Draw(image)
@@ -132,7 +132,7 @@ def _draw(draw: ImageDraw.ImageDraw, shape: str, fill: tuple[int, int, int], x: 
         draw.rectangle((x - arm, y - r, x + arm, y + r), fill=fill)
 
 
-class ShapesSource:
+class ShapesSource(RandomAccessSource):
     """The built-in pairs of a split as a source."""
 
     def __init__(self, split: str, resolution: int, num_objects: int = 1):

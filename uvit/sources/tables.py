@@ -1,4 +1,4 @@
-"""Tables of pairs: a column holds the images, another the captions, and maybe one the ids."""
+"""Tables of pairs: one column contains the images, one the captions, and sometimes one the ids."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ from PIL import Image
 
 from uvit.errors import UserError
 from uvit.sources.decode import CAPTION_COLUMNS, IMAGE_COLUMNS, caption_values, clean_captions, decode_image
-from uvit.sources.types import Pair, PairError, Problem
+from uvit.sources.types import Pair, PairError, Problem, RandomAccessSource, Source
 
-# Not image_id: an image may come in several rows, each with a caption.
+# Not image_id: an image may have several rows, each with one caption.
 ID_COLUMNS = ("id", "key", "__key__")
 
 TableRow = dict[str, Any]
@@ -25,7 +25,7 @@ class Columns:
 
 
 def choose_columns(schema: Any, place: str, image: str | None, caption: str | None) -> Columns:
-    """`schema`: Arrow's. Takes the columns given, else those of the usual names, else the one that holds images."""
+    """Choose the given columns, else those with usual names, else the one that contains images. `schema` is Arrow's."""
     kinds = {name: _kind(schema.field(name).type) for name in schema.names}
     columns = ", ".join(schema.names)
     for flag, name in (("image_column", image), ("caption_column", caption)):
@@ -39,21 +39,23 @@ def choose_columns(schema: Any, place: str, image: str | None, caption: str | No
     if caption is None:
         caption = next((name for name in CAPTION_COLUMNS if kinds.get(name) in ("text", "texts")), None)
     if image is None:
-        raise UserError(f"--source {place}: no column holds images; name one with --image_column, of {columns}")
+        raise UserError(f"--source {place}: no column contains images; name one with --image_column; it has {columns}")
     if caption is None:
-        raise UserError(f"--source {place}: no column holds captions; name one with --caption_column, of {columns}")
+        raise UserError(
+            f"--source {place}: no column contains captions; name one with --caption_column; it has {columns}"
+        )
     if kinds[image] not in ("image", "text"):
-        raise UserError(f"--image_column {image}: holds {schema.field(image).type} in --source {place}, and no images")
+        raise UserError(f"--image_column {image}: contains {schema.field(image).type} in --source {place}, not images")
     if kinds[caption] not in ("text", "texts"):
         raise UserError(
-            f"--caption_column {caption}: must hold a string or a list of strings in each row; in --source {place} it"
-            f" holds {schema.field(caption).type}"
+            f"--caption_column {caption}: must contain a string or a list of strings in each row; in --source {place}"
+            f" it contains {schema.field(caption).type}"
         )
     return Columns(image, caption, next((name for name in ID_COLUMNS if name in kinds), None))
 
 
 def _kind(type: Any) -> str:
-    """What an Arrow type can hold: `image` (bytes, or a struct with them), `text`, `texts` or `other`."""
+    """The kind of an Arrow type: `image` (bytes, or a struct with bytes), `text`, `texts` or `other`."""
     from pyarrow import types
 
     if types.is_dictionary(type):
@@ -71,11 +73,11 @@ def _kind(type: Any) -> str:
 
 @dataclass(frozen=True)
 class TableRows:
-    """From rows to pairs."""
+    """Converts rows to pairs."""
 
     place: str
     columns: Columns
-    folder: Path | None  # in which paths of images are; None: the hub, whose paths may be URLs
+    folder: Path | None  # that paths of images are relative to; None: the Hub, where paths may be URLs
 
     def all_columns(self) -> tuple[str, ...]:
         return (self.columns.image, *self.text_columns())
@@ -114,7 +116,7 @@ class TableRows:
 
         try:
             if self.folder is not None:
-                return (self.folder / path).read_bytes()  # a URL is no such file: nothing is fetched unasked
+                return (self.folder / path).read_bytes()  # a URL is not downloaded: it is no file here
             with fsspec.open(path, "rb") as file:
                 return file.read()
         except OSError as error:
@@ -123,7 +125,7 @@ class TableRows:
 
 
 class Table(Protocol):
-    """Picklable, and holds no open files."""
+    """A table with random access. Picklable: holds no open files."""
 
     def __len__(self) -> int: ...
     def schema(self) -> Any: ...
@@ -132,14 +134,16 @@ class Table(Protocol):
 
 
 class StreamedTable(Protocol):
+    """A table that is read in order. Picklable: holds no open files."""
+
     def schema(self) -> Any: ...
     def rows(self, columns: tuple[str, ...], start: int) -> Iterator[Callable[[], TableRow]]:
-        """Rows from `start` on, each to be called where it is wanted."""
+        """The rows from `start` on. Calling one reads it."""
         ...
 
 
-class TableSource:
-    """Rows any of which can be had at once."""
+class TableSource(RandomAccessSource):
+    """The pairs of a table with random access."""
 
     def __init__(self, table: Table, rows: TableRows):
         self._table, self._rows = table, rows
@@ -151,7 +155,7 @@ class TableSource:
             for index, value in enumerate(table.column(rows.columns.id)):
                 id = rows.id({rows.columns.id: value}, index)
                 if id in seen:
-                    message = f"{rows.place}, row {index}: {rows.columns.id} {id} comes a second time"
+                    message = f"{rows.place}, row {index}: {rows.columns.id} {id} appears a second time"
                     self._problems[index] = Problem(id, "duplicate id", message)
                 seen.add(id)
 
@@ -175,8 +179,8 @@ class TableSource:
         return self._table.row(index, columns)
 
 
-class TableStream:
-    """Rows that come one after the other. Ids that come twice go unnoticed: to notice takes all ids in memory."""
+class TableStream(Source):
+    """The pairs of a table that is read in order. Repeated ids are not detected: that needs all ids in memory."""
 
     def __init__(self, table: StreamedTable, rows: TableRows):
         self._table, self._rows = table, rows

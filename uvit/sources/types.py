@@ -1,8 +1,8 @@
-"""What crosses the arrows of the data flow."""
+"""Pairs of images and captions, problems with them, and the interface of all sources of pairs."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 from PIL import Image
 
@@ -11,16 +11,16 @@ from uvit.errors import UserError
 
 @dataclass(frozen=True)
 class Problem:
-    """Something of a source that cannot be used as it is."""
+    """A part of a source that cannot be used."""
 
     id: str  # of the pair
-    kind: str  # such as "broken image": problems are counted by it
+    kind: str  # such as "broken image"; problems are counted by kind
     message: str  # one sentence that names the file
-    left_out: bool = True  # the whole pair; False: only a part of it, such as one of its captions
+    left_out: bool = True  # the whole pair is skipped; False: only a part of it, such as one caption
 
 
 class PairError(UserError):
-    """A pair that cannot be used: left out or fatal, as the person chose."""
+    """A pair that cannot be used. The caller skips it, or stops."""
 
     def __init__(self, problem: Problem):
         super().__init__(problem.message)
@@ -32,39 +32,57 @@ class PairError(UserError):
 
 @dataclass(frozen=True)
 class Pair:
-    """An image, RGB, of any size, and its captions, one or more."""
+    """An RGB image of any size, and one or more captions."""
 
     id: str
     image: Image.Image
     captions: tuple[str, ...]
-    problems: tuple[Problem, ...] = ()  # what is wrong with it and did not keep it from being used
+    problems: tuple[Problem, ...] = ()  # problems despite which it is usable
 
 
-class Source(Protocol):
-    """Pairs in a fixed order, any of which can be had at once. Picklable, and holds no open files."""
+class Source(ABC):
+    """Pairs in a fixed order, read one after the other. Their number may be unknown. Picklable: holds no open files."""
 
+    @abstractmethod
+    def read(self, start: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, Pair | PairError | None]]:
+        """Yield (position, pair) from `start` on. A position that is not `wanted` has None: nothing is decoded."""
+
+    @abstractmethod
+    def all_captions(self) -> Iterator[str]:
+        """The captions of all usable pairs, in order, without decoding images."""
+
+
+class RandomAccessSource(Source):
+    """A source of known length, any pair of which can be read at once."""
+
+    @abstractmethod
     def __len__(self) -> int: ...
 
+    @abstractmethod
     def __getitem__(self, index: int) -> Pair:
-        """Raises PairError where this pair cannot be used."""
-        ...
+        """Raises PairError if this pair is unusable."""
 
+    @abstractmethod
     def captions(self, index: int) -> tuple[str, ...]:
-        """A pair's captions without its image. Raises PairError."""
-        ...
+        """The captions of a pair, without its image. Raises PairError."""
 
+    @abstractmethod
     def problems(self) -> list[Problem]:
-        """What the index alone shows, before any image is read; indexing raises or repeats it."""
-        ...
-
-
-class Stream(Protocol):
-    """Pairs in a fixed order that come one after the other, their number not known beforehand. Picklable."""
+        """The problems that the index shows, before any image is read. Indexing raises or repeats them."""
 
     def read(self, start: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, Pair | PairError | None]]:
-        """(position, pair) from `start` on; positions that are not `wanted` come as None, without decoding."""
-        ...
+        for row in range(start, len(self)):
+            pair: Pair | PairError | None = None
+            if wanted(row):
+                try:
+                    pair = self[row]
+                except PairError as error:
+                    pair = error
+            yield row, pair
 
     def all_captions(self) -> Iterator[str]:
-        """Of all pairs that have any, in order, without decoding images."""
-        ...
+        for row in range(len(self)):
+            try:
+                yield from self.captions(row)
+            except PairError:
+                continue

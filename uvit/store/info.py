@@ -11,8 +11,8 @@ from uvit.io import format_bytes
 from uvit.store.npy_layout import load_npy, num_captions
 from uvit.store.splits import Split, find_splits
 
+NPY_LAYOUT = "old layout"  # what `--json` has always called .npy features
 SHORT_SHA = 12  # characters; enough to distinguish encoders
-OLD_LAYOUT = "old layout"  # what `--json` calls .npy features: scripts read it
 
 
 def info(config: FeaturesInfoConfig) -> None:
@@ -34,7 +34,7 @@ def describe_split(split: Split) -> dict[str, Any]:
     common = {
         "split": split.name,
         "folder": str(split.folder),
-        "layout": OLD_LAYOUT if split.kind == "npy" else split.kind,
+        "layout": NPY_LAYOUT if split.kind == "npy" else split.kind,
         "bytes": sum(path.stat().st_size for path in paths),
         "num_files": len(paths),
     }
@@ -82,7 +82,7 @@ def summary_rows(split: dict[str, Any]) -> list[tuple[str, str]]:
     rows.append(("moments", f"{_shape(split['moments_shape'])} {split['dtype']}{mirrored}"))
     context = split["context_shape"]
     rows.append(("text embeddings", f"{_shape(context)} {split['dtype']}" if context else "not stored"))
-    if split["layout"] != OLD_LAYOUT:
+    if split["layout"] != NPY_LAYOUT:
         tokens = split["token_dtype"]
         rows.append(("token ids", f"({split['num_tokens']},) {tokens}" if tokens else "not stored"))
         rows += [(key.replace("_", " "), _encoder(split[key])) for key in ("vae", "text_encoder", "tokenizer")]
@@ -98,7 +98,7 @@ def summary_rows(split: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _layout(split: dict[str, Any]) -> str:
-    if split["layout"] == OLD_LAYOUT:
+    if split["layout"] == NPY_LAYOUT:
         return ".npy features (U-ViT layout); `uvit features import` converts them to a feature store"
     if split["layout"] == "unfinished":
         return "feature store, not finished"

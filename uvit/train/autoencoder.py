@@ -2,9 +2,9 @@
 
 import math
 import shutil
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import uvit
 from uvit.checkpoint.folder import Checkpoint, check_command, latest_checkpoint
@@ -25,8 +24,9 @@ from uvit.distributed.mesh import World, single_process_world
 from uvit.errors import UserError
 from uvit.images import to_unit
 from uvit.io import back_up, read_json, sync_path, to_yaml, write_json, write_yaml
+from uvit.progress import Progress, duration, is_terminal, write
 from uvit.sources.open import open_source, require_random_access
-from uvit.sources.types import Source
+from uvit.sources.types import RandomAccessSource
 from uvit.train.guards import Guards
 from uvit.train.optimizer import EMA, set_learning_rate, training_state
 from uvit.train.process import StopSignal, hang_watchdog, report_stop, reset_hang_timer, stop_signals
@@ -65,7 +65,7 @@ class VaeRun:
 
     config: AutoencoderConfig
     output_dir: Path
-    source: Source
+    source: RandomAccessSource
     num_images: int
     rows: np.ndarray  # images to train on
     held_out: Tensor  # images to measure on, (B, 3, R, R) uint8
@@ -199,12 +199,9 @@ def train_vae(run: VaeRun, world: World, stop: StopSignal, saver: Saver) -> None
         worker_init_fn=ignore_signals,
     )
     started, first_step = time.perf_counter(), run.step
-    bar = tqdm(total=config.max_steps, initial=run.step, unit="step", desc="autoencoder", disable=config.disable_tqdm)
-
-    def say(sentence: str) -> None:
-        """A line that does not tear the progress bar."""
-        print(sentence, flush=True) if config.disable_tqdm else bar.write(sentence)
-
+    bar = Progress(
+        "autoencoder", config.max_steps, "step", done=run.step, bar=not config.disable_tqdm, lines=False
+    )  # its lines are those below
     with bar:
         for pixels, noise in batches:
             reset_hang_timer(TrainConfig.hang_timeout, world)
@@ -214,12 +211,12 @@ def train_vae(run: VaeRun, world: World, stop: StopSignal, saver: Saver) -> None
                 raise UserError(too_many_nonfinite(run))
             if result and (run.step % REPORT_STEPS == 0 or run.step == config.max_steps):
                 line = f"PSNR {result.psnr:.1f} dB, |grad| {result.grad_norm:.3g}, lr {result.lr:.2e}"
-                bar.set_postfix_str(line, refresh=False)
-                if config.disable_tqdm:
+                bar.note(line)
+                if bar.bar is None or not is_terminal(sys.stdout):
                     seconds = (time.perf_counter() - started) / (run.step - first_step)
-                    left = timedelta(seconds=int(seconds * (config.max_steps - run.step)))
+                    left = duration(seconds * (config.max_steps - run.step))
                     rate = config.batch_size / seconds
-                    say(f"step {run.step}/{config.max_steps}: {line}, {rate:.1f} images/s, {left} left")
+                    write(f"step {run.step}/{config.max_steps}: {line}, {rate:.1f} images/s, {left} left")
             if config.preview_steps > 0 and run.step % config.preview_steps == 0:
                 path = run.output_dir / "previews" / f"step-{run.step:06d}.png"
                 save_reconstructions(run.ema.model, run.held_out, path)
@@ -229,12 +226,12 @@ def train_vae(run: VaeRun, world: World, stop: StopSignal, saver: Saver) -> None
                 saver.save(run.step, run.state(), run.record())
                 run.checkpoint = run.output_dir / f"checkpoint-{run.step}"
             if folder := saver.saved():
-                say(f"saved {folder}")
+                write(f"saved {folder}")
             if stop.signal:
                 break
         saver.wait()
         if folder := saver.saved():
-            say(f"saved {folder}")
+            write(f"saved {folder}")
 
 
 def lr_factor(step: int, max_steps: int) -> float:
@@ -262,7 +259,7 @@ def vae_step(run: VaeRun, pixels: Tensor, noise: Tensor) -> VaeStepResult | None
     if not skipped:
         run.optimizer.step()
         run.ema.update(vae)
-    guards.note(run.step, first_image, norm if finite else None, skipped)
+    guards.record_step(run.step, first_image, norm if finite else None, skipped)
     return VaeStepResult(psnr_of(error.item()) if finite else math.nan, norm, lr)
 
 

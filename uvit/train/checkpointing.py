@@ -1,4 +1,4 @@
-"""A run's checkpoints: looked at before they are written, and gone on from."""
+"""A run's checkpoints: check and save them, and resume from them."""
 
 import time
 from pathlib import Path
@@ -14,46 +14,46 @@ from uvit.train.checks import differing_fingerprint
 from uvit.train.optimizer import checksum, training_state
 from uvit.train.setup import Run
 
-MAX_NAMED_TENSORS = 3  # of tensors that are not as they should be
+MAX_NAMED_TENSORS = 3  # in an error message
 
 
 class Checkpointer:
-    """Writes a run's checkpoints while it goes on; leaving it as a context manager waits for the last one.
+    """Writes a run's checkpoints while training continues. As a context manager, it waits for the last one.
 
-    Nothing is written, and UserError raised in all processes, where replicas differ or the averaged weights stand
-    still: what was saved before is then the last that can be trusted.
+    If replicas differ, or the EMA weights do not follow the weights, nothing is written and all processes raise
+    UserError. The checkpoint before is then the last one to be trusted.
     """
 
     def __init__(self, run: Run):
         self.run = run
         limit = run.config.save_total_limit
         self.saver = Saver(run.output_dir, limit, run.world.rank, all_gather_channel(run.world))
-        self.before = self._bits()
-        self.begun: int | None = None  # step of the last checkpoint
+        self.checksums = self._checksums()
+        self.started_step: int | None = None  # of the last checkpoint
 
     def save(self) -> None:
-        """Begin to write checkpoint-{step}. Waits for the one before, if it is still being written."""
+        """Start to write checkpoint-{step}. Wait for the checkpoint before it, if it is not complete yet."""
         run = self.run
         state = run_state(run)
         self._check_replicas(state)
-        self._check_average()
+        self._check_ema()
         if not run.guards.skipped_in_a_row:
-            run.guards.good = f"checkpoint-{run.step}"
+            run.guards.last_good_checkpoint = f"checkpoint-{run.step}"
         self.saver.save(
             run.step, {name: to_checkpoint_layout(tensors, run.world) for name, tensors in state.items()}, run.record()
         )
-        run.checkpoint, self.begun = run.output_dir / f"checkpoint-{run.step}", run.step
+        run.checkpoint, self.started_step = run.output_dir / f"checkpoint-{run.step}", run.step
 
     def save_and_wait(self) -> float:
-        """Until checkpoint-{step} is whole, whether it was begun before or not. Returns the seconds that it took."""
+        """Save checkpoint-{step}, unless started already, and wait until it is complete. Returns the seconds."""
         started = time.perf_counter()
-        if self.begun != self.run.step:
+        if self.started_step != self.run.step:
             self.save()
         self.saver.wait()
         return time.perf_counter() - started
 
     def saved(self) -> Path | None:
-        """The checkpoint that has become whole since this was last asked, if one has."""
+        """The checkpoint that has become complete since the last call, if there is one."""
         return self.saver.saved()
 
     def __enter__(self) -> "Checkpointer":
@@ -67,25 +67,26 @@ class Checkpointer:
         if names := differing_replicas(tensors, self.run.world):
             first = ", ".join(names[:MAX_NAMED_TENSORS]) + (", ..." if len(names) > MAX_NAMED_TENSORS else "")
             raise UserError(
-                f"{self._not_written()}: processes that should hold the same differ in {first} ({len(names)} of "
-                f"{len(tensors)} tensors); {self._last()}. Run the same command again, and if it comes again, look for "
-                "faulty hardware"
+                f"{self._not_written()}: processes hold different values of {first} ({len(names)} of {len(tensors)} "
+                f"tensors), which should be equal; {self._last()}. Run the same command again. If this happens again, "
+                "check the hardware"
             )
 
-    def _check_average(self) -> None:
-        """The average follows the weights, however slowly."""
+    def _check_ema(self) -> None:
+        """The EMA weights must follow the weights, however slowly."""
         if self.run.ema is None:
             return
-        before, self.before = self.before, self._bits()
-        moved, followed = (any_of(a != b, self.run.world) for a, b in zip(before, self.before, strict=True))
-        if moved and not followed:
+        before, self.checksums = self.checksums, self._checksums()
+        changed = [any_of(old != new, self.run.world) for old, new in zip(before, self.checksums, strict=True)]
+        weights_changed, ema_changed = changed
+        if weights_changed and not ema_changed:
             raise UserError(
-                f"{self._not_written()}: the weights have changed, and their average has not changed in a single bit; "
-                f"{self._last()}. Is --ema_decay {self.run.config.ema_decay} too near 1?"
+                f"{self._not_written()}: the weights have changed, but not a single bit of the EMA weights has; "
+                f"{self._last()}. Is --ema_decay {self.run.config.ema_decay} too close to 1?"
             )
 
-    def _bits(self) -> tuple[int, int]:
-        """Of this process's part of the weights and of their average."""
+    def _checksums(self) -> tuple[int, int]:
+        """Of this process's part of the weights and of the EMA weights."""
         return (checksum(self.run.master_model), checksum(self.run.ema.model)) if self.run.ema else (0, 0)
 
     def _not_written(self) -> str:
@@ -101,56 +102,60 @@ def run_state(run: Run) -> dict[str, dict[str, Tensor]]:
 
 
 def resume(run: Run) -> None:
-    """Put the run where its checkpoint was, if there is one, whatever the processes that wrote it."""
+    """Restore the checkpoint that the run resumes from, if there is one, from any number of processes."""
     name = run.config.resume_from_checkpoint
     if name is None or name == "latest":
         latest = latest_checkpoint(run.output_dir) if run.world.is_main else None
-        found = broadcast(latest, run.world)
+        checkpoint = broadcast(latest, run.world)
     else:
-        found = read_checkpoint(Path(name))
-    if found is None:
+        checkpoint = read_checkpoint(Path(name))
+    if checkpoint is None:
         if name == "latest":
-            raise UserError(f"--resume_from_checkpoint latest: there is no whole checkpoint in {run.output_dir}")
+            raise UserError(f"--resume_from_checkpoint latest: there is no complete checkpoint in {run.output_dir}")
         return
-    check_same_run(run, found)
-    if run.ema and not found.files("ema"):
-        raise UserError(f"{found.folder}: was saved with --use_ema False; go on so, or start afresh")
-    restore(run, found)
-    print(f"resumed {found.folder}: step {run.step} of {run.max_steps}")
+    check_same_run(run, checkpoint)
+    if run.ema and not checkpoint.files("ema"):
+        raise UserError(
+            f"{checkpoint.folder}: was saved with --use_ema False; pass --use_ema False, or choose another --output_dir"
+        )
+    restore(run, checkpoint)
+    print(f"resumed {checkpoint.folder}: step {run.step} of {run.max_steps}")
 
 
-def restore(run: Run, found: Checkpoint) -> None:
+def restore(run: Run, checkpoint: Checkpoint) -> None:
+    """Load a checkpoint into the run. The number of processes that wrote it does not matter."""
     for group, tensors in run_state(run).items():
         targets = to_checkpoint_layout(tensors, run.world)
-        found.load_into(group, targets)
+        checkpoint.load_into(group, targets)
         from_checkpoint_layout(tensors, targets, run.world)
-    run.precision.publish()
-    run.precision.scale.load_state_dict(found.record["loss_scale"])
-    run.guards.load_state_dict(found.record["guards"])
-    run.step, run.samples, run.checkpoint = found.step, found.record["samples"], found.folder
+    run.precision.update_compute_model()
+    run.precision.scale.load_state_dict(checkpoint.record["loss_scale"])
+    run.guards.load_state_dict(checkpoint.record["guards"])
+    run.step, run.samples, run.checkpoint = checkpoint.step, checkpoint.record["samples"], checkpoint.folder
 
 
-def check_same_run(run: Run, found: Checkpoint) -> None:
-    """Refuse a checkpoint of another model; tell of flags that differ."""
-    check_command(found, "uvit train")
-    ours, theirs = run.record(), found.record
+def check_same_run(run: Run, checkpoint: Checkpoint) -> None:
+    """Raises UserError if the checkpoint is of another model or of other features. Prints the flags that differ."""
+    check_command(checkpoint, "uvit train")
+    ours, theirs = run.record(), checkpoint.record
     for key in ("unet_config", "text_encoder_config", "prediction_type", "latent_scale", "timestep_labels"):
         if ours[key] != theirs[key]:
             raise UserError(
-                f"{found.folder}: its {key} is {theirs[key]}, this run's {ours[key]}; choose another --output_dir or "
-                "pass --overwrite_output_dir to start afresh"
+                f"{checkpoint.folder}: its {key} is {theirs[key]}, and this run's is {ours[key]}; choose another "
+                "--output_dir, or pass --overwrite_output_dir to start from scratch"
             )
     key_of = {"VAE": "vae_sha256", "text encoder": "text_encoder_sha256", "tokenizer": "tokenizer_sha256"}
     made_by, was_made_by = ({what: record.get(key) for what, key in key_of.items()} for record in (ours, theirs))
-    if other := differing_fingerprint(made_by, was_made_by):
-        what, both = other
+    if difference := differing_fingerprint(made_by, was_made_by):
+        what, fingerprints = difference
         raise UserError(
             f"--feature_path {run.config.feature_path}: was made by another {what} than the features that "
-            f"{found.folder} was trained on ({both}); go on with those, or choose another --output_dir"
+            f"{checkpoint.folder} was trained on ({fingerprints}); pass those features, or choose another --output_dir"
         )
     if bool(theirs["loss_scale"]) != bool(ours["loss_scale"]):
         raise UserError(
-            f"{found.folder}: was{'' if theirs['loss_scale'] else ' not'} trained with --fp16; go on so or start afresh"
+            f"{checkpoint.folder}: was{'' if theirs['loss_scale'] else ' not'} trained with --fp16; resume it with the "
+            "same precision, or choose another --output_dir"
         )
-    for sentence in found.changed_flags(run.config).values():
+    for sentence in checkpoint.changed_flags(run.config).values():
         print(sentence)

@@ -1,4 +1,4 @@
-"""Do features, model, flags and encoders belong together? Every contradiction is found before the first step."""
+"""Checks before the first step: features, model, flags and encoders must fit one another."""
 
 from pathlib import Path
 
@@ -12,53 +12,57 @@ from uvit.model import UViTT2IModel
 from uvit.store.reader import FeatureStore
 from uvit.store.types import Features
 
-TIMESTEP_LABELS = f"1..{NUM_TIMESTEPS}"  # what the network is told of the least and the most noise
-NUM_LATENTS = 64  # to look at before a run
-USUAL_STD = (0.25, 4.0)
+TIMESTEP_LABELS = f"1..{NUM_TIMESTEPS}"  # the network's timesteps at the least and the most noise
+NUM_LATENTS = 64  # samples that are read before a run
+USUAL_STD = (0.25, 4.0)  # of scaled latents
 
 
 def check_features(
     config: TrainConfig, features: Features, unet: UViTT2IModel, use_tokens: bool, flag: str, path: str
 ) -> None:
-    """Shapes and kinds. `--flag path` is where the features are."""
+    """Raises UserError if the features do not fit the model and the flags. `--flag path` is where the features are."""
     model = unet.config
     where = f"--{flag} {path}"
     channels, height, width = features.moments_shape
     if channels != 2 * model.in_channels:
         raise UserError(
-            f"{where}: has latents of {channels // 2} channels, the model {model.in_channels}; "
+            f"{where}: its latents have {channels // 2} channels, and the model's have {model.in_channels}; "
             "choose another --uvit_config_file"
         )
     rows, columns = unet.grid
     p = unet.patch_size
     if height % p or width % p or height // p > rows or width // p > columns:
         raise UserError(
-            f"{where}: has latents of {height}x{width}, the model's sample_size is "
-            f"{rows * p}x{columns * p}; choose another --uvit_config_file"
+            f"{where}: its latents are {height}x{width}, and the model's sample_size is {rows * p}x{columns * p}; "
+            "choose another --uvit_config_file"
         )
     if use_tokens:
         num_tokens, what = features.num_tokens, "token ids"
         if features.empty_token_ids is None:
-            reason = "which --train_text_encoder needs" if config.train_text_encoder else "as the training features do"
+            reason = (
+                "which --train_text_encoder needs" if config.train_text_encoder else "but the training features have"
+            )
             raise UserError(f"{where}: has no token ids, {reason}; extract with --text tokens or both")
     else:
         if features.context_shape is None:
-            raise UserError(f"{where}: has no contexts, as the training features do; extract with --text contexts")
+            raise UserError(
+                f"{where}: has no text embeddings, but the training features have; extract with --text contexts"
+            )
         num_tokens, clip_dim = features.context_shape
-        what = "context tokens"
+        what = "text embeddings"
         if clip_dim != model.clip_dim:
             raise UserError(
-                f"{where}: has contexts of width {clip_dim}, the model's clip_dim is {model.clip_dim}; "
+                f"{where}: its text embeddings have width {clip_dim}, and the model's clip_dim is {model.clip_dim}; "
                 "choose another --uvit_config_file"
             )
     if num_tokens != model.num_text_tokens:
         raise UserError(
-            f"{where}: has {num_tokens} {what} a caption, the model's num_text_tokens is "
+            f"{where}: has {num_tokens} {what} per caption, and the model's num_text_tokens is "
             f"{model.num_text_tokens}; extract with --model_max_length {model.num_text_tokens}"
         )
     if config.model_max_length not in (None, num_tokens):
         raise UserError(
-            f"--model_max_length {config.model_max_length}: the features have {num_tokens} tokens a caption ({where})"
+            f"--model_max_length {config.model_max_length}: the features have {num_tokens} tokens per caption ({where})"
         )
     if config.resolution is not None and features.resolution not in (None, config.resolution):
         raise UserError(
@@ -67,9 +71,9 @@ def check_features(
 
 
 def fingerprints(features: Features, train_text_encoder: bool) -> dict[str, str | None]:
-    """{what: sha256} of what made the features and must not change in a run; None: not known.
+    """{what: sha256} of what made the features, which must not change in a run; None: unknown.
 
-    A text encoder that is trained has nothing to do with the one that the features may know.
+    A text encoder that is trained in the run does not count.
     """
     tokenizer = features.manifest["tokenizer"] if isinstance(features, FeatureStore) else None
     return {
@@ -80,7 +84,7 @@ def fingerprints(features: Features, train_text_encoder: bool) -> dict[str, str 
 
 
 def differing_fingerprint(ours: dict[str, str | None], theirs: dict[str, str | None]) -> tuple[str, str] | None:
-    """The first of the fingerprints that differ where both are known: (what, the two in words)."""
+    """The first fingerprint that is known on both sides and differs: (what, both of them as text)."""
     for what, mine in ours.items():
         other = theirs.get(what)
         if mine and other and mine != other:
@@ -89,7 +93,7 @@ def differing_fingerprint(ours: dict[str, str | None], theirs: dict[str, str | N
 
 
 def check_validation(config: TrainConfig, features: Features, validation: Features, flag: str, path: str) -> None:
-    """Raises UserError where the features to validate on were made by other encoders than those to train on."""
+    """Raises UserError if other encoders made the features to validate on than made the features to train on."""
     ours, theirs = (fingerprints(either, config.train_text_encoder) for either in (features, validation))
     if found := differing_fingerprint(ours, theirs):
         what, both = found
@@ -100,38 +104,38 @@ def check_validation(config: TrainConfig, features: Features, validation: Featur
 
 
 def check_pretrained(config: TrainConfig, features: Features) -> None:
-    """Raises UserError where the pipeline to start from says that its encoders did not make the features."""
+    """Raises UserError if the encoders of the pipeline to start from did not make the features."""
     name = config.pretrained_model_name_or_path
     if name is None:
         return
     facts = training_facts(Path(name).expanduser())
     if (labels := facts.get("timestep_labels", TIMESTEP_LABELS)) != TIMESTEP_LABELS:
         raise UserError(
-            f"--pretrained_model_name_or_path {name}: was trained with the timestep labels {labels}, and here they are "
+            f"--pretrained_model_name_or_path {name}: was trained with timesteps {labels}, but this training uses "
             f"{TIMESTEP_LABELS}; start from another pipeline"
         )
     theirs = {"VAE": facts.get("vae_sha256"), "text encoder": facts.get("text_encoder_sha256")}
     if found := differing_fingerprint(fingerprints(features, config.train_text_encoder), theirs):
         what, both = found
         raise UserError(
-            f"--pretrained_model_name_or_path {name}: its {what} is not the one that made the features ({both}); "
-            "extract them with this one, or start from another pipeline"
+            f"--pretrained_model_name_or_path {name}: its {what} did not make the features ({both}); "
+            "extract the features with it, or start from another pipeline"
         )
 
 
 def check_latents(features: Features, latent_scale: float, path: str) -> None:
-    """Prints a warning where the latents are far from the size that the noise is made for: a deviation of 1."""
+    """Print a warning if the standard deviation of the scaled latents is far from 1, that of the noise."""
     rows = np.linspace(0, features.num_samples - 1, min(NUM_LATENTS, features.num_samples)).astype(np.int64)
     means = np.split(features.read(rows, np.zeros(len(rows))).moments.astype(np.float64), 2, axis=1)[0]
     with np.errstate(invalid="ignore"):  # of what is not finite
         std = float(np.std(means))
     if USUAL_STD[0] <= std * latent_scale <= USUAL_STD[1]:
         return
-    there = f"--feature_path {path}: the latents of {len(rows)} samples"
+    where = f"--feature_path {path}: the latents of {len(rows)} samples"
     if not std > 0:
-        print(f"warning: {there} are all alike or not finite; look at the features before training on them")
+        print(f"warning: {where} are all equal or not finite; check the features before training on them")
         return
     print(
-        f"warning: {there} times the latent scale {latent_scale:.4g} have a standard deviation of "
-        f"{std * latent_scale:.3g}, where about 1 is usual; --latent_scale {1 / std:.4g} would bring them there"
+        f"warning: {where} times the latent scale {latent_scale:.4g} have a standard deviation of "
+        f"{std * latent_scale:.3g}, but should have about 1; --latent_scale {1 / std:.4g} would give 1"
     )

@@ -1,4 +1,4 @@
-"""Where the time of a step goes, and how much memory it took."""
+"""How long each phase of a step takes, and how much memory the process has used."""
 
 import contextlib
 import resource
@@ -13,10 +13,10 @@ PHASES = ("data", "forward", "backward", "optimizer", "save")
 
 
 class Clock:
-    """Seconds by part since the clock was last read.
+    """Seconds spent in each phase since the clock was last read.
 
-    What a GPU computes is measured there, by events, and nothing waits for them: a part that has not ended when the
-    clock is read, which is the optimizer's as a rule, is counted at the next reading.
+    Work on a GPU is timed by CUDA events, without waiting for them. A phase that has not ended when the clock is read,
+    usually the optimizer's, counts at the next reading.
     """
 
     def __init__(self, device: torch.device):
@@ -25,36 +25,36 @@ class Clock:
         self.running: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @contextlib.contextmanager
-    def wait(self, part: str) -> Iterator[None]:
-        """Time that this process spends."""
+    def wait(self, phase: str) -> Iterator[None]:
+        """Time a phase of this process."""
         started = time.perf_counter()
         yield
-        self.seconds[part] += time.perf_counter() - started
+        self.seconds[phase] += time.perf_counter() - started
 
     @contextlib.contextmanager
-    def compute(self, part: str) -> Iterator[None]:
-        """Time that the device spends."""
+    def compute(self, phase: str) -> Iterator[None]:
+        """Time a phase of the device."""
         if self.device.type != "cuda":
-            with self.wait(part):
+            with self.wait(phase):
                 yield
             return
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         yield
         end.record()
-        self.running.append((part, begin, end))
+        self.running.append((phase, begin, end))
 
     def read(self) -> dict[str, float]:
         """{`forward_seconds`: ..., ...}"""
         while self.running and self.running[0][2].query():
-            part, begin, end = self.running.popleft()
-            self.seconds[part] += begin.elapsed_time(end) / 1000
+            phase, begin, end = self.running.popleft()
+            self.seconds[phase] += begin.elapsed_time(end) / 1000
         seconds, self.seconds = self.seconds, dict.fromkeys(PHASES, 0.0)
-        return {f"{part}_seconds": round(value, 6) for part, value in seconds.items()}
+        return {f"{phase}_seconds": round(value, 6) for phase, value in seconds.items()}
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most that this process has taken so far: on a GPU what its tensors have, elsewhere its resident memory."""
+    """The peak memory of this process so far: of its tensors on a GPU, otherwise its resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,7 +1,7 @@
-"""Features -> batches. Item j of the dataset is the j-th batch of the run, computed from (seed, sample counter) alone.
+"""Features -> batches. Item j of the dataset is batch j of the run, and depends on (seed, sample counter) only.
 
-So nothing has to be saved to resume, and which samples a step draws, with which caption, timestep and noise, depends on
-neither the number of workers, of processes nor of accumulation steps.
+So resuming needs no saved random state. The samples of a step, their captions, timesteps and noise do not depend on the
+number of threads, of processes or of accumulation steps.
 """
 
 import os
@@ -18,18 +18,19 @@ from torch import Tensor
 from uvit.diffusion import CONTEXT_DROP_PROBABILITY, NUM_TIMESTEPS
 from uvit.store.types import Features
 
-ORDER, DRAWS, FLIPS = 1, 2, 3  # streams of random numbers that must not meet
+ORDER, DRAWS, FLIPS = 1, 2, 3  # independent streams of random numbers
 NUM_ROUNDS = 8
-ITEMS_AHEAD = 4  # for each thread
+ITEMS_AHEAD = 4  # per thread
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """All that one forward pass of training consumes; nothing is drawn after this.
+    """All inputs of one forward pass of training. No random number is drawn after this.
 
-    With captions dropped for guidance already replaced by the empty one. `context` or `token_ids` is there.
+    Captions that are dropped for guidance are already replaced by the empty one. One of `context` and `token_ids` is
+    None.
     """
 
     moments: Tensor  # (B, 2 C, h, w), as stored
@@ -37,7 +38,7 @@ class Batch:
     token_ids: Tensor | None  # (B, T), int64
     posterior_noise: Tensor  # (B, C, h, w), float32
     noise: Tensor  # (B, C, h, w), float32
-    timesteps: Tensor  # (B,), int64, labels 1..1000
+    timesteps: Tensor  # (B,), int64, 1..1000
 
     def to(self, device: torch.device) -> "Batch":
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -51,9 +52,10 @@ class Batch:
 
 
 def permute(positions: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of 0..size-1 keyed by (seed, epoch), at `positions`: without the memory of a shuffled list.
+    """A permutation of 0..size-1 keyed by (seed, epoch), at `positions`, without storing a shuffled list.
 
-    A Feistel network over the next power of four, walked until it lands below `size`. (B,) -> (B,) int64.
+    A Feistel network permutes 0..4^k-1, the next power of four; results of `size` or more are permuted again.
+    (B,) -> (B,) int64.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
@@ -78,11 +80,11 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class RandomDraws:
-    """What is drawn for B samples."""
+    """The random numbers of B samples."""
 
-    captions: np.ndarray  # (B,) in [0, 1): which of the captions
-    dropped: np.ndarray  # (B,) bool: the caption gives way to the empty one
-    timesteps: np.ndarray  # (B,) int64, labels 1..1000
+    captions: np.ndarray  # (B,) in [0, 1): chooses one of the captions
+    dropped: np.ndarray  # (B,) bool: the empty caption replaces the caption
+    timesteps: np.ndarray  # (B,) int64, 1..1000
     posterior_noise: np.ndarray  # (B, C, h, w) float32
     noise: np.ndarray  # (B, C, h, w) float32
 
@@ -90,7 +92,7 @@ class RandomDraws:
 def random_draws(
     counters: np.ndarray, seed: int, latent_shape: tuple[int, ...], noise_offset: float = 0.0
 ) -> RandomDraws:
-    """All draws of the samples with these counters: each has a stretch of a Philox stream of its own."""
+    """The random numbers of the samples with these counters. Each sample has its own part of a Philox stream."""
     num_samples = len(counters)
     uniform = np.empty((num_samples, 3))
     posterior_noise = np.empty((num_samples, *latent_shape), dtype=np.float32)
@@ -111,12 +113,12 @@ def random_draws(
 
 
 def flip_draws(counters: np.ndarray, seed: int) -> np.ndarray:
-    """(B,) in [0, 1): whether an image or its mirror image is taken. Of their own stream: the draws above stay."""
+    """(B,) in [0, 1): chooses the image or its mirror image. A separate stream keeps `random_draws` as it is."""
     return np.array([generator.random() for generator in _generators(counters, seed, FLIPS)])
 
 
 def _generators(counters: np.ndarray, seed: int, stream: int) -> Iterator[np.random.Generator]:
-    """One generator, at the beginning of each sample's stretch of a stream in turn."""
+    """One generator, set to the start of each sample's part of a stream in turn."""
     bits = np.random.Philox(key=[seed, stream])
     generator = np.random.Generator(bits)
     state = bits.state
@@ -127,10 +129,10 @@ def _generators(counters: np.ndarray, seed: int, stream: int) -> Iterator[np.ran
 
 
 class BatchDataset:
-    """Item j: samples j B .. (j+1) B - 1 of the run, counted from `first_sample`, which may be set at any time.
+    """Item j: samples j B .. (j+1) B - 1 of the run, counted from `first_sample`, which may be changed at any time.
 
     Args:
-        use_tokens: deliver token ids, to be encoded in training, instead of stored contexts.
+        use_tokens: return token ids, to be encoded in training, instead of stored text embeddings.
     """
 
     def __init__(
@@ -141,7 +143,7 @@ class BatchDataset:
         self.first_sample = 0
 
     def rows(self, counters: np.ndarray) -> np.ndarray:
-        """Which row of the features each sample is: each once an epoch, every epoch in another order."""
+        """The row of the features for each sample. An epoch has each row once, in an order of its own."""
         size = self.features.num_samples
         epochs = counters // size
         rows = np.empty_like(counters)
@@ -177,7 +179,7 @@ class BatchDataset:
 
 
 def prefetch(batches: BatchDataset, items: range, num_workers: int, device: torch.device) -> Iterator[Batch]:
-    """These items, in order, on the device, made ahead of time by `num_workers` threads; 0 makes them when asked."""
+    """These items, in order, on the device, prepared ahead by `num_workers` threads; 0: in this thread, on demand."""
 
     def make(item: int) -> Batch:
         batch = batches[item]
@@ -189,8 +191,8 @@ def prefetch(batches: BatchDataset, items: range, num_workers: int, device: torc
 def prefetch_in_threads(make: Callable[[int], T], items: Sequence[int], num_threads: int) -> Iterator[T]:
     """make(item) of each item, in order.
 
-    Threads, and not the processes of a DataLoader: reading and drawing let go of the interpreter's lock, and handing
-    4 MB from one process to another takes as long as making them.
+    Threads, and not the processes of a DataLoader: reading and random numbers release the interpreter's lock, and
+    passing 4 MB between processes takes as long as making them.
     """
     if not num_threads:
         yield from map(make, items)

@@ -1,4 +1,4 @@
-"""The optimizer and the learning rate."""
+"""The optimizer, its learning rate, and the exponential moving average (EMA) of the weights."""
 
 import copy
 import math
@@ -11,13 +11,29 @@ from torch import Tensor, nn
 from uvit.config.train import TrainConfig
 from uvit.distributed.ops import fused_groups, local_tensor
 
-# The optimizer
+# AdamW
+
+
+def build_optimizer(model: nn.ModuleDict, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over the U-ViT and a trained text encoder, each with its own peak learning rate (`peak_lr`)."""
+    rates = {"unet": config.unet_learning_rate, "text_encoder": config.text_encoder_learning_rate}
+    groups: list[dict[str, Any]] = []
+    for name, network in model.items():
+        rate = config.learning_rate if rates[name] is None else rates[name]
+        groups += [{"params": group, "lr": rate, "peak_lr": rate} for group in fused_groups(network.parameters())]
+    return torch.optim.AdamW(
+        groups,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        fused=True,  # one kernel, 7 times as fast as the default on a CPU
+    )
 
 
 def init_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter the state that AdamW's first step would begin with, in the parameter's layout.
+    """Give every parameter the state that AdamW's first step starts from, in the parameter's layout.
 
-    So a checkpoint can be loaded into it; and each has all of the state, also of parameters that got no gradient yet.
+    A checkpoint can then be loaded into it, and every checkpoint has the state of all parameters.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -30,7 +46,7 @@ def init_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]) -> dict[str, Tensor]:
-    """The optimizer's state, the tensors themselves, called `exp_avg/unet.pos_embed` and so on."""
+    """The tensors of the optimizer's state (not copies), named `exp_avg/unet.pos_embed` and so on."""
     return {
         f"{key}/{names[parameter]}": value
         for parameter, state in optimizer.state.items()
@@ -48,10 +64,13 @@ def training_state(
     return state | ({"ema": ema.model.state_dict()} if ema else {})
 
 
-def learning_rate_factor(step: int, config: TrainConfig, max_steps: int) -> float:
-    """What the peak learning rate is multiplied with at optimizer step `step`, counted from 0.
+# The learning rate
 
-    With a warm-up the first update has rate 0. A pure function, so a resumed run needs no scheduler's state.
+
+def learning_rate_factor(step: int, config: TrainConfig, max_steps: int) -> float:
+    """The learning rate at optimizer step `step`, counted from 0, as a fraction of the peak learning rate.
+
+    With a warm-up, the first update has rate 0. This is a pure function, so resuming needs no scheduler state.
     """
     kind = config.lr_scheduler_type
     if kind == "constant":
@@ -64,7 +83,7 @@ def learning_rate_factor(step: int, config: TrainConfig, max_steps: int) -> floa
 
 
 def _decay(kind: str, progress: float, config: TrainConfig) -> float:
-    """The factor after `progress` (0..1) of the steps that follow the warm-up."""
+    """The factor at `progress` (0..1) of the steps after the warm-up."""
     if kind == "linear":
         return 1 - progress
     if kind == "cosine":
@@ -77,34 +96,18 @@ def _decay(kind: str, progress: float, config: TrainConfig) -> float:
     return 1.0
 
 
-def build_optimizer(networks: nn.ModuleDict, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the networks, each with its own peak learning rate (`peak_lr`)."""
-    rates = {"unet": config.unet_learning_rate, "text_encoder": config.text_encoder_learning_rate}
-    groups: list[dict[str, Any]] = []
-    for name, network in networks.items():
-        rate = config.learning_rate if rates[name] is None else rates[name]
-        groups += [{"params": group, "lr": rate, "peak_lr": rate} for group in fused_groups(network.parameters())]
-    return torch.optim.AdamW(
-        groups,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        fused=True,  # one kernel; on CPU 7 times as fast as the default
-    )
-
-
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Returns the first group's rate, the U-ViT's."""
+    """Returns the learning rate of the U-ViT, which is the first group."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
     return optimizer.param_groups[0]["lr"]
 
 
-# An exponential moving average of a model's parameters, in float32
+# EMA
 
 
 class EMA:
-    """Keeps `model`, a frozen float32 copy whose parameters follow: ema = decay ema + (1 - decay) parameter."""
+    """Keeps `model`, a frozen float32 copy: ema = decay * ema + (1 - decay) * parameter after each step."""
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
@@ -112,7 +115,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Once an optimizer step."""
+        """Call this once after each optimizer step."""
         averages = [local_tensor(average) for average in self.model.parameters()]
         parameters = [local_tensor(parameter) for parameter in model.parameters()]
         torch._foreach_lerp_(averages, parameters, 1 - self.decay)
@@ -120,6 +123,6 @@ class EMA:
 
 @torch.no_grad()
 def checksum(model: nn.Module) -> int:
-    """A sum of the float32 parameters' bits, of this process's parts: another one wherever anything moved."""
+    """Sum the bits of the float32 parameters of this process. It changes when a parameter changes."""
     sums = [local_tensor(parameter).view(torch.int32).sum(dtype=torch.int64) for parameter in model.parameters()]
     return int(torch.stack(sums).sum().item())

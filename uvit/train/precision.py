@@ -1,7 +1,7 @@
-"""In which precision to compute: float32, or bfloat16 or float16 in one of two ways.
+"""The precision of training: float32, or bfloat16 or float16 at one of two levels.
 
-O1: autocast over float32 weights. O2: a low-precision copy of the networks computes, and its gradients go to the
-float32 masters, which the optimizer, the EMA and the checkpoints know alone. float16 scales its loss.
+O1: autocast over float32 weights. O2: a low-precision copy of the model computes, and its gradients go to the float32
+master model. The optimizer, the EMA and the checkpoints use the master model only. float16 scales the loss.
 """
 
 import copy
@@ -15,17 +15,18 @@ from uvit.distributed.ops import local_tensor
 
 
 class LossScale:
-    """What a float16 loss is multiplied with, so that its small gradients do not vanish (Micikevicius et al. 2018).
+    """The factor of a float16 loss that keeps small gradients from underflowing (Micikevicius et al. 2018).
 
-    Halved where a gradient is not finite, doubled after 2000 steps without. Unlike torch's GradScaler it is told
-    whether all gradients of all processes are finite, so that all scale alike.
+    It is halved when a gradient is not finite, and doubled after 2000 steps in a row without. torch's GradScaler looks
+    at the gradients of one process; here the caller passes whether those of all processes are finite, so that all
+    processes use the same factor.
     """
 
-    FIRST, MOST_STEPS = 2.0**16, 2000
+    INITIAL, GROWTH_INTERVAL = 2.0**16, 2000
 
     def __init__(self, enabled: bool):
         self.enabled = enabled
-        self.value = self.FIRST if enabled else 1.0
+        self.value = self.INITIAL if enabled else 1.0
         self.num_good_steps = 0
 
     def update(self, finite: bool) -> None:
@@ -34,7 +35,7 @@ class LossScale:
         self.num_good_steps = self.num_good_steps + 1 if finite else 0
         if not finite:
             self.value /= 2
-        elif self.num_good_steps == self.MOST_STEPS:
+        elif self.num_good_steps == self.GROWTH_INTERVAL:
             self.value, self.num_good_steps = 2 * self.value, 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -46,7 +47,10 @@ class LossScale:
 
 
 class Precision:
-    """`networks` compute; `masters`, float32, are what is trained (the same ones but under O2)."""
+    """`master_model`, in float32, is trained. `compute_model` computes.
+
+    At O2 that is a low-precision copy, and otherwise the same model.
+    """
 
     def __init__(self, config: TrainConfig, master_model: nn.ModuleDict, device: torch.device):
         self.dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
@@ -61,7 +65,7 @@ class Precision:
         return torch.autocast(self.device.type, self.dtype, enabled=enabled)
 
     def cast(self, tensor: Tensor) -> Tensor:
-        """An input of the networks in the type that they take."""
+        """An input of `compute_model`, in the dtype that it takes."""
         return tensor.to(self.dtype) if self.has_copy else tensor.float()
 
     def backward(self, loss: Tensor) -> None:
@@ -69,11 +73,11 @@ class Precision:
 
     @torch.no_grad()
     def collect_gradients(self) -> None:
-        """After the last backward of a step: the masters' gradients, in float32 and unscaled."""
+        """After the last backward of a step: give the master model its gradients, in float32 and unscaled."""
         if self.has_copy:
-            for master, worker in zip(self.master_model.parameters(), self.compute_model.parameters(), strict=True):
-                master.grad = None if worker.grad is None else worker.grad.float()
-                worker.grad = None
+            for master, copied in zip(self.master_model.parameters(), self.compute_model.parameters(), strict=True):
+                master.grad = None if copied.grad is None else copied.grad.float()
+                copied.grad = None
         if self.scale.enabled:
             grads = [
                 local_tensor(parameter.grad)
@@ -83,17 +87,17 @@ class Precision:
             torch._foreach_mul_(grads, 1 / self.scale.value)
 
     def step(self, optimizer: torch.optim.Optimizer, update: bool, finite: bool) -> None:
-        """Update the masters, or not; a float16 scale gives way where the gradients are not finite."""
+        """Update the master model if `update`, and the loss scale according to `finite`."""
         if update:
             optimizer.step()
         self.scale.update(finite)
         optimizer.zero_grad()
         if update:
-            self.publish()
+            self.update_compute_model()
 
     @torch.no_grad()
-    def publish(self) -> None:
-        """The masters' values to the copy that computes."""
+    def update_compute_model(self) -> None:
+        """Copy the values of the master model to `compute_model`, if that is a copy."""
         if self.has_copy:
             copies = [local_tensor(parameter) for parameter in self.compute_model.parameters()]
             torch._foreach_copy_(copies, [local_tensor(parameter) for parameter in self.master_model.parameters()])

@@ -1,4 +1,4 @@
-"""Where a run hangs: every process prints its stack where no step ends for too long."""
+"""What concerns a training process as a whole: hangs, signals that stop it, and deterministic kernels."""
 
 import contextlib
 import faulthandler
@@ -15,16 +15,19 @@ from uvit.distributed.mesh import World
 
 T = TypeVar("T")
 
-APART = 0.1  # seconds from one process's stack to the next one's, so that they do not mingle
+STACK_INTERVAL = 0.1  # seconds between the stacks of two processes, so that their lines do not mix
+
+
+# Hangs: each process prints its stack if no step ends for too long
 
 
 def reset_hang_timer(seconds: float, world: World) -> None:
-    """Print all stacks, and go on, unless this is called again within `seconds`. 0: never.
+    """Print all stacks, and keep waiting, unless this is called again within `seconds`. 0: never.
 
-    The printing needs neither the interpreter nor its lock, so that it works whatever it is that hangs.
+    faulthandler prints them without the interpreter and its lock, so this works whatever hangs.
     """
     if seconds:
-        faulthandler.dump_traceback_later(seconds + APART * world.rank, file=2)
+        faulthandler.dump_traceback_later(seconds + STACK_INTERVAL * world.rank, file=2)
 
 
 @contextlib.contextmanager
@@ -37,7 +40,7 @@ def hang_watchdog(seconds: float, world: World) -> Iterator[None]:
 
 
 def run_in_named_frame(name: str, function: Callable[[], T]) -> T:
-    """Call a function from a frame of this name: a stack that faulthandler prints can say no more than names."""
+    """Call a function in a frame with the name of the process: of a frame, printed stacks show only the name."""
 
     def frame() -> T:
         return function()
@@ -46,8 +49,11 @@ def run_in_named_frame(name: str, function: Callable[[], T]) -> T:
     return frame()
 
 
+# Signals: Ctrl-C and SIGTERM
+
+
 class StopSignal:
-    """The signal that asked to stop, or 0. The second one stops at once."""
+    """The number of the signal that has asked to stop, or 0. A second signal stops at once."""
 
     signal = 0
 
@@ -55,11 +61,12 @@ class StopSignal:
         if self.signal:
             raise KeyboardInterrupt
         self.signal = number
-        print("\nstopping after this step (again: at once, without saving)", flush=True)
+        print("\nstopping after this step (a second Ctrl-C stops at once, without saving)", flush=True)
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[StopSignal]:
+    """Inside the context, a signal is recorded instead of ending the process."""
     stop = StopSignal()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -78,12 +85,12 @@ def report_stop(stop: StopSignal, step: int, max_steps: int) -> int:
     return 128 + (stop.signal or signal.SIGTERM)  # the signal may have reached another process alone
 
 
-# `--deterministic`: the same command computes the same bits on a GPU too
+# Deterministic kernels: `--deterministic` computes the same bits each time on a GPU too
 
 
 @contextlib.contextmanager
 def deterministic_mode(wanted: bool) -> Iterator[None]:
-    """Only deterministic kernels meanwhile; an operation that has none is an error. Enter it before CUDA starts."""
+    """Use deterministic kernels only; an operation that has none is an error. Enter it before CUDA starts."""
     if not wanted:
         yield
         return
@@ -94,7 +101,7 @@ def deterministic_mode(wanted: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark,
         torch.backends.cuda.cudnn_sdp_enabled(),
     )
-    _set_deterministic(True, True, False, False)  # attention is left to kernels that heed the first of these
+    _set_deterministic(True, True, False, False)  # cuDNN's attention ignores the first of these
     try:
         yield
     finally:

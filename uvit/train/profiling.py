@@ -1,7 +1,7 @@
-"""How much of the hardware a run makes use of: model FLOPs utilisation (Chowdhery et al. 2022, appendix B).
+"""FLOPs of a U-ViT, and a run's model FLOPs utilisation (MFU; Chowdhery et al. 2022, appendix B).
 
-The FLOPs of the U-ViT's forward and backward passes, and not those of recomputing, over the FLOPs that the hardware
-could do in the same time. A text encoder's work is not counted.
+MFU is the FLOPs of the U-ViT's forward and backward passes, divided by those that the hardware could do in the same
+time. Recomputed activations and the text encoder do not count.
 """
 
 import functools
@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from uvit.model import UViTT2IModel
 from uvit.train.setup import Run, model_config
 
-# FLOP/s of dense matrix products, from the makers' data sheets: words of the GPU's name, 16 bits, float32.
+# FLOP/s of dense matrix products, from the vendors' data sheets: (words of the GPU's name, 16 bits, float32).
 PEAKS = (
     ("B200", 2250e12, 75e12),
     ("H200", 989e12, 67e12),
@@ -32,19 +32,19 @@ PEAKS = (
     ("RTX 4090", 165.2e12, 82.6e12),
     ("RTX 3090", 71e12, 35.6e12),
 )
-SIDE, SECONDS = 512, 0.1  # of the matrix products that a CPU is measured with
+SIDE, SECONDS = 512, 0.1  # of the matrix products that measure a CPU
 
 
 @dataclass(frozen=True)
 class MfuReference:
-    """Of one optimizer step, over all processes."""
+    """What the MFU of an optimizer step, over all processes, is relative to."""
 
     flops: int
-    peak: float | None  # FLOP/s; None: not known
-    sentence: str  # what the utilisation is relative to
+    peak: float | None  # FLOP/s; None: unknown
+    sentence: str  # for the console
 
     def utilisation(self, seconds: float) -> float | None:
-        """A share of 1, of a step that takes so long."""
+        """The MFU, 0..1, of a step that takes this many seconds."""
         return None if self.peak is None else self.flops / (seconds * self.peak)
 
 
@@ -58,7 +58,7 @@ def mfu_reference(run: Run) -> MfuReference:
         peak = known_peak(name, dtype)
         source = f"the data sheet of {name} for {kind}"
     else:
-        peak = max(measured_peak(dtype), measured_peak(torch.float32))  # half precision may be the slower one here
+        peak = max(measured_peak(dtype), measured_peak(torch.float32))  # on a CPU, half precision may be slower
         kinds = kind if dtype == torch.float32 else f"{kind} or float32"
         source = f"measured just now: {kinds} matrix products on this CPU"
     if peak is None:
@@ -70,7 +70,7 @@ def mfu_reference(run: Run) -> MfuReference:
 
 
 def known_peak(name: str, dtype: torch.dtype) -> float | None:
-    """FLOP/s of a GPU by its name, such as `NVIDIA H100 80GB HBM3`."""
+    """FLOP/s of a GPU by its name, such as `NVIDIA H100 80GB HBM3`; None: unknown."""
     words = set(re.split(r"[\s-]+", name))
     for part, half, single in PEAKS:
         if set(part.split()) <= words and "Laptop" not in words:
@@ -80,7 +80,7 @@ def known_peak(name: str, dtype: torch.dtype) -> float | None:
 
 @functools.cache
 def measured_peak(dtype: torch.dtype) -> float:
-    """The best of some matrix products on the CPU, with the threads that there are; takes a tenth of a second."""
+    """FLOP/s of the fastest of some matrix products on this CPU. Takes a tenth of a second."""
     left, right = (torch.ones(SIDE, SIDE).to(dtype) for _ in range(2))
     product = left @ right
     best, started = float("inf"), time.perf_counter()
@@ -91,11 +91,11 @@ def measured_peak(dtype: torch.dtype) -> float:
     return 2 * SIDE**3 / best
 
 
-# Work and memory of a U-ViT, counted without doing the work or taking the memory
+# FLOPs, counted on the meta device
 
 
 def meta_unet(model_config: dict[str, Any], tp: int = 1) -> UViTT2IModel:
-    """A U-ViT of shapes alone. `tp`: with the part of each block that one of so many tensor parallel processes has."""
+    """A U-ViT that has shapes and no content. `tp`: as one of so many tensor parallel processes holds it."""
     with torch.device("meta"):
         unet = UViTT2IModel(**model_config).train()
         for block in [*unet.in_blocks, unet.mid_block, *unet.out_blocks] if tp > 1 else []:
@@ -107,17 +107,14 @@ def meta_unet(model_config: dict[str, Any], tp: int = 1) -> UViTT2IModel:
     return unet
 
 
-# Work
-
-
 def count_flops(
     model_config: dict[str, Any], batch_size: int = 1, size: tuple[int, int] | None = None
 ) -> tuple[int, int]:
     """FLOPs of matrix products, convolutions and attention in (a forward pass, a forward and backward pass).
 
-    A multiplication with its addition is 2. `size`: height and width of the latents, where not the model's own.
+    A multiplication with its addition counts as 2. `size`: height and width of the latents. Default: the model's.
     """
-    unet = meta_unet(model_config)  # on the meta device attention is plain matrix products, which the counter knows
+    unet = meta_unet(model_config)  # there attention is plain matrix products, which the counter knows
     with torch.device("meta"):
         inputs = meta_inputs(unet, batch_size, size)
     with FlopCounterMode(display=False) as forward:
@@ -128,6 +125,7 @@ def count_flops(
 
 
 def meta_inputs(unet: UViTT2IModel, batch_size: int, size: tuple[int, int] | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(latents, timesteps, context) on the device of the context that calls this."""
     sizes: Any = unet.config
     rows, columns = unet.grid
     height, width = size or (rows * unet.patch_size, columns * unet.patch_size)

@@ -1,4 +1,4 @@
-"""From a config to all that a run works with: features, networks, optimizer, EMA; and the checks between them."""
+"""Build a run from its config: features, model, text encoder, optimizer, EMA; and check that they fit one another."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -49,25 +49,25 @@ class Run:
     output_dir: Path
     device: torch.device
     features: Features
-    validation: Features | None  # other samples, to validate on
+    validation: Features | None  # the features to validate on
     batches: BatchDataset
     master_model: nn.ModuleDict  # float32: unet, and text_encoder if it is trained
     optimizer: torch.optim.AdamW
     ema: EMA | None
     precision: Precision
     latent_scale: float
-    frozen_text_encoder: Any | None  # where the features have token ids alone and it is not trained
-    encoders: dict[str, str | None]  # vae, text_encoder, tokenizer: where a pipeline of it takes them from
-    text_encoder_sha256: str | None  # of the one that contexts come from; None: it is trained, or not known
-    pad_token_id: int  # of the text encoder that is trained or frozen
+    frozen_text_encoder: Any | None  # encodes token ids, if the features have no text embeddings and it is not trained
+    encoders: dict[str, str | None]  # vae, text_encoder, tokenizer: names or paths, for the final pipeline
+    text_encoder_sha256: str | None  # of the one that made the text embeddings; None: it is trained, or unknown
+    pad_token_id: int  # of the text encoder that is trained, or frozen
     max_steps: int
     world: World
-    gradients: GradientAverage  # of the networks that compute
+    gradients: GradientAverage  # of the model that computes
     guards: Guards
     clock: Clock
     step: int = 0
-    samples: int = 0  # the sample counter: where the last step's samples end, over all processes
-    checkpoint: Path | None = None  # the last one that it saved or went on from
+    samples: int = 0  # the sample counter after the last step, over all processes
+    checkpoint: Path | None = None  # the last one that it saved or resumed from
 
     @property
     def samples_per_step(self) -> int:
@@ -81,7 +81,7 @@ class Run:
         return self.ema.model if self.ema else self.master_model  # type: ignore[return-value]
 
     def record(self) -> dict[str, Any]:
-        """What a checkpoint says of itself: enough to resume, and to make a pipeline of it."""
+        """The contents of a checkpoint's uvit.json: enough to resume the run, and to convert it to a pipeline."""
         config, features = self.config, self.features
         return {
             "samples": self.samples,
@@ -103,11 +103,11 @@ class Run:
         }
 
 
-def text_encoder_config(networks: nn.ModuleDict) -> dict[str, Any] | None:
-    """Of the text encoder that is trained, if one is."""
-    if "text_encoder" not in networks:
+def text_encoder_config(model: nn.ModuleDict) -> dict[str, Any] | None:
+    """The config of the text encoder that is trained, if one is."""
+    if "text_encoder" not in model:
         return None
-    encoder: Any = networks["text_encoder"]
+    encoder: Any = model["text_encoder"]
     return json.loads(encoder.config.to_json_string())
 
 
@@ -117,9 +117,10 @@ def model_config(unet: Any) -> dict[str, Any]:
 
 
 def build_run(config: TrainConfig, output_dir: Path, world: World | None = None) -> Run:
-    """A run at step 0. Raises UserError where features, model and flags contradict one another.
+    """A run at step 0. Raises UserError if features, model and flags contradict one another.
 
-    Every process of a world calls this alike; without one, this is the only process.
+    All processes of a world call this alike. Without a world, this process is the only one. In a world on the meta
+    device, the run has shapes and no weights, and stands for the first of any number of processes.
     """
     world = world or single_process_world(config.device)
     device = world.device
@@ -130,22 +131,20 @@ def build_run(config: TrainConfig, output_dir: Path, world: World | None = None)
     use_tokens = config.train_text_encoder or features.context_shape is None
     check_features(config, features, unet, use_tokens, "feature_path", config.feature_path)
     validation = open_validation(config, features, unet, use_tokens)
-    networks = nn.ModuleDict({"unet": unet})
+    master_model = nn.ModuleDict({"unet": unet})
     frozen, text_encoder_sha256, pad_token_id = None, None, 0
     if config.train_text_encoder:
-        networks["text_encoder"], pad_token_id = build_text_encoder(config, features, unet, device)
+        master_model["text_encoder"], pad_token_id = build_text_encoder(config, features, unet, device)
     elif use_tokens:
         frozen, pad_token_id, text_encoder_sha256 = load_frozen_text_encoder(config, features, unet)
         frozen.to(device)
     else:
         text_encoder_sha256 = features.text_encoder_sha256
-    networks.to(device).train()
-    ema = EMA(networks, config.ema_decay) if config.use_ema else None
-    precision = Precision(config, networks, device)
-    for copy in {id(n): n for n in (networks, precision.compute_model, ema.model if ema else networks)}.values():
-        computes = copy is precision.compute_model
-        parallelize_networks(copy, world, recompute=computes and config.recompute, compile=computes and config.compile)  # type: ignore[arg-type]
-    optimizer = build_optimizer(networks, config)
+    master_model.to(device).train()
+    ema = EMA(master_model, config.ema_decay) if config.use_ema else None
+    precision = Precision(config, master_model, device)
+    parallelize_models(config, world, master_model, precision.compute_model, ema.model if ema else master_model)
+    optimizer = build_optimizer(master_model, config)
     run = Run(
         config=config,
         output_dir=output_dir,
@@ -159,13 +158,13 @@ def build_run(config: TrainConfig, output_dir: Path, world: World | None = None)
             use_tokens=use_tokens,
             noise_offset=config.noise_offset,
         ),
-        master_model=networks,
+        master_model=master_model,
         optimizer=optimizer,
         ema=ema,
         precision=precision,
         latent_scale=config.latent_scale or features.latent_scale or LATENT_SCALE,
         frozen_text_encoder=frozen,
-        encoders=encoders_of(config, features),
+        encoders=encoder_sources(config, features),
         text_encoder_sha256=text_encoder_sha256,
         pad_token_id=pad_token_id,
         max_steps=config.max_steps,
@@ -179,8 +178,8 @@ def build_run(config: TrainConfig, output_dir: Path, world: World | None = None)
     return run
 
 
-def encoders_of(config: TrainConfig, features: Features) -> dict[str, str | None]:
-    """Where they are: in the pipeline to start from as far as it has them, else by a flag, else by the features."""
+def encoder_sources(config: TrainConfig, features: Features) -> dict[str, str | None]:
+    """Names or paths: of the pipeline to start from if it has them, or else of a flag, or else of the features."""
     pretrained = config.pretrained_model_name_or_path
     return {
         "vae": first_that_has("vqvae", pretrained, config.vae_name_or_path, features.vae_name),
@@ -191,19 +190,23 @@ def encoders_of(config: TrainConfig, features: Features) -> dict[str, str | None
     }
 
 
-def parallelize_networks(networks: nn.ModuleDict, world: World, recompute: bool, compile: bool) -> None:
-    """Distribute the networks over the processes. All copies of them are distributed alike."""
-    unet: Any = networks["unet"]
-    if world.device.type == "meta":  # a dry run: there are no other processes
-        check_divisibility(unet.mid_block, world)
+def parallelize_models(
+    config: TrainConfig, world: World, master_model: nn.ModuleDict, compute_model: nn.ModuleDict, ema_model: nn.Module
+) -> None:
+    """Distribute the models over the processes, each alike; some of them may be the same model."""
+    if world.device.type == "meta":  # a dry run: the other processes do not exist
+        check_divisibility(master_model["unet"].mid_block, world)  # type: ignore[arg-type]
         return
-    parallelize(unet, world, recompute=recompute, compile=compile)
-    if "text_encoder" in networks:
-        shard(networks["text_encoder"], world)
+    for model in dict.fromkeys([master_model, compute_model, ema_model]):
+        computes = model is compute_model
+        unet: Any = model["unet"]  # type: ignore[index]
+        parallelize(unet, world, recompute=computes and config.recompute, compile=computes and config.compile)
+        if "text_encoder" in model:  # type: ignore[operator]
+            shard(model["text_encoder"], world)  # type: ignore[index]
 
 
 def open_validation(config: TrainConfig, features: Features, unet: UViTT2IModel, use_tokens: bool) -> Features | None:
-    """The features to validate on, if there are any. Only a split `val` that nobody asked for may be missing."""
+    """The features to validate on, or None. Only the default split may be missing."""
     if config.eval_steps == -1:
         return None
     split, flag, path = config.validation_split, "feature_path", config.feature_path
@@ -230,32 +233,32 @@ def build_unet(config: TrainConfig, device: torch.device) -> UViTT2IModel:
         raise UserError(f"--pretrained_model_name_or_path {name}: there is no such file or folder")
     try:
         return UViTT2IModel.from_pretrained(name, subfolder="unet", use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # none, or one that is not whole
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # there is none, or it is damaged
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"--pretrained_model_name_or_path {name}: has no U-ViT in unet/ ({reason})") from None
 
 
 def init_device(device: torch.device) -> torch.device:
-    """Where new weights are initialised: on the CPU, so that they are the same for every device; a dry run has none."""
+    """Where new weights are initialised: on the CPU, so that all devices get the same ones; in a dry run nowhere."""
     return device if device.type == "meta" else torch.device("cpu")
 
 
 @torch.no_grad()
 def rescale_initialisation(unet: UViTT2IModel, weight_std: float, position_std: float) -> None:
-    """Give fresh linear weights and position embeddings, both of std INIT_STD, these standard deviations."""
+    """Rescale initial linear weights and position embeddings from INIT_STD to these standard deviations."""
     for module in unet.modules():
         if isinstance(module, nn.Linear):
             module.weight.mul_(weight_std / INIT_STD)
     unet.pos_embed.mul_(position_std / INIT_STD)
 
 
-# The text encoder of a run on token ids: trained with the U-ViT, or frozen and encoding them as they come
+# The text encoder of a run on token ids: trained along with the U-ViT, or frozen
 
 
 def build_text_encoder(
     config: TrainConfig, features: Features, unet: UViTT2IModel, device: torch.device
 ) -> tuple[PreTrainedModel, int]:
-    """-> (the text encoder to train, the padding token's id): an existing one, or a small CLIP's from scratch."""
+    """-> (the text encoder to train, the padding token's id): a pretrained one, or a new small CLIP text encoder."""
     tokenizer = load_features_tokenizer(config, features)
     pad_token_id = tokenizer.pad_token_id or 0
     name = first_that_has("text_encoder", config.pretrained_model_name_or_path, config.text_encoder_name_or_path)
@@ -283,12 +286,12 @@ def build_text_encoder(
 def load_frozen_text_encoder(
     config: TrainConfig, features: Features, unet: UViTT2IModel
 ) -> tuple[PreTrainedModel, int, str]:
-    """-> (the text encoder, the padding token's id, its fingerprint), for features that have token ids alone."""
+    """-> (the text encoder, the padding token's id, its fingerprint), for features without text embeddings."""
     flag = config.text_encoder_name_or_path
     name = first_that_has("text_encoder", config.pretrained_model_name_or_path, flag, features.text_encoder_name)
     if name is None:
         raise UserError(
-            f"--feature_path {config.feature_path}: has token ids and no contexts, and does not say for which text "
+            f"--feature_path {config.feature_path}: has token ids, no text embeddings, and does not name its text "
             "encoder; name it with --text_encoder_name_or_path, train one with --train_text_encoder, or extract with "
             "--text contexts"
         )
@@ -303,26 +306,26 @@ def load_features_tokenizer(config: TrainConfig, features: Features) -> Any:
     pretrained = config.pretrained_model_name_or_path
     name = first_that_has("tokenizer", pretrained, config.tokenizer_name, features.tokenizer_name)
     if name is None:
-        raise UserError("--tokenizer_name: the features do not say which tokenizer made their token ids; name it")
+        raise UserError("--tokenizer_name: the features do not name the tokenizer that made their token ids; pass it")
     return load_tokenizer(name)
 
 
 def check_text_encoder_sizes(encoder: Any, name: str, tokenizer: Any, unet: UViTT2IModel) -> None:
-    """The encoder takes the features' token ids, and gives what the U-ViT takes."""
+    """Raises UserError if the encoder cannot take the features' token ids, or the U-ViT its text embeddings."""
     width, vocab_size = encoder.config.hidden_size, encoder.config.vocab_size
     positions = getattr(encoder.config, "max_position_embeddings", None)
     if width != unet.config.clip_dim:
         raise UserError(
-            f"--text_encoder_name_or_path {name}: its width is {width}, the U-ViT's clip_dim "
+            f"--text_encoder_name_or_path {name}: its width is {width}, and the U-ViT's clip_dim is "
             f"{unet.config.clip_dim}; choose another --uvit_config_file"
         )
     if len(tokenizer) > vocab_size:
         raise UserError(
-            f"--text_encoder_name_or_path {name}: knows {vocab_size} tokens, the features' tokenizer has "
-            f"{len(tokenizer)}; name the encoder that belongs to it"
+            f"--text_encoder_name_or_path {name}: its vocabulary has {vocab_size} tokens, and that of the features' "
+            f"tokenizer {len(tokenizer)}; name the encoder that belongs to the tokenizer"
         )
     if positions is not None and positions < unet.config.num_text_tokens:
         raise UserError(
-            f"--text_encoder_name_or_path {name}: takes {positions} tokens at most, the U-ViT's num_text_tokens is "
-            f"{unet.config.num_text_tokens}; choose another"
+            f"--text_encoder_name_or_path {name}: takes at most {positions} tokens, and the U-ViT's num_text_tokens is "
+            f"{unet.config.num_text_tokens}; choose another text encoder"
         )

@@ -1,4 +1,4 @@
-"""The training step: what happens between two values of the weights."""
+"""The training step: from the next batches to the next value of the weights."""
 
 import math
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ class StepResult:
     loss: float
     grad_norm: float
     lr: float
-    skipped: bool  # nothing was updated
+    skipped: bool  # if so, nothing was updated
 
     @property
     def finite(self) -> bool:
@@ -30,75 +30,75 @@ class StepResult:
 
 
 def batch_loss(run: Run, batch: Batch) -> Tensor:
-    """What training makes smaller. A float32 scalar."""
-    return loss_of(run, run.precision.compute_model, batch, run.config.snr_gamma)
+    """The loss that training minimises. A float32 scalar."""
+    return compute_loss(run, run.precision.compute_model, batch, run.config.snr_gamma)
 
 
-def loss_of(run: Run, networks: nn.Module, batch: Batch, snr_gamma: float | None = None) -> Tensor:
-    """Noise the latents, predict, compare: U-ViT's eq. 1 for epsilon. `networks`: those of the run or their average."""
-    unet = networks["unet"]  # type: ignore[index]
-    dtype = next(unet.parameters()).dtype  # float32, or a copy's under O2
+def compute_loss(run: Run, model: nn.Module, batch: Batch, snr_gamma: float | None = None) -> Tensor:
+    """Add noise to the latents, predict, compare: U-ViT's eq. 1 for epsilon. `model`: one of the run's."""
+    unet = model["unet"]  # type: ignore[index]
+    dtype = next(unet.parameters()).dtype  # float32, or the low precision of a copy at O2
     x_0 = draw_latents(batch.moments.float(), batch.posterior_noise, run.latent_scale)
     x_n = add_noise(x_0, batch.noise, batch.timesteps)
     with run.precision.autocast():
-        context = context_of(run, networks, batch)
+        context = batch_context(run, model, batch)
         prediction = unet(x_n.to(dtype), batch.timesteps, context.to(dtype))
     return diffusion_loss(prediction, x_0, batch.noise, batch.timesteps, run.config.prediction_type, snr_gamma)
 
 
-def context_of(run: Run, networks: nn.Module, batch: Batch) -> Tensor:
-    """(B, T, D): as stored, or what a batch's token ids are encoded to."""
+def batch_context(run: Run, model: nn.Module, batch: Batch) -> Tensor:
+    """The text embeddings of a batch (B, T, D): stored ones, or its token ids encoded."""
     if batch.context is not None:
         return batch.context
     assert batch.token_ids is not None
-    return encode_text(run, networks, batch.token_ids)
+    return encode_text(run, model, batch.token_ids)
 
 
-def encode_text(run: Run, networks: nn.Module, token_ids: Tensor) -> Tensor:
-    """(B, T) -> context (B, T, D), by the text encoder among the networks, or else by the frozen one, in float32."""
+def encode_text(run: Run, model: nn.Module, token_ids: Tensor) -> Tensor:
+    """(B, T) -> (B, T, D): by the model's own text encoder, or else by the frozen one, in float32."""
     if run.frozen_text_encoder is None:
-        return encode_tokens(networks["text_encoder"], token_ids, run.pad_token_id)  # type: ignore[index]
-    with torch.no_grad(), torch.autocast(run.device.type, enabled=False):  # as contexts in a store were made
+        return encode_tokens(model["text_encoder"], token_ids, run.pad_token_id)  # type: ignore[index]
+    with torch.no_grad(), torch.autocast(run.device.type, enabled=False):  # as in an extraction
         return encode_tokens(run.frozen_text_encoder, token_ids, run.pad_token_id)
 
 
 def train_step(run: Run, batches: Iterator[Batch]) -> StepResult:
     """One optimizer step over the next `gradient_accumulation_steps` batches.
 
-    It is skipped, in all processes, if anything is not finite or the gradient far too large in one of them.
+    All processes skip the step if, in one of them, the loss or the gradient is not finite or the gradient is a spike.
     """
     config, precision, optimizer, clock, guards = run.config, run.precision, run.optimizer, run.clock, run.guards
     lr = set_learning_rate(optimizer, learning_rate_factor(run.step, config, run.max_steps))
 
-    total = torch.zeros((), device=run.device)
+    total_loss = torch.zeros((), device=run.device)
     for i in range(config.gradient_accumulation_steps):
         run.gradients.microbatch(last=i == config.gradient_accumulation_steps - 1)
         with clock.wait("data"):
             batch = next(batches)
         with clock.compute("forward"):
-            share = batch_loss(run, batch) / config.gradient_accumulation_steps
+            loss = batch_loss(run, batch) / config.gradient_accumulation_steps
         with clock.compute("backward"):
-            precision.backward(share)
-        total += share.detach()
+            precision.backward(loss)
+        total_loss += loss.detach()
 
     with clock.compute("backward"):
         run.gradients.finish()
         precision.collect_gradients()
         parameters = list(run.master_model.parameters())
-        norm = grad_norm(parameters, run.world)
+        total_norm = grad_norm(parameters, run.world)
         if config.max_grad_norm > 0:
-            clip_gradients(parameters, config.max_grad_norm, norm)
+            clip_gradients(parameters, config.max_grad_norm, total_norm)
 
-    loss, size = mean_over_data(total, run.world).item(), norm.item()
-    finite = math.isfinite(loss) and math.isfinite(size)
-    skipped = any_of(not finite or guards.is_spike(size), run.world)
+    mean_loss, norm = mean_over_data(total_loss, run.world).item(), total_norm.item()
+    finite = math.isfinite(mean_loss) and math.isfinite(norm)
+    skipped = any_of(not finite or guards.is_spike(norm), run.world)
     finite = all_of(finite, run.world) if skipped else True
     with clock.compute("optimizer"):
         precision.step(optimizer, update=not skipped, finite=finite)
         if run.ema and not skipped:
             run.ema.update(run.master_model)
 
-    first = next_kept_sample(run.samples, run.samples_per_step, guards.passed_over)
-    run.step, run.samples = run.step + 1, first + run.samples_per_step
-    guards.note(run.step, first, size if finite else None, skipped)
-    return StepResult(loss, size, lr, skipped)
+    first_sample = next_kept_sample(run.samples, run.samples_per_step, guards.skipped_samples)
+    run.step, run.samples = run.step + 1, first_sample + run.samples_per_step
+    guards.record_step(run.step, first_sample, norm if finite else None, skipped)
+    return StepResult(mean_loss, norm, lr, skipped)

@@ -1,4 +1,4 @@
-"""`uvit train`: set up or resume, step, log, save, and at the end a pipeline folder."""
+"""`uvit train`: start or resume a run, train, log and save, and export the pipeline at the end."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from uvit.checkpoint.folder import checkpoint_folders
 from uvit.config.train import TrainConfig
 from uvit.distributed.mesh import Degrees, World, init_distributed
-from uvit.distributed.mesh import destroy_distributed as leave
+from uvit.distributed.mesh import destroy_distributed as shutdown
 from uvit.distributed.ops import any_of, barrier
 from uvit.errors import UserError
 from uvit.export.convert import USUAL_ENCODERS, convert_command, export_checkpoint, missing_encoders, training_facts
@@ -37,17 +37,17 @@ from uvit.train.process import (
     stop_signals,
 )
 from uvit.train.profiling import MfuReference, mfu_reference
-from uvit.train.rollback import forget_unskipped, roll_back
+from uvit.train.rollback import roll_back, truncate_skipped_samples
 from uvit.train.setup import Run, build_run
 from uvit.train.step import StepResult, train_step
 from uvit.train.validate import is_due, load_preview_vae, preview_sheet, validate
 
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # that nothing but writing meets with
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # errors of writing only
 FOLDER_ERRORS = DISK_ERRORS | {errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM}
 
 
 def train(config: TrainConfig) -> int:
-    """Train to the last step, or until Ctrl-C or SIGTERM. Returns the exit status."""
+    """`uvit train`: start this process's part of the run. Returns the exit status."""
     for sentence in config.ignored_flags():
         print(sentence)
     check_trackers(config)
@@ -59,65 +59,57 @@ def train(config: TrainConfig) -> int:
     with deterministic_mode(config.deterministic and on_gpu):
         world = init_distributed(degrees, config.device)
         try:
-            # What the main process says is true of all.
+            # Only the main process prints: what it says holds for all processes.
             silence = contextlib.nullcontext() if world.is_main else contextlib.redirect_stdout(None)
             with silence, disk_errors(config, DISK_ERRORS):
                 name = f"process_{world.rank}_of_{world.size}"
                 return run_in_named_frame(name, lambda: run_training(config, world))
         finally:
-            leave(world)
+            shutdown(world)
 
 
 def run_training(config: TrainConfig, world: World) -> int:
-    """What every process of a run does."""
-    output_dir = Path(config.output_dir)
+    """Start or resume the run, train, and export the pipeline. Returns the exit status."""
+    status = 0
     with hang_watchdog(config.hang_timeout, world):
-        run = build_run(config, output_dir, world)
+        run = build_run(config, Path(config.output_dir), world)
         if world.is_main:
             check_latents(run.features, run.latent_scale, config.feature_path)
-        if config.overwrite_output_dir and world.is_main and output_dir.exists() and any(output_dir.iterdir()):
-            print(f"--overwrite_output_dir: what was in {output_dir} is now in {back_up(output_dir)}")
+            if config.overwrite_output_dir:
+                back_up_output_dir(run)
         barrier(world)
         resume(run)
         if world.is_main:
-            with disk_errors(config, FOLDER_ERRORS):
-                output_dir.mkdir(parents=True, exist_ok=True)
-                write_yaml(dataclasses.replace(config, overwrite_output_dir=False), output_dir / "config.yaml")
-            forget_unskipped(run)
+            write_config(run)
+            truncate_skipped_samples(run)
         if run.step >= run.max_steps:
-            print(f"{output_dir}: all {run.max_steps} steps are done")
-            status = 0
+            print(f"{run.output_dir}: all {run.max_steps} steps are done")
         else:
-            with stop_signals() as signals:
-                status = train_with_rollback(run, signals)
+            with stop_signals() as stop:
+                vae = load_preview_vae(run)
+                mfu = mfu_reference(run) if world.is_main else None
+                if mfu:
+                    print(mfu.sentence)
+                while not training_loop(run, stop, vae, mfu):
+                    roll_back(run)
+            if run.step < run.max_steps:
+                status = report_stop(stop, run.step, run.max_steps)
     if status == 0 and world.is_main:
         export_pipeline(run)
-    barrier(world)  # who leaves early is not there to start again with, should the main process fail in this
+    barrier(world)  # all must be there to restart, should the main process fail to export
     return status
 
 
-def train_with_rollback(run: Run, stop: "StopSignal") -> int:
-    vae = load_preview_vae(run)
-    work = mfu_reference(run) if run.world.is_main else None
-    if work:
-        print(work.sentence)
-    while not train_loop(run, stop, vae, work):
-        roll_back(run)
-    if run.step < run.max_steps:
-        return report_stop(stop, run.step, run.max_steps)
-    return 0
-
-
-def train_loop(run: Run, stop: "StopSignal", vae: AutoencoderKL | None, work: MfuReference | None) -> bool:
-    """To the last step or a signal, and save; False: before that, too many updates in a row were skipped."""
+def training_loop(run: Run, stop: StopSignal, vae: AutoencoderKL | None, mfu: MfuReference | None) -> bool:
+    """Train to the last step, or until a signal, and save. Returns False if too many steps in a row were skipped."""
     config, first_step = run.config, run.step
     metrics: Metrics | NullMetrics = NullMetrics()
-    if work:
+    if mfu:
         old_layout = isinstance(run.features, NpyFeatures)
-        metrics = Metrics(config, run.output_dir, run.step, run.max_steps, run.samples_per_step, work, old_layout)
+        metrics = Metrics(config, run.output_dir, run.step, run.max_steps, run.samples_per_step, mfu, old_layout)
     batches = load_batches(run)
     try:
-        with profiler(config, run) as profile, Checkpointer(run) as saving:
+        with profiler(config, run) as profile, Checkpointer(run) as checkpointer:
             while run.step < run.max_steps and not any_of(bool(stop.signal), run.world):
                 reset_hang_timer(config.hang_timeout, run.world)
                 started = time.perf_counter()
@@ -133,12 +125,12 @@ def train_loop(run: Run, stop: "StopSignal", vae: AutoencoderKL | None, work: Mf
                 if run.step % config.save_steps == 0:
                     metrics.flush()
                     with run.clock.wait("save"):
-                        saving.save()
-                if folder := saving.saved():
+                        checkpointer.save()
+                if folder := checkpointer.saved():
                     metrics.write(f"saved {folder}")
                 profile(run.step - first_step)
             metrics.flush()
-            seconds = saving.save_and_wait()
+            seconds = checkpointer.save_and_wait()
             metrics.write(f"saved {run.checkpoint} ({seconds:.1f} s)")
         if config.benchmark:
             metrics.write(f"steady state: {metrics.throughput()}")
@@ -147,18 +139,21 @@ def train_loop(run: Run, stop: "StopSignal", vae: AutoencoderKL | None, work: Mf
     return True
 
 
+# The steps
+
+
 def load_batches(run: Run) -> Iterator[Batch]:
-    """Those that this process has to compute, from the run's sample counter on."""
+    """The batches of this process, from the run's sample counter on."""
     config, world, num_steps = run.config, run.world, run.max_steps - run.step
-    for first, count in step_ranges(run.samples, run.samples_per_step, num_steps, run.guards.passed_over):
-        run.batches.first_sample = first
+    for first_sample, count in step_ranges(run.samples, run.samples_per_step, num_steps, run.guards.skipped_samples):
+        run.batches.first_sample = first_sample
         num_batches = count * config.gradient_accumulation_steps
-        share = range(world.data_rank, num_batches * world.num_data_ranks, world.num_data_ranks)
-        yield from prefetch(run.batches, share, config.dataloader_num_workers, run.device)
+        items = range(world.data_rank, num_batches * world.num_data_ranks, world.num_data_ranks)
+        yield from prefetch(run.batches, items, config.dataloader_num_workers, run.device)
 
 
 def step_metrics(run: Run, result: StepResult, seconds: float) -> dict[str, float | int | None]:
-    """A line of metrics.jsonl. Of the seconds, those for saving come on top, in the line after."""
+    """A line of metrics.jsonl. `save_seconds` are of the save before this step, and not part of `seconds`."""
     return {
         "step": run.step,
         "samples": run.samples,
@@ -172,38 +167,51 @@ def step_metrics(run: Run, result: StepResult, seconds: float) -> dict[str, floa
     }
 
 
+# The run folder
+
+
+def back_up_output_dir(run: Run) -> None:
+    """Keep the old contents of OUTPUT_DIR under another name."""
+    if run.output_dir.exists() and any(run.output_dir.iterdir()):
+        print(f"--overwrite_output_dir: what was in {run.output_dir} is now in {back_up(run.output_dir)}")
+
+
+def write_config(run: Run) -> None:
+    """OUTPUT_DIR/config.yaml, which runs the same training again."""
+    with disk_errors(run.config, FOLDER_ERRORS):
+        run.output_dir.mkdir(parents=True, exist_ok=True)
+        write_yaml(dataclasses.replace(run.config, overwrite_output_dir=False), run.output_dir / "config.yaml")
+
+
 def export_pipeline(run: Run) -> None:
-    """Write OUTPUT_DIR/pipeline from the last checkpoint. Without the encoders, print the command that does it."""
-    last = checkpoint_folders(run.output_dir)[-1]
-    goal = run.output_dir / "pipeline"
-    if training_facts(goal).get("step") == run.step:
-        print(f"{goal} is there already")
+    """OUTPUT_DIR/pipeline from the last checkpoint. If an encoder is missing, print the command that does it."""
+    checkpoint = checkpoint_folders(run.output_dir)[-1]
+    folder = run.output_dir / "pipeline"
+    if training_facts(folder).get("step") == run.step:
+        print(f"{folder} exists already")
         return
-    if missing := missing_encoders(last):
+    if missing := missing_encoders(checkpoint):
         features = "The `.npy` features" if isinstance(run.features, NpyFeatures) else "The features"
         usual = ["Stable Diffusion's VAE"] * ("vqvae" in missing)
         usual += [USUAL_ENCODERS["text_encoder"]] * (missing != ["vqvae"])
         print(
             f"trained. {features} do not say which encoders made them, so no pipeline was written. Features of U-ViT's "
             f"own extraction are made with {' and '.join(usual)}. With these encoders, this command writes the "
-            f"pipeline:\n{convert_command(last, goal, missing)}"
+            f"pipeline:\n{convert_command(checkpoint, folder, missing)}"
         )
         return
     try:
-        export_checkpoint(last, goal, replace=True)
-        print(f'wrote {goal}; try: uvit sample --pipeline {goal} "..."')
+        export_checkpoint(checkpoint, folder, replace=True)
+        print(f'wrote {folder}; try: uvit sample --pipeline {folder} "..."')
     except UserError as error:
-        print(f"trained, but no pipeline was written: {error}. Then run:\n{convert_command(last, goal)}")
+        print(f"trained, but no pipeline was written: {error}. Then run:\n{convert_command(checkpoint, folder)}")
     except SafetensorError as error:
         raise cannot_write(run.config, error) from None
 
 
-# A disk that takes no more, Ctrl-C, SIGTERM, the profiler
-
-
 @contextlib.contextmanager
 def disk_errors(config: TrainConfig, numbers: set[int]) -> Iterator[None]:
-    """Some errors of the system, in a sentence."""
+    """Turn these system errors into a UserError."""
     try:
         yield
     except OSError as error:
@@ -216,12 +224,15 @@ def cannot_write(config: TrainConfig, error: Exception) -> UserError:
     where = f"--output_dir {config.output_dir}" + (
         f", --logging_dir {config.logging_dir}" if config.logging_dir else ""
     )
-    return UserError(f"{where}: cannot be written to ({error}); mend that, and run the same command again to go on")
+    return UserError(f"{where}: cannot be written to ({error}); fix this and run the same command again to resume")
+
+
+# The profiler
 
 
 @contextlib.contextmanager
-def profiler(config: TrainConfig, run: Run):  # type: ignore[no-untyped-def]  # yields a function of the steps done
-    """Between the two steps of --profiler_options, a trace that chrome://tracing and Perfetto open."""
+def profiler(config: TrainConfig, run: Run):  # type: ignore[no-untyped-def]  # yields a function of the number of steps done
+    """Record the steps of --profiler_options in a trace that chrome://tracing and Perfetto can open."""
     steps = config.profiled_steps()
     if steps is None or not run.world.is_main:
         yield lambda done: None

@@ -16,7 +16,7 @@ from uvit.config.extract import AutoencoderConfig
 from uvit.diffusion import draw_latents
 from uvit.errors import UserError
 from uvit.images import contact_sheet, save_png, to_pil, to_pixels, to_unit
-from uvit.sources.types import PairError, Source
+from uvit.sources.types import PairError, RandomAccessSource
 
 INITIAL_LOG_VARIANCE = -6.0
 HELD_OUT_SHARE, MAX_HELD_OUT = 20, 256  # one image in 20, for the PSNR
@@ -29,7 +29,7 @@ IMAGES, NOISE = 0, 1  # streams of random numbers
 class VaeBatches(Dataset[tuple[Tensor, Tensor]]):
     """Item s is what step s consumes: images (B, 3, R, R) uint8 and posterior noise (B, C, h, w), from (seed, s)."""
 
-    def __init__(self, source: Source, rows: np.ndarray, config: AutoencoderConfig):
+    def __init__(self, source: RandomAccessSource, rows: np.ndarray, config: AutoencoderConfig):
         self.source, self.rows, self.config = source, rows, config
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
@@ -49,7 +49,7 @@ def ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def load_images(source: Source, rows: np.ndarray, resolution: int) -> Tensor:
+def load_images(source: RandomAccessSource, rows: np.ndarray, resolution: int) -> Tensor:
     """-> (B, 3, R, R) uint8, B at most the number of rows: unusable images are skipped, and named on stderr."""
     pixels = []
     for row in rows:
@@ -60,7 +60,7 @@ def load_images(source: Source, rows: np.ndarray, resolution: int) -> Tensor:
     return torch.from_numpy(np.array(pixels, np.uint8).reshape(-1, 3, resolution, resolution))
 
 
-def load_some_images(source: Source, rows: np.ndarray, resolution: int) -> Tensor:
+def load_some_images(source: RandomAccessSource, rows: np.ndarray, resolution: int) -> Tensor:
     """-> (B, 3, R, R) uint8, B at least 1"""
     images = load_images(source, rows, resolution)
     if not len(images):

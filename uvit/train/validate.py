@@ -1,6 +1,8 @@
-"""Validation: the loss on pairs that are not trained on, with the same pairs, noise and timesteps in every run.
+"""Validation and previews.
 
-So runs and steps compare, and nothing of a run's own draws is used up.
+The validation loss is taken on pairs that are not trained on. All runs use the same pairs, noise and timesteps, so that
+their losses compare. Previews are images for the captions of the first training samples. Neither uses up any of a run's
+own random numbers.
 """
 
 import math
@@ -25,15 +27,20 @@ from uvit.sample.schedulers import build_scheduler
 from uvit.store.types import Features
 from uvit.train.loader import Batch, permute
 from uvit.train.setup import Run
-from uvit.train.step import context_of, encode_text, loss_of
+from uvit.train.step import batch_context, compute_loss, encode_text
 from uvit.weights.components import load_vae
 from uvit.weights.detect import first_that_has
 from uvit.weights.encoders import decode_latents
 
-NUM_PARTS = 8
-PART = NUM_TIMESTEPS // NUM_PARTS
-TIMESTEPS = tuple(range(PART // 2 + 1, NUM_TIMESTEPS, PART))  # labels 63, 188, ..., 938: the middles of equal parts
-VALIDATION_STREAM = 5  # a stream of random numbers of its own
+NUM_VALIDATION_TIMESTEPS = 8
+SPACING = NUM_TIMESTEPS // NUM_VALIDATION_TIMESTEPS
+TIMESTEPS = tuple(range(SPACING // 2 + 1, NUM_TIMESTEPS, SPACING))  # 63, 188, ..., 938: the middles of equal intervals
+GUIDANCE_SCALES = (1.0, 7.5)  # of the previews
+MAX_IMAGES = 8  # in a row of the previews
+PREVIEW_STREAM, VALIDATION_STREAM = 4, 5  # streams of random numbers, beside those of the loader
+
+
+# The validation loss
 
 
 def is_due(run: Run) -> bool:
@@ -41,66 +48,66 @@ def is_due(run: Run) -> bool:
 
 
 def validate(run: Run) -> dict[str, Any]:
-    """For metrics.jsonl, None where not finite.
+    """The values for metrics.jsonl, None if not finite.
 
-    `val_losses`, one a timestep, and their mean `val_loss` are the averaged weights', where there are any;
-    `val_loss_raw` is of the weights that are trained.
+    `val_losses`, one for each timestep, and their mean `val_loss` are of the EMA model, if there is one. `val_loss_raw`
+    is of the raw weights.
     """
     raw = losses(run, run.precision.compute_model)
-    averaged = losses(run, run.ema.model) if run.ema else raw
+    ema = losses(run, run.ema.model) if run.ema else raw
     return {
-        "val_loss": _finite(float(np.mean(averaged))),
+        "val_loss": _finite(float(np.mean(ema))),
         "val_loss_raw": _finite(float(np.mean(raw))),
-        "val_losses": [_finite(value) for value in averaged],
+        "val_losses": [_finite(value) for value in ema],
     }
 
 
 @torch.no_grad()
-def losses(run: Run, networks: nn.Module) -> list[float]:
-    """Mean squared error at each of TIMESTEPS, in the run's prediction type and without weights."""
+def losses(run: Run, model: nn.Module) -> list[float]:
+    """The unweighted mean squared error at each of TIMESTEPS."""
     features = run.validation
     assert features is not None
     rows = validation_rows(features.num_samples, run.config.num_validation_samples)
-    totals = torch.zeros(NUM_PARTS, dtype=torch.float64, device=run.device)
-    training = networks.training
-    networks.eval()
-    for mine, here in shares(rows, run.config.per_device_train_batch_size, run.world):
-        batch, noise = read_batch(features, here, run.batches.use_tokens)
+    totals = torch.zeros(NUM_VALIDATION_TIMESTEPS, dtype=torch.float64, device=run.device)
+    training = model.training
+    model.eval()
+    for counts, batch_rows in local_batches(rows, run.config.per_device_train_batch_size, run.world):
+        batch, noise = read_batch(features, batch_rows, run.batches.use_tokens)
         batch, noise = batch.to(run.device), noise.to(run.device)
         with run.precision.autocast():
-            batch = replace(batch, context=context_of(run, networks, batch))  # once for all timesteps
+            batch = replace(batch, context=batch_context(run, model, batch))  # once for all timesteps
         for i, timestep in enumerate(TIMESTEPS):
             noised = replace(batch, noise=noise[:, i], timesteps=torch.full_like(batch.timesteps, timestep))
-            value = loss_of(run, networks, noised)
-            if mine:
-                totals[i] += value * len(here)
-    networks.train(training)
+            value = compute_loss(run, model, noised)
+            if counts:
+                totals[i] += value * len(batch_rows)
+    model.train(training)
     totals = mean_over_data(totals, run.world) * run.world.num_data_ranks
     return (totals / len(rows)).tolist()
 
 
-def shares(rows: np.ndarray, batch_size: int, world: World) -> Iterator[tuple[bool, np.ndarray]]:
-    """This process's batches of rows, and whether they count: all must run the networks equally often."""
-    parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    for first in range(0, len(parts), world.num_data_ranks):
+def local_batches(rows: np.ndarray, batch_size: int, world: World) -> Iterator[tuple[bool, np.ndarray]]:
+    """This process's batches: (whether it counts, its rows). All processes get equally many, as collectives demand."""
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    for first in range(0, len(batches), world.num_data_ranks):
         index = first + world.data_rank
-        yield index < len(parts), parts[min(index, len(parts) - 1)]
+        yield index < len(batches), batches[min(index, len(batches) - 1)]
 
 
 def validation_rows(num_samples: int, wanted: int) -> np.ndarray:
-    """The first of a fixed permutation."""
+    """The first rows of a fixed permutation."""
     return permute(np.arange(min(num_samples, wanted)), num_samples, seed=0, epoch=0)
 
 
 def read_batch(features: Features, rows: np.ndarray, use_tokens: bool) -> tuple[Batch, Tensor]:
-    """(batch, noise for each timestep (B, 8, C, h, w)): first captions, none dropped, no image mirrored."""
+    """(batch, noise for each timestep (B, 8, C, h, w)). First captions; none is dropped, no image is flipped."""
     channels, height, width = features.moments_shape
-    shape = (1 + NUM_PARTS, channels // 2, height, width)
+    shape = (1 + NUM_VALIDATION_TIMESTEPS, channels // 2, height, width)
     read = features.read(rows, np.zeros(len(rows)))
-    # A stretch of the stream for each row: its noise depends on neither the batch nor the run's seed.
+    # Each row has its own part of the stream, so its noise depends on neither the batch nor the run's seed.
     streams = [np.random.Philox(key=[0, VALIDATION_STREAM], counter=[0, 0, 0, row]) for row in rows.tolist()]
-    drawn = np.stack([np.random.Generator(bits).standard_normal(shape, dtype=np.float32) for bits in streams])
-    noise = torch.from_numpy(drawn)
+    normal = [np.random.Generator(stream).standard_normal(shape, dtype=np.float32) for stream in streams]
+    noise = torch.from_numpy(np.stack(normal))
     batch = Batch(
         moments=torch.from_numpy(read.moments),
         context=None if use_tokens else torch.from_numpy(read.context),
@@ -116,18 +123,13 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-# Pictures of a run while it trains: fixed captions and noise, drawn by the averaged weights
-
-
-GUIDANCE_SCALES = (1.0, 7.5)
-MAX_IMAGES = 8
-PREVIEW_STREAM = 4  # a stream of random numbers of its own
+# Previews: images of the EMA model, for fixed captions and noise
 
 
 def load_preview_vae(run: Run) -> AutoencoderKL | None:
-    """The VAE for the previews, or None where none are asked for, or none can be had and none was named.
+    """The VAE for the previews. None: previews are turned off, or no flag names a VAE and that of the features fails.
 
-    Raises UserError where one was named and is not the one that made the features.
+    Raises UserError if a flag names a VAE that cannot be loaded or did not make the features.
     """
     config = run.config
     if config.image_logging_steps <= 0:
@@ -135,7 +137,7 @@ def load_preview_vae(run: Run) -> AutoencoderKL | None:
     named = first_that_has("vqvae", config.pretrained_model_name_or_path, config.vae_name_or_path)
     try:
         if not (named or run.features.vae_name):
-            raise UserError("the features do not say which VAE made them; pass --vae_name_or_path")
+            raise UserError("the features do not name the VAE that made them; pass --vae_name_or_path")
         name = named or run.features.vae_name or ""
         vae = load_vae(name)
         check_fingerprint(vae, run.features.vae_sha256, "vae_name_or_path", name)
@@ -149,7 +151,7 @@ def load_preview_vae(run: Run) -> AutoencoderKL | None:
 
 @torch.no_grad()
 def preview_sheet(run: Run, vae: AutoencoderKL) -> Image.Image:
-    """Rows: the pictures themselves through the VAE, then guidance 1.0 and 7.5. Saved in previews/ too."""
+    """Rows: training images decoded by the VAE, samples with guidance 1.0 and with 7.5. Also saved in previews/."""
     rows = np.arange(min(MAX_IMAGES, run.features.num_samples))
     read = run.features.read(rows, np.zeros(len(rows)))
     unet = run.ema_model["unet"]
