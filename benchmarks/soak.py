@@ -34,7 +34,7 @@ import uvit.extract.extract
 import uvit.sample.pipeline
 import uvit.train.trainer  # noqa: F401 - here, so that no child has to
 from uvit.cli.main import main as uvit_main
-from uvit.train.metrics import TIMING_FIELDS
+from uvit.train.metrics import PART_SECONDS
 
 MODEL = {
     "sample_size": 8,
@@ -44,6 +44,8 @@ MODEL = {
     "clip_dim": 64,
     "num_text_tokens": 18,
 }
+# The fields of metrics.jsonl that are measured, and so differ between two equal runs.
+TIMING_FIELDS = ("seconds", *PART_SECONDS, "samples_per_second", "mfu", "peak_memory_bytes")
 STEPS = 40
 TRAIN = f"""train --feature_path FOLDER/store --uvit_config_file FOLDER/model.json --output_dir run --device cpu
     --per_device_train_batch_size 4 --max_steps {STEPS} --save_steps 4 --save_total_limit 5 --learning_rate 1e-3

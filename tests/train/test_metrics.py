@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.soak import TIMING_FIELDS
 from uvit.errors import UserError
-from uvit.train.metrics import PART_SECONDS, TIMING_FIELDS, Metrics, data_hints, truncate_log
+from uvit.train.metrics import PART_SECONDS, Metrics, data_hints, truncate_log
 from uvit.train.profiling import MfuReference
 from uvit.train.validate import TIMESTEPS
 

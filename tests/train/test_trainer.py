@@ -15,11 +15,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from benchmarks.soak import TIMING_FIELDS
 from uvit import UViTPipeline
 from uvit.checkpoint.folder import checkpoint_folders, read_checkpoint
 from uvit.errors import UserError
 from uvit.io import write_yaml
-from uvit.train.metrics import TIMING_FIELDS
 from uvit.train.trainer import train
 
 FILES = ("weights", "ema", "optimizer")

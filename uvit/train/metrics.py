@@ -21,8 +21,6 @@ from uvit.train.profiling import MfuReference
 from uvit.train.validate import TIMESTEPS
 
 PART_SECONDS = tuple(f"{part}_seconds" for part in PHASES)
-# The measured values: they differ between two runs whose metrics.jsonl are otherwise the same.
-TIMING_FIELDS = ("seconds", *PART_SECONDS, "samples_per_second", "mfu", "peak_memory_bytes")
 SHARE_TO_SHOW, SHARE_TO_WARN = 0.05, 0.2  # of the time, spent waiting for data
 
 
