@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from uvit.device import pick_device
+from uvit.device import own_device, pick_device
 from uvit.errors import UserError
 
 
@@ -14,3 +14,9 @@ def test_auto_and_names() -> None:
 def test_a_device_that_is_not_there_is_named(name: str) -> None:
     with pytest.raises(UserError, match=f"--device {name}"):
         pick_device(name)
+
+
+def test_each_process_of_torchrun_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert own_device("auto") == (torch.device("cuda:0") if torch.cuda.is_available() else torch.device("cpu"))
+    assert own_device("cpu") == torch.device("cpu")

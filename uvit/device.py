@@ -1,5 +1,7 @@
 """Which device to compute on."""
 
+import os
+
 import torch
 
 from uvit.errors import UserError
@@ -17,3 +19,12 @@ def pick_device(name: str) -> torch.device:
             f"--device {name}: cannot be used here ({str(error).splitlines()[0]}); try --device auto"
         ) from None
     return device
+
+
+def own_device(name: str) -> torch.device:
+    """The same for processes that share work without talking to one another: with `auto`, each process that torchrun
+    started on a machine has its own GPU.
+    """
+    if name == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        return pick_device(f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}")
+    return pick_device(name)

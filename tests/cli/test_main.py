@@ -11,8 +11,8 @@ import pytest
 
 import uvit
 from uvit.cli import main as cli
-from uvit.cli.flags import flags_of
 from uvit.cli.main import COMMANDS, main
+from uvit.cli.parse import flags_of
 
 LOADS_TORCH = """
 import contextlib, sys

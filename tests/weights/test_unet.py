@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from tests.port import TINY, same, tiny_unet
-from uvit.config.model import model_config_names, resolve_model_config
+from uvit.config.model import model_arguments, model_config_names, resolve_model_config
 from uvit.errors import UserError
 from uvit.model import UViTT2IModel
 from uvit.weights.report import Report
-from uvit.weights.unet import is_norm, is_paddle, model_arguments, transpose_unet, unet_config, unet_from_tensors
+from uvit.weights.unet import is_norm, is_paddle, transpose_unet, unet_config, unet_from_tensors
 
 PATH = Path("nnet.pth")
 

@@ -12,7 +12,7 @@ import textwrap
 from itertools import pairwise
 from typing import Any
 
-from uvit.cli.flags import Flag, flags_of
+from uvit.cli.parse import Flag, flags_of
 from uvit.config.presets import preset_files
 
 UNBROKEN: Any = {"break_long_words": False, "break_on_hyphens": False}

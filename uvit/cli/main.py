@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from uvit import __version__
+from uvit.cli.help import show_help
 from uvit.cli.parse import parse
 from uvit.errors import UserError
 from uvit.io import to_yaml
@@ -192,6 +193,9 @@ def _run(name: str, arguments: list[str]) -> int:
         hint = f"did you mean `uvit {close[0]}`?" if close else f"the commands are {', '.join(COMMANDS)}"
         raise UserError(f"there is no command {name!r}; {hint}")
     command = COMMANDS[name]
+    if {"-h", "--help"} & set(arguments):
+        show_help(_load(command.config), f"uvit {name}", command.positional)
+        raise SystemExit(0)
     config, print_config = parse(_load(command.config), arguments, prog=f"uvit {name}", positional=command.positional)
     if print_config:
         print(to_yaml(config), end="")

@@ -93,3 +93,19 @@ def _check(path: Path, key: str, value: Any) -> None:
         wanted = "a positive number" if float in KINDS[key] else "a positive whole number"
     if not fits:
         raise UserError(f"{FLAG} {path}: {key} is {json.dumps(value)}; it must be {wanted}")
+
+
+def model_arguments(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The arguments of UViTT2IModel in a config of ours or of PaddleMIX. Raises UserError where a value is wrong."""
+    check_neutral(content, path)
+    arguments = {key: value for key, value in content.items() if key in KINDS}
+    for key, value in arguments.items():
+        sizes = value if isinstance(value, list) else [value]
+        wrong = isinstance(value, list) and len(value) != 2
+        if (
+            wrong
+            or type(value) not in KINDS[key]
+            or not all(isinstance(size, (int, float)) and size >= 0 for size in sizes)
+        ):
+            raise UserError(f"{path}: {key} is {value!r}, which must be {' or '.join(k.__name__ for k in KINDS[key])}")
+    return arguments

@@ -35,7 +35,7 @@ from uvit.weights.components import (
     read_components,
 )
 from uvit.weights.detect import CONFIG, FLAGS, INDEX, is_third_party, missing_components
-from uvit.weights.encoders import check_finite, fingerprint, load_tokenizer, quiet
+from uvit.weights.encoders import check_fingerprint, check_finite, fingerprint, load_tokenizer, quiet
 
 TRAINING_FILE = "training.json"  # in a pipeline folder: the training run that it comes from
 REPORT_FILE = "conversion.json"  # in a pipeline folder: the report of the conversion
@@ -252,17 +252,6 @@ def required_encoder(name: str | None, flag: str) -> str:
     if name is None:
         raise UserError(f"--{flag}: the checkpoint does not record which one made its features; pass it")
     return name
-
-
-def check_fingerprint(module: nn.Module, expected: str | None, flag: str, name: str) -> str:
-    """The fingerprint of an encoder. Raises UserError where it is not the expected one (None: not recorded)."""
-    found = fingerprint(module)
-    if expected is not None and found != expected:
-        raise UserError(
-            f"--{flag} {name}: is not the one that made the features (its fingerprint is {found[:12]}, not "
-            f"{expected[:12]}); pass that one, or extract the features again with this one"
-        )
-    return found
 
 
 def load_network(network: nn.Module, weights: dict[str, Tensor], prefix: str) -> None:

@@ -22,7 +22,7 @@ from uvit.extract.workers import Decoded
 from uvit.images import to_unit
 from uvit.sources.types import Problem
 from uvit.store.shard import EncodedPairs
-from uvit.weights.encoders import encode_images, encode_tokens, tokenize
+from uvit.weights.encoders import downsampling_of, encode_images, encode_tokens, tokenize
 
 PIXELS_AT_ONCE = 2**18  # that a thread encodes on a CPU: the VAE's activations take much memory
 
@@ -137,7 +137,7 @@ class Encoders:
         return tensor.to(self.device, non_blocking=True)
 
     def _moments_shape(self, pixels: np.ndarray) -> tuple[int, ...]:
-        factor = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        factor = downsampling_of(self.vae)
         return 2 * self.vae.config["latent_channels"], pixels.shape[2] // factor, pixels.shape[3] // factor
 
     def _stored(self, features: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ folder tell each process what remains.
 import contextlib
 import errno
 import json
-import os
 import shutil
 import signal
 import sys
@@ -26,7 +25,7 @@ import torch
 
 from uvit.config.extract import ExtractConfig
 from uvit.config.sharding import resolve_shard
-from uvit.device import pick_device
+from uvit.device import own_device
 from uvit.errors import UserError
 from uvit.extract.encode import Encoders, encode_in_order, encoding_threads
 from uvit.extract.provenance import describe_store, find_tokenizer, scale_reason
@@ -75,7 +74,7 @@ def extract(config: ExtractConfig) -> None:
                 if not (folder / "tokenizer").is_dir():  # `settings.json` names an existing one
                     save_tokenizer(tokenizer, folder / "tokenizer")
         check_disk(source, writer)
-        device = device_of(config)
+        device = own_device(config.device)
         encoders = Encoders(
             vae=vae.to(device),
             text_encoder=text_encoder.to(device) if info.context_shape else None,
@@ -193,13 +192,6 @@ class ShardAppender:
 
 
 # Preparation
-
-
-def device_of(config: ExtractConfig) -> torch.device:
-    """With `auto`, each process of `torchrun` on a machine uses its own GPU."""
-    if config.device == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
-        return pick_device(f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}")
-    return pick_device(config.device)
 
 
 def report_index_problems(config: ExtractConfig, source: Source) -> None:

@@ -288,11 +288,8 @@ def center_crop(image: Image.Image, resolution: tuple[int, int]) -> Image.Image:
 
 
 def load_pipeline(config: SampleConfig, path: Path) -> LoadedPipeline:
-    device, local_rank = config.device, os.environ.get("LOCAL_RANK")
-    if device == "auto" and local_rank and torch.cuda.is_available():  # torchrun: a GPU for each process
-        device = f"cuda:{int(local_rank) % torch.cuda.device_count()}"
     offload = config.enable_model_cpu_offload
-    pipeline = open_pipeline(str(path), device, config.dtype, config.scheduler, offload)
+    pipeline = open_pipeline(str(path), config.device, config.dtype, config.scheduler, offload)
     if config.enable_vae_slicing:
         pipeline.enable_vae_slicing()
     if config.enable_vae_tiling:

@@ -18,7 +18,6 @@ from uvit.distributed.mesh import World, single_process_world
 from uvit.distributed.ops import GradientAverage
 from uvit.distributed.parallelize import check_divisibility, parallelize, shard
 from uvit.errors import UserError
-from uvit.export.convert import check_fingerprint
 from uvit.model import INIT_STD, UViTT2IModel
 from uvit.store.reader import open_features
 from uvit.store.types import Features
@@ -36,7 +35,7 @@ from uvit.train.optimizer import EMA, build_optimizer
 from uvit.train.precision import Precision
 from uvit.weights.components import load_text_encoder, read_network
 from uvit.weights.detect import first_that_has, is_third_party
-from uvit.weights.encoders import is_local_path, load_tokenizer
+from uvit.weights.encoders import check_fingerprint, is_local_path, load_tokenizer
 
 DEFAULT_SPLIT = TrainConfig.validation_split
 

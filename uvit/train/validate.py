@@ -20,7 +20,6 @@ from uvit.diffusion import NUM_TIMESTEPS
 from uvit.distributed.mesh import World
 from uvit.distributed.ops import mean_over_data
 from uvit.errors import UserError
-from uvit.export.convert import check_fingerprint
 from uvit.images import contact_sheet, save_png, to_pil
 from uvit.sample.denoise import denoise
 from uvit.sample.schedulers import build_scheduler
@@ -30,7 +29,7 @@ from uvit.train.setup import Run
 from uvit.train.step import batch_context, compute_loss, encode_text
 from uvit.weights.components import load_vae
 from uvit.weights.detect import first_that_has
-from uvit.weights.encoders import decode_latents
+from uvit.weights.encoders import check_fingerprint, decode_latents
 
 NUM_VALIDATION_TIMESTEPS = 8
 SPACING = NUM_TIMESTEPS // NUM_VALIDATION_TIMESTEPS

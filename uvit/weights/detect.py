@@ -8,12 +8,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from uvit.config.model import resolve_model_config
+from uvit.config.model import model_arguments, resolve_model_config
 from uvit.errors import UserError
 from uvit.weights.encoders import WEIGHT_SUFFIXES
 from uvit.weights.files import container_of, is_paddle_file, read_weights
 from uvit.weights.report import shorten
-from uvit.weights.unet import model_arguments
 
 Network = Literal["unet", "vqvae", "text_encoder"]
 WeightsKind = Literal["uvit", "trainer", "vae", "ldm_vae", "text_encoder"]

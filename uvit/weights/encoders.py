@@ -173,6 +173,17 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def check_fingerprint(module: nn.Module, expected: str | None, flag: str, name: str) -> str:
+    """The fingerprint of an encoder. Raises UserError where it is not the expected one (None: not recorded)."""
+    found = fingerprint(module)
+    if expected is not None and found != expected:
+        raise UserError(
+            f"--{flag} {name}: is not the one that made the features (its fingerprint is {found[:12]}, not "
+            f"{expected[:12]}); pass that one, or extract the features again with this one"
+        )
+    return found
+
+
 # Images
 
 

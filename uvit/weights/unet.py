@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uvit.config.model import KINDS, check_neutral, model_config_names, resolve_model_config
+from uvit.config.model import KINDS, model_config_names, resolve_model_config
 from uvit.errors import UserError
 from uvit.model import UViTT2IModel
 from uvit.weights.encoders import check_finite
@@ -46,22 +46,6 @@ def transpose_unet(tensors: Mapping[str, Tensor], paddle: bool = True) -> dict[s
     if not paddle:
         return dict(tensors)
     return {name: value.t().contiguous() if value.ndim == 2 else value for name, value in tensors.items()}
-
-
-def model_arguments(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The arguments of UViTT2IModel in a config of ours or of PaddleMIX. Raises UserError where a value is wrong."""
-    check_neutral(content, path)
-    arguments = {key: value for key, value in content.items() if key in KINDS}
-    for key, value in arguments.items():
-        sizes = value if isinstance(value, list) else [value]
-        wrong = isinstance(value, list) and len(value) != 2
-        if (
-            wrong
-            or type(value) not in KINDS[key]
-            or not all(isinstance(size, (int, float)) and size >= 0 for size in sizes)
-        ):
-            raise UserError(f"{path}: {key} is {value!r}, which must be {' or '.join(k.__name__ for k in KINDS[key])}")
-    return arguments
 
 
 def unet_config(

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from uvit.cli.flags import Flag, flags_of
+from uvit.cli.parse import Flag, flags_of
 from uvit.config.bounds import PositiveInt
 from uvit.errors import UserError
 
