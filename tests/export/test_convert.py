@@ -276,7 +276,7 @@ def test_parts_that_do_not_fit(ours: Path, tmp_path: Path) -> None:
     text = str(tiny_text_encoder_folder(tmp_path / "text", width=16))
     for to in ("pipeline", "port"):
         with pytest.raises(
-            UserError, match=f"^{ours}: the components do not fit together: the text encoder's contexts are 16"
+            UserError, match=f"^{ours}: the components do not fit together: the text embeddings are 16 wide"
         ):
             convert(ConvertConfig(str(ours), str(tmp_path / "goal"), to, text_encoder_name_or_path=text))  # type: ignore[arg-type]
 

@@ -41,7 +41,7 @@ def test_another_vae_than_the_features(
     """Named, it is a mistake; found in the store under a name that has since become another's, it is passed over."""
     other = tiny_vae_folder(tmp_path / "vae", scaling_factor=0.3, seed=1)
     named = build_run(tiny_config(image_logging_steps=2, vae_name_or_path=str(other)), tmp_path)
-    with pytest.raises(UserError, match=rf"--vae_name_or_path {other}: .*fingerprint \w{{12}}, theirs \w{{12}}\)"):
+    with pytest.raises(UserError, match=rf"--vae_name_or_path {other}: .*its fingerprint is \w{{12}}, not \w{{12}}\)"):
         load_preview_vae(named)
     changed = edited_store(vae={"name": str(other), "sha256": "0123456789abcdef"})
     assert load_preview_vae(build_run(tiny_config(image_logging_steps=2, feature_path=changed), tmp_path)) is None
