@@ -48,7 +48,7 @@ def test_compressed_annotations_are_the_same(images: Path, tmp_path: Path) -> No
     assert open_coco([packed], images).entries == open_coco([plain], images).entries
     for damaged in (packed.read_bytes()[:-20], plain.read_bytes()):
         packed.write_bytes(damaged)
-        with pytest.raises(UserError, match="is not a whole gzip file"):
+        with pytest.raises(UserError, match="is a damaged or truncated gzip file"):
             open_coco([packed], images)
 
 
@@ -104,12 +104,12 @@ def test_one_empty_caption_among_others_goes_alone(images: Path, tmp_path: Path)
     [
         (b"", "is not valid JSON"),
         (b"[" * 100_000, "is not valid JSON"),
-        (b"[]", "and holds a list"),
-        (b'{"info": 1}', "and holds 'info'"),
-        (b'{"images": {}, "annotations": []}', "must hold COCO's lists"),
-        (b'{"images": [], "annotations": []}', "lists no image"),
+        (b"[]", "but contains a list"),
+        (b'{"info": 1}', "but contains 'info'"),
+        (b'{"images": {}, "annotations": []}', "must contain COCO's lists"),
+        (b'{"images": [], "annotations": []}', "contains no images"),
         (json.dumps({"images": IMAGES, "annotations": [{"image_id": 3, "bbox": []}]}).encode(), "have no `caption`"),
-        (json.dumps({"images": IMAGES, "annotations": []}).encode(), "none of its 3 images can be used"),
+        (json.dumps({"images": IMAGES, "annotations": []}).encode(), "none of its 3 images is usable"),
     ],
 )
 def test_files_that_are_not_captions(content: bytes, says: str, images: Path, tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_split_picks_the_captions_file_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     captions, images, is_one_of_several = find_captions(tmp_path, "train")
     assert (captions.name, images, is_one_of_several) == ("captions_mini2017.json", tmp_path / "images", False)
-    with pytest.raises(UserError, match=r"--split val: .* holds captions_mini2017\.json"):
+    with pytest.raises(UserError, match=r"--split val: .* contains captions_mini2017\.json"):
         find_captions(tmp_path, "val")
 
     names(tmp_path, "captions_train2014.json", "captions_train2017.json.gz", "captions_val2014.json")
@@ -149,7 +149,7 @@ def test_a_split_picks_the_captions_file_of_a_folder(tmp_path: Path) -> None:
     captions, images, is_one_of_several = find_captions(tmp_path, "val")
     assert (captions.name, images, is_one_of_several) == ("captions_val2014.json", tmp_path / "val2014", True)
     assert find_captions(tmp_path, "train2017")[0].name == "captions_train2017.json.gz"
-    several = r"captions_train2014\.json and captions_train2017\.json\.gz of .*; give --split train2014"
+    several = r"captions_train2014\.json and captions_train2017\.json\.gz in .*; pass --split train2014"
     with pytest.raises(UserError, match=several):
         find_captions(tmp_path, "train")
 

@@ -108,7 +108,7 @@ def good_and(*rows: dict[str, Any]) -> list[dict[str, Any]]:
         (b'{"file_name": "c", "text": " "}', "no caption", "c", "only empty captions"),
         (b'{"file_name": "c", "text": "\\ud800"}', "not UTF-8", "c", "is not Unicode"),
         (b'{"file_name": "\\ud800", "text": 3}', "no caption", r"\ud800", "needs text"),
-        (b'{"file_name": "a.png", "text": "again"}', "duplicate id", "a.png", "line before this one"),
+        (b'{"file_name": "a.png", "text": "again"}', "duplicate id", "a.png", "already has an earlier line"),
     ],
 )
 def test_a_bad_line_is_bad_alone(line: bytes, kind: str, id: str, says: str, tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_bad_rows_of_a_table_are_bad_alone(tmp_path: Path) -> None:
         ("no caption", "c.png", True),
         ("not UTF-8", "d.png", True),
     ]
-    assert "has 3 fields, and the first line 2; does a caption need quotes?" in source.problems()[0].message
+    assert "has 3 fields, but the first line has 2; does a caption need quotes?" in source.problems()[0].message
     assert source[4].captions == ("blue",) and source[4].problems == (source.problems()[3],)
     with pytest.raises(PairError, match=r"gone\.png of gone\.png cannot be read") as error:
         _ = source[7]
@@ -163,10 +163,10 @@ def test_an_open_quote_is_found(tmp_path: Path) -> None:
     path.write_text('image\tcaption\na.png\tred\nb.png\t"open\na.png\tlost"\nb.png\tblue\n')
     source = open_list(path)
     [problem] = source.problems()
-    assert problem.kind == "broken line" and "line 3: a field goes on to line 4; is a quote" in problem.message
+    assert problem.kind == "broken line" and "line 3: a field extends to line 4; is a quote" in problem.message
     assert [source.captions(row) for row in (0, 2)] == [("red",), ("blue",)]
     path.write_text('image\tcaption\na.png\tred\nb.png\t"' + "x" * 200_000 + "\n")
-    with pytest.raises(UserError, match=r"list\.tsv: cannot be read from line 3 on .* quote"):
+    with pytest.raises(UserError, match=r"list\.tsv: cannot be read at line 3 .* quote"):
         open_list(path)
     lines = write_table(tmp_path / "list.csv", [("a.png", "two\nlines")])
     assert open_list(lines).captions(0) == ("two\nlines",)  # spreadsheets write such
@@ -182,11 +182,11 @@ def test_bad_rows_of_parquet(tmp_path: Path) -> None:
     ]
     assert source.captions(2) == ("blue",)
     numbers = write_parquet(tmp_path / "numbers.parquet", {"image": ["a.png"], "text": [3]})
-    with pytest.raises(UserError, match="no column holds captions"):
+    with pytest.raises(UserError, match="no column contains captions"):
         open_list(numbers)
     whole = write_parquet(tmp_path / "damaged.parquet", {"image": ["a.png"] * 99, "text": ["red"] * 99}).read_bytes()
     (tmp_path / "damaged.parquet").write_bytes(whole[:4] + b"\xff" * 40 + whole[44:])
-    with pytest.raises(UserError, match="is not a whole parquet file"):
+    with pytest.raises(UserError, match="is a damaged or truncated parquet file"):
         open_list(tmp_path / "damaged.parquet")
 
 
@@ -198,18 +198,22 @@ def test_a_parquet_file_names_its_images_or_holds_them(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^--image_column photo: .* no such column; it has image, file, text"):
         lists_paths(both, "photo", None)
     both.write_bytes(both.read_bytes()[:-20])
-    with pytest.raises(UserError, match="is not a whole parquet file"):
+    with pytest.raises(UserError, match="is a damaged or truncated parquet file"):
         lists_paths(both, None, None)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("l.jsonl", b"", "lists no image"),
-        ("l.jsonl", b"\n\n", "lists no image"),
-        ("l.jsonl", b'{"file_name": "a.png"}\n[]\n', "none of its 2 images can be used; the first: .* needs text"),
+        ("l.jsonl", b"", "contains no images"),
+        ("l.jsonl", b"\n\n", "contains no images"),
+        (
+            "l.jsonl",
+            b'{"file_name": "a.png"}\n[]\n',
+            "none of its 2 images is usable; the first problem: .* needs text",
+        ),
         ("l.csv", b"", "its columns are none"),
-        ("l.csv", b"image,caption\n", "lists no image"),
+        ("l.csv", b"image,caption\n", "contains no images"),
         ("l.csv", b"a.png,red\n", r"its columns are 'a\.png', 'red'"),
         ("l.tsv", "image\tcaption\na.png\tred\n".encode("utf-16"), r"columns are '\\udcff\\udcfe"),
         ("l.jsonl", b'{"file_name": "gone.png", "text": "x"}', r"cannot find its only image, such as .*gone\.png"),
@@ -230,7 +234,7 @@ def test_a_folder_that_goes_away_is_no_fault_of_the_pairs(tmp_path: Path) -> Non
     with pytest.raises(PairError):
         _ = source[1]
     shutil.rmtree(images)
-    with pytest.raises(UserError, match=r"images, cannot be read any more") as error:
+    with pytest.raises(UserError, match=r"images can no longer be read") as error:
         _ = source[1]
     assert not isinstance(error.value, PairError)
 

@@ -212,7 +212,7 @@ def test_files_of_different_columns(places: Path, tmp_path: Path) -> None:
     table = pq.read_table(places / "one.parquet")
     pq.write_table(table, tmp_path / "a.parquet")
     pq.write_table(table.select(["id", "captions"]), tmp_path / "b.parquet")
-    with pytest.raises(UserError, match=r"b\.parquet: has the columns id, captions, and a\.parquet has id, photo"):
+    with pytest.raises(UserError, match=r"b\.parquet: has the columns id, captions, but a\.parquet has id, photo"):
         opened(tmp_path)
 
 

@@ -99,7 +99,7 @@ def test_coco_files_and_folders(tmp_path: Path) -> None:
         assert captions_in(source) == ALL and source[0].image.getpixel((0, 0)) == (0, 0, 255)
     with pytest.raises(UserError, match="needs --image_folder"):
         open_source(str(path))
-    with pytest.raises(UserError, match=r"val2014\.json: lists no image"):
+    with pytest.raises(UserError, match=r"val2014\.json: contains no images"):
         open_source(str(tmp_path), "val2014", images)
 
 
@@ -127,10 +127,10 @@ def test_folders_of_parts(tmp_path: Path) -> None:
                 tar_of(folder / "0.tar", part)
         for part in ("train", "val"):
             assert captions_in(opened(tmp_path / kind, split=part)) == [(part,)]
-        with pytest.raises(UserError, match=r"--split test: .* has no such part"):
+        with pytest.raises(UserError, match=r"--split test: .* has no splits"):
             open_source(str(tmp_path / kind), "test")
         for part in ("train", "val"):
-            with pytest.raises(UserError, match=f"--val_every 2: .* has parts already, {part}/"):
+            with pytest.raises(UserError, match=f"--val_every 2: .* already has splits, {part}/"):
                 open_source(str(tmp_path / kind), part, val_every=2)
 
 
@@ -168,7 +168,7 @@ def test_coco_files_about_the_same_images_are_joined_and_others_follow(tmp_path:
     joined = [ALL[0], (*ALL[1], "rouge"), ALL[2]]
     assert captions_in(opened(first, second, image_folder=[str(one)])) == joined
     assert captions_in(opened(first, second, image_folder=[str(one), str(two)])) == [*ALL, ("rouge",)]
-    with pytest.raises(UserError, match="--image_folder: 3 folders for 2 files"):
+    with pytest.raises(UserError, match="--image_folder: 3 folders for 2 captions files"):
         open_source([str(first), str(second)], image_folder=[str(one)] * 3)
 
 
@@ -180,12 +180,12 @@ def test_val_every_divides_what_has_no_parts(tmp_path: Path) -> None:
     stream = open_source([tar.as_uri()], "val", val_every=2)
     assert [(row, pair and pair.captions) for row, pair in stream.read(0, lambda _: True)] == [(0, ("b",)), (1, ("d",))]  # type: ignore[union-attr]
     for places, split in (([str(tar)], "val"), (["shapes", str(tar)], "heldout")):
-        with pytest.raises(UserError, match=f"--split {split}: .* has no such part; .*--val_every"):
+        with pytest.raises(UserError, match=f"--split {split}: .* has no splits; .*--val_every"):
             open_source(places, split)
     with pytest.raises(UserError, match="--val_every 6: leaves --split val empty, of 5 pairs"):
         open_source(str(tar), "val", val_every=6)
     for split in ("train", "val"):
-        with pytest.raises(UserError, match="--val_every 10: --source shapes has parts already"):
+        with pytest.raises(UserError, match="--val_every 10: --source shapes already has splits"):
             open_source("shapes", split, val_every=10)
 
 
@@ -194,7 +194,7 @@ def test_val_every_divides_a_coco_folder_of_one_captions_file(tmp_path: Path) ->
     coco_of_pictures(tmp_path / "annotations" / "captions_mini.json")
     assert captions_in(opened(tmp_path, split="val", val_every=2)) == [ALL[1]]
     write_coco(tmp_path / "annotations" / "captions_train.json", [], [])
-    with pytest.raises(UserError, match="has parts already"):
+    with pytest.raises(UserError, match="already has splits"):
         open_source(str(tmp_path), "val", val_every=2)
 
 
@@ -214,12 +214,12 @@ def test_captions_leave_out_pairs_that_cannot_be_used(tmp_path: Path) -> None:
         ("no/such/place", {}, "no such file or folder"),
         ("no/such/{0..2}.tar", {}, r"--source no/such/0\.tar: no such file"),
         ("shapes:three", {}, "shapes and shapes:two"),
-        ("shapes", {"split": "val"}, "--split val: shapes have"),
+        ("shapes", {"split": "val"}, "--split val: the shapes have"),
         ("shapes", {"image_folder": ["images"]}, "--image_folder images"),
-        ("shapes", {"image_column": "image"}, "--image_column image: goes with"),
-        ("shapes", {"caption_column": "text"}, "--caption_column text: goes with"),
-        ("shapes", {"streaming": True}, "--streaming: goes with"),
-        ([], {}, "--source: names nothing"),
+        ("shapes", {"image_column": "image"}, "--image_column image: needs"),
+        ("shapes", {"caption_column": "text"}, "--caption_column text: needs"),
+        ("shapes", {"streaming": True}, "--streaming: needs"),
+        ([], {}, "--source: is empty"),
     ],
 )
 def test_names_and_flags_that_do_not_go_together(source: str, flags: dict[str, Any], says: str) -> None:
@@ -232,9 +232,9 @@ def test_files_that_are_no_source(tmp_path: Path) -> None:
         ("words.tar", "words.tar"),
         ("words.tar.gz", "words.tar.gz"),
         ("words.csv", "its columns are 'not any"),
-        ("words.parquet", "is not a whole parquet file"),
-        ("words.doc", r"is a \.doc file; give shapes"),
-        ("words", "is a nameless file"),
+        ("words.parquet", "is a damaged or truncated parquet file"),
+        ("words.doc", r"is a file of unknown type \(\.doc\); give shapes"),
+        ("words", r"is a file of unknown type \(no suffix\)"),
     ]:
         (tmp_path / name).write_text("not any of these")
         if name == "words.parquet":
@@ -244,11 +244,11 @@ def test_files_that_are_no_source(tmp_path: Path) -> None:
 
 
 def test_folders_that_are_no_source(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds nothing, and no annotations/, metadata\.jsonl"):
+    with pytest.raises(UserError, match=r"contains nothing; expected annotations/, metadata\.jsonl"):
         open_source(str(tmp_path))
     for name in "abcdefg":
         (tmp_path / f"{name}.png").write_bytes(png("red"))
-    with pytest.raises(UserError, match=r"holds a\.png, b\.png, c\.png, d\.png, e\.png and 2 more, and no"):
+    with pytest.raises(UserError, match=r"contains a\.png, b\.png, c\.png, d\.png, e\.png and 2 more; expected"):
         open_source(str(tmp_path))
 
 

@@ -62,14 +62,16 @@ def test_columns_that_are_named() -> None:
     for image, caption, says in [
         ("none", None, r"^--image_column none: .* no such column; it has image, second, text, alt, label$"),
         (None, "none", r"^--caption_column none: .* no such column; it has image"),
-        ("label", None, "^--image_column label: holds int64"),
-        (None, "label", "^--caption_column label: must hold a string or a list of strings .* holds int64$"),
+        ("label", None, "^--image_column label: contains int64"),
+        (None, "label", "^--caption_column label: must contain a string or a list of strings .* contains int64$"),
     ]:
         with pytest.raises(UserError, match=says):
             chosen(kinds, image, caption)
-    with pytest.raises(UserError, match=r"no column holds images; name one with --image_column, of text, label"):
+    with pytest.raises(UserError, match=r"no column contains images; name one with --image_column, of text, label"):
         chosen({"text": TEXT, "label": NUMBER})
-    with pytest.raises(UserError, match=r"no column holds captions; name one with --caption_column, of image, label"):
+    with pytest.raises(
+        UserError, match=r"no column contains captions; name one with --caption_column, of image, label"
+    ):
         chosen({"image": IMAGE, "label": NUMBER})
 
 
@@ -133,7 +135,7 @@ def test_ids_that_come_twice(tmp_path: Path) -> None:
     assert (problem.id, problem.kind, problem.message) == (
         "7",
         "duplicate id",
-        "place, row 2: id 7 comes a second time",
+        "place, row 2: id 7 appears a second time",
     )
     for read in (source.__getitem__, source.captions):
         with pytest.raises(PairError, match="a second time"):

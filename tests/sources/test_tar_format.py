@@ -109,13 +109,13 @@ def test_headers_made_to_send_a_reader_astray() -> None:
         header[124 : 124 + len(field)] = field
         header[148:156] = b" " * 8
         header[148:156] = f"{sum(header):06o}\0 ".encode()
-        with pytest.raises(UserError, match="is no tar, or damaged at byte 0"):
+        with pytest.raises(UserError, match="is not a tar file, or is damaged at byte 0"):
             members_in(bytes(header) + bytes(1024))
     for record in (b"0 path=x\n", b"5 pa\n" + b"99 path=x\n", b"path=x\n", b"-7 size=1\n", b"11 size=-9\n"):
         info = tarfile.TarInfo("x")
         info.type, info.size = tarfile.XHDTYPE, len(record)
         data = info.tobuf(tarfile.USTAR_FORMAT) + record.ljust(512, b"\0") + tar_of(tarfile.USTAR_FORMAT, ["a.jpg"])
-        with pytest.raises(UserError, match="is no tar, or damaged"):
+        with pytest.raises(UserError, match="is not a tar file, or is damaged"):
             members_in(data)
 
 
@@ -126,7 +126,7 @@ def test_compressed_tars_are_refused(start: bytes) -> None:
 
 
 def test_no_tar_and_an_empty_one(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^--source the\.tar: is no tar"):
+    with pytest.raises(UserError, match=r"^--source the\.tar: is not a tar file"):
         members_in(b"words " * 200)
     assert members_in(b"") == []
     assert members_in(write_tar(tmp_path / "empty.tar", []).read_bytes()) == []

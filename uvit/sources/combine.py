@@ -1,4 +1,4 @@
-"""Combine sources: several one after the other, or one split into `train` and `val`."""
+"""Combine sources: several one after another, or one split into `train` and `val`."""
 
 import bisect
 import itertools
@@ -9,7 +9,7 @@ from uvit.sources.types import Pair, PairError, Problem, RandomAccessSource, Sou
 
 
 class ConcatSource(RandomAccessSource):
-    """Several sources with random access, one after the other."""
+    """Several sources with random access, one after another."""
 
     def __init__(self, sources: list[RandomAccessSource]):
         self.sources = sources
@@ -77,7 +77,7 @@ class SplitSource(RandomAccessSource):
         return self.source.captions(self.rows.row(index))
 
     def problems(self) -> list[Problem]:
-        """The problems because of which pairs of this split are skipped. The source's own list does not give rows."""
+        """The problems of this split's skipped pairs. The source's own list does not give rows."""
         if not self.source.problems():
             return []
         problems = []
@@ -91,7 +91,7 @@ class SplitSource(RandomAccessSource):
 
 @dataclass(frozen=True)
 class ConcatStream(Source):
-    """Several sources, one after the other. At least one has no random access."""
+    """Several sources, one after another. At least one has no random access."""
 
     sources: list[Source]
 

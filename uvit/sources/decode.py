@@ -1,4 +1,4 @@
-"""From bytes and fields of any source to images and captions, or to a PairError that says what is wrong with them."""
+"""Decode the bytes and fields of any source to images and captions. A PairError says what is wrong with a pair."""
 
 import io
 import json
@@ -18,18 +18,18 @@ IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "file_name", "ima
 
 
 def decode_image(data: bytes, id: str, where: object) -> Image.Image:
-    """An image file's bytes -> upright RGB, what is transparent on white. `where` names the file for people."""
+    """An image file's bytes -> upright RGB; transparent parts become white. `where` names the file in messages."""
     try:
-        # Pillow warns of odd metadata and of size: of interest where one looks at a single image.
+        # Pillow warns about odd metadata and large images, which is noise when reading a whole dataset.
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
             upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I;16"):  # which Pillow would cut at 255 instead of scaling it
+            if upright.mode.startswith("I;16"):  # Pillow would clip it at 255 instead of scaling it
                 upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
             return on_white(upright)
-    except Exception as error:  # Pillow's readers raise almost anything over broken files
-        # Pillow's own sentence about unknown formats holds an address in memory, so that it differs from run to run.
+    except Exception as error:  # Pillow's readers raise errors of almost any type
+        # Pillow's message about unknown formats contains a memory address, which differs from run to run.
         is_unknown = isinstance(error, UnidentifiedImageError)
-        reason = "no image format that Pillow knows" if is_unknown else " ".join(str(error).split())
+        reason = "Pillow does not know the image format" if is_unknown else " ".join(str(error).split())
         raise PairError(
             Problem(id, "broken image", f"{where}: the image of {id} cannot be decoded ({reason})")
         ) from None
@@ -50,7 +50,9 @@ def decode_object(text: str, id: str, where: object) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise PairError(Problem(id, "broken JSON", f"{where}: is not valid JSON ({error})")) from None
     if not isinstance(content, dict):
-        raise PairError(Problem(id, "broken JSON", f"{where}: must be a JSON object, is a {type(content).__name__}"))
+        raise PairError(
+            Problem(id, "broken JSON", f"{where}: must be a JSON object, but is a {type(content).__name__}")
+        )
     return content
 
 
@@ -60,18 +62,18 @@ def caption_values(row: Mapping[str, Any], keys: Iterable[str], id: str, where: 
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(caption, str) for caption in values):
         found = ", ".join(map(str, row)) or "nothing"
-        message = f"{where}: needs {' or '.join(keys)}, a string or a list of strings; found {found}"
+        message = f"{where}: needs {' or '.join(keys)}: a string or a list of strings; found {found}"
         raise PairError(Problem(id, "no caption", message))
     return values
 
 
 def clean_captions(captions: Iterable[str], id: str, where: object) -> tuple[tuple[str, ...], tuple[Problem, ...]]:
-    """-> (captions without space around them, what was wrong with some). Empty ones go; one at least must stay."""
+    """-> (stripped captions, problems). Empty captions are dropped. Raises PairError if none remains."""
     given = list(captions)
     for caption in given:
         try:
             caption.encode()
-        except UnicodeEncodeError:  # JSON can spell half a character
+        except UnicodeEncodeError:  # JSON can contain half of a surrogate pair
             message = f"{where}: a caption of {id} is not Unicode text: {caption!r}"
             raise PairError(Problem(id, "not UTF-8", message)) from None
     kept = tuple(caption.strip() for caption in given if caption.strip())
@@ -81,5 +83,5 @@ def clean_captions(captions: Iterable[str], id: str, where: object) -> tuple[tup
     empty = len(given) - len(kept)
     if not empty:
         return kept, ()
-    message = f"{where}: {empty} of {len(given)} captions of {id} empty, left out"
+    message = f"{where}: {empty} of {len(given)} captions of {id} are empty and were skipped"
     return kept, (Problem(id, "empty caption", message, left_out=False),)

@@ -1,7 +1,7 @@
 """Image files named by a list: lines of JSON (Hugging Face's metadata.jsonl), or a csv, tsv or parquet table.
 
-What is wrong with one row stays in its place as a pair that cannot be used; what makes the whole list useless is a
-UserError. No image is read here before its pair is asked for.
+A bad row stays in its place as an unusable pair. A list that is unusable as a whole raises a UserError. No image is
+read before its pair is requested.
 """
 
 import csv
@@ -26,10 +26,10 @@ from uvit.sources.tables import choose_columns
 from uvit.sources.types import Pair, PairError, Problem, RandomAccessSource
 
 LIST_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
-NUM_LOOKED_FOR = 100  # images, when a list is opened: enough to tell a wrong folder
+NUM_LOOKED_FOR = 100  # images, when a list is opened: enough to notice a wrong folder
 
 
-# What lists come to
+# The source that a list becomes
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ListRow:
     id: str
     name: str
     captions: list[str]
-    where: str  # for people
+    where: str  # file and line, for messages
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class FileSource(RandomAccessSource):
     index: str
     folder: str
     entries: list[tuple[str, str, tuple[str, ...]]]
-    found: dict[int, tuple[Problem, ...]]  # of the rows where something is wrong
+    found: dict[int, tuple[Problem, ...]]  # the problems of each bad row
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -84,7 +84,7 @@ class FileSource(RandomAccessSource):
 
 
 def build_source(index: Path, folder: Path, rows: Iterable[ListRow | Problem]) -> FileSource:
-    """Raises UserError for a list that is empty, of no use at all, or of images that are elsewhere."""
+    """Raises UserError if the list is empty, no row is usable, or the images are not in `folder`."""
     entries: list[tuple[str, str, tuple[str, ...]]] = []
     found: dict[int, tuple[Problem, ...]] = {}
     for row in rows:
@@ -95,22 +95,22 @@ def build_source(index: Path, folder: Path, rows: Iterable[ListRow | Problem]) -
     source = FileSource(str(index), str(folder), entries, found)
     usable = [row for row, entry in enumerate(entries) if entry[2]]
     if not entries:
-        raise UserError(f"--source {index}: lists no image")
+        raise UserError(f"--source {index}: contains no images")
     if not usable:
         first = found[0][0].message
-        raise UserError(f"--source {index}: none of its {len(entries):,} images can be used; the first: {first}")
+        raise UserError(f"--source {index}: none of its {len(entries):,} images is usable; the first problem: {first}")
     looked_for = [source.path(row) for row in usable[:NUM_LOOKED_FOR]]
     if not any(path.is_file() for path in looked_for):
         number = "its only image" if len(looked_for) == 1 else f"any of its first {len(looked_for)} images"
         raise UserError(
-            f"--source {index}: cannot find {number}, such as {safe_name(looked_for[0])}; give the folder that the "
-            "paths begin in with --image_folder"
+            f"--source {index}: cannot find {number}, such as {safe_name(looked_for[0])}; pass the folder that the "
+            "paths are relative to as --image_folder"
         )
     return source
 
 
 def _cleaned(row: ListRow | Problem) -> tuple[tuple[str, ...], tuple[Problem, ...]]:
-    """(captions, problems); no captions where the row cannot be used."""
+    """(captions, problems); no captions if the row is unusable."""
     if isinstance(row, Problem):
         return (), (row,)
     try:
@@ -120,12 +120,12 @@ def _cleaned(row: ListRow | Problem) -> tuple[tuple[str, ...], tuple[Problem, ..
 
 
 def read_image_file(path: Path, folder: str, id: str, where: object) -> bytes:
-    """An image file below `folder`. Raises PairError; UserError where all of the folder is gone."""
+    """Read an image file below `folder`. Raises PairError, or UserError if the whole folder is gone."""
     try:
         return path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+    except (OSError, ValueError) as error:  # ValueError: not a valid file name
         if not Path(folder).is_dir():
-            raise UserError(f"{where}: the folder of its images, {folder}, cannot be read any more") from None
+            raise UserError(f"{where}: its image folder {folder} can no longer be read") from None
         reason = error.strerror if isinstance(error, OSError) else error
         message = f"{where}: the image {safe_name(path)} of {id} cannot be read ({reason})"
         raise PairError(Problem(id, "missing image", message)) from None
@@ -155,7 +155,7 @@ def open_list(
 
 
 def _json_rows(path: Path, images: Iterable[str], captions: Iterable[str]) -> Iterator[ListRow | Problem]:
-    """A row can have all captions of its image, so an image that comes twice is a mistake."""
+    """A row can have all captions of its image, so an image that appears twice is a mistake."""
     seen: set[str] = set()
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -172,7 +172,7 @@ def _json_rows(path: Path, images: Iterable[str], captions: Iterable[str]) -> It
                 id = safe_name(name)
                 row = ListRow(id, name, caption_values(content, captions, id, where), where)
                 if name in seen:
-                    raise PairError(Problem(id, "duplicate id", f"{where}: {id} has a line before this one"))
+                    raise PairError(Problem(id, "duplicate id", f"{where}: {id} already has an earlier line"))
             except PairError as error:
                 yield error.problem
             else:
@@ -181,7 +181,7 @@ def _json_rows(path: Path, images: Iterable[str], captions: Iterable[str]) -> It
 
 
 def _by_image(rows: Iterable[ListRow | Problem]) -> list[ListRow | Problem]:
-    """Rows of a table about the same image are one pair, which stands where the first of them does."""
+    """Merge the rows of the same image into one pair, at the place of the first row."""
     joined: list[ListRow | Problem] = []
     known: dict[str, ListRow] = {}
     for row in rows:
@@ -195,8 +195,8 @@ def _by_image(rows: Iterable[ListRow | Problem]) -> list[ListRow | Problem]:
 
 
 def _text_rows(path: Path, image_column: str | None, caption_column: str | None) -> Iterator[ListRow | Problem]:
-    """Comma- or tab-separated, quoted as spreadsheets do; the first line names the columns."""
-    # A path need not be UTF-8 to be right; a caption must be, and is looked at later.
+    """A comma- or tab-separated table with standard csv quoting; the first line names the columns."""
+    # A path need not be UTF-8. A caption must be, which `clean_captions` checks.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
         try:
@@ -211,16 +211,16 @@ def _text_rows(path: Path, image_column: str | None, caption_column: str | None)
                 where = f"{path}, line {start}"
                 id = f"{path.name}:{start}"
                 if len(fields) > len(header) or len(fields) <= max(image, caption):
-                    message = f"{where}: has {len(fields)} fields, and the first line {len(header)}"
+                    message = f"{where}: has {len(fields)} fields, but the first line has {len(header)}"
                     yield Problem(id, "broken line", f"{message}; does a caption need quotes?")
-                elif path.suffix == ".tsv" and end > start:  # seldom meant: an open quote swallows lines
-                    yield Problem(id, "broken line", f"{where}: a field goes on to line {end}; is a quote not closed?")
+                elif path.suffix == ".tsv" and end > start:  # rarely intended: an open quote swallows lines
+                    yield Problem(id, "broken line", f"{where}: a field extends to line {end}; is a quote not closed?")
                 elif not fields[image]:
                     yield Problem(id, "broken line", f"{where}: names no image")
                 else:
                     yield ListRow(safe_name(fields[image]), fields[image], [fields[caption]], where)
         except csv.Error as error:
-            message = f"--source {path}: cannot be read from line {reader.line_num} on ({error})"
+            message = f"--source {path}: cannot be read at line {reader.line_num} ({error})"
             raise UserError(f"{message}; is a quote not closed there?") from None
 
 
@@ -233,7 +233,7 @@ def _parquet_rows(path: Path, image_column: str | None, caption_column: str | No
         if not isinstance(name, str) or not name:
             yield Problem(f"{path.name}:{number}", "broken line", f"{where}: names no image")
             continue
-        row[caption] = row[caption] or ""  # null is how a table says that there is none
+        row[caption] = row[caption] or ""  # null means that there is no caption
         try:
             yield ListRow(safe_name(name), name, caption_values(row, (caption,), safe_name(name), where), where)
         except PairError as error:
@@ -241,21 +241,21 @@ def _parquet_rows(path: Path, image_column: str | None, caption_column: str | No
 
 
 def _find_column(path: Path, header: list[str], flag: str, given: str | None, usual: Iterable[str]) -> int:
-    """Which column a flag names, or else the first that has a usual name."""
+    """The index of the column that the flag names, or else of the first with a usual name."""
     columns = ", ".join(map(repr, header)) or "none"
     if given is not None and given not in header:
         raise UserError(f"--{flag} {given}: the columns of {path} are {columns}; give one of them")
     names = [given] if given is not None else [name for name in usual if name in header]
     if not names:
-        raise UserError(f"--source {path}: its columns are {columns}; say which one to take with --{flag}")
+        raise UserError(f"--source {path}: its columns are {columns}; choose one with --{flag}")
     return header.index(names[0])
 
 
 def lists_paths(path: Path, image_column: str | None, caption_column: str | None) -> bool:
-    """Whether a parquet table names its images; others hold them. Raises UserError where it is no such table."""
+    """Whether a parquet table has image paths, not image bytes. Raises UserError if it has neither."""
     schema = _parquet(path).schema_arrow
     column = choose_columns(schema, str(path), image_column, caption_column).image
-    return "binary" not in str(schema.field(column).type)  # which is text, or bytes, or a struct with bytes
+    return "binary" not in str(schema.field(column).type)  # the type is text, bytes, or a struct with bytes
 
 
 def _parquet(path: Path) -> Any:
@@ -282,15 +282,15 @@ def _values(path: Path, file: Any, columns: list[str]) -> Iterator[dict[str, Any
 
 def _damaged(path: Path, error: Exception) -> UserError:
     reason = " ".join(str(error).split())
-    return UserError(f"--source {path}: is not a whole parquet file ({reason})")
+    return UserError(f"--source {path}: is a damaged or truncated parquet file ({reason})")
 
 
-# A folder of images, each with its caption beside it in a .txt of the same name
+# A folder of images, each with its caption in a .txt file of the same name
 
 
 @dataclass(frozen=True)
 class FolderSource(RandomAccessSource):
-    """Names of images, relative to a folder, in sorted order; captions are read when asked for."""
+    """Names of images, relative to a folder, in sorted order; captions are read when requested."""
 
     folder: str
     names: list[str]
@@ -329,23 +329,23 @@ class FolderSource(RandomAccessSource):
 
 
 def open_folder(folder: Path) -> FolderSource:
-    """Images at any depth, but for files and folders that begin with a dot."""
+    """Images at any depth, except in files and folders whose names begin with a dot."""
     found = sorted(_walk(folder))
     bare = {}
     for row, (name, has_text) in enumerate(found):
         if not has_text:
-            message = f"{safe_name(folder / name)}: has no .txt of the same name, with its caption"
+            message = f"{safe_name(folder / name)}: has no .txt file of the same name with its caption"
             bare[row] = Problem(safe_name(name), "no caption", message)
     return FolderSource(str(folder), [name for name, _ in found], bare)
 
 
 def has_captioned_images(folder: Path) -> bool:
-    """Whether one image at least has a .txt of its name."""
+    """Whether at least one image has a .txt file of its name."""
     return any(has_text for _, has_text in _walk(folder))
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, bool]]:
-    """(name of an image, whether it has a .txt), in no order."""
+    """(name of an image, whether it has a .txt file), in arbitrary order."""
     for here, inner, files in os.walk(folder):
         inner[:] = [name for name in inner if not name.startswith(".")]
         prefix = "".join(part + "/" for part in Path(here).relative_to(folder).parts)

@@ -1,6 +1,6 @@
-"""Hugging Face data sets: folders that `save_to_disk` wrote, parquet files that hold images, and those of the hub.
+"""Hugging Face datasets: folders that `save_to_disk` wrote, parquet files with images, and datasets on the Hub.
 
-Parquet files are read as they are: the library would first write a second copy of them into its cache.
+Parquet files are read directly: the library would first write a second copy of them into its cache.
 """
 
 import json
@@ -16,7 +16,15 @@ from uvit.errors import UserError
 from uvit.sources.tables import Table, TableRow, TableRows, TableSource, TableStream, choose_columns
 from uvit.sources.types import Source
 
-SPLITS = ("train", "val", "validation", "valid", "dev", "test", "heldout")  # that files and folders are known by
+SPLITS = (
+    "train",
+    "val",
+    "validation",
+    "valid",
+    "dev",
+    "test",
+    "heldout",
+)  # split names in the names of files and folders
 STREAM_BATCH = 32  # rows read at a time
 
 
@@ -36,9 +44,9 @@ def open_dataset(
     caption_column: str | None = None,
     streaming: bool = False,
 ) -> Source:
-    """A folder, a parquet file, or hf:USER/NAME or hf:USER/NAME:CONFIG of the hub.
+    """A folder, a parquet file, or hf:USER/NAME or hf:USER/NAME:CONFIG on the Hub.
 
-    Raises UserError where it cannot be opened, has no such split, or none of the columns that are needed.
+    Raises UserError if it cannot be opened, or has no such split or no column of images or captions.
     """
     if place.startswith("hf:"):
         opened = _open_hub(place, split, streaming)
@@ -65,7 +73,7 @@ class _Parquet:
         except ImportError:
             raise UserError(f"--source {files[0]}: parquet files need pyarrow: pip install 'uvit[datasets]'") from None
         self._groups = list[tuple[Path, int]]()
-        self._firsts = array("q")  # row of the first of each
+        self._firsts = array("q")  # the first row of each group
         self._num_rows = 0
         columns: list[str] | None = None
         for path in files:
@@ -73,10 +81,12 @@ class _Parquet:
                 with ParquetFile(path) as file:
                     names, sizes = file.schema_arrow.names, file.metadata
             except (OSError, ArrowException) as error:
-                raise UserError(f"--source {path}: is not a whole parquet file ({_in_a_line(error)})") from None
+                raise UserError(
+                    f"--source {path}: is a damaged or truncated parquet file ({_in_a_line(error)})"
+                ) from None
             if columns is not None and set(names) != set(columns):
                 raise UserError(
-                    f"--source {path}: has the columns {', '.join(names)}, and {files[0].name} has {', '.join(columns)}"
+                    f"--source {path}: has the columns {', '.join(names)}, but {files[0].name} has {', '.join(columns)}"
                 )
             columns = names
             for group in range(sizes.num_row_groups):
@@ -109,7 +119,7 @@ def _row_group(path: Path, group: int, columns: tuple[str, ...]) -> Any:
 
     try:
         with ParquetFile(path) as file:
-            # Loader processes are threads enough.
+            # The worker processes already run in parallel.
             return file.read_row_group(group, columns=list(columns), use_threads=False)
     except (OSError, ArrowException) as error:
         raise UserError(f"--source {path}: cannot be read ({_in_a_line(error)})") from None
@@ -120,7 +130,7 @@ def _row_of(table: Any, index: int) -> TableRow:
 
 
 def _parquet_files(path: Path, split: str) -> list[Path]:
-    """Those of a split, which is in the files' names or in those of their folders; a single file is `train` too."""
+    """The files of a split, by the names of files or their folders; a single file also counts as `train`."""
     if path.is_file():
         if split != "train":
             _checked_split(split, [_split_of(Path(path.name))], path)
@@ -149,16 +159,18 @@ def _checked_split(split: str, splits: Sequence[str], path: Path) -> str:
     return split
 
 
-# With the library
+# With the `datasets` library
 
 
 def _library() -> Any:
     try:
         import datasets
     except ImportError:
-        raise UserError("--source: Hugging Face data sets need a library: pip install 'uvit[datasets]'") from None
+        raise UserError(
+            "--source: Hugging Face datasets need the `datasets` library: pip install 'uvit[datasets]'"
+        ) from None
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is told by who notices it
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised, so they need not be logged too
     return datasets
 
 
@@ -167,15 +179,15 @@ def _load(where: str, *arguments: str | None, **options: Any) -> Any:
     library = _library()
     try:
         return library.load_dataset(*arguments, **options)
-    except Exception as error:  # of the network, the hub, a file or the library
+    except Exception as error:  # of the network, the Hub, a file or the library
         raise UserError(f"--source {where}: cannot be opened ({_in_a_line(error)})") from None
 
 
 class _Mapped:
-    """A datasets.Dataset, whose rows are mapped into memory."""
+    """A datasets.Dataset, which is memory-mapped."""
 
     def __init__(self, dataset: Any):
-        self._dataset = dataset.with_format("arrow")  # images as their files' bytes
+        self._dataset = dataset.with_format("arrow")  # images stay encoded bytes
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -192,7 +204,7 @@ class _Mapped:
 
 
 class _Streamed:
-    """A datasets.IterableDataset; opened anew by each process that reads it."""
+    """A datasets.IterableDataset, which each process that reads it opens again."""
 
     def __init__(self, place: str, open: Callable[[], Any]):
         self._place, self._open = place, open
@@ -214,10 +226,10 @@ class _Streamed:
 
     def _tables(self, dataset: Any) -> Iterator[Any]:
         try:
-            # Not iter(dataset): in a loader process that gives only some of the rows.
+            # Not iter(dataset): in a worker process that yields only a part of the rows.
             yield from dataset.with_format("arrow").iter(batch_size=STREAM_BATCH)
-        except Exception as error:  # of the network or of a format: which depends on the builder
-            raise UserError(f"--source {self._place}: cannot be read on ({_in_a_line(error)})") from None
+        except Exception as error:  # of the network or of a file format: any type
+            raise UserError(f"--source {self._place}: can no longer be read ({_in_a_line(error)})") from None
 
 
 def _open_folder(path: Path, split: str, streaming: bool) -> "Table | _Streamed":

@@ -1,7 +1,7 @@
-"""Where pairs come from: what `--source` names is recognised, opened, joined and divided here.
+"""Open what `--source` names: recognise each input, open it, concatenate the inputs, and select the split.
 
-A source is opened by reading its index; images are decoded when a pair is asked for. All are picklable and hold no
-open files, so loader processes may share them.
+Opening a source reads its index. Images are decoded when a pair is requested. All sources are picklable and keep no
+files open, so worker processes can share them.
 """
 
 import re
@@ -23,7 +23,7 @@ from uvit.sources.types import RandomAccessSource, Source
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SOURCE_KINDS = (
     "shapes, shapes:two, .tar files, a COCO captions .json, a .jsonl, .csv, .tsv or .parquet list, hf:HUB_ID, or a "
-    "folder of one of these or of images, each with a .txt"
+    "folder of one of these or of images with .txt files"
 )
 
 SourceKind = Literal["shapes", "tars", "coco", "list", "images", "dataset"]
@@ -31,13 +31,13 @@ SourceKind = Literal["shapes", "tars", "coco", "list", "images", "dataset"]
 
 @dataclass(frozen=True)
 class _Input:
-    """What one place of --source was recognised as."""
+    """One input of --source, and what it was recognised as."""
 
     name: str  # as it was given
     kind: SourceKind
     files: tuple[str, ...]  # what to read
-    folder: Path | None = None  # of the images, where the place has its own; --image_folder is stronger
-    parts: str | None = None  # what its parts are, for people; None: it is one, `train`
+    folder: Path | None = None  # its own image folder, if it has one; --image_folder overrides it
+    parts: str | None = None  # its splits, in words; None: it has none, and all of it is `train`
 
 
 def open_source(
@@ -51,27 +51,27 @@ def open_source(
     caption_column: str | None = None,
     streaming: bool = False,
 ) -> Source:
-    """Find out what each place of `source` is, read its index, and put one after the other.
+    """Recognise each input of `source`, read its index, and concatenate the inputs.
 
     Args:
-        split: `train` or `heldout` of shapes; of folders and data sets, the part so named.
+        split: `train` or `heldout` for shapes; the split of that name for folders and datasets.
         image_folder: the images of COCO captions files and of lists: one folder for all, or one for each.
-        resolution: at which shapes are drawn; other images keep their size.
-        val_every: of places without parts, each so-manieth pair is `val` and the others `train`.
-        image_column, caption_column: of lists and Hugging Face data sets, where the names are not the usual ones.
-        streaming: read Hugging Face data sets as they come.
+        resolution: at which shapes are rendered; other images keep their size.
+        val_every: for inputs without splits: every N-th pair is `val`, and the others are `train`.
+        image_column, caption_column: for lists and Hugging Face datasets, if the columns have unusual names.
+        streaming: read Hugging Face datasets without downloading them first.
 
-    Raises UserError, naming the file and what was found in it, where there is nothing to read.
+    Raises UserError, which names the file and what was found in it, if there is nothing to read.
     """
     names = [name for place in ([source] if isinstance(source, str) else source) for name in tars.expand(place)]
     if not names:
-        raise UserError(f"--source: names nothing; give {SOURCE_KINDS}")
+        raise UserError(f"--source: is empty; give {SOURCE_KINDS}")
     try:
         places = [_recognise(name, split, val_every is not None, image_column, caption_column) for name in names]
         _check_parts(places, split, val_every)
         _check_flags(places, image_column, caption_column, streaming)
         places = _with_folders(places, image_folder)
-        # A data set has its parts; to divide it means to divide the one for training.
+        # A dataset has splits of its own; --val_every divides its `train`.
         open_dataset = partial(
             huggingface.open_dataset,
             split=split if val_every is None else "train",
@@ -86,7 +86,7 @@ def open_source(
                 opened += [_shapes(name, split, resolution) for name in files]
             elif kind == "tars":
                 opened.append(tars.open_tars(files))
-            elif kind == "coco":  # files with one folder are about the same images
+            elif kind == "coco":  # files with the same folder describe the same images
                 opened.append(open_coco([Path(file) for file in files], cast(Path, folder)))
             elif kind == "list":
                 opened += [open_list(Path(file), folder, image_column, caption_column) for file in files]
@@ -104,7 +104,9 @@ def open_source(
         return SplitStream(whole, rows)
     part = SplitSource(whole, rows)
     if not len(part):
-        raise UserError(f"--val_every {val_every}: leaves --split {split} empty, of {len(whole)} pairs; give less")
+        raise UserError(
+            f"--val_every {val_every}: leaves --split {split} empty, of {len(whole)} pairs; give a smaller number"
+        )
     return part
 
 
@@ -113,7 +115,7 @@ def require_random_access(source: Source, flag: str) -> RandomAccessSource:
     if isinstance(source, RandomAccessSource):
         return source
     raise UserError(
-        f"{flag}: can only be read from beginning to end, but this command reads pairs in any order; download it first"
+        f"{flag}: can only be read from beginning to end, but this command needs random access; download it first"
     )
 
 
@@ -126,11 +128,11 @@ def _concatenate(opened: list[Source]) -> Source:
 
 def _shapes(name: str, split: str, resolution: int) -> Source:
     if split not in ("train", "heldout"):
-        raise UserError(f"--split {split}: shapes have the splits train and heldout")
+        raise UserError(f"--split {split}: the shapes have the splits train and heldout")
     return ShapesSource(split, resolution, 2 if name == "shapes:two" else 1)
 
 
-# What a place is
+# Recognising an input
 
 
 def _recognise(name: str, split: str, divided: bool, image_column: str | None, caption_column: str | None) -> _Input:
@@ -155,14 +157,14 @@ def _recognise(name: str, split: str, divided: bool, image_column: str | None, c
         return _Input(name, "dataset", (str(path),))
     if path.suffix in LIST_SUFFIXES:
         return _Input(name, "list", (str(path),))
-    raise UserError(f"--source {name}: is a {path.suffix or 'nameless'} file; give {SOURCE_KINDS}")
+    raise UserError(f"--source {name}: is a file of unknown type ({path.suffix or 'no suffix'}); give {SOURCE_KINDS}")
 
 
 def _recognise_folder(name: str, path: Path, split: str, divided: bool) -> _Input:
     if (path / "annotations").is_dir():
         captions, folder, is_one_of_several = find_captions(path, "train" if divided else split)
         return _Input(name, "coco", (str(captions),), folder, "its captions files" if is_one_of_several else None)
-    # Folders of parts come first. To divide a folder that has them would mix them, so then any is looked for.
+    # Folders named after splits come first. --val_every looks for them too, because it must not mix them.
     inner = [path / part for part in dict.fromkeys([split, "train"] if divided else [split])]
     bases: list[tuple[Path, str | None]] = [(base, f"{base.name}/") for base in inner if base.is_dir()] + [(path, None)]
     for base, parts in bases:
@@ -180,23 +182,24 @@ def _recognise_folder(name: str, path: Path, split: str, divided: bool) -> _Inpu
     found_names = sorted(inside.name for inside in path.iterdir())
     shown = ", ".join(found_names[:5]) + (f" and {len(found_names) - 5} more" if len(found_names) > 5 else "")
     raise UserError(
-        f"--source {name}: holds {shown or 'nothing'}, and no annotations/, {METADATA[0]}, {METADATA[1]}, data set, "
-        ".tar files or images, each with a .txt"
+        f"--source {name}: contains {shown or 'nothing'}; expected annotations/, {METADATA[0]}, {METADATA[1]}, "
+        "a dataset, .tar files or images with .txt files"
     )
 
 
-# What goes with what
+# Which flags fit which inputs
 
 
 def _check_parts(places: list[_Input], split: str, val_every: int | None) -> None:
     for place in places:
         if val_every is not None and place.parts and place.kind != "dataset":
             raise UserError(
-                f"--val_every {val_every}: --source {place.name} has parts already, {place.parts}; name one by --split"
+                f"--val_every {val_every}: --source {place.name} already has splits, {place.parts}; choose one with "
+                "--split"
             )
         if val_every is None and not place.parts and split != "train":
             raise UserError(
-                f"--split {split}: --source {place.name} has no such part; leave --split out, or let --val_every 100 "
+                f"--split {split}: --source {place.name} has no splits; leave --split out, or use --val_every 100 to "
                 "make every hundredth pair val"
             )
 
@@ -205,25 +208,23 @@ def _check_flags(places: list[_Input], image_column: str | None, caption_column:
     kinds, name = {place.kind for place in places}, places[0].name
     for flag, value in (("image_column", image_column), ("caption_column", caption_column)):
         if value is not None and not kinds & {"list", "dataset"}:
-            raise UserError(
-                f"--{flag} {value}: goes with a list or a Hugging Face data set; --source {name} is neither"
-            )
+            raise UserError(f"--{flag} {value}: needs a list or a Hugging Face dataset; --source {name} is neither")
     if streaming and "dataset" not in kinds:
-        raise UserError(f"--streaming: goes with a Hugging Face data set, which --source {name} is not")
+        raise UserError(f"--streaming: needs a Hugging Face dataset, which --source {name} is not")
 
 
 def _with_folders(places: list[_Input], given: Sequence[str]) -> list[_Input]:
-    """Places with the folder of their images, as far as they need one."""
+    """Add the image folder to each input that needs one."""
     takers = [place for place in places if place.kind in ("coco", "list")]
     if given and not takers:
-        raise UserError(f"--image_folder {given[0]}: goes with COCO or a list, which --source {places[0].name} is not")
+        raise UserError(f"--image_folder {given[0]}: needs COCO or a list, which --source {places[0].name} is not")
     if len(given) not in (0, 1, len(takers)):
         raise UserError(
-            f"--image_folder: {len(given)} folders for {len(takers)} files of captions; give one, or one for each"
+            f"--image_folder: {len(given)} folders for {len(takers)} captions files; give one, or one for each"
         )
     folders = cycle(Path(folder).expanduser() for folder in given)
     placed = [replace(place, folder=next(folders, place.folder)) if place in takers else place for place in places]
     for place in placed:
         if place.kind == "coco" and place.folder is None:
-            raise UserError(f"--source {place.name}: needs --image_folder, the folder with its images")
+            raise UserError(f"--source {place.name}: needs --image_folder, the folder that contains its images")
     return placed

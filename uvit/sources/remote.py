@@ -1,4 +1,4 @@
-"""Files behind a URL, of any protocol that fsspec speaks."""
+"""Read files behind a URL, with any protocol that fsspec supports."""
 
 import time
 from collections.abc import Callable
@@ -20,12 +20,15 @@ def check_protocol(url: str) -> None:
 
     try:
         fsspec.get_filesystem_class(fsspec.utils.get_protocol(url))
-    except (ImportError, ValueError) as error:  # fsspec says which package to install, or knows no such protocol
+    except (
+        ImportError,
+        ValueError,
+    ) as error:  # fsspec says which package to install, or that it does not know the protocol
         raise UserError(f"--source {url}: cannot be read here ({error})") from None
 
 
 class RemoteFile:
-    """A file behind a URL, read forwards, and tried again where the network fails."""
+    """A file behind a URL, read forwards. Reads are retried if the network fails."""
 
     def __init__(self, url: str):
         self.url = url
@@ -58,7 +61,7 @@ class RemoteFile:
         except ValueError:
             if self._options or not self.url.startswith("http"):
                 raise
-            self._options = {"block_size": 0}  # the server knows no ranges: take the whole file as it comes
+            self._options = {"block_size": 0}  # the server does not support range requests: stream the whole file
             self.close()
             return self._read_on(size)
 
@@ -81,9 +84,9 @@ class RemoteFile:
         for wait in (*TRY_AGAIN_AFTER, None):
             try:
                 return action()
-            except Exception as error:  # of whichever library speaks the protocol
+            except Exception as error:  # of whichever library implements the protocol
                 self.close()
-                cause = error.__cause__ or error  # fsspec's http calls all that goes wrong a missing file
+                cause = error.__cause__ or error  # fsspec's http reports every failure as a missing file
                 is_final = isinstance(cause, FileNotFoundError | PermissionError)
                 if wait is None or is_final or 400 <= getattr(cause, "status", 0) < 500:
                     reason = " ".join(str(cause).split()) or type(cause).__name__

@@ -1,7 +1,7 @@
-"""Built-in captioned pictures: shapes with a colour, a size, a position and a background.
+"""Built-in captioned images: shapes with a colour, a size, a position and a background.
 
-Everything is rendered, deterministic and compositional, and a tenth of the combinations is held out, so that a model
-can be asked for what it has never seen. `uvit.evaluate.shapes_reader` reads the attributes back from pixels.
+Every image is rendered deterministically from its attributes. A tenth of the combinations is held out, to evaluate a
+model on combinations that it was not trained on. `uvit.evaluate.shapes_reader` reads the attributes from the pixels.
 """
 
 import functools
@@ -24,15 +24,15 @@ COLOURS = {
 }
 BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0), "grey": (128, 128, 128)}
 SHAPES = ("circle", "square", "triangle", "cross")
-SIZES = {"small": 0.15, "large": 0.25}  # radius as a share of the picture's side
-POSITIONS = {  # centre as a share of the picture's side, (x, y)
+SIZES = {"small": 0.15, "large": 0.25}  # radius as a fraction of the image's side
+POSITIONS = {  # centre as a fraction of the image's side, (x, y)
     "in the centre": (0.5, 0.5),
     "at the top left": (0.27, 0.27),
     "at the top right": (0.73, 0.27),
     "at the bottom left": (0.27, 0.73),
     "at the bottom right": (0.73, 0.73),
 }
-RELATIONS = {  # where the first and the second object stand
+RELATIONS = {  # positions of the first and the second object
     "left of": ((0.27, 0.5), (0.73, 0.5)),
     "right of": ((0.73, 0.5), (0.27, 0.5)),
     "above": ((0.5, 0.27), (0.5, 0.73)),
@@ -44,7 +44,7 @@ SUPERSAMPLING = 8
 
 @dataclass(frozen=True)
 class Scene:
-    """One object. The fields are the attributes that a picture is asked for."""
+    """One object. The fields are the attributes that a prompt names."""
 
     colour: str
     shape: str
@@ -67,7 +67,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class PairScene:
-    """Two objects and how the first stands to the second."""
+    """Two objects and the relation of the first to the second."""
 
     colour: str
     shape: str
@@ -93,7 +93,7 @@ class PairScene:
 
 
 def scenes(split: str, num_objects: int = 1) -> list[Scene | PairScene]:
-    """All combinations of a split, `train` (nine tenths) or `heldout`, in an order without pattern."""
+    """All combinations of a split, `train` (nine tenths) or `heldout`, in a fixed shuffled order."""
     everything: list[Scene | PairScene]
     if num_objects == 1:
         everything = [Scene(*combo) for combo in itertools.product(COLOURS, SHAPES, SIZES, POSITIONS, BACKGROUNDS)]
@@ -108,7 +108,7 @@ def scenes(split: str, num_objects: int = 1) -> list[Scene | PairScene]:
 
 @functools.lru_cache(maxsize=4096)
 def render(scene: Scene | PairScene, resolution: int) -> Image.Image:
-    """The scene as an RGB picture of `resolution` pixels a side, anti-aliased."""
+    """The scene as an RGB image, `resolution` pixels square, anti-aliased."""
     side = resolution * SUPERSAMPLING
     image = Image.new("RGB", (side, side), BACKGROUNDS[scene.background])
     draw = ImageDraw.Draw(image)

@@ -1,4 +1,4 @@
-"""Tables of pairs: a column holds the images, another the captions, and maybe one the ids."""
+"""Tables of pairs: one column has the images, another the captions, and an optional third the ids."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from uvit.errors import UserError
 from uvit.sources.decode import CAPTION_COLUMNS, IMAGE_COLUMNS, caption_values, clean_captions, decode_image
 from uvit.sources.types import Pair, PairError, Problem, RandomAccessSource, Source
 
-# Not image_id: an image may come in several rows, each with a caption.
+# Not image_id: an image may appear in several rows, each with a caption.
 ID_COLUMNS = ("id", "key", "__key__")
 
 TableRow = dict[str, Any]
@@ -25,7 +25,7 @@ class Columns:
 
 
 def choose_columns(schema: Any, place: str, image: str | None, caption: str | None) -> Columns:
-    """`schema`: Arrow's. Takes the columns given, else those of the usual names, else the one that holds images."""
+    """The given columns, else those with the usual names, else any column of images. `schema`: Arrow's."""
     kinds = {name: _kind(schema.field(name).type) for name in schema.names}
     columns = ", ".join(schema.names)
     for flag, name in (("image_column", image), ("caption_column", caption)):
@@ -39,15 +39,15 @@ def choose_columns(schema: Any, place: str, image: str | None, caption: str | No
     if caption is None:
         caption = next((name for name in CAPTION_COLUMNS if kinds.get(name) in ("text", "texts")), None)
     if image is None:
-        raise UserError(f"--source {place}: no column holds images; name one with --image_column, of {columns}")
+        raise UserError(f"--source {place}: no column contains images; choose one of {columns} with --image_column")
     if caption is None:
-        raise UserError(f"--source {place}: no column holds captions; name one with --caption_column, of {columns}")
+        raise UserError(f"--source {place}: no column contains captions; choose one of {columns} with --caption_column")
     if kinds[image] not in ("image", "text"):
-        raise UserError(f"--image_column {image}: holds {schema.field(image).type} in --source {place}, and no images")
+        raise UserError(f"--image_column {image}: contains {schema.field(image).type} in --source {place}, not images")
     if kinds[caption] not in ("text", "texts"):
         raise UserError(
-            f"--caption_column {caption}: must hold a string or a list of strings in each row; in --source {place} it"
-            f" holds {schema.field(caption).type}"
+            f"--caption_column {caption}: must contain a string or a list of strings in each row; in --source {place}"
+            f" it contains {schema.field(caption).type}"
         )
     return Columns(image, caption, next((name for name in ID_COLUMNS if name in kinds), None))
 
@@ -75,7 +75,7 @@ class TableRows:
 
     place: str
     columns: Columns
-    folder: Path | None  # in which paths of images are; None: the hub, whose paths may be URLs
+    folder: Path | None  # that image paths are relative to; None: on the Hub, where paths may be URLs
 
     def all_columns(self) -> tuple[str, ...]:
         return (self.columns.image, *self.text_columns())
@@ -114,7 +114,7 @@ class TableRows:
 
         try:
             if self.folder is not None:
-                return (self.folder / path).read_bytes()  # a URL is no such file: nothing is fetched unasked
+                return (self.folder / path).read_bytes()  # a URL fails here, so a local table downloads nothing
             with fsspec.open(path, "rb") as file:
                 return file.read()
         except OSError as error:
@@ -123,7 +123,7 @@ class TableRows:
 
 
 class Table(Protocol):
-    """Picklable, and holds no open files."""
+    """Picklable: it keeps no files open."""
 
     def __len__(self) -> int: ...
     def schema(self) -> Any: ...
@@ -134,12 +134,12 @@ class Table(Protocol):
 class StreamedTable(Protocol):
     def schema(self) -> Any: ...
     def rows(self, columns: tuple[str, ...], start: int) -> Iterator[Callable[[], TableRow]]:
-        """Rows from `start` on, each to be called where it is wanted."""
+        """Rows from `start` on, as functions: a row is read when its function is called."""
         ...
 
 
 class TableSource(RandomAccessSource):
-    """Rows any of which can be had at once."""
+    """A table with random access."""
 
     def __init__(self, table: Table, rows: TableRows):
         self._table, self._rows = table, rows
@@ -151,7 +151,7 @@ class TableSource(RandomAccessSource):
             for index, value in enumerate(table.column(rows.columns.id)):
                 id = rows.id({rows.columns.id: value}, index)
                 if id in seen:
-                    message = f"{rows.place}, row {index}: {rows.columns.id} {id} comes a second time"
+                    message = f"{rows.place}, row {index}: {rows.columns.id} {id} appears a second time"
                     self._problems[index] = Problem(id, "duplicate id", message)
                 seen.add(id)
 
@@ -176,7 +176,7 @@ class TableSource(RandomAccessSource):
 
 
 class TableStream(Source):
-    """Rows that come one after the other. Ids that come twice go unnoticed: to notice takes all ids in memory."""
+    """A table without random access. Duplicate ids are not detected: that would take all ids in memory."""
 
     def __init__(self, table: StreamedTable, rows: TableRows):
         self._table, self._rows = table, rows

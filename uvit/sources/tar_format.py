@@ -1,4 +1,4 @@
-"""What a tar holds, and where in it."""
+"""The members of a tar file and their positions in it."""
 
 import zlib
 from collections.abc import Iterator
@@ -6,8 +6,8 @@ from typing import NamedTuple, Protocol
 
 from uvit.errors import UserError
 
-TAR_BLOCK = 512  # bytes; headers and contents of a tar start at multiples of it
-EXTENSIONS = (b"x", b"L", b"K")  # say more about the member that follows: pax; GNU's long names, and those of links
+TAR_BLOCK = 512  # bytes; headers and contents of a tar file start at multiples of it
+EXTENSIONS = (b"x", b"L", b"K")  # records about the next member: pax; GNU's long names of files and links
 TAR_END = bytes(TAR_BLOCK)
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 
@@ -16,10 +16,10 @@ class Member(NamedTuple):
     """A file in a tar."""
 
     key: str  # of its pair
-    suffix: str  # what follows the key, lower case, without the first dot
+    suffix: str  # after the key and its dot, in lower case
     offset: int  # of its content, bytes
     size: int  # bytes
-    cut: bool = False  # no member: the tar breaks off in the one before, or cannot be read after it
+    cut: bool = False  # not a member: the tar file ends within the member before, or is unreadable after it
 
 
 class Bytes(Protocol):
@@ -28,9 +28,9 @@ class Bytes(Protocol):
 
 
 def members(file: Bytes, place: object) -> Iterator[Member]:
-    """The members that can belong to a pair, in order; where the tar breaks off, the last key again, marked `cut`.
+    """The members that can belong to a pair, in order. If the file breaks off, the last key again, marked `cut`.
 
-    Reads the headers itself: tarfile takes four times as long, which is minutes where there are millions of pairs.
+    Reads the headers itself: Python's tarfile takes four times as long, which is minutes for millions of pairs.
     """
     key, named, position = "", dict[bytes, bytes](), 0
     while True:
@@ -39,9 +39,7 @@ def members(file: Bytes, place: object) -> Iterator[Member]:
         if header == TAR_END or (position == 0 and not header):
             return
         if position == 0 and header.startswith(COMPRESSED):
-            raise UserError(
-                f"--source {place}: is compressed, so that no pair can be had without all before it; decompress it"
-            )
+            raise UserError(f"--source {place}: is compressed, so pairs cannot be read in any order; decompress it")
         try:
             size = _checked_size(header)
             kind = header[156:157]
@@ -57,7 +55,7 @@ def members(file: Bytes, place: object) -> Iterator[Member]:
                 size = _in_range(int(named.get(b"size", size)))
         except ValueError:
             if not key:
-                raise UserError(f"--source {place}: is no tar, or damaged at byte {position:,}") from None
+                raise UserError(f"--source {place}: is not a tar file, or is damaged at byte {position:,}") from None
             yield Member(key, "", position, 0, cut=True)
             return
         position = content + -(-size // TAR_BLOCK) * TAR_BLOCK
@@ -75,7 +73,7 @@ def members(file: Bytes, place: object) -> Iterator[Member]:
 
 
 def _checked_size(header: bytes) -> int:
-    """Raises ValueError where this is no header."""
+    """Raises ValueError if this is not a header."""
     if len(header) < TAR_BLOCK:
         raise ValueError
     # The checksum is the sum of all bytes with its own field as spaces. Adler-32 holds that sum, plus one.
@@ -92,7 +90,7 @@ def _number(field: bytes) -> int:
 
 
 def _in_range(number: int) -> int:
-    """So that what follows can be sought. Raises ValueError."""
+    """The number, if a file can be that large. Raises ValueError."""
     if not 0 <= number < 2**60:
         raise ValueError
     return number

@@ -1,7 +1,7 @@
-"""WebDataset tars: the members of one name, up to its first dot, are a pair: an image and a .txt or .json of captions.
+"""WebDataset shards (.tar files): members with the same name up to its first dot are a pair, an image and its captions.
 
-Tars on disk are indexed by their headers, so that any pair can be had at once. Tars behind a URL are read from their
-beginning to their end, one after the other.
+The captions are in a .txt or .json. Shards on disk are indexed by their headers, so pairs can be read in any order.
+Shards behind a URL are read from beginning to end, one after another.
 """
 
 import glob
@@ -32,7 +32,7 @@ from uvit.sources.types import Pair, PairError, Problem, RandomAccessSource, Sou
 
 
 def open_tars(places: list[str]) -> Source:
-    """Tars that follow one another. Raises UserError for what is no tar or holds nothing."""
+    """Several .tar files, one after another. Raises UserError if one is not a tar file, or all are empty."""
     places = [tar for place in places for tar in expand(place)]
     for place, times in Counter(places).items():
         if times > 1:
@@ -45,13 +45,13 @@ def open_tars(places: list[str]) -> Source:
 
 
 def expand(place: str) -> list[str]:
-    """The tars that braces, {000..099} or {a,b}, and the wildcards * ? [] stand for; of URLs, braces only."""
+    """Expand braces, {000..099} or {a,b}, and the wildcards * ? [] to file names; for URLs, only braces."""
     if Path(place).expanduser().exists():
         return [place]
     patterns = _braces(place)
     if is_remote(place):
         if "*" in place:
-            raise UserError(f"--source {place}: * finds nothing behind a URL; write a range, such as {{000..099}}")
+            raise UserError(f"--source {place}: * does not work in a URL; write a range, such as {{000..099}}")
         return patterns
     found: list[str] = []
     for pattern in patterns:
@@ -60,13 +60,13 @@ def expand(place: str) -> list[str]:
             # Path.glob would also find hidden files, which may be half written.
             matches = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))  # noqa: PTH207
         if not matches:
-            raise UserError(f"--source {place}: no file is called {pattern}")
+            raise UserError(f"--source {place}: no file matches {pattern}")
         found += matches
     return found
 
 
 def _braces(text: str) -> list[str]:
-    """As a shell does, but for braces inside braces."""
+    """Expand braces as a shell does, except nested ones."""
     for match in re.finditer(r"\{([^{}]*)\}", text):
         if ends := re.fullmatch(r"(\d+)\.\.(\d+)", match[1]):
             first, last = int(ends[1]), int(ends[2])
@@ -87,22 +87,22 @@ def _braces(text: str) -> list[str]:
 
 
 def _parts(found: list[Member], id: str, place: object, again: bool) -> tuple[Member, Member] | Problem:
-    """-> (image, captions). `again`: the tar has had this pair before."""
+    """-> (image, captions). `again`: the file had this pair before."""
     images = [member for member in found if member.suffix in IMAGE_SUFFIXES]
     texts = [member for suffix in ("txt", "json") for member in found if member.suffix == suffix]
     suffixes = ", ".join(f".{member.suffix}" for member in found if member.suffix)
     if any(member.cut for member in found):
-        return Problem(id, "cut off", f"{place}: is cut off or damaged in {id}; what follows in it is lost")
+        return Problem(id, "cut off", f"{place}: is truncated or damaged in {id}; the rest of it is lost")
     if again:
-        return Problem(id, "duplicate id", f"{place}: {id} comes a second time")
+        return Problem(id, "duplicate id", f"{place}: {id} appears a second time")
     if not images:
         return Problem(
-            id, "missing image", f"{place}: {id} needs an image ({', '.join(IMAGE_SUFFIXES)}), has {suffixes}"
+            id, "missing image", f"{place}: {id} needs an image ({', '.join(IMAGE_SUFFIXES)}), but has {suffixes}"
         )
     if len(images) > 1:
-        return Problem(id, "several images", f"{place}: {id} must have one image, has {suffixes}")
+        return Problem(id, "several images", f"{place}: {id} must have one image, but has {suffixes}")
     if not texts:
-        return Problem(id, "no caption", f"{place}: {id} needs a .txt or .json of captions, has {suffixes}")
+        return Problem(id, "no caption", f"{place}: {id} needs a .txt or .json with captions, but has {suffixes}")
     return images[0], texts[0]
 
 
@@ -114,7 +114,7 @@ def _captions(data: bytes, suffix: str, id: str, place: object) -> tuple[tuple[s
 
 
 def _prefixes(places: list[str]) -> list[str]:
-    """What goes before the keys of each tar: nothing of a single one, else its path below what all have in common."""
+    """The prefix of the ids of each file: its path below the folder that all share; empty for a single file."""
     if len(places) == 1:
         return [""]
     paths = [PurePosixPath(urlsplit(place).path if is_remote(place) else place).with_suffix("") for place in places]
@@ -130,15 +130,15 @@ def _prefixes(places: list[str]) -> list[str]:
 
 
 class TarSource(RandomAccessSource):
-    """Pairs of tars on disk. The index is compact: there may be millions."""
+    """Pairs in .tar files on disk. The index is compact, because there may be millions of pairs."""
 
     def __init__(self, paths: list[Path]):
         self.paths = paths
         self._prefixes = _prefixes([str(path) for path in paths])
-        self._firsts = array("q")  # row of each tar's first pair
+        self._firsts = array("q")  # row of each file's first pair
         self._keys = bytearray()  # one after the other, UTF-8
         self._key_ends = array("q")
-        self._spans = array("q")  # offset and size of the image, of the captions; zeros where there is a problem
+        self._spans = array("q")  # offset and size of the image and of the captions; zeros for a bad pair
         self._is_json = bytearray()
         self._problems: dict[int, Problem] = {}
         for path, prefix in zip(paths, self._prefixes, strict=True):
@@ -149,7 +149,9 @@ class TarSource(RandomAccessSource):
             except OSError as error:
                 raise _unreadable(path, error) from None
         if not len(self):
-            raise UserError(f"--source {paths[0]}: holds no files" + (", nor do the others" if len(paths) > 1 else ""))
+            raise UserError(
+                f"--source {paths[0]}: contains no files" + (", nor do the others" if len(paths) > 1 else "")
+            )
 
     def _add(self, found: Iterator[Member], path: Path, prefix: str) -> None:
         seen = set[str]()
@@ -183,7 +185,7 @@ class TarSource(RandomAccessSource):
         return Pair(id, decode_image(self._read(path, *image), id, path), captions, problems)
 
     def _row(self, index: int) -> tuple[str, Path, tuple[int, int], tuple[int, int]]:
-        """-> (id, tar, offset and size of the image, of the captions)"""
+        """-> (id, file, offset and size of the image, offset and size of the captions)"""
         if not 0 <= index < len(self):
             raise IndexError(index)
         if index in self._problems:
@@ -202,7 +204,7 @@ class TarSource(RandomAccessSource):
             with path.open("rb") as file:
                 file.seek(offset)
                 return file.read(size)
-        except OSError as error:  # not this pair's fault: the disk is gone
+        except OSError as error:  # the disk, not this pair, is the problem
             raise _unreadable(path, error) from None
 
 
@@ -214,7 +216,7 @@ def _unreadable(path: Path, error: OSError) -> UserError:
 
 
 class TarStream(Source):
-    """Pairs of tars of which some or all are behind a URL: each is read once, from its beginning."""
+    """Pairs in .tar files of which some or all are behind a URL. Each file is read once, from beginning to end."""
 
     def __init__(self, places: list[str]):
         self.places = places
@@ -244,7 +246,7 @@ class TarStream(Source):
                 continue
 
     def _rows(self, wanted: Callable[[int], bool], suffixes: Collection[str]) -> Iterator["_Row | None"]:
-        """All pairs in order, with the contents of their members of those suffixes; None where not wanted."""
+        """All pairs in order, with the contents of the members with these suffixes; None if not wanted."""
         position = 0
         for place, prefix in zip(self.places, _prefixes(self.places), strict=True):
             seen = set[str]()
@@ -255,19 +257,19 @@ class TarStream(Source):
                     row = None
                     if wanted(position):
                         row = _Row(prefix + key, place, again, {})
-                        for member in group:  # one at a time: there is no way back to the contents of the last
+                        for member in group:  # one at a time: a stream cannot go back to earlier contents
                             row.add(file, member, member.suffix in suffixes)
                     position += 1
                     yield row
 
 
 class _Row(NamedTuple):
-    """What was read of a pair."""
+    """The members of a pair that were read."""
 
     id: str
     place: str
-    again: bool  # the tar has had this id before
-    contents: dict[Member, bytes]  # of all members; empty where not wanted
+    again: bool  # the file had this id before
+    contents: dict[Member, bytes]  # of all members; empty if not wanted
 
     def add(self, file: Bytes, member: Member, wanted: bool) -> None:
         data = b""
