@@ -67,10 +67,10 @@ def test_columns_that_are_named() -> None:
     ]:
         with pytest.raises(UserError, match=says):
             chosen(kinds, image, caption)
-    with pytest.raises(UserError, match=r"no column contains images; name one with --image_column, of text, label"):
+    with pytest.raises(UserError, match=r"no column contains images; choose one of text, label with --image_column"):
         chosen({"text": TEXT, "label": NUMBER})
     with pytest.raises(
-        UserError, match=r"no column contains captions; name one with --caption_column, of image, label"
+        UserError, match=r"no column contains captions; choose one of image, label with --caption_column"
     ):
         chosen({"image": IMAGE, "label": NUMBER})
 

@@ -11,7 +11,7 @@ from uvit.io import format_bytes
 from uvit.store.npy_layout import load_npy, num_captions
 from uvit.store.splits import Split, find_splits
 
-NPY_LAYOUT = "old layout"  # what `--json` has always called .npy features
+NPY_LAYOUT = "old layout"  # the name of .npy features in the output of `--json`, kept for its readers
 SHORT_SHA = 12  # characters; enough to distinguish encoders
 
 

@@ -1,4 +1,4 @@
-"""What arrays, folders and configs are: told by the names in them, before any network is built."""
+"""Detect what arrays, folders and configs are, by the names in them, before any network is built."""
 
 import functools
 import json
