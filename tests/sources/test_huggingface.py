@@ -1,4 +1,4 @@
-"""The same pairs in every form in which Hugging Face data sets come, at once or streamed, without a network."""
+"""The same pairs in every form in which Hugging Face datasets come, at once or streamed, without a network."""
 
 import contextlib
 import io
@@ -165,7 +165,7 @@ def test_nothing_is_shown_and_nothing_is_written_beside_the_data(places: Path) -
 
 
 def test_folders_of_images_as_the_library_streams_them(tmp_path: Path) -> None:
-    """The hub has such data sets too; their images come as paths."""
+    """The hub has such datasets too; their images come as paths."""
     for colour in COLOURS[:2]:
         (tmp_path / f"{colour}.png").write_bytes(png(colour))
     rows = [{"file_name": f"{colour}.png", "text": colour} for colour in COLOURS[:2]]
