@@ -70,7 +70,7 @@ def _describe_npy(split: Split) -> dict[str, Any]:
 
 
 def summary_rows(split: dict[str, Any]) -> list[tuple[str, str]]:
-    """The description of one split for people: (name, value)."""
+    """The description of one split as lines of text: (name, value)."""
     rows = [("layout", _layout(split))]
     if split["layout"] == "unfinished":
         rows.append(("shards", f"{split['num_shards_done']:,} complete; run the same command again to resume"))
