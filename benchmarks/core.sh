@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# S/2 in float32 on one core: work done per second, beside what the core can do; and the loader at COCO's shapes.
+# S/2 in float32 on one core: work done per second, compared with the peak of the core; and the loader at COCO's shapes.
 set -euo pipefail
 export OMP_NUM_THREADS=1
 pin=()

@@ -1,4 +1,4 @@
-"""Kill an extraction with SIGKILL at random moments, go on each time, and compare every byte with one never killed.
+"""Kill an extraction at random moments, resume it each time, and compare every byte with an uninterrupted one.
 
     python benchmarks/kill_extract.py                                    # the built-in shapes, 20 kills
     python benchmarks/kill_extract.py --vae FOLDER --source photos.tar --kills 50 --resolution 256
@@ -35,12 +35,12 @@ def start(options: argparse.Namespace, store: Path) -> subprocess.Popen[bytes]:
 
 
 def commits(store: Path) -> list[Path]:
-    """What a running extraction renames while one looks may be missing."""
+    """Files that the running extraction renames meanwhile may be missing."""
     return [*store.glob("train/.partial-*/progress.json"), *store.glob("train/shard-*.json")]
 
 
 def committed(store: Path, shard_size: int) -> int:
-    """Source rows that are kept for good. A shard of which only a part is kept is found by its progress.json."""
+    """Source rows that are committed. A shard of which only a part is kept is found by its progress.json."""
     rows = 0
     for path in commits(store):
         try:
@@ -59,7 +59,7 @@ def kill_once(options: argparse.Namespace, store: Path, rows: float, delay: floa
     time.sleep(delay)
     if process.poll() is not None:
         if process.returncode:
-            sys.exit("an extraction that was killed could not be gone on with")
+            sys.exit("an extraction that was killed could not be resumed")
         return None
     process.kill()
     process.wait()
@@ -104,7 +104,7 @@ def main() -> int:
             lost.append(cost if share < 1 else 0.0)  # with all pairs kept, there was nothing to lose
             print(f"Kill {len(lost)}: {share:.0%} of the pairs kept, {cost:.2f} s of work lost.", flush=True)
         if start(options, killed).wait():
-            sys.exit("an extraction that was killed could not be gone on with")
+            sys.exit("an extraction that was killed could not be resumed")
         a, b = contents(whole), contents(killed)
         different = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
         print(f"{len(lost)} kills, {sum(lost):.1f} s of work lost in all, {max(lost, default=0):.2f} s at the worst.")

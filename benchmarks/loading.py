@@ -1,20 +1,20 @@
-"""Reading features for training: the feature store beside the old layout, WebDataset tars and Hugging Face Arrow.
+"""Reading features for training: the feature store, `.npy` features, WebDataset tars and Hugging Face Arrow.
 
     python benchmarks/loading.py [--num_pairs 1024] [--folder DIR] [--repetitions 3]
 
-All hold the same arrays, at COCO's shapes: moments 8x32x32 and five contexts of 77x768 for each picture. All deliver
-the same samples: every picture once an epoch, in random order, with one of its contexts, in batches of 32. The old
-layout is float32, as its users have it; the others are float16. Ratios are to the old layout as it is commonly read:
-`np.load` for each array of each item, and DataLoader's own collate.
+All hold the same arrays, at COCO's shapes: moments 8x32x32 and five text embeddings of 77x768 for each image. All
+deliver the same samples: every image once per epoch, in random order, with one of its text embeddings, in batches of
+32. The `.npy` features (U-ViT layout) are float32, as usual; the others are float16. Ratios are to `.npy` features as
+they are commonly read: `np.load` for each array of each item, and DataLoader's own collate.
 
-Repetitions are interleaved: in each, every reader runs once for each number of workers, so that what else the machine
-does hits all alike; the table has medians, and medians of each repetition's own ratios. Times are of a whole pass,
-from the start to the last batch. Workers are the processes of a DataLoader; uvit's own are threads. Warm: as many
+Repetitions are interleaved: in each, every reader runs once for each number of workers, so that other load on the
+machine affects all alike; the table has medians, and medians of each repetition's own ratios. Times are of a whole
+pass, from the start to the last batch. Workers are the processes of a DataLoader; uvit's own are threads. Warm: as many
 epochs as take about a second, after the files were read from end to end, so that all are in memory. Cold: one epoch,
-after the system was made to forget the files (as root also their names; the first line says how much of them it kept).
-What a cold pass leaves in memory is in smaller pieces than what `cat` leaves: copying it takes up to twice as long.
+after the page cache was dropped (as root, directory entries too; the first line says how much stayed cached). What a
+cold pass leaves in memory is in smaller pieces than what `cat` leaves: copying it takes up to twice as long.
 
-Needs `webdataset` and `datasets`, and 3.1 MB a picture on disk, which it frees in the end: 3.2 GB for 1,024.
+Needs `webdataset` and `datasets`, and 3.1 MB per image on disk, which it frees at the end: 3.2 GB for 1,024.
 """
 
 import argparse
@@ -49,18 +49,18 @@ from uvit.train.loader import prefetch_in_threads
 
 MOMENTS, CONTEXT, NUM_CAPTIONS = (8, 32, 32), (77, 768), 5
 SHARD_SIZE, TAR_SIZE, BATCH_SIZE, SHUFFLE_BUFFER = 1024, 256, 32, 256
-BLOCK = 64  # pictures that are made at a time
+BLOCK = 64  # images that are made at a time
 NUM_WORKERS = (0, 1, 2)
-BASELINE = "old layout, np.load an item"
+BASELINE = ".npy features, np.load for each item"
 
 
 # What is written
 
 
-def pictures(num_pairs: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+def make_images(num_pairs: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """(first number, moments (b, 8, 32, 32), contexts (b, 5, 77, 768)), float32 with float16's values.
 
-    Random, but for the first two numbers of each array, which tell its picture's number.
+    Random, except for the first two numbers of each array, which encode the number of its image.
     """
     random = np.random.default_rng(0)
     moments, contexts = (
@@ -76,14 +76,14 @@ def pictures(num_pairs: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
 
 
 def number_of(array: Any) -> np.ndarray:
-    """Of (B, ...) arrays: the pictures that they are of."""
+    """The image numbers of (B, ...) arrays."""
     marks = np.asarray(array).reshape(len(array), -1)[:, :2].astype(np.int64)
     return marks[:, 0] * SHARD_SIZE + marks[:, 1]
 
 
-def write_old_layout(folder: Path, num_pairs: int) -> None:
+def write_npy(folder: Path, num_pairs: int) -> None:
     (folder / "train").mkdir(parents=True)
-    for first, moments, contexts in pictures(num_pairs):
+    for first, moments, contexts in make_images(num_pairs):
         for i, (one, its_contexts) in enumerate(zip(moments, contexts, strict=True), first):
             np.save(folder / "train" / f"{i}.npy", one)
             for k, context in enumerate(its_contexts):
@@ -109,7 +109,7 @@ def write_store(folder: Path, num_pairs: int) -> None:
         text_encoder=encoder,
         tokenizer=None,
     )
-    writer, parts = StoreWriter(folder / "train", info), pictures(num_pairs)
+    writer, parts = StoreWriter(folder / "train", info), make_images(num_pairs)
     for number in range(-(-num_pairs // SHARD_SIZE)):
         with writer.open_shard(number) as shard:
             while shard.next_row < writer.rows(number).stop:
@@ -125,7 +125,7 @@ def write_store(folder: Path, num_pairs: int) -> None:
 def write_tars(folder: Path, num_pairs: int) -> None:
     folder.mkdir(parents=True)
     with webdataset.ShardWriter(f"{folder}/%05d.tar", maxcount=TAR_SIZE, maxsize=1 << 40, verbose=0) as writer:
-        for first, moments, contexts in pictures(num_pairs):
+        for first, moments, contexts in make_images(num_pairs):
             moments, contexts = moments.astype(np.float16), contexts.astype(np.float16)
             for i, (one, its_contexts) in enumerate(zip(moments, contexts, strict=True), first):
                 captions = {f"context{k}.npy": context for k, context in enumerate(its_contexts)}
@@ -133,7 +133,7 @@ def write_tars(folder: Path, num_pairs: int) -> None:
 
 
 def write_arrow(folder: Path, num_pairs: int) -> None:
-    """Two tables, of pictures and of captions: in one, each read would fetch all contexts of a picture."""
+    """Two tables, of images and of captions: in one, each read would fetch all text embeddings of an image."""
     folder.mkdir(parents=True)
     features = [
         datasets.Features({"moments": datasets.Array3D(MOMENTS, "float16")}),
@@ -143,7 +143,7 @@ def write_arrow(folder: Path, num_pairs: int) -> None:
         ArrowWriter(path=f"{folder}/{name}.arrow", features=feature, writer_batch_size=BLOCK)
         for name, feature in zip(("moments", "contexts"), features, strict=True)
     ]
-    for _, moments, contexts in pictures(num_pairs):
+    for _, moments, contexts in make_images(num_pairs):
         writers[0].write_batch({"moments": list(moments.astype(np.float16))})
         writers[1].write_batch({"context": list(contexts.astype(np.float16).reshape(-1, *CONTEXT))})
     for writer in writers:
@@ -211,7 +211,7 @@ def load_features(open_them: Callable[[Path], Features]) -> Callable[..., Iterab
 
 
 def load_tars(folder: Path, num_pairs: int, num_epochs: int, num_workers: int, seed: int) -> Iterable[Any]:
-    """All five contexts pass by, as a tar is read from end to end; one of them is decoded."""
+    """All five text embeddings are read, as a tar is read from beginning to end; one of them is decoded."""
     random = np.random.default_rng(seed)
 
     def decode(sample: dict[str, bytes]) -> tuple[np.ndarray, ...]:
@@ -246,8 +246,8 @@ class Format:
 
 
 FORMATS = [
-    Format(BASELINE, "old", write_old_layout, load_textbook, 3),
-    Format("old layout, uvit's reader", "old", write_old_layout, load_features(NpyFeatures), 3),
+    Format(BASELINE, "old", write_npy, load_textbook, 3),
+    Format(".npy features, uvit's reader", "old", write_npy, load_features(NpyFeatures), 3),
     Format("feature store", "store", write_store, load_features(lambda folder: FeatureStore(folder / "train")), 40),
     Format("WebDataset tars", "tars", write_tars, load_tars, 2),
     Format("Hugging Face Arrow", "arrow", write_arrow, load_arrow, 3),
@@ -278,7 +278,7 @@ def cpu_seconds() -> float:
 
 
 def check(format: Format, folder: Path, num_pairs: int) -> None:
-    """Each picture comes once, with a context of its own."""
+    """Each image comes once, with one of its own text embeddings."""
     seen = []
     for moments, contexts in format.load(folder / format.folder, num_pairs, 1, 0, 7):
         assert tuple(moments.shape[1:]) == MOMENTS and tuple(contexts.shape[1:]) == CONTEXT, format.name
@@ -326,7 +326,7 @@ def count_opened(format: Format, folder: Path, num_pairs: int) -> int:
     opened: list[str] = []
     counting = True
 
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:  # cannot be taken away again
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:  # an audit hook cannot be removed
         if counting and event == "open" and str(arguments[0]).startswith(place):
             opened.append(str(arguments[0]))
 
@@ -373,8 +373,8 @@ def run(folder: Path, num_pairs: int, repetitions: int) -> None:
                 cold = measure(format, folder, num_pairs, 1, num_workers, repetition)
                 for state, done in (("cold", cold), ("warm", warm)):
                     passes.setdefault((format.name, state, num_workers), []).append(done)
-    print(f"{num_pairs:,} pictures; of the files {max(left):.1%} at most were in memory before cold passes.\n")
-    print("| features | GB | files | opened an epoch |\n|---|---:|---:|---:|")
+    print(f"{num_pairs:,} images; at most {max(left):.1%} of the files were in memory before cold passes.\n")
+    print("| features | GB | files | opened per epoch |\n|---|---:|---:|---:|")
     for format in FORMATS:
         files = files_of(folder / format.folder)
         size = sum(path.stat().st_size for path in files)

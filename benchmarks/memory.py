@@ -1,4 +1,4 @@
-"""The memory that `uvit train --dry_run` tells, beside what short trainings take, process by process.
+"""Compare the memory that `uvit train --dry_run` predicts with what short training runs take, for each process.
 
     python benchmarks/memory.py [--uvit_config_file uvit_t2i_small] [--degrees 1x1x1 2x1x1 1x2x1 1x1x2]
     python benchmarks/memory.py --published     # the published configs at 32 a process, from the dry run alone
@@ -8,8 +8,8 @@ torch's profiler records every allocation. Not in it: what oneDNN and gloo take 
 the process became by the kernel's count (VmHWM), in a second training that nothing records: with all of that, and with
 the libraries that set-up loads. Freed memory goes back to the system at once there (MALLOC_MMAP_THRESHOLD_); as the C
 library is usually set, it keeps some, and a process grows by a further tenth or so. Features are random, at COCO's
-shapes; processes talk by gloo; float32 unless flags say otherwise. Both columns are of the process that has the most.
-"""
+shapes; processes communicate with gloo; float32 unless flags say otherwise. Both columns are of the process that has
+the most."""
 
 import argparse
 import json
@@ -100,7 +100,7 @@ def measure(kind: str, result: Path, flags: list[str]) -> None:
 
 
 def predicted(flags: list[str]) -> tuple[int, float]:
-    """-> (bytes a process, the network's parameters in millions), as the dry run tells them."""
+    """-> (bytes a process, the network's parameters in millions), as the dry run predicts them."""
     config, _ = parse(TrainConfig, flags, prog="uvit train")
     run = build_meta_run(config)
     return sum(plan_of_run(run).memory.values()), run.master_model["unet"].num_parameters() / 1e6
@@ -133,11 +133,11 @@ def compare(folder: Path, model: str, layouts: list[str]) -> None:
         for flags in CASES[degrees]:
             every = arguments(folder, model, degrees, flags)
             size = int(np.prod([int(degree) for degree in degrees.split("x")]))
-            told, _ = predicted(every)
+            planned, _ = predicted(every)
             allocated, grown = (measured(kind, every, size) for kind in ("allocated", "grown"))
             words = " ".join(flags).replace("--per_device_train_batch_size", "batch")
             print(
-                f"| {degrees} | {words} | {told / MIB:,.0f} | {allocated / MIB:,.0f} | {told / allocated:.1%} "
+                f"| {degrees} | {words} | {planned / MIB:,.0f} | {allocated / MIB:,.0f} | {planned / allocated:.1%} "
                 f"| {grown / MIB:,.0f} |",
                 flush=True,
             )
@@ -156,8 +156,8 @@ def published(folder: Path) -> None:
     for name in PUBLISHED:
         cells, millions = [], 0.0
         for degrees, flags in columns.values():
-            told, millions = predicted(arguments(folder, f"uvit_t2i_{name}", degrees, ["--bf16", *flags]))
-            cells.append(f"{told / 2**30:,.1f}")
+            planned, millions = predicted(arguments(folder, f"uvit_t2i_{name}", degrees, ["--bf16", *flags]))
+            cells.append(f"{planned / 2**30:,.1f}")
         print(f"| `uvit_t2i_{name}` | {millions:,.0f} M |", " | ".join(cells), "|", flush=True)
 
 
@@ -167,8 +167,8 @@ def on_an_a100() -> None:
     print("\nH/2 on one A100, class-conditional, batch 128, fp16, GB")
     for recompute, reported in ((False, 54.3), (True, 18.9)):
         config = TrainConfig("", "", fp16=True, recompute=recompute, per_device_train_batch_size=128)
-        told = sum(make_plan(config, sizes, (32, 32)).memory.values()) / 1e9
-        print(f"recompute {recompute}: planned {told:.1f}, reported {reported}, {told / reported:.1%}")
+        planned = sum(make_plan(config, sizes, (32, 32)).memory.values()) / 1e9
+        print(f"recompute {recompute}: planned {planned:.1f}, reported {reported}, {planned / reported:.1%}")
 
 
 def main() -> None:

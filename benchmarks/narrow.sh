@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a narrow U-ViT needs in a short run: the demo's settings cut to 1,500 steps, beside each choice undone.
+# What a narrow U-ViT needs in a short run: the demo's settings cut to 1,500 steps, compared with each choice undone.
 # About 12 minutes on one core. Give the demo's features: bash benchmarks/narrow.sh output/demo/features
 set -euo pipefail
 export OMP_NUM_THREADS=1

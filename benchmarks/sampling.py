@@ -1,14 +1,14 @@
-"""Samplers beside one another: error against the network's work and the time, on trained models.
+"""Compare samplers: error against the network's work and the time, on trained models.
 
     python benchmarks/sampling.py --model shapes output/demo/run/pipeline shapes --model emoji RUN/pipeline prompts.txt
 
 A model is a name, a pipeline and its prompts: a text file with one a line, or `shapes`, the built-in data's held-out
 ones. Solvers are fitted on some of the prompts, and all are measured on others, with other noise. The error is the root
 mean square distance of the latents to where the same flow ends when it is solved in many steps, relative to their size.
-The official sampler stops at timestep 1 and is held against the flow there; all others go on to x_0. "plain 2M" is
-diffusers' DPM-Solver++ without the limit that `dpmsolver++` sets it. One thread; times are medians of rounds in which
-all take turns. For `shapes` also the share of held-out prompts that are drawn right. Writes tables as Markdown, all
-figures as JSON, and a picture.
+The official sampler stops at timestep 1 and is compared with the flow there; all others continue to x_0. "plain 2M" is
+diffusers' DPM-Solver++ without the damping that `dpmsolver++` adds. One thread; times are medians of rounds in which
+all take turns. For `shapes` also the prompt accuracy on held-out prompts. Writes tables as Markdown, all figures as
+JSON, and a plot.
 """
 
 import argparse
@@ -85,10 +85,10 @@ def solver(kind: str, plans: list[SolverPlan]) -> Any:
     return build_scheduler(kind)
 
 
-def errors(drawn: Tensor, reference: Tensor) -> tuple[float, float]:
+def errors(sampled: Tensor, reference: Tensor) -> tuple[float, float]:
     """(over all images together, median of the images), relative."""
     size = reference.square().mean().sqrt()
-    each = (drawn - reference).square().mean(dim=(1, 2, 3)).sqrt()
+    each = (sampled - reference).square().mean(dim=(1, 2, 3)).sqrt()
     return (each.square().mean().sqrt() / size).item(), (each.median() / size).item()
 
 
@@ -134,13 +134,13 @@ def measure(
 
 
 def prompts_right(path: str, options: argparse.Namespace) -> str:
-    """Markdown: share of held-out prompts of the built-in data that are drawn right, with and without an interval."""
+    """Markdown: prompt accuracy on the held-out prompts of the built-in data, with and without a guidance interval."""
     pipeline = open_pipeline(path, "cpu")
     asked = [scene for scene in scenes("heldout") if isinstance(scene, Scene)]
     prompts = [scene.captions()[i % 4] for i, scene in enumerate(asked)]
     known = [scene.captions()[i % 4] for i, scene in enumerate(scenes("train")[:NUM_FITTED_TO])]
     ways = [OFFICIAL, ("plain 2M", 50), *(("dpmsolver++", n) for n in (50, 24)), ("fitted", 12), ("fitted", 8)]
-    lines = ["| guidance | at labels | " + " | ".join(f"{kind}, {n}" for kind, n in ways) + " |"]
+    lines = ["| guidance | at timesteps | " + " | ".join(f"{kind}, {n}" for kind, n in ways) + " |"]
     lines.append("|---|---|" + "---|" * len(ways))
     for scale, interval in itertools.product(options.guidance_scales, (ALL_TIMESTEPS, (100.0, 1000.0))):
         guidance = (scale, *interval)

@@ -1,13 +1,12 @@
-"""Kill training with SIGKILL at random moments, run it again until it ends, compare every byte with a run never killed.
+"""Kill training with SIGKILL at random moments, resume it until it ends, compare every byte with an uninterrupted run.
 
     python benchmarks/soak.py                                       # 100 kills over all variants
     python benchmarks/soak.py --variants plain sharded --kills 20 --seed 1
 
 The run that is never killed is the plain command, or torchrun's; the others are forked off this process, which has
-imported everything, so that a kill costs no import. Says where the kills hit. Exits with 1 where any file of a run
-folder differs (but for what metrics.jsonl has of time and memory), where a hidden file or a process is left over, or
-where a run that was killed does not go on.
-"""
+imported everything, so that a kill costs no import. Prints where the kills hit. Exits with 1 if any file of a run
+folder differs (except times and memory in metrics.jsonl), if a hidden file or a process is left over, or if a run that
+was killed does not resume."""
 
 import argparse
 import json
@@ -73,7 +72,7 @@ PATIENCE = 20.0  # seconds for what is left of a run after a kill; torchrun has 
 
 
 def start(arguments: Sequence[str], folder: Path, size: int = 1) -> list[ForkProcess]:
-    """`uvit ARGUMENTS` in `folder`, by as many processes as torchrun would start. What they say goes to said.txt."""
+    """`uvit ARGUMENTS` in `folder`, by as many processes as torchrun would start. Their output goes to output.txt."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -89,9 +88,9 @@ def start(arguments: Sequence[str], folder: Path, size: int = 1) -> list[ForkPro
 def run(arguments: Sequence[str], folder: Path, environment: dict[str, object]) -> None:
     os.setsid()  # a session of its own, by which its workers are found
     os.chdir(folder)
-    said = os.open("said.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
+    output = os.open("output.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
     os.environ |= {name: str(value) for name, value in environment.items()}
     sys.exit(uvit_main(arguments))
 
@@ -108,7 +107,7 @@ def wait(processes: list[ForkProcess], seconds: float = 120.0) -> list[int | Non
     return statuses
 
 
-def going_on(processes: list[ForkProcess]) -> bool:
+def all_running(processes: list[ForkProcess]) -> bool:
     return all(process.is_alive() for process in processes)
 
 
@@ -131,25 +130,25 @@ def left_over(sessions: set[int]) -> set[int]:
 def kill(processes: list[ForkProcess], run_folder: Path, rng: random.Random, life: tuple[float, float]) -> bool:
     """Kill a run somewhere in its life of (seconds to the last checkpoint, seconds); False: it had come to its end.
 
-    Of several processes all, as where a machine fails, or one: the others then are told to stop, as torchrun does.
+    Of several processes all, as where a machine fails, or one: the others then get SIGTERM, as from torchrun.
     """
     aim = rng.choices(list(AIMS), list(AIMS.values()))[0]
     if aim == "anywhere":
         moment = time.monotonic() + rng.random() * life[1]
-        while going_on(processes) and time.monotonic() < moment:
+        while all_running(processes) and time.monotonic() < moment:
             time.sleep(0.0005)
     elif aim == "at a save":
         saves, wanted = set(run_folder.glob(".checkpoint-*")), 0
         wanted = len(saves) + rng.randint(1, 3)
-        while going_on(processes) and len(saves) < wanted:
+        while all_running(processes) and len(saves) < wanted:
             saves.update(run_folder.glob(".checkpoint-*"))
             time.sleep(0.0002)
         time.sleep(rng.random() * SAVE_SECONDS)
     else:
-        while going_on(processes) and not (run_folder / f"checkpoint-{STEPS}").exists():
+        while all_running(processes) and not (run_folder / f"checkpoint-{STEPS}").exists():
             time.sleep(0.0005)
         time.sleep(rng.random() * (life[1] - life[0]))
-    if not going_on(processes):
+    if not all_running(processes):
         return False
     victims = processes if rng.random() < 0.5 else [rng.choice(processes)]
     for process in victims:
@@ -160,13 +159,13 @@ def kill(processes: list[ForkProcess], run_folder: Path, rng: random.Random, lif
     return any(process.exitcode in (-signal.SIGKILL, -signal.SIGTERM) for process in processes)
 
 
-def place(run_folder: Path, before: set[tuple[str, int]], said: str) -> str:
+def place(run_folder: Path, before: set[tuple[str, int]], output: str) -> str:
     """What a run was doing when it was killed, from what it left."""
     if hidden(run_folder) - before:
         return "save"
     if (run_folder / f"checkpoint-{STEPS}").exists():
         return "export"
-    return "step" if "\nstep " in said else "start"
+    return "step" if "\nstep " in output else "start"
 
 
 def hidden(run_folder: Path) -> set[tuple[str, int]]:
@@ -194,7 +193,7 @@ def differences(run_folder: Path, whole: dict[str, bytes]) -> list[str]:
 
 
 def command(arguments: Sequence[str], folder: Path, size: int) -> float:
-    """The command as people call it. Returns its seconds."""
+    """The command as a user calls it. Returns its seconds."""
     program = [sys.executable, "-m", "uvit"]
     if size > 1:
         torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={size}", "-m", "uvit"]
@@ -207,7 +206,7 @@ def command(arguments: Sequence[str], folder: Path, size: int) -> float:
 
 
 def make_features(folder: Path) -> None:
-    """Contexts and token ids in folder/store, by a text encoder that a first step of training leaves."""
+    """Text embeddings and token ids in folder/store, by a text encoder that a first step of training leaves."""
     (folder / "model.json").write_text(json.dumps(MODEL))
     common = "extract --source shapes --resolution 32 --vae_name_or_path shapes --model_max_length 18 --num_workers 0"
     first = f"{TRAIN} --feature_path tokens --uvit_config_file model.json --max_steps 1 --train_text_encoder"
@@ -217,7 +216,7 @@ def make_features(folder: Path) -> None:
         f"{common} --text both --text_encoder_name_or_path run/pipeline --output_dir store",
     ):
         if wait(start(arguments.split(), folder)) != [0]:
-            sys.exit((folder / "said.txt").read_text())
+            sys.exit((folder / "output.txt").read_text())
     spoil(folder)
 
 
@@ -260,20 +259,20 @@ def soak(variant: str, num_kills: int, folder: Path, rng: random.Random, hits: C
         here.mkdir()
         num_runs += 1
         while True:
-            before, said = hidden(here / "run"), len(read_said(here))
+            before, printed = hidden(here / "run"), len(read_output(here))
             began = time.monotonic()
             processes = start(arguments, here, size)
             sessions |= {process.pid or 0 for process in processes}
             if life[1] and kills.total() < num_kills and kill(processes, here / "run", rng, life):
-                kills[place(here / "run", before, read_said(here)[said:])] += 1
+                kills[place(here / "run", before, read_output(here)[printed:])] += 1
                 continue
             if not life[1]:  # the first one is let live
-                while going_on(processes) and not (here / "run" / f"checkpoint-{STEPS}").exists():
+                while all_running(processes) and not (here / "run" / f"checkpoint-{STEPS}").exists():
                     time.sleep(0.001)
                 saved = time.monotonic() - began
             statuses = wait(processes)
             if any(statuses):
-                print(f"{variant}: a run ended with {statuses}\n{read_said(here)[said:][-3000:]}")
+                print(f"{variant}: a run ended with {statuses}\n{read_output(here)[printed:][-3000:]}")
                 return False
             life = life if life[1] else (saved, time.monotonic() - began)
             break
@@ -297,8 +296,8 @@ def in_words(kills: Counter[str]) -> str:
     return f"{kills.total()} kills ({', '.join(f'{name} {kills[name]}' for name in PLACES)})"
 
 
-def read_said(folder: Path) -> str:
-    path = folder / "said.txt"
+def read_output(folder: Path) -> str:
+    path = folder / "output.txt"
     return path.read_text(errors="replace") if path.exists() else ""
 
 

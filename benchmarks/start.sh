@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# How long a person waits for `uvit --help`, beside a Python that does nothing: ten runs of each.
+# How long `uvit --help` takes, compared with a Python that does nothing: ten runs of each.
 set -euo pipefail
 python - <<'PYTHON'
 import statistics, subprocess, sys, time

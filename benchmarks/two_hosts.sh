@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Two hosts train together, and the network between them fails: does nothing get lost?
+# Two hosts train together, and the network between them fails: is nothing lost?
 #
 #   sudo env PATH="$PATH" bash benchmarks/two_hosts.sh          # two to three minutes on two cores
 #
 # The hosts are two network namespaces of this machine, joined by a virtual cable (root and iproute2 are needed), started
 # by runs/multinode.sh, talking by gloo. First they train undisturbed. Then again: the cable is cut in the middle, both
-# are stopped, the cable is mended, and both are started again by the same command. Later a process of one of them is
-# killed, which torchrun has to mend by itself. In the end every tensor of the last checkpoints and pipelines must be the
+# are stopped, the cable is fixed, and both are started again by the same command. Later a process of one of them is
+# killed, which torchrun has to recover from by itself. In the end every tensor of the last checkpoints and pipelines must be the
 # same in every byte; exits with 1 where one is not. Leaves nothing behind.
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
@@ -106,17 +106,17 @@ fi
 stop_all -TERM
 since=$SECONDS
 while [ "$(running)" -gt 0 ] && [ "$(seconds)" -lt 15 ]; do sleep 0.5; done
-echo "told to stop (SIGTERM): after $(seconds) s $(running) of 2 hosts still wait, and are killed"
-{ stop_all -KILL && wait; } 2>/dev/null || true # bash would tell of it
+echo "sent SIGTERM: after $(seconds) s $(running) of 2 hosts still wait, and are killed"
+{ stop_all -KILL && wait; } 2>/dev/null || true # bash would report it
 
 ip -n "$name-0" link set veth0 up
 since=$SECONDS
 start cut
 wait_for cut $kill_after
 kill -KILL "$(worker_of 1)"
-echo "cable mended, both hosts started again; $(seconds) s later a process of host 1 killed"
+echo "cable fixed, both hosts started again; $(seconds) s later a process of host 1 killed"
 finish cut
-echo "done $(seconds) s after the cable was mended; went on from:"
+echo "done $(seconds) s after the cable was fixed; resumed from:"
 grep -ho 'resumed .*' "$out"/cut-host*.log | sed "s|$out/cut/||; s|^|    |" | sort -u
 
 for part in "checkpoint-$steps" pipeline; do

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.soak import read_said, run, wait
+from benchmarks.soak import read_output, run, wait
 from tests.train.conftest import TINY_MODEL
 from uvit.cli.main import main
 
@@ -87,7 +87,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {
         name: path.read_bytes() if path.is_file() else b""
         for name, path in found.items()
-        if name not in ("said.txt", "count.txt")
+        if name not in ("output.txt", "count.txt")
     }
 
 
@@ -95,10 +95,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_killed_and_run_again(name: str, inputs: Path, tmp_path: Path) -> None:
     arguments = [*name.split(), *COMMANDS[name].replace("INPUTS", str(inputs)).split()]
     whole = tmp_path / "whole"
-    assert start(arguments, whole) == 0, read_said(whole)
+    assert start(arguments, whole) == 0, read_output(whole)
     count = int((whole / "count.txt").read_text())
     for fatal in {count // 2 + 1, count}:
         killed = tmp_path / f"killed-{fatal}"
-        assert start(arguments, killed, fatal) == -signal.SIGKILL, read_said(killed)
-        assert start(arguments, killed) == 0, read_said(killed)
+        assert start(arguments, killed, fatal) == -signal.SIGKILL, read_output(killed)
+        assert start(arguments, killed) == 0, read_output(killed)
         assert contents(killed) == contents(whole)

@@ -61,7 +61,7 @@ def test_after_kills_at_any_moment_every_byte_is_the_same(folder: Path) -> None:
     said = (folder / "soak.txt").read_text()
     assert "all is well\n\nstatus 0\n" in said, said
     assert said.count("every byte equal") == 2 and "\n6 kills (" in said, said
-    rollback = (folder / "rollback-0" / "said.txt").read_text()
+    rollback = (folder / "rollback-0" / "output.txt").read_text()
     assert "rolled back to run/checkpoint-" in rollback
 
 

@@ -46,7 +46,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, num_queries: int) -> Tensor:
-        """Every token is attended to; only the last `num_queries` tokens ask."""
+        """Every token is attended to; only the last `num_queries` tokens are queries."""
         B, L, _ = x.shape
         qkv = self.qkv(x).view(B, L, 3, -1, self.head_dim)                                       # (B, L, 3, N, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)                                           # (B, N, L, d) each
@@ -65,7 +65,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block; those of the second half first take in their long skip."""
+    """A pre-norm transformer block; those of the second half first merge their long skip connection."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, skip: bool):
         super().__init__()
@@ -148,7 +148,7 @@ class UViTT2IModel(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "UViTT2IModel":
-        """As in diffusers, from safetensors only. `uvit.load_unet` opens the formats of other U-ViT systems."""
+        """As in diffusers, from safetensors only. `uvit.load_unet` opens the formats of other U-ViT code."""
         return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
 
     def forward(self, latents: Tensor, timestep: Tensor | float, context: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def run(world: World, folder: Path) -> None:
         shutil.copytree(before.parent / "logs", here / "run" / "logs", dirs_exist_ok=True)
     statuses = wait(start(world.arguments(folder), here, world.size))
     if any(statuses):
-        sys.exit(f"{world.name}: {statuses}\n{(here / 'said.txt').read_text()[-5000:]}")
+        sys.exit(f"{world.name}: {statuses}\n{(here / 'output.txt').read_text()[-5000:]}")
 
 
 def write_worlds(worlds: list[World], folder: Path) -> None:

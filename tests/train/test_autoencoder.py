@@ -75,7 +75,7 @@ def test_train_measure_write_open(tmp_path: Path, capsys: pytest.CaptureFixture[
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     assert train_autoencoder(config(folder, preview_steps=50)) == 0
     said = capsys.readouterr().out
-    assert f"{folder}: all 100 steps are done" in said and "the VAE is there already" in said
+    assert f"{folder}: all 100 steps are done" in said and "the VAE was written before" in said
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
 
@@ -114,7 +114,7 @@ def test_images_that_cannot_be_used_are_left_out_and_named(tmp_path: Path, capsy
     train_autoencoder(config(tmp_path / "vae", source=(str(tmp_path),), max_steps=8, batch_size=1))
     for path in tmp_path.glob("*.png"):
         path.write_bytes(b"broken")
-    with pytest.raises(UserError, match="none of its images can be used"):
+    with pytest.raises(UserError, match="no usable image among"):
         train_autoencoder(config(tmp_path / "none", source=(str(tmp_path),)))
 
 
@@ -200,14 +200,14 @@ def test_a_finished_folder_is_left_as_it_is_and_more_steps_train_on(
     shutil.rmtree("vae/checkpoint-2")
     assert run("vae", max_steps=2)[0] == 0
     assert "all 2 steps are done" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"^--output_dir vae: holds an autoencoder already; .* --overwrite_output_dir"):
+    with pytest.raises(UserError, match=r"^--output_dir vae: already contains a VAE; .* --overwrite_output_dir"):
         run("vae", max_steps=4)
     _, others = run("vae", max_steps=2, overwrite_output_dir=True, channels=16)
     assert "what was in vae is now in vae.old1" in capsys.readouterr().out
     assert Path("vae.old1/config.json").read_bytes() == first["config.json"] != others["config.json"]
     assert run("vae", max_steps=3, channels=16)[0] == 0
     said = capsys.readouterr().out
-    assert "--max_steps was 2 and is now 3" in said and "the VAE of step 2 is replaced by that of step 3" in said
+    assert "--max_steps was 2 and is now 3" in said and "the VAE of step 3 replaces that of step 2" in said
     assert json.loads(Path("vae/training.json").read_text())["steps"] == 3
     assert load_diffusers_vae("vae")
 
@@ -232,7 +232,7 @@ def test_another_model_or_other_images_are_refused(
 def test_a_vae_or_a_run_of_others_is_not_written_into(tmp_path: Path) -> None:
     tiny_vae_folder(tmp_path / "vae")
     before = contents(tmp_path / "vae")
-    with pytest.raises(UserError, match="holds an autoencoder already"):
+    with pytest.raises(UserError, match="already contains a VAE"):
         train_autoencoder(config(tmp_path / "vae"))
     assert contents(tmp_path / "vae") == before
     save_checkpoint(tmp_path / "run", 1, {"weights": {"a": torch.zeros(1)}}, {"config": {}})

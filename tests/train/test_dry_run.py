@@ -200,7 +200,7 @@ def test_a_process_takes_the_memory_and_sends_what_is_planned(
 
 def test_the_description_names_what_people_ask(tiny_config: Any) -> None:
     text = describe_plan(tiny_config(train_text_encoder=True, fp16=True, fp16_opt_level="O2"))
-    for word in ("parameters", "text encoder", "GFLOP", "MiB", "low-precision copy", "162.0 steps an epoch"):
+    for word in ("parameters", "text encoder", "GFLOP", "MiB", "low-precision copy", "162.0 steps per epoch"):
         assert word in text
     assert "processes" not in text and "traffic" not in text
 
@@ -208,8 +208,8 @@ def test_the_description_names_what_people_ask(tiny_config: Any) -> None:
 def test_a_thousand_processes_are_described_by_one(tiny_config: Any) -> None:
     text = describe_plan(tiny_config(dp_degree=64, sharding_parallel_degree=8, tensor_parallel_degree=2))
     assert "--tensor_parallel_degree 2 = 1024" in text
-    assert "4 x 1 x 512 data ranks = 2,048 samples" in text and "0.3 steps an epoch" in text
-    for word in ("a process", "gradients between replicas", "weights between shards", "activations within blocks"):
+    assert "4 x 1 x 512 data ranks = 2,048 samples" in text and "0.3 steps per epoch" in text
+    for word in ("per process", "gradients between replicas", "weights between shards", "activations within blocks"):
         assert word in text
 
 

@@ -239,5 +239,5 @@ def test_the_profiler_writes_a_trace_and_the_benchmark_a_line(
 def test_dry_run_trains_nothing(tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(tiny_config(dry_run=True)) == 0
     said = capsys.readouterr().out
-    assert "parameters" in said and "GFLOP" in said and "steps an epoch" in said
+    assert "parameters" in said and "GFLOP" in said and "steps per epoch" in said
     assert not (tmp_path / "run").exists()

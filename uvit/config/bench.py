@@ -10,8 +10,8 @@ from uvit.config.bounds import Bounds, PositiveInt, check_bounds
 class BenchConfig:
     """Time the training step, the forward pass and the data loader of a U-ViT, on random features.
 
-    Each figure is a median, and stands beside the speed of a large matrix product, taken just before and after, so that
-    a machine that others use too is compared with itself at that moment.
+    Each figure is a median, and is compared with the speed of a large matrix product (matmul) measured just before and
+    after, so that it is valid on a shared machine too.
 
     uvit bench --uvit_config_file uvit_t2i_small --batch_size 32 --precision bf16
     """

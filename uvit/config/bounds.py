@@ -59,8 +59,8 @@ def check_bounds(config: Any) -> None:
     for name, bounds in _bounds(type(config)).items():
         value = getattr(config, name)
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int | float) and not isinstance(number, bool) and (said := bounds.problem(number)):
-                raise UserError(f"--{name} {number}: {said}")
+            if isinstance(number, int | float) and not isinstance(number, bool) and (problem := bounds.problem(number)):
+                raise UserError(f"--{name} {number}: {problem}")
 
 
 def _bounds(cls: type) -> dict[str, Bounds]:

@@ -45,14 +45,14 @@ class ConvertConfig:
 
     # Components
     uvit_config_file: str | None = None
-    """The model config, if the weights do not tell it: the name of a model preset, or a JSON file."""
+    """The model config, if it cannot be inferred from the weights: the name of a model preset, or a JSON file."""
     vae_name_or_path: str | None = None
-    """The VAE to include, in our format or the official one (autoencoder_kl.pth). Default: the one SOURCE has or
+    """The VAE to include, in diffusers' format or the official one (autoencoder_kl.pth). Default: the one SOURCE has or
     names."""
     text_encoder_name_or_path: str | None = None
-    """The text encoder to include. Default: the one SOURCE has, trained or names."""
+    """The text encoder to include. Default: the one in SOURCE, or the one that SOURCE names."""
     tokenizer_name: str | None = None
-    """The tokenizer to include. Default: the one SOURCE has or names."""
+    """The tokenizer to include. Default: the one in SOURCE, or the one that SOURCE names."""
 
     # PaddleMIX
     weights: Literal["safetensors", "pdparams"] = "safetensors"

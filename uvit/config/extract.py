@@ -84,7 +84,7 @@ class AutoencoderConfig:
     device: str = "auto"
     """cpu, cuda, or auto: the GPU if there is one."""
     overwrite_output_dir: bool = False
-    """Start afresh. What is in OUTPUT_DIR is kept under another name."""
+    """Start from scratch. The old contents of OUTPUT_DIR are kept under another name."""
     disable_tqdm: bool = False
     """Print plain lines instead of a progress bar, on a terminal too."""
 
@@ -172,7 +172,7 @@ class ExtractConfig:
     """What to do about broken, tiny or missing images, empty captions and duplicate ids: skip them and list them in
     problems.jsonl beside the features, or stop."""
     min_image_size: PositiveInt = 16
-    """Images with a side of fewer pixels are tiny."""
+    """Images with a side shorter than this many pixels count as tiny."""
 
     # Images
     crop: Literal["center", "random", "pad", "stretch"] = "center"

@@ -38,7 +38,7 @@ class SampleConfig:
     num_inference_steps: InferenceSteps = 50
     """Sampling steps. With the default scheduler 15 to 25 are often enough."""
     seed: Seed = 0
-    """Seed of the first image; every further image adds 1. The batch size plays no part."""
+    """Seed of the first image; every further image adds 1. The batch size does not matter."""
     batch_size: PositiveInt = 8
     """Images per batch. Affects speed and memory, not the images."""
     negative_prompt: str | None = None

@@ -18,16 +18,16 @@ from uvit.errors import UserError
 IGNORED_FLAGS = {
     "do_eval": "validation runs whenever there is a validation split",
     "only_save_updated_model": "a checkpoint holds what a resume needs, and the pipeline folder only the weights",
-    "ignore_data_skip": "resuming skips no data: a batch is computed from the step's number",
+    "ignore_data_skip": "a resumed run need not skip data: a batch is computed from its step number",
     "to_static": "there is no static graph; --compile serves the same purpose",
-    "dataloader_drop_last": "no batch is ever short: samples are counted across epochs",
+    "dataloader_drop_last": "all batches are full: samples are counted across epochs",
     "num_records": "the feature store knows how many samples it holds",
     "buffer_size": "every epoch is a full permutation of the data; there is no shuffle buffer",
     "shuffle_every_n_samples": "every epoch is a full permutation of the data",
     "enable_xformers_memory_efficient_attention": "attention is always memory-efficient",
 }
 UNSUPPORTED = {
-    "pipeline_parallel_degree": "the long skips tie first blocks to last ones, so stages would wait for one another",
+    "pipeline_parallel_degree": "the long skip connections would make pipeline stages wait for one another",
     "sep_parallel_degree": "a sequence of 334 tokens is too short to be worth splitting",
 }
 
@@ -168,7 +168,7 @@ class TrainConfig:
     compile: bool = False
     """Compile the U-ViT with torch.compile. The first step then takes minutes."""
     deterministic: bool = False
-    """On a GPU, use only deterministic kernels; the slowdown was not measured. A CPU is always deterministic."""
+    """On a GPU, use only deterministic kernels; the slowdown has not been measured. A CPU is always deterministic."""
     hang_timeout: NonNegativeFloat = 1800.0
     """If no step ends for this many seconds, each process prints where it is, and keeps waiting; 0: never."""
 
@@ -204,7 +204,7 @@ class TrainConfig:
 
     # Checkpoints
     resume_from_checkpoint: str | None = None
-    """Resume from this checkpoint folder, or from `latest`. Default: the latest whole one in OUTPUT_DIR, if any."""
+    """Resume from this checkpoint folder, or from `latest`. Default: the latest complete one in OUTPUT_DIR, if any."""
     save_total_limit: Annotated[int, Bounds(least=1, hint="leave it out to keep all")] | None = None
     """Keep only this many of the latest checkpoints. Default: all."""
 
@@ -222,9 +222,9 @@ class TrainConfig:
     sep_parallel_degree: int = 1
     """Only 1: the sequence is too short."""
 
-    # Accepted from older command lines
+    # Accepted for PaddleMIX command lines
     do_train: bool = True
-    """False is only accepted with --dry_run."""
+    """False is accepted only with --dry_run."""
     do_eval: bool = False
     """Ignored."""
     only_save_updated_model: bool = False

@@ -11,7 +11,7 @@ from uvit.io import format_bytes
 from uvit.store.npy_layout import load_npy, num_captions
 from uvit.store.splits import Split, find_splits
 
-NPY_LAYOUT = "old layout"  # what `--json` has always called .npy features
+NPY_LAYOUT = "old layout"  # the name of .npy features in the output of `--json`, kept for its readers
 SHORT_SHA = 12  # characters; enough to distinguish encoders
 
 
@@ -70,7 +70,7 @@ def _describe_npy(split: Split) -> dict[str, Any]:
 
 
 def summary_rows(split: dict[str, Any]) -> list[tuple[str, str]]:
-    """The description of one split for people: (name, value)."""
+    """The description of one split as lines of text: (name, value)."""
     rows = [("layout", _layout(split))]
     if split["layout"] == "unfinished":
         rows.append(("shards", f"{split['num_shards_done']:,} complete; run the same command again to resume"))

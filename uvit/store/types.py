@@ -16,7 +16,7 @@ class FeatureBatch:
 
 
 class Features(Protocol):
-    """The moments of a data set, and its text embeddings or token ids. Picklable."""
+    """The moments of a dataset, and its text embeddings or token ids. Picklable."""
 
     num_samples: int
     moments_shape: tuple[int, ...]  # (2 C, h, w)

@@ -1,4 +1,4 @@
-"""`uvit autoencoder`: train a VAE of one's own, for those who have none and want no download."""
+"""`uvit autoencoder`: train a VAE on your own images, if you have none and do not want to download one."""
 
 import math
 import shutil
@@ -46,7 +46,7 @@ from uvit.train.vae_model import (
 COMMAND = "uvit autoencoder"
 NUM_WARMUP_STEPS = 100
 REPORT_STEPS = 50
-NUM_CHECKPOINTS = 2  # that training keeps; when it is done, it keeps one
+NUM_CHECKPOINTS = 2  # kept during training; afterwards one is kept
 VAE_ASIDE = ".vae.writing"  # the folder that the finished VAE is written to first
 MAX_MEASURED = 2048  # images for the latent scale
 # Flags that a resumed run cannot change: another model, other images, or another choice of the held-out ones.
@@ -68,7 +68,7 @@ class VaeRun:
     source: RandomAccessSource
     num_images: int
     rows: np.ndarray  # images to train on
-    held_out: Tensor  # images to measure on, (B, 3, R, R) uint8
+    held_out: Tensor  # held-out images for the PSNR, (B, 3, R, R) uint8
     vae: AutoencoderKL
     optimizer: torch.optim.AdamW
     ema: EMA
@@ -80,7 +80,7 @@ class VaeRun:
         return training_state(self.vae, self.optimizer, self.ema)
 
     def record(self) -> dict[str, Any]:
-        """What a checkpoint says of itself."""
+        """The contents of a checkpoint's uvit.json."""
         return {
             "command": COMMAND,
             "num_images": self.num_images,
@@ -126,13 +126,12 @@ def train_autoencoder(config: AutoencoderConfig) -> int:
 
 
 def check_finished(config: AutoencoderConfig, output_dir: Path) -> None:
-    """A folder with a VAE and no checkpoint: did this very command finish it? If not, raises UserError."""
+    """Check that this same command wrote the VAE of a folder without checkpoints. Raises UserError if not."""
     record = output_dir / "config.yaml"
     same = record.is_file() and record.read_text(encoding="utf-8") == to_yaml(config)
     if not same or (written_steps(output_dir) or 0) < config.max_steps:
         raise UserError(
-            f"--output_dir {output_dir}: holds an autoencoder already; choose another folder or pass "
-            "--overwrite_output_dir"
+            f"--output_dir {output_dir}: already contains a VAE; choose another folder or pass --overwrite_output_dir"
         )
     print(f"{output_dir}: all {config.max_steps} steps are done")
 
@@ -144,7 +143,7 @@ def build_vae_run(config: AutoencoderConfig, output_dir: Path, device: torch.dev
         f"--source {' '.join(config.source)}",
     )
     held_out, rows = split_rows(len(source), config.seed)
-    while len(rows) > 1 and not len(load_images(source, held_out, config.resolution)):  # none of them can be used
+    while len(rows) > 1 and not len(load_images(source, held_out, config.resolution)):  # none of them is usable
         held_out, rows = rows[:1], rows[1:]
     torch.manual_seed(config.seed)
     vae = build_vae(config).to(device)
@@ -168,7 +167,7 @@ def build_vae_run(config: AutoencoderConfig, output_dir: Path, device: torch.dev
 
 
 def resume_vae(run: VaeRun, found: Checkpoint) -> None:
-    """Put the run where its checkpoint was. Raises UserError where that is of another model or of other images."""
+    """Restore the checkpoint. Raises UserError if it is of another model or of other images."""
     check_command(found, COMMAND)
     changed = found.changed_flags(run.config)
     refused = [changed.pop(flag) for flag in list(changed) if flag in FIXED_FLAGS]
@@ -177,7 +176,7 @@ def resume_vae(run: VaeRun, found: Checkpoint) -> None:
     if refused:
         raise UserError(
             f"{found.folder}: {', '.join(refused)}; choose another --output_dir or pass --overwrite_output_dir to "
-            "start afresh"
+            "start from scratch"
         )
     for sentence in changed.values():
         print(sentence)
@@ -189,7 +188,7 @@ def resume_vae(run: VaeRun, found: Checkpoint) -> None:
 
 
 def train_vae(run: VaeRun, world: World, stop: StopSignal, saver: Saver) -> None:
-    """To the last step or a signal, and save."""
+    """Train to the last step or until a signal, and save."""
     config = run.config
     batches = DataLoader(
         VaeBatches(run.source, run.rows, config),
@@ -201,7 +200,7 @@ def train_vae(run: VaeRun, world: World, stop: StopSignal, saver: Saver) -> None
     started, first_step = time.perf_counter(), run.step
     bar = Progress(
         "autoencoder", config.max_steps, "step", done=run.step, bar=not config.disable_tqdm, lines=False
-    )  # its lines are those below
+    )  # without a bar, the lines below are printed
     with bar:
         for pixels, noise in batches:
             reset_hang_timer(TrainConfig.hang_timeout, world)
@@ -220,7 +219,7 @@ def train_vae(run: VaeRun, world: World, stop: StopSignal, saver: Saver) -> None
             if config.preview_steps > 0 and run.step % config.preview_steps == 0:
                 path = run.output_dir / "previews" / f"step-{run.step:06d}.png"
                 save_reconstructions(run.ema.model, run.held_out, path)
-            # Not amidst skipped updates: the weights before them may be spoilt already.
+            # Not after a skipped step: the weights before it may be bad already.
             due = run.step % config.save_steps == 0 and not run.guards.skipped_in_a_row
             if due or run.step == config.max_steps or stop.signal:
                 saver.save(run.step, run.state(), run.record())
@@ -239,7 +238,7 @@ def lr_factor(step: int, max_steps: int) -> float:
 
 
 def vae_step(run: VaeRun, pixels: Tensor, noise: Tensor) -> VaeStepResult | None:
-    """One optimizer step; the update is skipped where loss or gradient is not finite, or the gradient far too large.
+    """One optimizer step; it is skipped if the loss or gradient is not finite, or the gradient is a spike.
 
     None: all images of the batch are broken.
     """
@@ -266,8 +265,8 @@ def vae_step(run: VaeRun, pixels: Tensor, noise: Tensor) -> VaeStepResult | None
 def too_many_nonfinite(run: VaeRun) -> str:
     last = f"the last checkpoint is {run.checkpoint}" if run.checkpoint else "there is no checkpoint yet"
     return (
-        f"the loss or gradient was far too large or not finite for {run.guards.skipped_in_a_row} steps in a row, up to "
-        f"step {run.step}, and nothing was updated; {last}. Try a lower --learning_rate than "
+        f"the loss or gradient was too large or not finite for {run.guards.skipped_in_a_row} steps in a row, up to "
+        f"step {run.step}; these steps were skipped; {last}. Try a lower --learning_rate than "
         f"{run.config.learning_rate}"
     )
 
@@ -280,7 +279,7 @@ def write_result(run: VaeRun) -> None:
     config, output_dir = run.config, run.output_dir
     before = written_steps(output_dir)
     if before == run.step:
-        print(f"{output_dir}: the VAE is there already")
+        print(f"{output_dir}: the VAE was written before")
     else:
         vae: Any = run.ema.model
         others = load_some_images(run.source, run.rows[:MAX_MEASURED], config.resolution)
@@ -296,19 +295,19 @@ def write_result(run: VaeRun) -> None:
         }
         write_vae(vae, facts, output_dir)
         if before is not None:
-            print(f"{output_dir}: the VAE of step {before} is replaced by that of step {run.step}")
+            print(f"{output_dir}: the VAE of step {run.step} replaces that of step {before}")
         print(
-            f"PSNR {measured['psnr']:.2f} dB on {len(run.held_out)} images that it was not trained on, "
+            f"PSNR {measured['psnr']:.2f} dB on {len(run.held_out)} held-out image{'s'[: len(run.held_out) != 1]}, "
             f"latent scale {measured['latent_scale']:.4f}: {output_dir}"
         )
     keep_latest(output_dir, 1, run.step)
-    clean_up(output_dir, ("deleting",))  # of a kill in the line above
-    shutil.rmtree(output_dir / VAE_ASIDE, ignore_errors=True)  # of a kill at the end of `write_vae`
-    print(f"{run.checkpoint} is kept: a higher --max_steps resumes from it. You may delete it")
+    clean_up(output_dir, ("deleting",))  # left by a kill in the line above
+    shutil.rmtree(output_dir / VAE_ASIDE, ignore_errors=True)  # left by a kill at the end of `write_vae`
+    print(f"{run.checkpoint} is kept, to continue with a higher --max_steps. You can delete it")
 
 
 def write_vae(vae: AutoencoderKL, facts: dict[str, object], output_dir: Path) -> None:
-    """Weights, then their config, then what was measured, which says that the others are there."""
+    """The weights, then the config, then training.json: if it exists, the other files are complete."""
     aside = output_dir / VAE_ASIDE
     shutil.rmtree(aside, ignore_errors=True)
     try:

@@ -47,13 +47,13 @@ def describe_plan(config: TrainConfig) -> str:
     lines = [
         f"model        {config.pretrained_model_name_or_path or config.uvit_config_file}: {num_unet:,} parameters"
         + (f", and {num_text:,} of the text encoder" if num_text else ""),
-        f"work         {forward_flops / 1e9:,.1f} GFLOP a forward pass of one sample, "
+        f"work         {forward_flops / 1e9:,.1f} GFLOP per forward pass of one sample, "
         + (f"{text_flops / 1e9:,.1f} of the frozen text encoder, " if frozen is not None else "")
-        + f"{step_flops / 1e12:,.2f} TFLOP a step",
+        + f"{step_flops / 1e12:,.2f} TFLOP per step",
         f"batch        {config.per_device_train_batch_size} x {config.gradient_accumulation_steps}{ranks} = "
         f"{samples:,} samples",
         *plan_lines(plan_of_run(run), degrees),
-        f"data         {features.num_samples:,} samples, {steps_per_epoch:,.1f} steps an epoch",
+        f"data         {features.num_samples:,} samples, {steps_per_epoch:,.1f} steps per epoch",
         *validation_line(run),
         f"run          {run.max_steps:,} steps, {run.max_steps / steps_per_epoch:,.1f} epochs, "
         f"{step_flops * run.max_steps:.2e} FLOP",
@@ -74,15 +74,15 @@ def trained_text_encoder(run: Run) -> nn.Module | None:
 
 
 def plan_lines(plan: "ResourcePlan", degrees: Degrees) -> list[str]:
-    each = " a process" if degrees.product > 1 else ""
+    each = " per process" if degrees.product > 1 else ""
     copies = " in each process of one replica" if degrees.dp > 1 else each
     lines = [
-        f"memory       {in_mib(sum(plan.memory.values()))} MiB{each}, when a step has most = {listed(plan.memory)}",
-        f"             and {in_mib(plan.saving)} MiB of ordinary memory{copies} to copy checkpoints to",
+        f"memory       {in_mib(sum(plan.memory.values()))} MiB{each} at the peak of a step = {listed(plan.memory)}",
+        f"             and {in_mib(plan.saving)} MiB of CPU memory{copies} to copy checkpoints to",
     ]
     if not each:
         return lines
-    traffic = f"traffic      {in_mib(sum(plan.sent.values()))} MiB sent{each}, a step = {listed(plan.sent)}"
+    traffic = f"traffic      {in_mib(sum(plan.sent.values()))} MiB sent{each} and step = {listed(plan.sent)}"
     return [f"processes    {degrees}", *lines, traffic]
 
 

@@ -116,9 +116,9 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Call this once after each optimizer step."""
-        averages = [local_tensor(average) for average in self.model.parameters()]
+        ema_parameters = [local_tensor(parameter) for parameter in self.model.parameters()]
         parameters = [local_tensor(parameter) for parameter in model.parameters()]
-        torch._foreach_lerp_(averages, parameters, 1 - self.decay)
+        torch._foreach_lerp_(ema_parameters, parameters, 1 - self.decay)
 
 
 @torch.no_grad()

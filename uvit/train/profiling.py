@@ -63,9 +63,9 @@ def mfu_reference(run: Run) -> MfuReference:
         source = f"measured just now: {kinds} matrix products on this CPU"
     if peak is None:
         return MfuReference(
-            flops * run.samples_per_step, None, f"no utilisation (MFU): the peak of {name} is not known here"
+            flops * run.samples_per_step, None, f"no utilisation (MFU): the peak FLOP/s of {name} is unknown"
         )
-    sentence = f"utilisation (MFU) is relative to {peak / 1e9:,.0f} GFLOP/s a process, {source}"
+    sentence = f"utilisation (MFU) is relative to {peak / 1e9:,.0f} GFLOP/s per process, {source}"
     return MfuReference(flops * run.samples_per_step, peak * run.world.size, sentence)
 
 

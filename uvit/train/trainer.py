@@ -105,8 +105,8 @@ def training_loop(run: Run, stop: StopSignal, vae: AutoencoderKL | None, mfu: Mf
     config, first_step = run.config, run.step
     metrics: Metrics | NullMetrics = NullMetrics()
     if mfu:
-        old_layout = isinstance(run.features, NpyFeatures)
-        metrics = Metrics(config, run.output_dir, run.step, run.max_steps, run.samples_per_step, mfu, old_layout)
+        npy_features = isinstance(run.features, NpyFeatures)
+        metrics = Metrics(config, run.output_dir, run.step, run.max_steps, run.samples_per_step, mfu, npy_features)
     batches = load_batches(run)
     try:
         with profiler(config, run) as profile, Checkpointer(run) as checkpointer:
@@ -188,7 +188,7 @@ def export_pipeline(run: Run) -> None:
     checkpoint = checkpoint_folders(run.output_dir)[-1]
     folder = run.output_dir / "pipeline"
     if training_facts(folder).get("step") == run.step:
-        print(f"{folder} exists already")
+        print(f"{folder} already exists")
         return
     if missing := missing_encoders(checkpoint):
         features = "The `.npy` features" if isinstance(run.features, NpyFeatures) else "The features"

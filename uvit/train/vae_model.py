@@ -1,4 +1,4 @@
-"""The VAE that `uvit autoencoder` trains: images, network, loss, and how good it is."""
+"""The VAE that `uvit autoencoder` trains: images, network, loss and PSNR."""
 
 import functools
 import math
@@ -64,18 +64,20 @@ def load_some_images(source: RandomAccessSource, rows: np.ndarray, resolution: i
     """-> (B, 3, R, R) uint8, B at least 1"""
     images = load_images(source, rows, resolution)
     if not len(images):
-        raise UserError(f"--source: none of its images can be used, of {len(rows)} looked at; why is printed above")
+        raise UserError(
+            f"--source: no usable image among the {len(rows)} that were read; the reasons are printed above"
+        )
     return images
 
 
 @functools.cache
 def _report(message: str) -> None:
-    """Once for each message, however often its image is drawn."""
+    """Print each message once, however often its image is sampled."""
     print(f"skipped: {message}", file=sys.stderr)
 
 
 def split_rows(num_images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(held-out rows, training rows); a source of one image is both."""
+    """(held-out rows, training rows). A single image is used for both."""
     order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(num_images)
     num_held_out = min(MAX_HELD_OUT, max(1, num_images // HELD_OUT_SHARE))
     return order[:num_held_out], order[num_held_out:] if num_images > 1 else order
@@ -116,7 +118,7 @@ def psnr_of(squared_error: float) -> float:
     return 10 * math.log10(4 / max(squared_error, 1e-12))
 
 
-# How good it is
+# Measuring
 
 
 @torch.no_grad()

@@ -157,7 +157,7 @@ def load_saved(location: Location) -> Any:
     try:
         return load[component](str(location.path))
     except UserError as error:
-        raise UserError(str(error).removeprefix(f"--{FLAGS[component]} ")) from None  # a flag that nobody gave
+        raise UserError(str(error).removeprefix(f"--{FLAGS[component]} ")) from None  # the user did not pass this flag
 
 
 def read_pipeline_settings(

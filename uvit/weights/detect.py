@@ -1,4 +1,4 @@
-"""What arrays, folders and configs are: told by the names in them, before any network is built."""
+"""Detect what arrays, folders and configs are, by the names in them, before any network is built."""
 
 import functools
 import json
@@ -200,7 +200,7 @@ def network_config(weights: Path, component: Network, config_file: str | None) -
 
 
 def has_component(name_or_path: str, component: str) -> bool:
-    """Whether a source has the network or the tokenizer. True for what is not on this machine: nobody knows."""
+    """Whether a source has the network or the tokenizer. True for what is not on this machine: it may have it."""
     path = Path(name_or_path).expanduser()
     if not path.exists():
         return True

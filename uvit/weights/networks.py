@@ -193,8 +193,8 @@ def _split_trainer_checkpoint(
     """The PaddleMIX trainer keeps all networks in one file, and the EMA weights under names without dots."""
     raw = with_prefix(tensors, "unet.")
     dotless = {name.replace(".", ""): name for name in raw}
-    averages = with_prefix(tensors, "model_ema.")
-    ema = {dotless[name]: value for name, value in averages.items() if name in dotless}
+    ema_tensors = with_prefix(tensors, "model_ema.")
+    ema = {dotless[name]: value for name, value in ema_tensors.items() if name in dotless}
     if "unet" not in overridden:
         config = network_config(path, "unet", config_file)
         if "pos_embed" in ema and not ema["pos_embed"].any() and raw["pos_embed"].any():
