@@ -19,7 +19,7 @@ demo: .venv/.ready  ## Train on built-in images of shapes, and generate some (ab
 	@$(BIN)/uvit demo
 
 test: lint  ## Everything that CI runs: lint, types, tests
-	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/.ready  ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -23,12 +23,3 @@ def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def text_encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_text_encoder_folder(tmp_path_factory.mktemp("text_encoder"))
-
-
-@pytest.hookimpl(tryfirst=True)  # before the plugin reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """On several processes the tests of a file run on one of them, and so do all that share worlds of processes."""
-    for item in items:
-        folder = item.path.parent
-        group = folder.name if folder.name == "distributed" else f"{folder.name}-{item.path.stem}"
-        item.add_marker(pytest.mark.xdist_group(group))

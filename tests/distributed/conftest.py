@@ -1,7 +1,9 @@
 """Worlds of two and of four processes, spawned once for all the tests of this folder."""
 
+import fcntl
 import json
 import multiprocessing
+import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,9 +50,16 @@ def spawn(folder: Path, size: int, layouts: dict[str, list[str]]) -> None:
 
 @pytest.fixture(scope="session")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
-    folder = tmp_path_factory.mktemp("worlds")
-    spawn(folder, 2, OF_TWO)
-    spawn(folder, 4, OF_FOUR)
+    """Spawned once, too, where several processes run the tests: they share the parent of their own folders."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "worlds"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            spawn(folder, 2, OF_TWO)
+            spawn(folder, 4, OF_FOUR)
+            (folder / "done").touch()
     return Worlds(folder)
 
 
