@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,17 @@ def write_folder_atomically(folder: Path) -> Iterator[Path]:
         sync_path(folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def move_contents(source: Path, folder: Path, last: Sequence[str]) -> None:
+    """Move the files of a folder into another one, each whole; those named in `last` come last, in order of name.
+
+    So whoever finds them knows that the others are there. Files of the same names are replaced.
+    """
+    for path in sorted(source.iterdir(), key=lambda path: (path.name in last, path.name)):
+        sync_path(path)
+        path.replace(folder / path.name)
+    sync_path(folder)
 
 
 def write_bytes(path: Path, data: bytes, sync: bool = True) -> None:

@@ -5,9 +5,9 @@ most accesses are first ones. Each map keeps a file descriptor, and mapped pages
 cold disk, a fault waits for one page before the next is requested. Here, the disk gets the requests for a whole batch
 before the first wait.
 
-Two refinements were measured and dropped, as neither gained: memory that batches use again, and asking first whether an
-item is in the system's cache (`RWF_NOWAIT`). Announcing all reads (`posix_fadvise`) doubles the speed on a cold disk.
-docs/benchmarks.md has the figures.
+Two refinements were measured and dropped, as neither gained enough: memory that batches use again, and asking first
+whether an item is in the system's cache (`RWF_NOWAIT`). Announcing all reads (`posix_fadvise`) doubles the speed on a
+cold disk. docs/benchmarks.md has the figures.
 """
 
 import functools

@@ -23,7 +23,7 @@ from uvit.config.train import TrainConfig
 from uvit.distributed.mesh import World, single_process_world
 from uvit.errors import UserError
 from uvit.images import to_unit
-from uvit.io import back_up, read_json, sync_path, to_yaml, write_json, write_yaml
+from uvit.io import back_up, move_contents, read_json, to_yaml, write_json, write_yaml
 from uvit.progress import Progress, duration, is_terminal, write
 from uvit.sources.open import open_source, require_random_access
 from uvit.sources.types import RandomAccessSource
@@ -313,10 +313,7 @@ def write_vae(vae: AutoencoderKL, facts: dict[str, object], output_dir: Path) ->
     try:
         vae.save_pretrained(aside)
         write_json(aside / "training.json", facts)
-        last = ["config.json", "training.json"]
-        for path in sorted(aside.iterdir(), key=lambda path: (path.name in last, path.name)):
-            sync_path(path)
-            path.replace(output_dir / path.name)
+        move_contents(aside, output_dir, last=("config.json", "training.json"))
     except SafetensorError as error:
         raise UserError(
             f"--output_dir {output_dir}: the VAE cannot be written ({error}); fix that, and run the same command again "
@@ -324,7 +321,6 @@ def write_vae(vae: AutoencoderKL, facts: dict[str, object], output_dir: Path) ->
         ) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    sync_path(output_dir)
 
 
 def written_steps(output_dir: Path) -> int | None:
