@@ -14,7 +14,8 @@ import yaml
 from uvit.cli.main import COMMANDS, _load, main
 from uvit.cli.parse import flags_of, parse
 from uvit.config.bounds import marks
-from uvit.config.paths import IsPath, expand_path
+from uvit.config.extract import ExtractConfig
+from uvit.config.paths import IsPath, expand_path, expand_recorded
 from uvit.config.train import TrainConfig
 from uvit.errors import UserError
 from uvit.io import to_yaml
@@ -70,7 +71,7 @@ def test_every_path_is_expanded_however_it_is_given(command: str, name: str, hom
         "${DATA}/a b//": f"{home}/data/a b",
         "$HOME": f"{home}",
         "~": f"{home}",
-        "a b/": "./a b",
+        "a b/": "a b",
         "a/b/": "a/b",
         "../a": "../a",
         "/": "/",
@@ -132,6 +133,14 @@ def test_a_config_made_in_python_is_the_same_and_stays_so(home: Path) -> None:
     assert replace(config, seed=1) == TrainConfig(f"{home}/features", f"{home}/data/run", "emoji", seed=1)
 
 
+def test_a_recorded_config_is_compared_as_it_was_meant(home: Path) -> None:
+    """Earlier versions recorded paths as they were typed."""
+    typed = {"feature_path": "~/features/", "output_dir": "$NOWHERE/run", "logging_dir": None, "seed": 3}
+    meant = {"feature_path": f"{home}/features", "output_dir": "$NOWHERE/run", "logging_dir": None, "seed": 3}
+    assert expand_recorded(TrainConfig, typed) == meant
+    assert expand_recorded(ExtractConfig, {"source": ["~/a/", "b", "hf:c/"]}) == {"source": [f"{home}/a", "b", "hf:c/"]}
+
+
 def test_the_printed_config_holds_the_paths_that_are_used(home: Path) -> None:
     """It reruns the same run where the variables have other values, and a relative path stays relative."""
     printed = yaml.safe_load(to_yaml(TrainConfig("$DATA/features", "output/run")))
@@ -166,6 +175,8 @@ def test_the_config_file_is_a_path_too(home: Path) -> None:
         ("-", "-"),
         ("shapes", "shapes"),
         ("shapes/", "./shapes"),
+        ("latest/", "./latest"),
+        ("shape/", "shape"),
         ("user/name", "user/name"),
         ("user/name/", "user/name"),
         ("//", "/"),

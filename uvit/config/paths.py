@@ -1,7 +1,9 @@
 """Paths in flags: `output_dir: PathFlag`. `~` and environment variables in them are expanded here, and nowhere else."""
 
+import contextlib
 import os
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from uvit.config.bounds import marks
@@ -14,6 +16,7 @@ class IsPath:
 
 PathFlag = Annotated[str, IsPath()]
 
+NAMES = ("shapes", "latest")  # have a meaning of their own; with a slash at the end they are folders
 _NO_PATH = re.compile(r"[A-Za-z][\w+.-]*://|hf:|-$")  # a URL, an id on the Hub, standard input
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^{}]*)\})")  # $NAME or ${NAME}
 _HOME = re.compile(r"(\w+=)?(~.*)", re.DOTALL)  # ~ or ~user, also in NAME=PATH
@@ -22,8 +25,7 @@ _HOME = re.compile(r"(\w+=)?(~.*)", re.DOTALL)  # ~ or ~user, also in NAME=PATH
 def expand_path(path: str, where: str) -> str:
     """A path with `~` and environment variables expanded, and without slashes at its end.
 
-    A relative path stays relative. URLs, ids on the Hub (`hf:...`) and names of presets stay as they are. `shapes/`
-    becomes `./shapes`: a slash at its end makes a word a folder, not a preset. Also in NAME=PATH.
+    A relative path stays relative. URLs, ids on the Hub (`hf:...`) and names of presets stay as they are.
 
     Raises UserError where the path is empty, or a variable is not set.
     """
@@ -46,16 +48,30 @@ def expand_path(path: str, where: str) -> str:
     if match := _HOME.fullmatch(expanded):
         expanded = (match[1] or "") + os.path.expanduser(match[2])  # noqa: PTH111  # Path's raises for ~nobody
     bare = expanded.rstrip("/")
-    if not bare:
-        return "/"
-    return bare if bare == expanded or "/" in bare else f"./{bare}"
+    if bare in NAMES and bare != expanded:
+        return f"./{bare}"
+    return bare or "/"
 
 
 def expand_paths(config: Any) -> None:
     """Expand the paths of a config that is being made, in place."""
     for name in marks(type(config), IsPath):
-        value = getattr(config, name)
-        if isinstance(value, str | os.PathLike):
-            object.__setattr__(config, name, expand_path(os.fspath(value), f"--{name}"))
-        elif value is not None:
-            object.__setattr__(config, name, tuple(expand_path(os.fspath(path), f"--{name}") for path in value))
+        object.__setattr__(config, name, _expand_value(getattr(config, name), name))
+
+
+def expand_recorded(cls: type, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config of class `cls` in a file, with its paths expanded: earlier versions recorded them as they
+    were typed. What cannot be expanded stays as it is.
+    """
+    values = dict(recorded)
+    for name in marks(cls, IsPath).keys() & recorded.keys():
+        with contextlib.suppress(UserError):
+            values[name] = _expand_value(recorded[name], name)
+    return values
+
+
+def _expand_value(value: Any, name: str) -> Any:
+    """The value of a field: a path, several in a tuple or list, or None."""
+    if isinstance(value, tuple | list):
+        return type(value)(_expand_value(path, name) for path in value)
+    return None if value is None else expand_path(os.fspath(value), f"--{name}")
