@@ -132,6 +132,16 @@ def write_yaml(config: Any, path: Path) -> None:
     write_bytes(path, to_yaml(config).encode())
 
 
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds; None if there is no such file, or it is not YAML."""
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+
+
 # Sizes
 
 

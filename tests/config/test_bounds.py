@@ -34,7 +34,7 @@ class Config:
     limit: Annotated[int, Bounds(least=1, extra=-1, hint="-1 means never")] | None = None
     strength: Annotated[float, Bounds(above=0, most=1)] = 1
     many: tuple[Annotated[float, Bounds(least=0)], ...] = ()
-    free: float = 0.0
+    free: Annotated[float, Bounds()] = 0.0
     loud: bool = False
     name: str = "x"
 

@@ -74,7 +74,7 @@ def test_guidance_interval() -> None:
     config, _ = parse(SampleConfig, words, "uvit sample", ("prompts",))
     assert (config.guidance_interval, config.prompts) == ((100, 1000), ("a red circle",))
     for wrong in ((0, 10), (10, 5), (1, 1001)):
-        with pytest.raises(UserError, match="--guidance_interval {} {}: ".format(*wrong)):
+        with pytest.raises(UserError, match=r"--guidance_interval (0|10 5|1001): "):
             SampleConfig("p", guidance_interval=wrong)
 
 

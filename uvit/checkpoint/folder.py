@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from uvit.checkpoint.tensors import LocalSlices, read_into, read_whole
+from uvit.config.paths import expand_recorded
 from uvit.errors import UserError
 from uvit.io import sync_path, write_json
 
@@ -94,7 +95,7 @@ class Checkpoint:
 
     def changed_flags(self, config: Any) -> dict[str, str]:
         """The flags whose values changed, without those that change nothing: {flag: "--flag was 1 and is now 2"}."""
-        before = self.record["config"]
+        before = expand_recorded(type(config), self.record["config"])
         now = json.loads(json.dumps(dataclasses.asdict(config)))  # JSON turns tuples into lists, as in the record
         changed = [key for key in now if key not in QUIET_FLAGS and key in before and before[key] != now[key]]
         return {key: f"--{key} was {before[key]} and is now {now[key]}" for key in changed}

@@ -170,7 +170,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(name, arguments)
     except UserError as error:
-        sentence = " ".join(str(error).split())  # a file's name or a flag's value may hold line breaks
+        # A file's name or a flag's value may hold line breaks; other spaces stay, so that paths can be pasted.
+        sentence = " ".join(line.strip() for line in str(error).splitlines())
         print(f"uvit {name}: error: {sentence}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

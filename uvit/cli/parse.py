@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from uvit.config.paths import expand_path
 from uvit.config.presets import find_config
 from uvit.errors import UserError
 
@@ -120,7 +121,7 @@ def collect(
         flag = _find(known, name)
         items = [value] if equals else _take(flag, words)
         if name == "config":
-            values |= collect_file(flags, find_config(command, items[0]))
+            values |= collect_file(flags, find_config(command, expand_path(items[0], "--config")))
         else:
             values[name] = items
             named.add(name)

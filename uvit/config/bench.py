@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from uvit.config.bounds import Bounds, PositiveInt, check_bounds
+from uvit.config.paths import PathFlag, expand_paths
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class BenchConfig:
     uvit bench --uvit_config_file uvit_t2i_small --batch_size 32 --precision bf16
     """
 
-    uvit_config_file: str = "uvit_t2i_small"
+    uvit_config_file: PathFlag = "uvit_t2i_small"
     """The model: the name of a model preset, or a JSON file."""
     batch_size: PositiveInt = 4
     """Samples per training step and per forward pass."""
@@ -38,4 +39,5 @@ class BenchConfig:
     """Rows and columns of the matrices in the matrix product (use 8192 for GPUs)."""
 
     def __post_init__(self) -> None:
+        expand_paths(self)
         check_bounds(self)

@@ -3,16 +3,17 @@
 import math
 import typing
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from uvit.errors import UserError
 
+T = TypeVar("T")
 LARGEST = 2**63 - 1  # what a 64-bit integer holds
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """A range of numbers. NaN and the infinities are outside every range."""
+    """A range of numbers; `Bounds()` is every number. NaN and the infinities are outside every range."""
 
     least: float | None = None
     above: float | None = None
@@ -51,25 +52,27 @@ NonNegativeInt = Annotated[int, Bounds(least=0)]
 PositiveFloat = Annotated[float, Bounds(above=0)]
 NonNegativeFloat = Annotated[float, Bounds(least=0)]
 Fraction = Annotated[float, Bounds(least=0, below=1)]
+AnyInt = Annotated[int, Bounds()]
 Seed = Annotated[int, Bounds(least=0, most=LARGEST)]
 
 
 def check_bounds(config: Any) -> None:
     """Raises UserError for the first number of a config that its field does not accept."""
-    for name, bounds in _bounds(type(config)).items():
+    for name, bounds in marks(type(config), Bounds).items():
         value = getattr(config, name)
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int | float) and not isinstance(number, bool) and (problem := bounds.problem(number)):
+            if number is not None and (problem := bounds.problem(number)):
                 raise UserError(f"--{name} {number}: {problem}")
 
 
-def _bounds(cls: type) -> dict[str, Bounds]:
-    """{field: its bounds}; without any of its own, those that every number has."""
-    return {name: _find(hint) or Bounds() for name, hint in typing.get_type_hints(cls, include_extras=True).items()}
+def marks(cls: type, kind: type[T]) -> dict[str, T]:
+    """{field: its mark} of a config's fields with a mark of a kind in their type."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {name: found for name, hint in hints.items() if (found := _find(hint, kind)) is not None}
 
 
-def _find(hint: Any) -> Bounds | None:
-    """The bounds in `Annotated[int, Bounds(...)]`, also within `... | None` and `tuple[..., ...]`."""
-    own = [item for item in getattr(hint, "__metadata__", ()) if isinstance(item, Bounds)]
-    within = [found for item in typing.get_args(hint) if (found := _find(item))]
+def _find(hint: Any, kind: type[T]) -> T | None:
+    """The mark in `Annotated[int, Bounds(...)]`, also within `... | None` and `tuple[..., ...]`."""
+    own = [item for item in getattr(hint, "__metadata__", ()) if isinstance(item, kind)]
+    within = [found for item in typing.get_args(hint) if (found := _find(item, kind)) is not None]
     return next(iter([*own, *within]), None)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from uvit.config.paths import PathFlag, expand_paths
 from uvit.errors import UserError
 
 # The encoders that each format holds beside the U-ViT.
@@ -29,10 +30,10 @@ class ConvertConfig:
     """
 
     # Most used
-    source: str
+    source: PathFlag
     """A checkpoint-N folder, a pipeline folder, or weights of the official U-ViT code or of PaddleMIX: a file or a
     folder."""
-    dest: str
+    dest: PathFlag
     """The folder to write."""
     to: Literal["pipeline", "diffusers", "official", "paddle", "port", "trainer", "export", "onnx"] = "pipeline"
     """The format to write. pipeline: a pipeline folder; diffusers: the same with its code inside, for diffusers without
@@ -44,14 +45,14 @@ class ConvertConfig:
     """Replace DEST. The old one is kept under another name."""
 
     # Components
-    uvit_config_file: str | None = None
+    uvit_config_file: PathFlag | None = None
     """The model config, if it cannot be inferred from the weights: the name of a model preset, or a JSON file."""
-    vae_name_or_path: str | None = None
+    vae_name_or_path: PathFlag | None = None
     """The VAE to include, in diffusers' format or the official one (autoencoder_kl.pth). Default: the one SOURCE has or
     names."""
-    text_encoder_name_or_path: str | None = None
+    text_encoder_name_or_path: PathFlag | None = None
     """The text encoder to include. Default: the one in SOURCE, or the one that SOURCE names."""
-    tokenizer_name: str | None = None
+    tokenizer_name: PathFlag | None = None
     """The tokenizer to include. Default: the one in SOURCE, or the one that SOURCE names."""
 
     # PaddleMIX
@@ -69,6 +70,7 @@ class ConvertConfig:
     """Make the repository private, if it is new."""
 
     def __post_init__(self) -> None:
+        expand_paths(self)
         if self.push_to_hub is not None and self.license is None:
             raise UserError(f"--push_to_hub {self.push_to_hub}: needs a --license, such as apache-2.0")
         if self.push_to_hub is not None and self.push_to_hub.count("/") != 1:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from uvit.config.paths import PathFlag, expand_paths
+
 
 @dataclass(frozen=True)
 class DemoConfig:
@@ -13,10 +15,13 @@ class DemoConfig:
     uvit demo --output_dir output/demo
     """
 
-    output_dir: str | None = None
+    output_dir: PathFlag | None = None
     """The folder for all results. Default: output/demo, or output/demo-fast with --fast."""
     fast: bool = False
     """Run the same commands in under a minute. That is too short to learn anything."""
+
+    def __post_init__(self) -> None:
+        expand_paths(self)
 
     def folder(self) -> str:
         return self.output_dir or ("output/demo-fast" if self.fast else "output/demo")

@@ -14,6 +14,7 @@ from uvit.config.bounds import (
     Seed,
     check_bounds,
 )
+from uvit.config.paths import PathFlag, expand_paths
 from uvit.config.sharding import parse_shard
 from uvit.errors import UserError
 
@@ -34,10 +35,10 @@ class AutoencoderConfig:
     """
 
     # Most used
-    source: tuple[str, ...]
+    source: tuple[PathFlag, ...]
     """The images: any source of `uvit extract`, such as a folder with metadata.jsonl, a WebDataset .tar, a COCO folder
     or the built-in `shapes`."""
-    output_dir: str
+    output_dir: PathFlag
     """The folder to write. Diffusers' AutoencoderKL.from_pretrained opens it, and so does --vae_name_or_path."""
     resolution: PositiveInt = 64
     """Side of the square images, in pixels."""
@@ -55,7 +56,7 @@ class AutoencoderConfig:
     # Data
     split: str = "train"
     """The split of the source."""
-    image_folder: tuple[str, ...] = ()
+    image_folder: tuple[PathFlag, ...] = ()
     """The folder with the images of a COCO captions file."""
     num_workers: NonNegativeInt = 0
     """Processes that decode images; 0: in the main process."""
@@ -89,6 +90,7 @@ class AutoencoderConfig:
     """Print plain lines instead of a progress bar, on a terminal too."""
 
     def __post_init__(self) -> None:
+        expand_paths(self)
         check_bounds(self)
         if self.resolution % self.factor:
             raise UserError(f"--resolution {self.resolution}: must be a multiple of --factor {self.factor}")
@@ -103,13 +105,13 @@ class TokenizerConfig:
     uvit tokenizer --source my_images --output_dir output/tokenizer
     """
 
-    source: tuple[str, ...]
+    source: tuple[PathFlag, ...]
     """The captions: any source of `uvit extract`."""
-    output_dir: str
+    output_dir: PathFlag
     """The folder to write. Transformers' AutoTokenizer opens it."""
     split: str = "train"
     """The split of the source."""
-    image_folder: tuple[str, ...] = ()
+    image_folder: tuple[PathFlag, ...] = ()
     """The folder with the images of COCO captions files or lists."""
     caption_column: str | None = None
     """The column with the captions in a list or Hugging Face dataset."""
@@ -119,6 +121,7 @@ class TokenizerConfig:
     """Maximum number of tokens of a caption, start and end tokens included."""
 
     def __post_init__(self) -> None:
+        expand_paths(self)
         check_bounds(self)
 
 
@@ -133,16 +136,16 @@ class ExtractConfig:
     """
 
     # Most used
-    source: tuple[str, ...]
+    source: tuple[PathFlag, ...]
     """The image-text pairs: one source, or several that are read one after another. A folder with metadata.jsonl;
     WebDataset .tar files, also as a{000..099}.tar or URLs; a COCO folder, or a COCO captions .json with --image_folder;
     a .csv, .tsv or .parquet list of image paths and captions; a Hugging Face dataset as a folder, .parquet files or
     hf:HUB_ID; or the built-in `shapes` and `shapes:two`."""
-    output_dir: str
+    output_dir: PathFlag
     """The feature store to write: new, or left by the same command. Each split is a folder in it."""
-    vae_name_or_path: str
+    vae_name_or_path: PathFlag
     """An AutoencoderKL: its folder, a pipeline folder, a Hub id, or the VAE preset `shapes`."""
-    text_encoder_name_or_path: str | None = None
+    text_encoder_name_or_path: PathFlag | None = None
     """A CLIP, T5 or BERT-like text encoder: its folder, a pipeline folder or a Hub id."""
     text: Literal["contexts", "tokens", "both"] = "contexts"
     """What to store of the captions. contexts: the text embeddings, that is, the text encoder's last hidden states;
@@ -160,7 +163,7 @@ class ExtractConfig:
     # Source
     val_every: Annotated[int, Bounds(least=2)] | None = None
     """For a source without splits: put every N-th pair into the split val, and the others into train."""
-    image_folder: tuple[str, ...] = ()
+    image_folder: tuple[PathFlag, ...] = ()
     """The images of COCO captions files or lists: one folder for all, or one for each."""
     image_column: str | None = None
     """The column with the images, or their paths, in a list or Hugging Face dataset. Default: the first usual name."""
@@ -184,7 +187,7 @@ class ExtractConfig:
     """Also encode the mirrored image. Training then picks one of the two at random each time."""
 
     # Text
-    tokenizer_name: str | None = None
+    tokenizer_name: PathFlag | None = None
     """A tokenizer's folder or Hub id. Default: the text encoder's tokenizer; without one, a tokenizer is trained on the
     captions."""
     vocab_size: PositiveInt | None = None
@@ -213,6 +216,7 @@ class ExtractConfig:
     """Print plain lines instead of a progress bar, on a terminal too."""
 
     def __post_init__(self) -> None:
+        expand_paths(self)
         check_bounds(self)
         check_split(self.split)
         parse_shard(self.shard)

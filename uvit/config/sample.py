@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from uvit.config.bounds import Bounds, PositiveInt, Seed, check_bounds
+from uvit.config.paths import PathFlag, expand_paths
 from uvit.config.sharding import parse_shard
 from uvit.errors import UserError
 
@@ -11,6 +12,7 @@ SPEEDS = {"fast": 8, "balanced": 12, "quality": 24}  # steps of solvers that are
 
 Guidance = Annotated[float, Bounds(least=0, hint="1 turns guidance off")]
 InferenceSteps = Annotated[int, Bounds(least=1, most=1000)]
+Timestep = Annotated[float, Bounds(least=1, most=1000)]
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,12 @@ class SampleConfig:
     """
 
     # Most used
-    pipeline: str
+    pipeline: PathFlag
     """The pipeline folder: OUTPUT_DIR/pipeline of a training run, a run's OUTPUT_DIR itself once it has finished, or a
     folder that `uvit convert` wrote."""
     prompts: tuple[str, ...] = ()
     """The prompts, each in quotes. `-` reads standard input, one prompt per line, as does a pipe without any prompt."""
-    output_dir: str = "samples"
+    output_dir: PathFlag = "samples"
     """The folder for the images. Their numbers continue from the images that are already there."""
     num_images_per_prompt: PositiveInt = 1
     """Images per prompt."""
@@ -48,9 +50,9 @@ class SampleConfig:
     --fit_schedule once before."""
 
     # Prompts and output
-    prompts_file: str | None = None
+    prompts_file: PathFlag | None = None
     """A text file with one prompt per line. They follow the prompts given above."""
-    compare_with: tuple[str, ...] = ()
+    compare_with: tuple[PathFlag, ...] = ()
     """Further pipelines, sampled with the same prompts and seeds, side by side with --pipeline."""
     skip_existing: bool = False
     """Resume an interrupted run: number from 0, and skip images that exist already with the same settings."""
@@ -66,7 +68,7 @@ class SampleConfig:
     scheduler: Literal["dpmsolver++", "ddim", "unipc", "euler", "heun", "ddpm", "official", "fitted"] = "dpmsolver++"
     """The solver. heun evaluates the network twice per step; ddpm adds noise at each step and needs many; official is
     the solver of U-ViT's published results; fitted is the one stored by --fit_schedule."""
-    guidance_interval: tuple[float, float] = (1, 1000)
+    guidance_interval: tuple[Timestep, Timestep] = (1, 1000)
     """Apply guidance only at timesteps in this interval, lowest and highest, within 1..1000. Steps outside cost half.
     Above guidance 4 try `100 1000`: strong guidance does most harm at low noise."""
     fit_schedule: bool = False
@@ -74,11 +76,11 @@ class SampleConfig:
     images at least, better 16 or more), and store them in the pipeline. Takes as long as sampling with 350 steps."""
 
     # Editing an image
-    init_image: str | None = None
+    init_image: PathFlag | None = None
     """Start from this image file instead of pure noise. It is center-cropped, as in training."""
     strength: Annotated[float, Bounds(above=0, most=1)] | None = None
     """How much of --init_image may change: the fraction of the steps that are run. Default: 0.8; 1 with --mask."""
-    mask: str | None = None
+    mask: PathFlag | None = None
     """An image file of the size of --init_image. White is repainted; the rest keeps its exact pixels."""
 
     # Device and memory
@@ -99,15 +101,14 @@ class SampleConfig:
     """Print plain lines instead of a progress bar, on a terminal too."""
 
     def __post_init__(self) -> None:
+        expand_paths(self)
         check_bounds(self)
         parse_shard(self.shard)
         if not self.guidance_scale:
             raise UserError("--guidance_scale: needs a value; 1 turns guidance off")
         lowest, highest = self.guidance_interval
-        if not 1 <= lowest <= highest <= 1000:
-            raise UserError(
-                f"--guidance_interval {lowest:g} {highest:g}: must be two timesteps in 1..1000, the lower one first"
-            )
+        if lowest > highest:
+            raise UserError(f"--guidance_interval {lowest:g} {highest:g}: must be two timesteps, the lower one first")
         if self.speed is not None and (self.scheduler, self.num_inference_steps) != ("dpmsolver++", 50):
             raise UserError(f"--speed {self.speed}: sets --scheduler and --num_inference_steps; leave these out")
         if self.init_image is not None and (self.speed is not None or self.scheduler == "fitted"):
@@ -142,9 +143,9 @@ class EvaluateConfig:
     uvit evaluate output/demo/run/pipeline --output_dir output/demo/evaluation
     """
 
-    pipeline: str
+    pipeline: PathFlag
     """The pipeline folder."""
-    output_dir: str
+    output_dir: PathFlag
     """The folder for the contact sheet and results.json."""
     split: Literal["heldout", "train"] = "heldout"
     """heldout: combinations that were not trained on; train: those that were."""
@@ -164,6 +165,7 @@ class EvaluateConfig:
     """Print plain lines instead of a progress bar, on a terminal too."""
 
     def __post_init__(self) -> None:
+        expand_paths(self)
         check_bounds(self)
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from uvit.config.bounds import Bounds, PositiveFloat, PositiveInt, Seed, check_bounds
 from uvit.config.extract import check_split
+from uvit.config.paths import PathFlag, expand_paths
 from uvit.errors import UserError
 
 MAX_ON_SHEET = 1000  # pairs
@@ -18,7 +19,7 @@ class FeaturesInfoConfig:
     uvit features info output/features
     """
 
-    path: str
+    path: PathFlag
     """The folder with the features: the --output_dir of `uvit extract`, or .npy features in the U-ViT layout."""
     split: str | None = None
     """Only this split. Default: all splits."""
@@ -26,6 +27,7 @@ class FeaturesInfoConfig:
     """Print JSON, for programs."""
 
     def __post_init__(self) -> None:
+        expand_paths(self)
         check_split(self.split)
 
 
@@ -38,7 +40,7 @@ class FeaturesVerifyConfig:
     uvit features verify output/features
     """
 
-    path: str
+    path: PathFlag
     """The folder with the features. .npy features have no checksums: only shapes and values are checked."""
     split: str | None = None
     """Only this split. Default: all splits."""
@@ -46,6 +48,7 @@ class FeaturesVerifyConfig:
     """Print plain lines instead of a progress bar, on a terminal too."""
 
     def __post_init__(self) -> None:
+        expand_paths(self)
         check_split(self.split)
 
 
@@ -58,17 +61,17 @@ class FeaturesImportConfig:
     uvit features import npy_features --output_dir output/features
     """
 
-    path: str
+    path: PathFlag
     """The folder of .npy features, with empty_context.npy."""
-    output_dir: str
+    output_dir: PathFlag
     """The feature store to write: new, or left by the same command."""
     dtype: Literal["float16", "float32"] | None = None
     """Type in which moments and text embeddings are stored. Default: that of the .npy files."""
-    vae_name_or_path: str | None = None
+    vae_name_or_path: PathFlag | None = None
     """The VAE that made the features. The store records it, for previews and pipelines."""
-    text_encoder_name_or_path: str | None = None
+    text_encoder_name_or_path: PathFlag | None = None
     """The text encoder that made the features, for the record."""
-    tokenizer_name: str | None = None
+    tokenizer_name: PathFlag | None = None
     """Its tokenizer, for the record. Default: the text encoder's tokenizer."""
     latent_scale: PositiveFloat | None = None
     """Factor from VAE latents to model latents. Default: that of --vae_name_or_path; without it 0.2301, U-ViT's own for
@@ -79,6 +82,7 @@ class FeaturesImportConfig:
     """Print plain lines instead of a progress bar, on a terminal too."""
 
     def __post_init__(self) -> None:
+        expand_paths(self)
         check_bounds(self)
 
 
@@ -91,15 +95,15 @@ class FeaturesExportConfig:
     uvit features export output/features --output_dir output/npy_features
     """
 
-    path: str
+    path: PathFlag
     """The feature store."""
-    output_dir: str
+    output_dir: PathFlag
     """The folder to write: new, or left by the same command."""
     split: str | None = None
     """Only this split. Default: all splits."""
     dtype: Literal["float16", "float32"] = "float32"
     """Type of the arrays."""
-    text_encoder_name_or_path: str | None = None
+    text_encoder_name_or_path: PathFlag | None = None
     """The text encoder for a store that has token ids only. Default: the one the store names."""
     device: str = "auto"
     """Where the text encoder runs: cpu, cuda, cuda:1, ..., or auto: the GPU if there is one."""
@@ -107,6 +111,7 @@ class FeaturesExportConfig:
     """Print plain lines instead of a progress bar, on a terminal too."""
 
     def __post_init__(self) -> None:
+        expand_paths(self)
         check_split(self.split)
 
 
@@ -119,9 +124,9 @@ class FeaturesMergeConfig:
     uvit features merge output/first output/second --output_dir output/features
     """
 
-    paths: tuple[str, ...]
+    paths: tuple[PathFlag, ...]
     """The feature stores, two or more."""
-    output_dir: str
+    output_dir: PathFlag
     """The feature store to write: new, or left by the same command. The split is a folder in it."""
     split: str = "train"
     """The split to merge."""
@@ -129,6 +134,7 @@ class FeaturesMergeConfig:
     """Print plain lines instead of a progress bar, on a terminal too."""
 
     def __post_init__(self) -> None:
+        expand_paths(self)
         check_split(self.split)
         if len(self.paths) < 2:
             raise UserError(f"--paths {' '.join(self.paths)}: give two or more feature stores to merge")
@@ -143,7 +149,7 @@ class FeaturesSampleConfig:
     uvit features sample output/features --output features.png
     """
 
-    path: str
+    path: PathFlag
     """The feature store, or a folder of .npy features in the U-ViT layout."""
     split: str = "train"
     """The split to show."""
@@ -153,14 +159,15 @@ class FeaturesSampleConfig:
     """Seed of the choice."""
     rows: str | None = None
     """Show these pairs instead: numbers from 0, such as 1,5,7 or 0-15."""
-    output: str = "features.png"
+    output: PathFlag = "features.png"
     """The PNG file to write."""
-    vae_name_or_path: str | None = None
+    vae_name_or_path: PathFlag | None = None
     """The VAE to decode with. Default: the one the store names."""
     device: str = "auto"
     """Where it runs: cpu, cuda, cuda:1, ..., or auto: the GPU if there is one."""
 
     def __post_init__(self) -> None:
+        expand_paths(self)
         check_bounds(self)
         check_split(self.split)
         self.row_numbers()

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
 from uvit.config.bounds import (
+    AnyInt,
     Bounds,
     Fraction,
     NonNegativeFloat,
@@ -13,6 +14,7 @@ from uvit.config.bounds import (
     Seed,
     check_bounds,
 )
+from uvit.config.paths import PathFlag, expand_paths
 from uvit.errors import UserError
 
 IGNORED_FLAGS = {
@@ -40,12 +42,12 @@ class TrainConfig:
     """
 
     # Most used
-    feature_path: str
+    feature_path: PathFlag
     """A feature store written by `uvit extract`, or a folder of .npy features in the U-ViT layout (train/0.npy,
     train/0_0.npy, ...)."""
-    output_dir: str
+    output_dir: PathFlag
     """The run's folder: checkpoints, config.yaml, logs/, previews/ and, at the end, pipeline/."""
-    uvit_config_file: str = "uvit_t2i_small"
+    uvit_config_file: PathFlag = "uvit_t2i_small"
     """The model: a model preset, such as uvit_t2i_small, uvit_t2i_large or emoji, or a JSON file."""
     train_text_encoder: bool = False
     """Train the text encoder together with the U-ViT, on the store's token ids."""
@@ -79,10 +81,10 @@ class TrainConfig:
     """Threads that read and prepare batches, at most one per core; 0: in the training loop itself."""
 
     # Model
-    pretrained_model_name_or_path: str | None = None
+    pretrained_model_name_or_path: PathFlag | None = None
     """Start from the weights of a pipeline folder. The VAE, text encoder and tokenizer in it are used too, and override
     the flags that name them."""
-    vae_name_or_path: str | None = None
+    vae_name_or_path: PathFlag | None = None
     """The VAE that made the features, for previews and the final pipeline. Default: the one the store names."""
     weight_init_std: PositiveFloat = 0.02
     """Standard deviation of the U-ViT's initial linear weights. Narrow models in short runs learn faster with 0.06."""
@@ -102,10 +104,10 @@ class TrainConfig:
     """Add this much noise that is constant over each channel, for images darker or brighter than average."""
 
     # Text encoder
-    text_encoder_name_or_path: str | None = None
+    text_encoder_name_or_path: PathFlag | None = None
     """The text encoder that made the text embeddings, or that encodes the store's token ids during training. Also goes
     into the final pipeline. Default: the one the store names."""
-    tokenizer_name: str | None = None
+    tokenizer_name: PathFlag | None = None
     """The text encoder's tokenizer. Default: the one the store names."""
     text_encoder_layers: PositiveInt = 2
     """Layers of a text encoder trained from scratch (--train_text_encoder without --text_encoder_name_or_path)."""
@@ -133,7 +135,7 @@ class TrainConfig:
     """Decay of AdamW's average of squared gradients."""
     adam_epsilon: NonNegativeFloat = 1e-8
     """Added to AdamW's denominator."""
-    max_grad_norm: float = -1.0
+    max_grad_norm: Annotated[float, Bounds()] = -1.0
     """Clip the gradient norm to this value; 0 or less: no clipping."""
     lr_scheduler_type: Literal[
         "constant_with_warmup", "constant", "linear", "cosine", "cosine_with_restarts", "polynomial"
@@ -175,7 +177,7 @@ class TrainConfig:
     # Validation
     validation_split: str = "val"
     """The split to validate on."""
-    validation_feature_path: str | None = None
+    validation_feature_path: PathFlag | None = None
     """The features to validate on. Default: --validation_split of --feature_path, if it exists."""
     eval_steps: Annotated[int, Bounds(least=1, extra=-1, hint="-1 never validates")] = 5000
     """Steps between validations; the last step is always validated. -1: never. Every validation, of every run, uses
@@ -186,7 +188,7 @@ class TrainConfig:
     # Logging
     logging_steps: PositiveInt = 50
     """Steps between lines on the console and points of the trackers. logs/metrics.jsonl has every step."""
-    logging_dir: str | None = None
+    logging_dir: PathFlag | None = None
     """The folder for logs. Default: OUTPUT_DIR/logs."""
     report_to: Literal["tensorboard", "wandb", "all", "none"] = "tensorboard"
     """Trackers besides the console and metrics.jsonl: TensorBoard, Weights & Biases (install wandb), or all that are
@@ -203,7 +205,7 @@ class TrainConfig:
     """Write a torch profiler trace of steps FIRST,LAST (such as 10,15) into the logs."""
 
     # Checkpoints
-    resume_from_checkpoint: str | None = None
+    resume_from_checkpoint: PathFlag | None = None
     """Resume from this checkpoint folder, or from `latest`. Default: the latest complete one in OUTPUT_DIR, if any."""
     save_total_limit: Annotated[int, Bounds(least=1, hint="leave it out to keep all")] | None = None
     """Keep only this many of the latest checkpoints. Default: all."""
@@ -217,9 +219,9 @@ class TrainConfig:
     optimizer state and EMA weights."""
     tensor_parallel_degree: PositiveInt = 1
     """Tensor parallelism: processes that split the attention heads and MLPs of each block, on the same data."""
-    pipeline_parallel_degree: int = 1
+    pipeline_parallel_degree: PositiveInt = 1
     """Only 1: the long skip connections leave nothing to gain."""
-    sep_parallel_degree: int = 1
+    sep_parallel_degree: PositiveInt = 1
     """Only 1: the sequence is too short."""
 
     # Accepted for PaddleMIX command lines
@@ -235,16 +237,17 @@ class TrainConfig:
     """Ignored."""
     dataloader_drop_last: bool = False
     """Ignored."""
-    num_records: int | None = None
+    num_records: AnyInt | None = None
     """Ignored."""
-    buffer_size: int | None = None
+    buffer_size: AnyInt | None = None
     """Ignored."""
-    shuffle_every_n_samples: int | None = None
+    shuffle_every_n_samples: AnyInt | None = None
     """Ignored."""
     enable_xformers_memory_efficient_attention: bool = False
     """Ignored."""
 
     def __post_init__(self) -> None:
+        expand_paths(self)
         check_bounds(self)
         if self.eval_steps == -1 and self.validation_feature_path:
             raise UserError(f"--validation_feature_path {self.validation_feature_path}: needs --eval_steps above 0")

@@ -14,6 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from uvit.checkpoint.folder import RECORD, check_command, checkpoint_folders, read_checkpoint
 from uvit.config.convert import ENCODERS, ConvertConfig
+from uvit.config.paths import expand_path
 from uvit.errors import UserError
 from uvit.export.card import push, run_folder, write_card
 from uvit.export.formats import write_official, write_paddle, write_paddlemix, write_trainer
@@ -50,7 +51,7 @@ USUAL_ENCODERS = {
 
 def convert(config: ConvertConfig) -> None:
     """Run the command."""
-    source, dest = Path(config.source).expanduser(), Path(config.dest).expanduser()
+    source, dest = Path(config.source), Path(config.dest)
     if dest.exists() and not config.overwrite:
         raise UserError(f"{dest}: already exists; choose another folder or pass --overwrite")
     components = load_components(config, source)
@@ -95,7 +96,8 @@ def convert(config: ConvertConfig) -> None:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{dest}: cannot be written ({reason}); fix that, or choose another folder") from None
     print(components.report)
-    print(f"wrote {dest}" + (f'; try: uvit sample --pipeline {dest} "..."' if (dest / INDEX).is_file() else ""))
+    hint = f'; try: uvit sample --pipeline {shlex.quote(str(dest))} "..."' if (dest / INDEX).is_file() else ""
+    print(f"wrote {dest}{hint}")
     if config.push_to_hub is not None:
         print(f"uploaded to {push(dest, config.push_to_hub, config.private)}")
 
@@ -251,7 +253,7 @@ def load_recorded_vae(components: Components, override: str | None, record: dict
 def required_encoder(name: str | None, flag: str) -> str:
     if name is None:
         raise UserError(f"--{flag}: the checkpoint does not record which one made its features; pass it")
-    return name
+    return expand_path(name, f"--{flag}")  # earlier versions recorded paths as they were typed
 
 
 def load_network(network: nn.Module, weights: dict[str, Tensor], prefix: str) -> None:

@@ -46,7 +46,7 @@ COMMIT_SECONDS = 2.0  # between two commits, at least: a commit waits for the di
 def extract(config: ExtractConfig) -> None:
     """The command `uvit extract`. Raises UserError if something cannot be read, encoded or written."""
     part, num_parts = resolve_shard(config.shard)
-    folder = Path(config.output_dir).expanduser() / config.split
+    folder = Path(config.output_dir) / config.split
     refuse_earlier_layouts(folder)
     source = open_source(
         config.source,

@@ -104,5 +104,5 @@ def _record(name: str, tokenizer: Any) -> dict[str, str]:
 
 def _absolute(name_or_path: str) -> str:
     """A local file or folder as an absolute path; Hub ids, URLs and built-in names as they are."""
-    path = Path(name_or_path).expanduser()
+    path = Path(name_or_path)
     return str(path.resolve()) if path.exists() else name_or_path

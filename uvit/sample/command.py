@@ -275,7 +275,7 @@ def pipeline_options(config: SampleConfig, variant: Variant, pipeline: UViTPipel
 def load_input_image(path: str, flag: str) -> Image.Image:
     """An upright RGB image; transparent parts become white."""
     try:
-        return decode_image(Path(path).expanduser().read_bytes(), path, f"--{flag}")
+        return decode_image(Path(path).read_bytes(), path, f"--{flag}")
     except OSError as error:
         raise UserError(f"--{flag} {path}: cannot be read ({error.strerror})") from None
     except PairError as error:

@@ -47,7 +47,7 @@ def metadata(config: SampleConfig, variant: Variant, unet_sha256: str) -> dict[s
     }
     for name in ("init_image", "mask"):
         if flags[name] is not None:
-            values[f"{name}_sha256"] = hashlib.sha256(Path(flags[name]).expanduser().read_bytes()).hexdigest()
+            values[f"{name}_sha256"] = hashlib.sha256(Path(flags[name]).read_bytes()).hexdigest()
     return {name: str(value) for name, value in values.items() if value is not None}
 
 

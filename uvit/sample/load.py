@@ -1,5 +1,6 @@
 """Finds the pipeline folder that `--pipeline` names, and opens it on its device."""
 
+import shlex
 from pathlib import Path
 
 import torch
@@ -20,26 +21,30 @@ def find_pipeline(path: str, flag: str = "pipeline") -> Path:
 
     Raises UserError with what to do if there is none.
     """
-    folder = Path(path).expanduser()
+
+    def command(source: str | Path, dest: str | Path = "pipeline") -> str:
+        return shlex.join(["uvit", "convert", str(source), str(dest)])
+
+    folder = Path(path)
     for candidate in (folder, folder / "pipeline"):
         if (candidate / INDEX).is_file():
             return candidate
     where = f"--{flag} {path}:"
     if folder.is_file():
-        raise UserError(f"{where} is a file; to make a pipeline from weights, run: uvit convert {path} pipeline")
+        raise UserError(f"{where} is a file; to make a pipeline from weights, run: {command(path)}")
     if not folder.is_dir():
         raise UserError(f"{where} there is no such folder; give OUTPUT_DIR/pipeline of a finished training run")
     if (folder / RECORD).is_file():
         target = folder.with_name(f"pipeline-{folder.name.removeprefix('checkpoint-')}")
-        raise UserError(
-            f"{where} is a training checkpoint; to make a pipeline from it, run: uvit convert {folder} {target}"
-        )
+        raise UserError(f"{where} is a training checkpoint; to make a pipeline from it, run: {command(folder, target)}")
     if found := checkpoint_folders(folder):
-        command = f"uvit convert {found[-1]} {folder / 'pipeline'}"
-        raise UserError(f"{where} is an unfinished training run; to make a pipeline from a checkpoint, run: {command}")
+        raise UserError(
+            f"{where} is an unfinished training run; to make a pipeline from a checkpoint, run: "
+            + command(found[-1], folder / "pipeline")
+        )
     raise UserError(
         f"{where} has no {INDEX}, so it is not a pipeline folder; give OUTPUT_DIR/pipeline of a finished training "
-        f"run, or make a pipeline from weights: uvit convert {path} pipeline"
+        f"run, or make a pipeline from weights: {command(path)}"
     )
 
 

@@ -44,7 +44,7 @@ def open_dataset(
         opened = _open_hub(place, split, streaming)
         folder = None
     else:
-        path = Path(place).expanduser()
+        path = Path(place)
         opened = _open_folder(path, split, streaming)
         folder = path if path.is_dir() else path.parent
     columns = choose_columns(opened.schema(), place, image_column, caption_column)

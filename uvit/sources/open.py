@@ -144,7 +144,7 @@ def _detect(name: str, split: str, has_val_every: bool, image_column: str | None
         return _Input(name, "dataset", (name,), splits="its own")
     if tars.is_remote(name):
         return _Input(name, "tars", (name,))
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_dir():
         return _detect_folder(name, path, split, has_val_every)
     if not path.is_file():
@@ -223,7 +223,7 @@ def _with_folders(inputs: list[_Input], given: Sequence[str]) -> list[_Input]:
         raise UserError(
             f"--image_folder: {len(given)} folders for {len(with_images)} caption files; give one, or one for each file"
         )
-    folders = cycle(Path(folder).expanduser() for folder in given)
+    folders = cycle(Path(folder) for folder in given)
     placed = [replace(each, folder=next(folders, each.folder)) if each in with_images else each for each in inputs]
     for each in placed:
         if each.kind == "coco" and each.folder is None:

@@ -38,7 +38,7 @@ def open_tars(places: list[str]) -> Source:
         if times > 1:
             raise UserError(f"--source {place}: is given twice; remove one")
     if not any(is_remote(place) for place in places):
-        return TarSource([Path(place).expanduser() for place in places])
+        return TarSource([Path(place) for place in places])
     for place in filter(is_remote, places):
         check_protocol(place)
     return TarStream(places)
@@ -46,7 +46,7 @@ def open_tars(places: list[str]) -> Source:
 
 def expand(place: str) -> list[str]:
     """Expand braces, {000..099} or {a,b}, and the wildcards * ? []. In URLs, only braces are expanded."""
-    if Path(place).expanduser().exists():
+    if Path(place).exists():
         return [place]
     patterns = _braces(place)
     if is_remote(place):
@@ -58,7 +58,7 @@ def expand(place: str) -> list[str]:
         matches = [pattern]
         if re.search(r"[*?[]", pattern):
             # Path.glob would also find hidden files, which may be incomplete.
-            matches = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))  # noqa: PTH207
+            matches = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
         if not matches:
             raise UserError(f"--source {place}: there is no file {pattern}")
         found += matches

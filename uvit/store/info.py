@@ -19,7 +19,7 @@ def info(config: FeaturesInfoConfig) -> None:
     """The command. Raises UserError if there are no features."""
     splits = [describe_split(split) for split in find_splits(config.path, config.split)]
     if config.json:
-        print(json.dumps({"path": str(Path(config.path).expanduser().absolute()), "splits": splits}, indent=1))
+        print(json.dumps({"path": str(Path(config.path).absolute()), "splits": splits}, indent=1))
         return
     for split in splits:
         rows = summary_rows(split)

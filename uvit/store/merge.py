@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,7 @@ Store = tuple[Split, Manifest]
 def merge(config: FeaturesMergeConfig) -> None:
     """The command. Raises UserError if the stores differ in their settings, or if one is damaged."""
     stores = [store for path in config.paths for store in find_stores(path, config.split, flag="paths")]
-    folder = Path(config.output_dir).expanduser() / config.split
+    folder = Path(config.output_dir) / config.split
     check_compatible(stores)
     if folder.resolve() in [split.folder.resolve() for split, _ in stores]:
         raise UserError(f"--output_dir {config.output_dir}: is one of the inputs; choose another folder")
@@ -160,6 +161,6 @@ def copy(source: Path, target: Path, expected: dict[str, Any], advance: Callable
     except FileNotFoundError:
         pass
     raise UserError(
-        f"--paths {source.parent}: {source.name} is missing or damaged; run `uvit features verify {source.parent}`"
-        " for details"
+        f"--paths {source.parent}: {source.name} is missing or damaged; for details, run "
+        f"`uvit features verify {shlex.quote(str(source.parent))}`"
     )

@@ -42,7 +42,7 @@ MARK = ".export.json"  # records which store a folder was exported from
 
 def import_npy(config: FeaturesImportConfig) -> None:
     """The command `uvit features import`. Raises UserError unless there are `.npy` features that fit into a store."""
-    root = Path(config.path).expanduser().absolute()
+    root = Path(config.path).absolute()
     splits = [split for split in find_splits(config.path) if split.kind == "npy"]
     if not splits:
         raise UserError(f"--path {root}: is a feature store already; give a folder of .npy features (U-ViT layout)")
@@ -85,7 +85,7 @@ def import_npy(config: FeaturesImportConfig) -> None:
             text_encoder=recorded.text_encoder,
             tokenizer=recorded.tokenizer,
         )
-        writer = StoreWriter(Path(config.output_dir).expanduser() / split.name, info)
+        writer = StoreWriter(Path(config.output_dir) / split.name, info)
         if not writer.complete:
             _import_pairs(split, counts, writer, config.disable_tqdm)
             writer.finish(_cast(empty_context, info, root / EMPTY_CONTEXT), None)
@@ -158,7 +158,7 @@ def _encoded(rows: range, pairs: list[list[np.ndarray] | Problem], info: StoreIn
 
 def export_npy(config: FeaturesExportConfig) -> None:
     """The command `uvit features export`. Raises UserError if there is no finished store, or too little disk space."""
-    target = Path(config.output_dir).expanduser().absolute()
+    target = Path(config.output_dir).absolute()
     splits = [split for split, _ in find_stores(config.path, config.split)]
     with torch.inference_mode():
         exports = [_Export(split, target / split.name, config) for split in splits]
@@ -361,5 +361,5 @@ def recorded_encoders(
 
 def _record(name_or_path: str, sha256: str) -> Encoder:
     """Local folders as absolute paths; Hub ids and built-in names as they are."""
-    path = Path(name_or_path).expanduser()
+    path = Path(name_or_path)
     return {"name": str(path.resolve()) if path.exists() else name_or_path, "sha256": sha256}

@@ -35,7 +35,7 @@ def open_features(path: str | Path, split: str = "train", flag: str = "feature_p
 
     Raises UserError, which names `flag`, if there is none or if it is damaged.
     """
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if (folder / split / "manifest.json").is_file():
         return FeatureStore(folder / split, flag)
     if (folder / "manifest.json").is_file():

@@ -47,7 +47,7 @@ def show(config: FeaturesSampleConfig) -> None:
                 captions = features.captions(row)
                 labels += [captions[0] if captions else f"row {row}", f"(mirrored) row {row}"][: len(versions)]
     columns = int(np.ceil(np.sqrt(len(rows)))) * len(sides)
-    save_png(contact_sheet(images, labels, columns), Path(config.output).expanduser(), {"rows": str(rows)})
+    save_png(contact_sheet(images, labels, columns), Path(config.output), {"rows": str(rows)})
     print(f"{config.output}: {len(rows)} of {features.num_samples:,} pairs, rows {', '.join(map(str, rows))}")
 
 

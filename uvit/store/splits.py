@@ -34,7 +34,7 @@ def find_splits(path: str, only: str | None = None, flag: str = "path") -> list[
 
     Raises UserError if there is none, or if a manifest cannot be read.
     """
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"--{flag} {path}: no such folder; give a folder of features, which `uvit extract` writes")
     splits = [split for each in _candidates(folder) if (split := _open_split(each, folder, flag)) is not None]

@@ -1,5 +1,6 @@
 """`uvit autoencoder`: train a VAE on your own images, if you have none and do not want to download one."""
 
+import json
 import math
 import shutil
 import sys
@@ -19,11 +20,12 @@ import uvit
 from uvit.checkpoint.folder import Checkpoint, check_command, latest_checkpoint
 from uvit.checkpoint.saver import Saver, clean_up, keep_latest
 from uvit.config.extract import AutoencoderConfig
+from uvit.config.paths import expand_recorded
 from uvit.config.train import TrainConfig
 from uvit.distributed.mesh import World, single_process_world
 from uvit.errors import UserError
 from uvit.images import to_unit
-from uvit.io import back_up, move_contents, read_json, to_yaml, write_json, write_yaml
+from uvit.io import back_up, move_contents, read_json, read_yaml, write_json, write_yaml
 from uvit.progress import Progress, duration, is_terminal, write
 from uvit.sources.open import open_source, require_random_access
 from uvit.sources.types import RandomAccessSource
@@ -127,8 +129,8 @@ def train_autoencoder(config: AutoencoderConfig) -> int:
 
 def check_finished(config: AutoencoderConfig, output_dir: Path) -> None:
     """Check that this same command wrote the VAE of a folder without checkpoints. Raises UserError if not."""
-    record = output_dir / "config.yaml"
-    same = record.is_file() and record.read_text(encoding="utf-8") == to_yaml(config)
+    recorded, ours = read_yaml(output_dir / "config.yaml"), asdict(config)
+    same = isinstance(recorded, dict) and expand_recorded(AutoencoderConfig, recorded) == json.loads(json.dumps(ours))
     if not same or (written_steps(output_dir) or 0) < config.max_steps:
         raise UserError(
             f"--output_dir {output_dir}: already contains a VAE; choose another folder or pass --overwrite_output_dir"

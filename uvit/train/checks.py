@@ -108,7 +108,7 @@ def check_pretrained(config: TrainConfig, features: Features) -> None:
     name = config.pretrained_model_name_or_path
     if name is None:
         return
-    facts = training_facts(Path(name).expanduser())
+    facts = training_facts(Path(name))
     if (labels := facts.get("timestep_labels", TIMESTEP_LABELS)) != TIMESTEP_LABELS:
         raise UserError(
             f"--pretrained_model_name_or_path {name}: was trained with timesteps {labels}, but this training uses "

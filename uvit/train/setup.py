@@ -211,7 +211,7 @@ def open_validation(config: TrainConfig, features: Features, unet: UViTT2IModel,
     split, flag, path = config.validation_split, "feature_path", config.feature_path
     if config.validation_feature_path:
         flag, path = "validation_feature_path", config.validation_feature_path
-    elif split == DEFAULT_SPLIT and not (Path(path).expanduser() / split).is_dir():
+    elif split == DEFAULT_SPLIT and not (Path(path) / split).is_dir():
         return None
     validation = open_features(path, split, flag)
     check_features(config, validation, unet, use_tokens, flag, path)
@@ -227,8 +227,8 @@ def build_unet(config: TrainConfig, device: torch.device) -> UViTT2IModel:
         return unet
     name = config.pretrained_model_name_or_path
     if is_third_party(name):
-        return read_network(Path(name).expanduser(), "unet").requires_grad_(True)
-    if is_local_path(name) and not Path(name).expanduser().exists():
+        return read_network(Path(name), "unet").requires_grad_(True)
+    if is_local_path(name) and not Path(name).exists():
         raise UserError(f"--pretrained_model_name_or_path {name}: there is no such file or folder")
     try:
         return UViTT2IModel.from_pretrained(name, subfolder="unet", use_safetensors=True)

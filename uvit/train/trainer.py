@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -202,7 +203,7 @@ def export_pipeline(run: Run) -> None:
         return
     try:
         export_checkpoint(checkpoint, folder, replace=True)
-        print(f'wrote {folder}; try: uvit sample --pipeline {folder} "..."')
+        print(f'wrote {folder}; try: uvit sample --pipeline {shlex.quote(str(folder))} "..."')
     except UserError as error:
         print(f"trained, but no pipeline was written: {error}. Then run:\n{convert_command(checkpoint, folder)}")
     except SafetensorError as error:

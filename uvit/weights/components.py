@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from uvit.config.paths import expand_path
 from uvit.diffusion import LATENT_SCALE
 from uvit.errors import UserError
 from uvit.model import UViTT2IModel
@@ -196,7 +197,7 @@ def read_conventions(folder: Path) -> Conventions | None:
 def load_vae(name_or_path: str) -> Any:
     """A VAE in diffusers' format (by folder or Hub id), or in one of the official U-ViT code or PaddleMIX."""
     if is_third_party(name_or_path):
-        return read_network(Path(name_or_path).expanduser(), "vqvae")
+        return read_network(Path(name_or_path), "vqvae")
     return load_diffusers_vae(name_or_path)
 
 
@@ -206,13 +207,13 @@ def load_unet(name_or_path: str | Path) -> UViTT2IModel:
     `UViTT2IModel.from_pretrained` opens the layout of diffusers only. Raises UserError where the source has no U-ViT,
     or is damaged.
     """
-    return read_network(Path(name_or_path).expanduser(), "unet")
+    return read_network(Path(expand_path(str(name_or_path), "load_unet")), "unet")
 
 
 def load_text_encoder(name_or_path: str) -> Any:
     """A text encoder in transformers' format (by folder or Hub id), or PaddleMIX's."""
     if is_third_party(name_or_path):
-        return read_network(Path(name_or_path).expanduser(), "text_encoder")
+        return read_network(Path(name_or_path), "text_encoder")
     return load_transformers_encoder(name_or_path)
 
 
@@ -234,7 +235,7 @@ def pipeline_components(name_or_path: Any, given: Mapping[str, Any]) -> dict[str
     `scheduler_config` stands for the scheduler, unless one is given. None: this is a pipeline folder of ours, or a Hub
     id. Raises UserError where the source, with what is given, makes no pipeline.
     """
-    path = Path(str(name_or_path)).expanduser()
+    path = Path(expand_path(str(name_or_path), "from_pretrained"))
     if not path.exists():
         return None
     without_index = path.is_dir() and not (path / INDEX).is_file() and bool(weight_files(path))

@@ -115,7 +115,7 @@ def is_third_party(name_or_path: str | Path | None) -> bool:
 
     False for what is not on this machine: it may be a Hub id.
     """
-    if name_or_path is None or not (path := Path(name_or_path).expanduser()).exists():
+    if name_or_path is None or not (path := Path(name_or_path)).exists():
         return False
     if path.is_file():
         return True
@@ -201,7 +201,7 @@ def network_config(weights: Path, component: Network, config_file: str | None) -
 
 def has_component(name_or_path: str, component: str) -> bool:
     """Whether a source has the network or the tokenizer. True for what is not on this machine: it may have it."""
-    path = Path(name_or_path).expanduser()
+    path = Path(name_or_path)
     if not path.exists():
         return True
     files = [path] if path.is_file() else weight_files(path)

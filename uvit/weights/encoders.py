@@ -86,7 +86,7 @@ def load_tokenizer(name_or_path: str) -> Any:
 
 def _load(load: Callable[..., Any], name_or_path: str, subfolders: tuple[str, ...], flag: str, what: str) -> Any:
     """Try the subfolders of a folder, then the folder; on the Hub, the repository first. Report the first error."""
-    folder = Path(name_or_path).expanduser()
+    folder = Path(name_or_path)
     if folder.is_dir():
         name_or_path = str(folder)
         places = [{"subfolder": name} for name in subfolders if (folder / name).is_dir()]
