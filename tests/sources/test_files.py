@@ -12,7 +12,9 @@ import pytest
 from tests.sources.pictures import PICTURES, ROWS, coco_of_pictures, png, write_images, write_lines, write_table
 from uvit.errors import UserError
 from uvit.sources.coco import open_coco
-from uvit.sources.files import FileSource, lists_paths, open_folder, open_list
+from uvit.sources.files import FileSource
+from uvit.sources.folders import open_folder
+from uvit.sources.lists import lists_paths, open_list
 from uvit.sources.types import PairError, RandomAccessSource
 
 

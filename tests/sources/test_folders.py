@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.sources.pictures import png
-from uvit.sources.files import has_captioned_images, open_folder
+from uvit.sources.folders import open_folder
 from uvit.sources.types import PairError
 
 
@@ -50,7 +50,7 @@ def test_what_is_wrong_with_a_pair_stays_with_it(tmp_path: Path) -> None:
 def test_a_folder_counts_when_one_image_has_a_caption(tmp_path: Path) -> None:
     write(tmp_path / "deep", a_png=png("red"))
     write(tmp_path, a_txt="elsewhere")
-    assert not has_captioned_images(tmp_path)
+    assert not open_folder(tmp_path).is_captioned()
     write(tmp_path / "deep", a_txt="red")
-    assert has_captioned_images(tmp_path)
-    assert not has_captioned_images(tmp_path / "gone")
+    assert open_folder(tmp_path).is_captioned()
+    assert not open_folder(tmp_path / "gone").is_captioned()
