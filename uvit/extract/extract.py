@@ -273,11 +273,11 @@ def print_summary(folder: Path) -> None:
     skipped = [problem for problem in problems if problem.left_out]
     partial = [problem for problem in problems if not problem.left_out]
     found = manifest["num_pairs"] + len(skipped)
-    text = f"{found:,} pairs found: {manifest['num_pairs']:,} stored, {len(skipped):,} skipped"
+    text = f"{found:,} {'pair' if found == 1 else 'pairs'} found: {manifest['num_pairs']:,} stored, {len(skipped):,} skipped"
     if skipped:
         text += f" ({by_kind(skipped)})"
     if partial:
-        text += f"; problems within stored or skipped pairs: {by_kind(partial)}"
+        text += f"; also {by_kind(partial)}"
     print(text + (f". See {path}." if problems else "."))
 
 

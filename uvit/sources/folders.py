@@ -99,10 +99,11 @@ def open_folder(folder: Path, listing: Listing | None = None) -> FolderSource:
             caption_files[row] = caption
     stems = set(map(stem_of, names))
     others = {stem_of(name): name for name in listing.files if name not in captions and not is_image(name)}
-    rest = list[Problem]()
+    rest, named = list[Problem](), set[str]()
     for name, suffix in captions.items():
         if suffix == "txt" and stem_of(name) not in stems and stem_of(name).rpartition("/")[2].lower() not in DOCUMENTS:
             beside = others.get(stem_of(name))
+            named.add(beside or "")
             but = f"; {safe_name(beside)} is not in an image format that is read" if beside else ""
             message = f"{safe_name(folder / name)}: there is no image of this name for the caption{but}"
             rest.append(Problem(safe_name(name), "missing image", message))
@@ -110,7 +111,7 @@ def open_folder(folder: Path, listing: Listing | None = None) -> FolderSource:
     tables = {name: failed_rows(folder / name) for name in listing.top("parquet")}
     rest += [problem for problems in tables.values() for problem in problems or ()]
     problem_of |= dict(enumerate(rest, start=len(names)))
-    used = {name for name in captions if stem_of(name) in stems} | {problem.id for problem in rest}
+    used = {name for name in captions if stem_of(name) in stems} | {problem.id for problem in rest} | named
     used |= {name for name, problems in tables.items() if problems is not None}
     unread = listing.unread(used | set(names))
     return FolderSource(str(folder), names + [problem.id for problem in rest], caption_files, problem_of, unread)

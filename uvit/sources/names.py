@@ -59,7 +59,7 @@ def some_of(names: Collection[str]) -> str:
 def say_not_read(place: object, names: Collection[str]) -> None:
     """Print a line, so that no file disappears without one."""
     if names:
-        print(f"Not read in {safe_name(place)}: {len(names):,} other files: {some_of(names)}.")
+        print(f"Not read in {safe_name(place)}: {some_of(names)}.")
 
 
 @dataclass(frozen=True)

@@ -233,6 +233,9 @@ def _detect_folder(
         for file in METADATA:
             if file in listing.files:
                 return _Input(name, "list", (str(listing.folder / file),), splits=splits, listing=listing)
+        lists = listing.top("jsonl", "csv", "tsv")
+        if len(lists) == 1:
+            return _Input(name, "list", (str(listing.folder / lists[0]),), splits=splits, listing=listing)
     if huggingface.is_dataset(path):
         return _Input(name, "dataset", (str(path),), splits="its own")
     inside = sorted(entry.name for entry in path.iterdir())

@@ -41,6 +41,11 @@ def choose_columns(schema: Any, place: str, image: str | None, caption: str | No
     if caption is None:
         caption = next((name for name in CAPTION_COLUMNS if kinds.get(name) in ("text", "texts")), None)
     if image is None:
+        if {"key", "status"} <= kinds.keys():
+            raise UserError(
+                f"--source {place}: is img2dataset's table of results, without the images; give its folder, or the .tar"
+                " files in it"
+            )
         raise UserError(f"--source {place}: no column contains images; name one with --image_column; it has {columns}")
     if caption is None:
         raise UserError(
