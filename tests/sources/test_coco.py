@@ -116,6 +116,7 @@ def test_one_empty_caption_among_others_goes_alone(images: Path, tmp_path: Path)
         (b"", "is not valid JSON"),
         (b"[" * 100_000, "is not valid JSON"),
         (b"[]", "but contains a list"),
+        (b'{"images": ["\xe9"]}', "is not UTF-8 text"),
         (b'{"info": 1}', "but contains 'info'"),
         (b'{"images": {}, "annotations": []}', "must contain COCO's lists"),
         (b'{"images": [], "annotations": []}', "lists no image"),

@@ -271,6 +271,7 @@ def test_a_parquet_file_names_its_images_or_holds_them(tmp_path: Path) -> None:
             "none of its 2 images is usable; the first problem: .* needs text",
         ),
         ("l.csv", b"", "its columns are none"),
+        ("l.csv", b"image,caption\na.png\tred\n", r"has 1 fields, .* is the separator '\\t', not ','"),
         ("l.csv", b"image,caption\n", "lists no image"),
         ("l.csv", b"photo,words\na.png,red\n", r"its columns are 'photo', 'words'; name the one"),
         ("l.csv", b"photo;words\na.png;red\n", r"its columns are 'photo', 'words'; name the one"),

@@ -273,7 +273,8 @@ def print_summary(folder: Path) -> None:
     skipped = [problem for problem in problems if problem.left_out]
     partial = [problem for problem in problems if not problem.left_out]
     found = manifest["num_pairs"] + len(skipped)
-    text = f"{found:,} {'pair' if found == 1 else 'pairs'} found: {manifest['num_pairs']:,} stored, {len(skipped):,} skipped"
+    text = f"{found:,} {'pair' if found == 1 else 'pairs'} found: {manifest['num_pairs']:,} stored"
+    text += f", {len(skipped):,} skipped"
     if skipped:
         text += f" ({by_kind(skipped)})"
     if partial:

@@ -55,6 +55,8 @@ def _read(file: Path) -> tuple[list[Any], list[Any]]:
         content = json.loads(gzip.decompress(data) if file.suffix == ".gz" else data)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"--source {file}: is not a complete gzip file ({error})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--source {file}: is not UTF-8 text ({error.reason}); convert it to UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"--source {file}: is not valid JSON ({error})") from None
     if not isinstance(content, dict) or not all(
