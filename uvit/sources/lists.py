@@ -171,9 +171,7 @@ def _text_rows(path: Path, image_column: str | None, caption_column: str | None)
                         yield Problem(f"{path.name}:{number}", "broken line", message)
                 elif len(fields) > len(header) or len(fields) <= max(image, caption):
                     message = f"{where}: has {len(fields)} fields, but the first line has {len(header)}"
-                    fits = [
-                        each for each in SEPARATORS if lines[0].count(each) == len(header) - 1 and each != separator
-                    ]
+                    fits = [each for each in SEPARATORS if len(fields) == 1 and lines[0].count(each) == len(header) - 1]
                     hint = f"is the separator {fits[0]!r}, not {separator!r}" if fits else "does a caption need quotes"
                     yield Problem(id, "broken line", f"{message}; {hint}?")
                 elif not fields[image]:
