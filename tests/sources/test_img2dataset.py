@@ -89,9 +89,10 @@ def test_every_row_is_a_pair_or_a_problem(write: Any, tmp_path: Path) -> None:
     assert sum(NO_IMAGE in problem.message for problem in problems) == 2
 
 
-def test_tars_by_name_have_their_failures_too(tmp_path: Path) -> None:
-    write_webdataset(tmp_path, 0)
-    assert len(require_random_access(open_source(str(tmp_path / "00000.tar")), "--source")) == len(ROWS)
+def test_a_shard_alone_has_its_failures_too(tmp_path: Path) -> None:
+    for folder, write, place in (("tars", write_webdataset, "00000.tar"), ("files", write_files, "00000")):
+        write(tmp_path / folder, 0)
+        assert len(require_random_access(open_source(str(tmp_path / folder / place)), "--source")) == len(ROWS)
 
 
 def test_tfrecords_and_tables_alone_say_what_to_give(tmp_path: Path) -> None:

@@ -109,7 +109,8 @@ def open_folder(folder: Path, listing: Listing | None = None) -> FolderSource:
             rest.append(Problem(safe_name(name), "missing image", message))
     rest += listing.problems
     tables = {name: failed_rows(folder / name) for name in listing.top("parquet")}
-    rest += [problem for problems in tables.values() for problem in problems or ()]
+    beside_folder = failed_rows(folder.parent / f"{folder.name}.parquet")  # of one shard of img2dataset
+    rest += [problem for problems in (*tables.values(), beside_folder) for problem in problems or ()]
     problem_of |= dict(enumerate(rest, start=len(names)))
     used = {name for name in captions if stem_of(name) in stems} | {problem.id for problem in rest} | named
     used |= {name for name, problems in tables.items() if problems is not None}

@@ -223,7 +223,7 @@ def _detect_folder(
         if (images := open_folder(listing.folder, listing)).is_captioned():
             return _Input(name, "images", (str(listing.folder),), splits=splits, images=images)
     for listing, splits in listings:
-        others = [file for file in listing.top("jsonl", "csv", "tsv", "parquet") if file not in METADATA]
+        others = [file for file in listing.top("jsonl", "csv", "tsv") if file not in METADATA]
         if lists := [file for file in others if _holds(listing.folder / file, columns)]:
             return _Input(name, "list", (_only(name, listing, lists),), splits=splits, listing=listing)
     # Nothing holds images. What could be meant says best what it lacks.
