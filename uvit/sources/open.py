@@ -104,8 +104,8 @@ def open_source(
                 opened += [cast(FolderSource, each.images) for each in entries]
             else:
                 opened += [open_dataset(file) for file in files]
-            for entry, source_of_entry in zip(entries, opened[-len(entries) :], strict=False):
-                _say_unread(entry, source_of_entry)
+            for number, entry in enumerate(entries, start=-len(entries)):
+                _say_unread(entry, opened[number] if kind == "list" else None)
     except OSError as error:
         raise UserError(f"--source {error.filename or names[0]}: cannot be read ({error.strerror})") from None
     whole = _concatenate(opened)
@@ -212,7 +212,10 @@ def _detect_folder(
         return _Input(name, "dataset", (str(path),), splits="its own")
     tables = columns is not None and any(_contains_images(file, *columns) for file in _tables(path))
     for listing, splits in listings:
-        if found := [file for file in listing.files if file.endswith(".tar")]:
+        found = [file for file in listing.files if file.endswith(".tar")]
+        if listing.folder == path:  # those of other splits do not count
+            found = [file for file in found if file.partition("/")[0] not in huggingface.SPLITS]
+        if found:
             if tables:
                 _only(name, listing, [found[0], *(file for file in listing.files if file.endswith(".parquet"))])
             files = tuple(str(listing.folder / file) for file in found)
@@ -279,7 +282,7 @@ def _tfrecord(name: str) -> UserError:
     )
 
 
-def _say_unread(entry: _Input, source: Source) -> None:
+def _say_unread(entry: _Input, source: Source | None) -> None:
     """Print which files of a folder are neither read nor listed as problems."""
     if entry.images:
         say_not_read(entry.name, entry.images.unread)
