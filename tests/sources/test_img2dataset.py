@@ -101,7 +101,7 @@ def test_tfrecords_and_tables_alone_say_what_to_give(tmp_path: Path) -> None:
         open_source(str(tmp_path / "00000.parquet"))
     (tmp_path / "00000.tfrecord").write_bytes(b"x")
     for place in (tmp_path, tmp_path / "00000.tfrecord"):
-        with pytest.raises(UserError, match=r"\.tfrecord files cannot be read; .* --output_format webdataset"):
+        with pytest.raises(UserError, match=r"\.tfrecord files cannot be read; .*`--output_format webdataset`"):
             open_source(str(place))
 
 
