@@ -20,9 +20,8 @@ NUM_NAMED = 5  # in a line that says which files are not read
 def image_suffixes() -> frozenset[str]:
     """Suffixes of all image formats that Pillow opens, and those of its plugins that are loaded; without a dot."""
     suffixes = Image.registered_extensions()  # loads Pillow's own plugins
-    return frozenset(
-        suffix[1:].lower() for suffix, kind in suffixes.items() if kind in Image.OPEN and kind not in NOT_IMAGES
-    )
+    kinds = {*Image.OPEN, "MPO"} - NOT_IMAGES  # Pillow opens MPO as JPEG
+    return frozenset(suffix[1:].lower() for suffix, kind in suffixes.items() if kind in kinds)
 
 
 def stem_of(name: str) -> str:
