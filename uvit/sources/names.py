@@ -26,7 +26,8 @@ def image_suffixes() -> frozenset[str]:
 
 def stem_of(name: str) -> str:
     """A path without its suffix."""
-    return name[: len(name) - len(suffix_of(name)) - 1] if suffix_of(name) else name
+    stem, dot, suffix = name.rpartition(".")
+    return stem if dot and "/" not in suffix else name
 
 
 def suffix_of(name: str) -> str:
@@ -50,8 +51,8 @@ def safe_name(name: object) -> str:
 
 
 def some_of(names: Collection[str]) -> str:
-    """`a, b and 3 more`."""
-    shown = ", ".join(safe_name(name) for name in list(names)[:NUM_NAMED])
+    """`a, b and 3 more`, in one line."""
+    shown = ", ".join(" ".join(safe_name(name).split()) for name in list(names)[:NUM_NAMED])
     return shown + (f" and {len(names) - NUM_NAMED:,} more" if len(names) > NUM_NAMED else "")
 
 
