@@ -105,7 +105,10 @@ def test_tfrecords_and_tables_alone_say_what_to_give(tmp_path: Path) -> None:
             open_source(str(place))
 
 
-def test_other_tables_have_no_failures(tmp_path: Path) -> None:
+def test_other_tables_have_no_failures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parquet.write_table(arrow.table({"key": ["a"], "text": ["b"]}), tmp_path / "a.parquet")
     (tmp_path / "b.parquet").write_bytes(b"words")
+    write_tar(tmp_path / "a.tar", members(0))
+    assert len(require_random_access(open_source(str(tmp_path)), "--source")) == 3
+    assert f"Not read in {tmp_path}: a.parquet.\n" in capsys.readouterr().out
     assert [failed_rows(tmp_path / name) for name in ("a.parquet", "b.parquet", "none.parquet")] == [None] * 3

@@ -211,9 +211,13 @@ class TarSource(RandomAccessSource):
                 del waiting[row]
         for row, incomplete in waiting.items():
             self._set(row, _parts(incomplete, prefix + incomplete[0].key, path))
-        for problem in failed_rows(path.with_suffix(".parquet"), prefix) or ():
+        table = path.with_suffix(".parquet")  # of img2dataset, or another one
+        failed = failed_rows(table, prefix)
+        for problem in failed or ():
             self._problems[self._new_row("")] = problem
         say_not_read(path, others)
+        if failed is None and table.is_file():
+            say_not_read(path.parent, [table.name])
 
     def _new_row(self, key: str) -> int:
         self._keys += key.encode()
