@@ -22,6 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.sources.image_files import SRGB_PRIMARIES, matrix_profile
 from tests.store.test_writer import contents
 from uvit.config.extract import ExtractConfig
 from uvit.diffusion import LATENT_SCALE
@@ -438,6 +439,43 @@ def test_crops_and_filters_reach_the_pixels(flags: dict[str, Any], tmp_path: Pat
         seen[crop, resize] = store.read(ALL[:1], np.zeros(1)).moments.tobytes()
         assert (store.manifest["source"]["crop"], store.manifest["source"]["resize"]) == (crop, resize)
     assert len(set(seen.values())) == 8
+
+
+def test_profiles_are_converted_or_ignored_as_the_flag_says(flags: dict[str, Any], tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    seen = {}
+    for name, profile in (("plain", None), ("linear", matrix_profile(SRGB_PRIMARIES, 1.0))):
+        folder = tmp_path / name
+        folder.mkdir()
+        Image.fromarray(noise).save(folder / "0.png", icc_profile=profile)
+        (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "noise"}\n')
+        for icc in ("srgb", "ignore"):
+            store = run(flags | {"source": (str(folder),), "icc": icc, "output_dir": str(tmp_path / f"{name}-{icc}")})
+            seen[name, icc] = store.read(ALL[:1], np.zeros(1)).moments.tobytes()
+            assert store.manifest["source"]["icc"] == icc
+    assert seen["plain", "srgb"] == seen["plain", "ignore"] == seen["linear", "ignore"] != seen["linear", "srgb"]
+
+
+def test_a_store_that_an_earlier_version_began_says_so(
+    flags: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(flags)
+    assert "Warning" not in capsys.readouterr().out
+    folder = Path(flags["output_dir"]) / "train"
+    settings = json.loads((folder / "settings.json").read_text())
+    assert settings["source"].pop("crop_before_resize") is True
+    assert settings["source"].pop("icc") == "srgb"
+    (folder / "settings.json").write_text(json.dumps(settings))
+    run(flags)  # is complete
+    assert "Warning" not in capsys.readouterr().out
+    for path in (folder / "manifest.json", *folder.glob("*-00001.*")):
+        path.unlink()
+    store = run(flags)
+    assert "was started by an earlier version" in capsys.readouterr().out
+    source = store.manifest["source"]
+    assert (source["icc"], source["crop_before_resize"]) == ("ignore", "partly")
+    with pytest.raises(UserError, match="crop: center before, pad now"):
+        run(flags | {"crop": "pad"})
 
 
 def test_low_precision_is_near(flags: dict[str, Any], tmp_path: Path) -> None:

@@ -101,7 +101,10 @@ def extract(config: ExtractConfig) -> None:
 
 def encode_all(config: ExtractConfig, source: Source, writer: StoreWriter, plan: ShardPlan, encoders: Encoders) -> None:
     """Extract all shards of this process. The process that writes the last shard completes the store."""
-    preprocessing = Preprocessing(config.resolution, config.crop, config.resize, config.min_image_size, encoders.skip)
+    icc = writer.info.source["icc"]  # not that of the flag where an earlier version began the store
+    preprocessing = Preprocessing(
+        config.resolution, config.crop, config.resize, icc, config.min_image_size, encoders.skip
+    )
     all_done = writer.num_shards is not None and all(map(writer.done, plan.shards(writer.num_shards)))
     no_batches = (batch for batch in list[Decoded]())
     decoded = no_batches if all_done else decode_batches(source, plan, preprocessing, config.num_workers)
@@ -280,6 +283,10 @@ def print_summary(folder: Path) -> None:
     if partial:
         text += f"; also {by_kind(partial)}"
     print(text + (f". See {path}." if problems else "."))
+    if (num_truncated := manifest.get("num_truncated_captions")) is not None:
+        num_captions = manifest["num_captions"]
+        share = f"{num_truncated:,} of {num_captions:,} captions ({num_truncated / max(1, num_captions):.2%})"
+        print(f"{share} have more than --model_max_length {manifest['num_tokens']} tokens, and were cut there.")
 
 
 # Estimates: the disk space before an extraction, and the remaining time while it runs

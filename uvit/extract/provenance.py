@@ -49,6 +49,8 @@ def describe_store(
             "resolution": config.resolution,
             "crop": config.crop,
             "resize": config.resize,
+            "icc": config.icc,
+            "crop_before_resize": True,
             "min_image_size": config.min_image_size,
             "on_error": config.on_error,
             "precision": "bfloat16" if config.bf16 else "float16" if config.fp16 else "float32",

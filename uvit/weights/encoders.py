@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from diffusers.utils import logging as diffusers_logging
@@ -225,6 +226,14 @@ def tokenize(tokenizer: Any, captions: Sequence[str], num_tokens: int) -> Tensor
         list(captions), padding="max_length", truncation=True, max_length=num_tokens, return_tensors="pt"
     )
     return encoded["input_ids"]
+
+
+def are_truncated(tokenizer: Any, captions: Sequence[str], num_tokens: int) -> np.ndarray:
+    """(B,) bool: whether a caption has more than `num_tokens` tokens, so that `tokenize` cuts it."""
+    if not captions:
+        return np.zeros(0, dtype=bool)
+    whole = tokenizer(list(captions), truncation=False, verbose=False)["input_ids"]
+    return np.array([len(ids) > num_tokens for ids in whole])
 
 
 def encode_tokens(text_encoder: Any, token_ids: Tensor, pad_token_id: int) -> Tensor:
