@@ -99,11 +99,16 @@ class Encoders:
         )
 
     def empty(self) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """The empty caption's text embedding (T, D) and token ids (T,). None: not stored."""
+        """The empty caption's text embedding (T, D) and token ids (T,). None: not stored.
+
+        Raises UserError if the embedding is NaN or infinite.
+        """
         token_ids = self.tokenize([""])
         with self._computing():
             contexts = self._contexts(token_ids)
         ids = self._token_ids(token_ids)
+        if contexts is not None and not torch.isfinite(self._stored(contexts)).all():
+            raise UserError(self._not_finite("the text embeddings of the empty caption", contexts))
         return None if contexts is None else self._stored(contexts).numpy()[0], None if ids is None else ids[0]
 
     @contextlib.contextmanager
