@@ -82,7 +82,8 @@ class StoreWriter:
             if not self.complete:
                 print(
                     f"Warning: {folder} was started by an earlier version, whose resize also read pixels beside the"
-                    " crop; the remaining images are cropped first. Extract into another folder for one kind."
+                    " crop; the remaining images are cropped first, and colour profiles stay ignored. To prepare all"
+                    " images alike, extract into another folder."
                 )
         if difference := first_difference(before, settings):
             raise UserError(
