@@ -296,6 +296,10 @@ def print_summary(folder: Path) -> None:
     manifest = read_json(folder / "manifest.json")
     on_disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{folder} is complete: {manifest['num_pairs']:,} pairs, {format_bytes(on_disk)}.")
+    if (num_truncated := manifest.get("num_truncated_captions")) is not None:
+        num_captions = manifest["num_captions"]
+        share = f"{num_truncated:,} of {num_captions:,} captions ({num_truncated / max(1, num_captions):.2%})"
+        print(f"{share} have more than --model_max_length {manifest['num_tokens']} tokens, and were cut there.")
     path = folder / "problems.jsonl"
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if manifest["problems"] else []
     problems = [Problem(**json.loads(line)) for line in lines]
@@ -309,10 +313,6 @@ def print_summary(folder: Path) -> None:
     if partial:
         text += f"; also {by_kind(partial)}"
     print(text + (f". See {path}." if problems else "."))
-    if (num_truncated := manifest.get("num_truncated_captions")) is not None:
-        num_captions = manifest["num_captions"]
-        share = f"{num_truncated:,} of {num_captions:,} captions ({num_truncated / max(1, num_captions):.2%})"
-        print(f"{share} have more than --model_max_length {manifest['num_tokens']} tokens, and were cut there.")
 
 
 # Estimates: the disk space before an extraction, and the remaining time while it runs
