@@ -68,11 +68,12 @@ class NpyFeatures:
     def _check_sizes(self) -> None:
         """Read the arrays whose files are not as large as those of pair 0: they are damaged, or of another type."""
         sizes = {name: (self.folder / name).stat().st_size for name in ("0.npy", "0_0.npy")}
-        for entry in os.scandir(self.folder):
-            if match := NPY_NAME.fullmatch(entry.name):
-                first, shape = ("0.npy", self.moments_shape) if match[2] is None else ("0_0.npy", self.context_shape)
-                if entry.stat().st_size != sizes[first]:
-                    self._load(Path(entry.path), shape)
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                if match := NPY_NAME.fullmatch(entry.name):
+                    first = "0.npy" if match[2] is None else "0_0.npy"
+                    if entry.stat().st_size != sizes[first]:
+                        self._load(Path(entry.path), self.moments_shape if match[2] is None else self.context_shape)
 
     def _load(self, path: Path, shape: tuple[int, ...] | None) -> np.ndarray:
         array = load_npy(path, self.flag)
@@ -102,7 +103,8 @@ def num_captions(folder: Path, flag: str = "path") -> np.ndarray:
 def load_npy(path: Path, flag: str = "path") -> np.ndarray:
     """An array of numbers. Raises UserError if the file holds none."""
     try:
-        array = np.load(path, allow_pickle=False)
+        with path.open("rb") as file:  # numpy leaves damaged files open
+            array = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise UserError(f"--{flag}: {path} cannot be read as an array ({error}); copy it again") from None
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
