@@ -153,10 +153,17 @@ def check_encoders(config: TrainConfig, features: Features, unet: UViTT2IModel) 
             print(f"warning: {error}; without it, no pipeline can be written at the end")
             continue
         check_fingerprint(found[component], made_by[component], flag, name)
-        try:
-            check_components(unet, **found)
-        except ValueError as error:
-            raise UserError(f"--{flag} {name}: {error}; name the one that made the features") from None
+        check_sizes(unet, flag, name, **found)
+
+
+def check_sizes(
+    unet: UViTT2IModel, flag: str, name: str, vqvae: Any = None, text_encoder: Any = None, tokenizer: Any = None
+) -> None:
+    """Raises UserError, which names a component by its flag, if the U-ViT and the components do not fit together."""
+    try:
+        check_components(unet, vqvae, text_encoder, tokenizer)
+    except ValueError as error:
+        raise UserError(f"--{flag} {name}: {error}; choose another, or another --uvit_config_file") from None
 
 
 def check_latents(features: Features, latent_scale: float, path: str) -> None:
