@@ -129,7 +129,7 @@ def check_pretrained(config: TrainConfig, features: Features) -> None:
         )
 
 
-def check_encoders(config: TrainConfig, features: Features, unet: UViTT2IModel) -> None:
+def check_named_encoders(config: TrainConfig, features: Features, unet: UViTT2IModel) -> None:
     """Load what flags name for the previews and the final pipeline. Raises UserError if it cannot be part of those.
 
     What the features name is loaded when it is needed: it may not be on the machine that trains. Neither may a Hub id:

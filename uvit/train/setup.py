@@ -23,8 +23,8 @@ from uvit.store.reader import open_features
 from uvit.store.types import Features
 from uvit.train.checks import (
     TIMESTEP_LABELS,
-    check_encoders,
     check_features,
+    check_named_encoders,
     check_pretrained,
     check_sizes,
     check_validation,
@@ -131,7 +131,7 @@ def build_run(config: TrainConfig, output_dir: Path, world: World | None = None)
     unet = build_unet(config, device)
     use_tokens = config.train_text_encoder or features.context_shape is None
     check_features(config, features, unet, use_tokens, "feature_path", config.feature_path)
-    check_encoders(config, features, unet)
+    check_named_encoders(config, features, unet)
     validation = open_validation(config, features, unet, use_tokens)
     master_model = nn.ModuleDict({"unet": unet})
     frozen, text_encoder_sha256, pad_token_id = None, None, 0
