@@ -7,6 +7,7 @@ import difflib
 import errno
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -185,6 +186,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         where = f"{error.filename}: " if error.filename else ""
         print(f"uvit {name}: error: {where}{error.strerror}; fix that, or choose another path", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        reason = (str(error).splitlines() or ["no more can be allocated"])[0].rpartition("Allocator: ")[2]
+        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", reason):
+            raise
+        print(
+            f"uvit {name}: error: there is too little memory ({reason}); make the batches, or what is in them, smaller",
+            file=sys.stderr,
+        )
         return 2
 
 

@@ -29,7 +29,14 @@ from uvit.store.shard import EncodedPairs
 from uvit.store.splits import Split, find_splits, find_stores
 from uvit.store.writer import StoreInfo, StoreWriter
 from uvit.weights.components import load_text_encoder, load_vae
-from uvit.weights.encoders import downsampling_of, encode_tokens, fingerprint, latent_scale_of, load_tokenizer
+from uvit.weights.encoders import (
+    downsampling_of,
+    encode_tokens,
+    fingerprint,
+    latent_scale_of,
+    load_tokenizer,
+    tokenizer_fingerprint,
+)
 
 NUM_THREADS = 4  # small files take more time on the disk than in Python
 PAIRS_AT_A_TIME = 64
@@ -53,7 +60,7 @@ def import_npy(config: FeaturesImportConfig) -> None:
     empty_context = load_npy(root / EMPTY_CONTEXT)
     moments, context = load_npy(splits[0].folder / "0.npy"), load_npy(splits[0].folder / "0_0.npy")
     for name, array, num_axes in (("0.npy", moments, 3), ("0_0.npy", context, 2), (EMPTY_CONTEXT, empty_context, 2)):
-        if array.ndim != num_axes or array.dtype.kind != "f" or not np.isfinite(array).all():
+        if array.ndim != num_axes or not array.size or array.dtype.kind != "f" or not np.isfinite(array).all():
             raise UserError(
                 f"--path {root}: {name} contains {array.dtype} {array.shape}, but must have {num_axes} axes of finite"
                 " numbers; make it again"
@@ -354,8 +361,7 @@ def recorded_encoders(
             )
         text_encoder = _record(config.text_encoder_name_or_path, fingerprint(model))
     if name := config.tokenizer_name or config.text_encoder_name_or_path:
-        vocabulary = json.dumps(sorted(load_tokenizer(name).get_vocab().items())).encode()
-        tokenizer = _record(name, hashlib.sha256(vocabulary).hexdigest())
+        tokenizer = _record(name, tokenizer_fingerprint(load_tokenizer(name)))
     return Recorded(vae, text_encoder, tokenizer, config.latent_scale or latent_scale, resolution)
 
 

@@ -24,7 +24,9 @@ from uvit.store.types import Features
 from uvit.train.checks import (
     TIMESTEP_LABELS,
     check_features,
+    check_named_encoders,
     check_pretrained,
+    check_sizes,
     check_validation,
     fingerprints,
 )
@@ -129,6 +131,7 @@ def build_run(config: TrainConfig, output_dir: Path, world: World | None = None)
     unet = build_unet(config, device)
     use_tokens = config.train_text_encoder or features.context_shape is None
     check_features(config, features, unet, use_tokens, "feature_path", config.feature_path)
+    check_named_encoders(config, features, unet)
     validation = open_validation(config, features, unet, use_tokens)
     master_model = nn.ModuleDict({"unet": unet})
     frozen, text_encoder_sha256, pad_token_id = None, None, 0
@@ -263,7 +266,7 @@ def build_text_encoder(
     name = first_that_has("text_encoder", config.pretrained_model_name_or_path, config.text_encoder_name_or_path)
     if name is not None:
         encoder = load_text_encoder(name).requires_grad_(True)
-        check_text_encoder_sizes(encoder, name, tokenizer, unet)
+        check_sizes(unet, "text_encoder_name_or_path", name, text_encoder=encoder, tokenizer=tokenizer)
         return encoder, pad_token_id
     width = unet.config.clip_dim
     text_config = CLIPTextConfig(
@@ -296,7 +299,7 @@ def load_frozen_text_encoder(
         )
     tokenizer = load_features_tokenizer(config, features)
     encoder = load_text_encoder(name)
-    check_text_encoder_sizes(encoder, name, tokenizer, unet)
+    check_sizes(unet, "text_encoder_name_or_path", name, text_encoder=encoder, tokenizer=tokenizer)
     sha256 = check_fingerprint(encoder, features.text_encoder_sha256, "text_encoder_name_or_path", name)
     return encoder, tokenizer.pad_token_id or 0, sha256
 
@@ -307,24 +310,3 @@ def load_features_tokenizer(config: TrainConfig, features: Features) -> Any:
     if name is None:
         raise UserError("--tokenizer_name: the features do not name the tokenizer that made their token ids; pass it")
     return load_tokenizer(name)
-
-
-def check_text_encoder_sizes(encoder: Any, name: str, tokenizer: Any, unet: UViTT2IModel) -> None:
-    """Raises UserError if the encoder cannot take the features' token ids, or the U-ViT its text embeddings."""
-    width, vocab_size = encoder.config.hidden_size, encoder.config.vocab_size
-    positions = getattr(encoder.config, "max_position_embeddings", None)
-    if width != unet.config.clip_dim:
-        raise UserError(
-            f"--text_encoder_name_or_path {name}: its width is {width}, and the U-ViT's clip_dim is "
-            f"{unet.config.clip_dim}; choose another --uvit_config_file"
-        )
-    if len(tokenizer) > vocab_size:
-        raise UserError(
-            f"--text_encoder_name_or_path {name}: its vocabulary has {vocab_size} tokens, and that of the features' "
-            f"tokenizer {len(tokenizer)}; name the encoder that belongs to the tokenizer"
-        )
-    if positions is not None and positions < unet.config.num_text_tokens:
-        raise UserError(
-            f"--text_encoder_name_or_path {name}: takes at most {positions} tokens, and the U-ViT's num_text_tokens is "
-            f"{unet.config.num_text_tokens}; choose another text encoder"
-        )
