@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from uvit.distributed.mesh import World
+from uvit.errors import UserError
 
 T = TypeVar("T")
 
@@ -193,6 +194,21 @@ def broadcast(value: T, world: World) -> T:
     values = [value]
     dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
     return values[0]
+
+
+def on_main(function: Callable[[], T], world: World) -> T:
+    """Call a function in the main process. All processes return its value, or raise its UserError."""
+    value: T | None = None
+    error: UserError | None = None
+    if world.is_main:
+        try:
+            value = function()
+        except UserError as raised:
+            error = raised
+    value, error = broadcast((value, error), world)
+    if error:
+        raise error
+    return value  # type: ignore[return-value]
 
 
 # Replicas
