@@ -5,7 +5,7 @@ All functions that take a `World` are collective: every process calls them at th
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -194,6 +194,15 @@ def broadcast(value: T, world: World) -> T:
     values = [value]
     dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
     return values[0]
+
+
+def all_gather(value: T, world: World) -> list[T]:
+    """The values of all processes, in the order of their ranks."""
+    if not world.parallel:
+        return [value]
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values
 
 
 def on_main(function: Callable[[], T], world: World) -> T:

@@ -312,7 +312,7 @@ def write_result(run: VaeRun) -> None:
             f"PSNR {measured['psnr']:.2f} dB on {len(run.held_out)} held-out image{'s'[: len(run.held_out) != 1]}, "
             f"latent scale {measured['latent_scale']:.4f}: {output_dir}"
         )
-    keep_latest(output_dir, 1, run.step)
+    keep_latest(output_dir, 1, {f"checkpoint-{run.step}"})
     clean_up(output_dir, ("deleting",))  # left by a kill in the line above
     shutil.rmtree(output_dir / VAE_ASIDE, ignore_errors=True)  # left by a kill at the end of `write_vae`
     print(f"{run.checkpoint} is kept, to continue with a higher --max_steps. You can delete it")

@@ -68,6 +68,7 @@ class Run:
     step: int = 0
     samples: int = 0  # the sample counter after the last step, over all processes
     checkpoint: Path | None = None  # the last one that it saved or resumed from
+    resumed_from: str | None = None  # the last --resume_from_checkpoint: a name in the run's folder, or a whole path
     lock: WriterLock | None = None  # of the run's folder, in the main process
 
     @property
@@ -86,6 +87,7 @@ class Run:
         config, features = self.config, self.features
         return {
             "samples": self.samples,
+            "resumed_from": self.resumed_from,
             "unet_config": model_config(self.master_model["unet"]),
             "text_encoder_config": text_encoder_config(self.master_model),
             "prediction_type": config.prediction_type,

@@ -13,7 +13,6 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 
-from uvit.checkpoint.folder import checkpoint_folders
 from uvit.config.train import TrainConfig
 from uvit.distributed.mesh import Degrees, World, init_distributed
 from uvit.distributed.mesh import destroy_distributed as shutdown
@@ -201,7 +200,8 @@ def write_config(run: Run) -> None:
 
 def export_pipeline(run: Run) -> None:
     """OUTPUT_DIR/pipeline from the last checkpoint. If an encoder is missing, print the command that does it."""
-    checkpoint = checkpoint_folders(run.output_dir)[-1]
+    checkpoint = run.checkpoint
+    assert checkpoint is not None, "all steps are done, so it has saved or resumed one"
     folder = run.output_dir / "pipeline"
     if training_facts(folder).get("step") == run.step:
         print(f"{folder} already exists")
