@@ -89,7 +89,7 @@ def test_what_came_after_is_set_aside_and_the_new_branch_goes_on(
     assert not (run / "set-aside-2").exists()
     # Another command goes back again.
     train(config(resume_from_checkpoint=str(run / "checkpoint-2"), learning_rate=4e-3))
-    assert same(run / "set-aside-2" / "checkpoint-6", run / "set-aside-2" / "checkpoint-6")
+    assert names(run / "set-aside-2") == ["checkpoint-4", "checkpoint-6"]
     assert names(run) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     # Without the flag, the latest is resumed as ever.
     train(config(max_steps=7, learning_rate=4e-3))
@@ -124,7 +124,6 @@ def test_killed_at_any_moment_and_repeated_it_is_the_same_branch(tiny_config: An
             "config.yaml",
             "training.json",
             "README.md",
-            "metrics.jsonl",
         }
         assert same(run / "checkpoint-6", tmp_path / "whole" / "checkpoint-6"), fatal
         assert lines(run) == lines(tmp_path / "whole"), fatal

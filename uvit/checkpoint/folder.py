@@ -135,22 +135,31 @@ class Checkpoint:
 
         read_into(self._existing_files(group), targets)
 
-    def verify(self, names: Iterable[str] | None = None, advance: Callable[[int], object] = lambda _: None) -> None:
-        """Read files, or all, and compare their SHA-256. Raises UserError if one is damaged.
+    def verify(self, names: Iterable[str] | None = None) -> None:
+        """Read files, or all, and compare their SHA-256. Raises UserError if one is damaged."""
+        if damaged := self.damaged_files(names):
+            raise UserError(
+                f"{self.folder}: {', '.join(damaged)} {'is' if len(damaged) == 1 else 'are'} damaged (the recorded "
+                "SHA-256 is another); use another checkpoint"
+            )
+
+    def damaged_files(
+        self, names: Iterable[str] | None = None, advance: Callable[[int], object] = lambda _: None
+    ) -> list[str]:
+        """The names of the files, of these or of all, whose SHA-256 is not the recorded one, or that cannot be read.
 
         Older checkpoints have none to compare. advance: called with the size of each file that was read.
         """
         expected = self.record.get("sha256", {})
-        wanted = [name for name in (self.record["files"] if names is None else names) if name in expected]
+        wanted = list(self.record["files"] if names is None else names)
+        damaged = []
         with ThreadPoolExecutor(MAX_HASHING) as pool:
-            found = pool.map(lambda name: file_digest(self.folder / name), wanted)
-            for name, digest in zip(wanted, found, strict=True):
-                if digest != expected[name]:
-                    raise UserError(
-                        f"{self.folder}: {name} is damaged (its SHA-256 differs from the recorded one); use "
-                        "another checkpoint"
-                    )
+            digests = pool.map(lambda name: file_digest(self.folder / name) if name in expected else None, wanted)
+            for name, digest in zip(wanted, digests, strict=True):
+                if digest != expected.get(name):
+                    damaged.append(name)
                 advance(self.record["files"][name])
+        return damaged
 
     def _existing_files(self, group: str) -> list[Path]:
         if paths := self.files(group):
@@ -189,12 +198,12 @@ def record_digest(record: Mapping[str, Any]) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """The SHA-256 of a file. Raises UserError if it cannot be read."""
+    """The SHA-256 of a file; empty if it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error}); use another checkpoint") from None
+    except OSError:
+        return ""
 
 
 def read_verified(folder: Path) -> Checkpoint:

@@ -1,0 +1,33 @@
+"""Flags of `uvit checkpoints ...`: what is on disk of a run."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CheckpointsListConfig:
+    """List the checkpoints of a run: step, samples, size, date, loss, and whether all files are there.
+
+    uvit checkpoints list output/run
+    """
+
+    path: str
+    """The run's folder: the --output_dir of `uvit train` or `uvit autoencoder`."""
+    json: bool = False
+    """Print JSON, for programs."""
+
+
+@dataclass(frozen=True)
+class CheckpointsVerifyConfig:
+    """Read every byte of a run's checkpoints and compare the checksums.
+
+    The exit status is 0 if all are whole, and 2 if one is damaged or there are none.
+
+    uvit checkpoints verify output/run
+    """
+
+    path: str
+    """The run's folder, or one of its checkpoints."""
+    json: bool = False
+    """Print JSON, for programs."""
+    disable_tqdm: bool = False
+    """Print plain lines instead of a progress bar, on a terminal too."""
