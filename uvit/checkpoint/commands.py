@@ -24,7 +24,7 @@ def list_checkpoints(config: CheckpointsListConfig) -> None:
     for entry in found:
         entry |= losses.get(entry["step"], {})
     if config.json:
-        print(json.dumps({"path": str(Path(config.path).expanduser().absolute()), "checkpoints": found}, indent=1))
+        print(json.dumps({"path": str(Path(config.path).absolute()), "checkpoints": found}, indent=1))
         return
     rows = [("step", "samples", "size", "saved", "loss", "val loss", "")]
     rows += [
@@ -56,7 +56,7 @@ def verify_checkpoints(config: CheckpointsVerifyConfig) -> int:
         for folder in folders:
             results.append(verify_checkpoint(folder, progress))
     if config.json:
-        print(json.dumps({"path": str(Path(config.path).expanduser().absolute()), "checkpoints": results}, indent=1))
+        print(json.dumps({"path": str(Path(config.path).absolute()), "checkpoints": results}, indent=1))
     else:
         for result in results:
             print(
@@ -131,7 +131,7 @@ def losses_of(folders: list[Path]) -> Mapping[int, dict[str, float]]:
 
 def find_checkpoints(path: str) -> list[Path]:
     """The checkpoints of a run's folder, or the one that the path names. Raises UserError if there are none."""
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if found := checkpoint_folders(folder):
         return found
     if (folder / RECORD).is_file():

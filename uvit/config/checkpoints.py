@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from uvit.config.paths import PathFlag, expand_paths
+
 
 @dataclass(frozen=True)
 class CheckpointsListConfig:
@@ -10,10 +12,13 @@ class CheckpointsListConfig:
     uvit checkpoints list output/run
     """
 
-    path: str
+    path: PathFlag
     """The run's folder: the --output_dir of `uvit train` or `uvit autoencoder`."""
     json: bool = False
     """Print JSON, for programs."""
+
+    def __post_init__(self) -> None:
+        expand_paths(self)
 
 
 @dataclass(frozen=True)
@@ -25,9 +30,12 @@ class CheckpointsVerifyConfig:
     uvit checkpoints verify output/run
     """
 
-    path: str
+    path: PathFlag
     """The run's folder, or one of its checkpoints."""
     json: bool = False
     """Print JSON, for programs."""
     disable_tqdm: bool = False
     """Print plain lines instead of a progress bar, on a terminal too."""
+
+    def __post_init__(self) -> None:
+        expand_paths(self)

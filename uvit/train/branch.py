@@ -39,7 +39,7 @@ def named_checkpoint(name: str, output_dir: Path) -> tuple[Path, str]:
 
     The origin is how the branch records it: its name in the run's folder, which may move, or else its whole path.
     """
-    path = Path(name).expanduser()
+    path = Path(name)
     inside = output_dir / name
     found = inside if not path.exists() and inside.is_dir() else path
     try:
