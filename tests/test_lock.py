@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 
 import uvit.lock
 from uvit.errors import UserError
-from uvit.lock import LOCK, Writer, WriterLock, is_running, parse, start_of_process, this_machine
+from uvit.lock import LOCK, Writer, WriterLock, current_writer, this_writer
 
 HOLDER = """
 import sys
@@ -40,9 +41,10 @@ def holder(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
 def write(path: Path, **fields: object) -> Writer:
     """A lock file as this process would write it, with some other fields."""
     path.parent.mkdir(exist_ok=True)
-    own = Writer("elsewhere", os.getpid(), this_machine(), start_of_process(os.getpid()) or "", "2026-01-02 03:04:05")
-    writer = replace(own, **fields)  # type: ignore[arg-type]
-    path.write_text(json.dumps(asdict(writer)))
+    with path.open("w") as file:
+        own = replace(this_writer(file.fileno(), path), host="elsewhere", since="2026-01-02 03:04:05")
+        writer = replace(own, **fields)  # type: ignore[arg-type]
+        json.dump(asdict(writer), file)
     return writer
 
 
@@ -66,7 +68,7 @@ def test_a_second_process_is_refused_by_name(holder: "subprocess.Popen[str]", tm
 
 def test_a_killed_process_holds_nothing(holder: "subprocess.Popen[str]", tmp_path: Path) -> None:
     holder.kill()
-    while is_running(parse((tmp_path / "run" / LOCK).read_bytes())):  # type: ignore[arg-type]
+    while current_writer(tmp_path / "run" / LOCK):
         pass  # it is not waited for: a process that has ended and whose parent does not know yet holds nothing either
     assert takes(tmp_path / "run" / LOCK)
     assert not (tmp_path / "run" / LOCK).exists()
@@ -76,6 +78,15 @@ def test_a_stopped_process_still_holds(holder: "subprocess.Popen[str]", tmp_path
     holder.send_signal(signal.SIGSTOP)
     with pytest.raises(UserError, match="is in use"):
         takes(tmp_path / "run" / LOCK)
+
+
+def test_the_copy_of_a_folder_in_use_is_free(tmp_path: Path) -> None:
+    with WriterLock(tmp_path / "run" / LOCK, "run"):
+        (tmp_path / "run" / "file").touch()
+        shutil.copytree(tmp_path / "run", tmp_path / "copy")
+        assert takes(tmp_path / "copy" / LOCK)
+        assert current_writer(tmp_path / "run" / LOCK)
+    assert not current_writer(tmp_path / "run" / LOCK)
 
 
 def test_a_process_holds_its_own_lock_once(tmp_path: Path) -> None:
@@ -160,7 +171,7 @@ def test_a_lock_of_another_machine_that_is_touched_holds(tmp_path: Path, monkeyp
     writer = write(path, machine="another")
     with pytest.raises(UserError, match=r"is in use by process .* on elsewhere"):
         takes(path)
-    assert parse(path.read_bytes()) == writer
+    assert current_writer(path) == writer
 
 
 @pytest.mark.usefixtures("hasty")

@@ -44,6 +44,8 @@ class Writer:
     machine: str  # boot id and namespace of pids: where the pid means something
     started: str  # of the process, in clock ticks since the boot: another process may get the same pid later
     since: str  # UTC
+    path: str  # of the lock file, and its inode: a copy of a folder that is in use has a lock file of neither
+    inode: int
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {self.since} UTC"
@@ -70,9 +72,6 @@ class WriterLock:
     def __enter__(self) -> "WriterLock":
         self._made_folder = not self.path.parent.exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        since = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S")
-        writer = Writer(socket.gethostname(), os.getpid(), this_machine(), start_of_process(os.getpid()) or "", since)
-        self.content = json.dumps(asdict(writer)).encode()
         self._take()
         self._thread.start()
         return self
@@ -102,10 +101,11 @@ class WriterLock:
         while True:
             with open_locked(self.path, create=True) as file:
                 content, touched = os.pread(file, MAX_BYTES, 0), os.fstat(file).st_mtime_ns
-                writer = parse(content)
+                writer = holder(content, file, self.path)
                 unchanged = seen == (content, touched)
                 stale = unchanged and time.monotonic() - since >= STALE_SECONDS
-                if writer is None or stale or (writer.machine == this_machine() and not is_running(writer)):
+                if writer is None or stale:
+                    self.content = json.dumps(asdict(this_writer(file, self.path))).encode()
                     os.ftruncate(file, 0)
                     os.pwrite(file, self.content, 0)
                     return
@@ -157,12 +157,38 @@ def is_at(file: int, path: Path) -> bool:
         return False
 
 
-def parse(content: bytes) -> Writer | None:
-    """None: nobody holds this lock, or its writer was killed before it had written its name."""
+# Who holds it
+
+
+def current_writer(path: Path) -> Writer | None:
+    """Who holds a lock file, as far as this machine can tell; None: nobody."""
     try:
-        return Writer(**json.loads(content))
-    except (ValueError, TypeError):
+        with path.open("rb") as file:
+            return holder(file.read(MAX_BYTES), file.fileno(), path)
+    except OSError:
         return None
+
+
+def holder(content: bytes, file: int, path: Path) -> Writer | None:
+    try:
+        writer = Writer(**json.loads(content))
+    except (ValueError, TypeError):  # it was killed before it had written its name
+        return None
+    is_copy = writer.inode != os.fstat(file).st_ino and writer.path != str(path.resolve())
+    is_gone = writer.machine == this_machine() and (is_copy or not is_running(writer))
+    return None if is_gone else writer
+
+
+def this_writer(file: int, path: Path) -> Writer:
+    return Writer(
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        machine=this_machine(),
+        started=start_of_process(os.getpid()) or "",
+        since=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S"),
+        path=str(path.resolve()),
+        inode=os.fstat(file).st_ino,
+    )
 
 
 # Processes

@@ -112,6 +112,16 @@ def test_a_run_whose_lock_is_taken_away_stops(
     assert lines(tmp_path / "run") == []
 
 
+def test_two_runs_do_not_share_their_logs(running: Started, tiny_config: Any, tmp_path: Path) -> None:
+    other = {"output_dir": str(tmp_path / "other"), "logging_dir": str(tmp_path / "logs")}
+    with pytest.raises(UserError, match=r"--logging_dir .*: is in use"), WriterLock(tmp_path / "logs" / LOCK, "logs"):
+        train(tiny_config(**other))
+    with pytest.raises(UserError, match=r"--logging_dir .*: is in use"):
+        train(tiny_config(**other | {"logging_dir": str(tmp_path / "run")}))
+    assert train(tiny_config(**other)) == 0
+    assert not (tmp_path / "logs" / LOCK).exists() and (tmp_path / "run" / LOCK).exists()
+
+
 def test_a_run_that_fails_leaves_no_lock_and_no_new_folder(tiny_config: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such checkpoint"):
         train(tiny_config(resume_from_checkpoint="nowhere"))

@@ -12,14 +12,17 @@ from uvit.checkpoint.folder import RECORD, checkpoint_folders, read_checkpoint
 from uvit.config.checkpoints import CheckpointsListConfig, CheckpointsVerifyConfig
 from uvit.errors import UserError
 from uvit.io import format_bytes
-from uvit.lock import LOCK, is_running, parse, this_machine
+from uvit.lock import LOCK, current_writer
 from uvit.progress import Progress
 
 
 def list_checkpoints(config: CheckpointsListConfig) -> None:
     """Raises UserError if there are no checkpoints."""
     folders = find_checkpoints(config.path)
-    found = [describe_checkpoint(folder) for folder in folders]
+    found = []
+    for folder in folders:
+        with contextlib.suppress(FileNotFoundError):  # --save_total_limit has just deleted it
+            found.append(describe_checkpoint(folder))
     losses = losses_of(folders)
     for entry in found:
         entry |= losses.get(entry["step"], {})
@@ -43,7 +46,7 @@ def list_checkpoints(config: CheckpointsListConfig) -> None:
     for *columns, problem in rows:
         line = "  ".join(f"{text:>{width}}" for text, width in zip(columns, widths, strict=True))
         print(f"{line}  {problem}".rstrip())
-    if writer := current_writer(folders[0].parent):
+    if writer := current_writer(folders[0].parent / LOCK):
         print(f"in use by {writer}")
 
 
@@ -51,10 +54,12 @@ def verify_checkpoints(config: CheckpointsVerifyConfig) -> int:
     """Print what is wrong, by file. Returns the exit status. Raises UserError if there are no checkpoints."""
     folders = find_checkpoints(config.path)
     results = []
-    total = sum(path.stat().st_size for folder in folders for path in folder.glob("*.safetensors"))
+    total = sum(map(size_of, folders))
     with Progress("verify", total, "byte", bar=not config.disable_tqdm, lines=not config.json) as progress:
         for folder in folders:
-            results.append(verify_checkpoint(folder, progress))
+            result = verify_checkpoint(folder, progress)
+            if folder.is_dir():  # else --save_total_limit has just deleted it
+                results.append(result)
     if config.json:
         print(json.dumps({"path": str(Path(config.path).absolute()), "checkpoints": results}, indent=1))
     else:
@@ -146,18 +151,11 @@ def step_of(folder: Path) -> int | None:
 
 
 def size_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    """Bytes of the files that training reads."""
+    with contextlib.suppress(FileNotFoundError):
+        return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return 0
 
 
 def number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def current_writer(output_dir: Path) -> str | None:
-    """Who writes into the folder now, as far as this machine can tell."""
-    try:
-        writer = parse((output_dir / LOCK).read_bytes())
-    except OSError:
-        return None
-    is_gone = writer is not None and writer.machine == this_machine() and not is_running(writer)
-    return None if writer is None or is_gone else str(writer)

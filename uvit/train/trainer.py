@@ -20,6 +20,7 @@ from uvit.distributed.ops import any_of, barrier, on_main
 from uvit.errors import UserError
 from uvit.export.convert import USUAL_ENCODERS, convert_command, export_checkpoint, missing_encoders, training_facts
 from uvit.io import to_yaml, write_yaml
+from uvit.lock import LOCK, WriterLock
 from uvit.store.npy_layout import NpyFeatures
 from uvit.train.checkpointing import Checkpointer, resume
 from uvit.train.checks import check_latents
@@ -178,6 +179,9 @@ def lock_run(run: Run, held: contextlib.ExitStack) -> None:
     overwrite = run.config.overwrite_output_dir and not restarted(run)
     with disk_errors(run.config, FOLDER_ERRORS):
         run.lock = lock_output_dir(run.output_dir, overwrite, held)
+        logs = logs_folder(run.config, run.output_dir)
+        if not logs.resolve().is_relative_to(run.output_dir.resolve()):
+            held.enter_context(WriterLock(logs / LOCK, f"--logging_dir {logs}"))
 
 
 def restarted(run: Run) -> bool:
