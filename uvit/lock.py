@@ -31,7 +31,7 @@ from uvit.errors import UserError
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
 POLL_SECONDS = 1.0  # between two looks at the lock of another machine
-MAX_BYTES = 4096  # of a lock file
+MAX_BYTES = 2**16  # of a lock file; a path has at most 4096
 LOCK = ".lock"  # its name in a folder
 
 

@@ -9,7 +9,9 @@ import pytest
 
 from tests.checkpoint.test_saver import FILES, TENSORS, flip_a_bit, without_checksums
 from tests.tiny import save_checkpoint
+from uvit.checkpoint.commands import verify_checkpoints
 from uvit.cli.main import main
+from uvit.config.checkpoints import CheckpointsVerifyConfig
 from uvit.lock import LOCK, WriterLock
 
 
@@ -68,7 +70,7 @@ def test_verify_names_the_damaged_file(name: str, run: Path, capsys: pytest.Capt
     assert [entry["whole"] for entry in found] == [True, False, True]
     assert found[1]["damaged"] == ([] if name == "uvit.json" else [name]) and name in found[1]["problem"]
     assert main(["checkpoints", "verify", str(run / "checkpoint-4")]) == 2
-    assert main(["checkpoints", "verify", str(run / "checkpoint-10")]) == 0
+    assert verify_checkpoints(CheckpointsVerifyConfig(str(run / "checkpoint-10"))) == 0
 
 
 def test_verify_of_what_has_no_checksums(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

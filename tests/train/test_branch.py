@@ -152,6 +152,32 @@ def test_a_kill_after_the_first_checkpoint_of_the_branch_costs_none_of_it(tiny_c
     assert not (run / "set-aside-2").exists()
 
 
+def test_a_branch_goes_on_after_the_other_run_has_deleted_its_beginning(tiny_config: Any, tmp_path: Path) -> None:
+    train(tiny_config(save_steps=2))
+    for number, name in enumerate((str(tmp_path / "run" / "checkpoint-4"), "checkpoint-2")):
+        flags = {"resume_from_checkpoint": name, "save_steps": 1}
+        output_dir = str(tmp_path / "other") if number == 0 else str(tmp_path / "run")
+        train(tiny_config(output_dir=output_dir, **flags))
+        shutil.rmtree(tmp_path / "run" / Path(name).name)
+        shutil.rmtree(Path(output_dir) / "checkpoint-6")
+        train(tiny_config(output_dir=output_dir, **flags))
+        assert read_checkpoint(Path(output_dir) / "checkpoint-6").step == 6
+
+
+def test_a_pipeline_of_another_branch_is_not_taken_for_this_one(tiny_config: Any, tmp_path: Path) -> None:
+    """Somebody has deleted the checkpoints after it."""
+    run = tmp_path / "run"
+    train(tiny_config())
+    before = (run / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    for flags in ({"learning_rate": 3e-3}, {"learning_rate": 4e-3, "resume_from_checkpoint": "checkpoint-3"}):
+        shutil.rmtree(run / "checkpoint-6")
+        train(tiny_config(**flags))
+        after = (run / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+        assert after != before
+        before = after
+    assert (run / "pipeline.old1").exists() and (run / "set-aside-1" / "pipeline").exists()
+
+
 def test_the_limit_spares_where_the_branch_began(tiny_config: Any, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(tiny_config(save_steps=2))

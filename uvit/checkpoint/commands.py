@@ -23,7 +23,7 @@ def list_checkpoints(config: CheckpointsListConfig) -> None:
     for folder in folders:
         with contextlib.suppress(FileNotFoundError):  # --save_total_limit has just deleted it
             found.append(describe_checkpoint(folder))
-    losses = losses_of(folders)
+    losses = logged_losses(folders)
     for entry in found:
         entry |= losses.get(entry["step"], {})
     if config.json:
@@ -108,7 +108,7 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
     }
 
 
-def losses_of(folders: list[Path]) -> Mapping[int, dict[str, float]]:
+def logged_losses(folders: list[Path]) -> Mapping[int, dict[str, float]]:
     """{step: {loss, val_loss}} of a run's checkpoints, as far as metrics.jsonl knows them.
 
     The loss is the mean since --logging_steps before, the validation loss the last one.

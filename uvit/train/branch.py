@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uvit.checkpoint.folder import Checkpoint, checkpoint_folders, read_checkpoint
+from uvit.distributed.mesh import World
+from uvit.distributed.ops import all_gather, on_main
 from uvit.errors import UserError
 from uvit.export.convert import training_facts
 from uvit.io import sync_path
@@ -31,7 +33,7 @@ class Later:
 
     step: int = 0  # of the checkpoint to go back to; 0: of another run, and nothing here is before it
     checkpoints: tuple[Path, ...] = ()
-    has_logs: bool = False
+    has_files: bool = False
 
 
 def named_checkpoint(name: str, output_dir: Path) -> tuple[Path, str]:
@@ -40,16 +42,53 @@ def named_checkpoint(name: str, output_dir: Path) -> tuple[Path, str]:
     The origin is how the branch records it: its name in the run's folder, which may move, or else its whole path.
     """
     path = Path(name)
-    inside = output_dir / name
-    found = inside if not path.exists() and inside.is_dir() else path
+    if not path.exists() and path.name == name:
+        path = output_dir / name
+    return path, path.name if is_in(path, output_dir) else str(path.resolve())
+
+
+def read_named(name: str, path: Path, world: World) -> Checkpoint:
+    """Read the checkpoint that --resume_from_checkpoint names. Raises UserError if it is not whole."""
     try:
-        read_checkpoint(found)
+        return read_together(path, world)
     except UserError as error:
-        folders = checkpoint_folders(found)
+        folders = checkpoint_folders(path)
         hint = f"; it is a run folder: name one of its checkpoints, such as {folders[-1]}" if folders else ""
         raise UserError(f"--resume_from_checkpoint {name}: {error}{hint}") from None
-    whole = found.resolve()
-    return found, whole.name if is_in(found, output_dir) else str(whole)
+
+
+def read_together(folder: Path, world: World) -> Checkpoint:
+    """Read a checkpoint's record and compare its checksums: each process reads a part of the files.
+
+    On the layout that wrote them, it is the part that the process loads. Raises UserError, in all processes, if the
+    checkpoint is not whole.
+    """
+    checkpoint = on_main(lambda: read_checkpoint(folder), world)
+    error: UserError | None = None
+    try:
+        checkpoint.verify(list(checkpoint.record["files"])[world.rank :: world.size])
+    except UserError as found:
+        error = found
+    for each in all_gather(error, world):
+        if each:
+            raise each
+    return checkpoint
+
+
+def latest_of_branch(run: Run) -> Checkpoint | None:
+    """The latest whole checkpoint of the branch that the same command has begun before, if there is one."""
+    for folder in on_main(lambda: branch_folders(run), run.world):
+        try:
+            found = read_together(folder, run.world)
+        except UserError as error:
+            print(f"skipped: {error}")
+            continue
+        print(
+            f"--resume_from_checkpoint {run.config.resume_from_checkpoint}: this command has gone back to it before, "
+            f"and resumes at {folder.name}. To go back to it again, choose another --output_dir"
+        )
+        return found
+    return None
 
 
 def is_in(checkpoint: Path, output_dir: Path) -> bool:
@@ -77,11 +116,12 @@ def later_than(checkpoint: Checkpoint, run: Run) -> Later:
     step = checkpoint.step if is_here else 0
     later = [path for path in checkpoint_folders(run.output_dir) if int(re.sub(r"\D", "", path.name)) > step]
     log = logs_folder(run.config, run.output_dir) / LOGS[0]
-    is_other_log = not is_here and log.exists() and first_step(log) <= checkpoint.step
-    return Later(step, tuple(later), has_logs=bool(later) or is_other_log)
+    is_other_log = not is_here and log.exists() and first_logged_step(log) <= checkpoint.step
+    has_pipeline = training_facts(run.output_dir / "pipeline").get("step", 0) > step
+    return Later(step, tuple(later), has_files=bool(later) or is_other_log or has_pipeline)
 
 
-def first_step(log: Path) -> int:
+def first_logged_step(log: Path) -> int:
     """Of metrics.jsonl; 0 if it cannot be read."""
     with log.open(encoding="utf-8") as file:
         try:
@@ -93,7 +133,7 @@ def first_step(log: Path) -> int:
 def set_aside(run: Run, later: Later) -> None:
     """Move what a later branch left to a folder of its own. A kill may come at any time: the next call continues."""
     output_dir, aside = run.output_dir, run.output_dir / ASIDE
-    if later.has_logs:
+    if later.has_files:
         aside.mkdir(exist_ok=True)
         _set_aside_files(run, later, aside)
     for folder in reversed(later.checkpoints):  # last: as long as one is left, there is more to set aside

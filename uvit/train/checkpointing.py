@@ -5,13 +5,20 @@ from pathlib import Path
 
 from torch import Tensor
 
-from uvit.checkpoint.folder import Checkpoint, check_command, checkpoint_folders, latest_checkpoint, read_checkpoint
+from uvit.checkpoint.folder import Checkpoint, check_command, checkpoint_folders, latest_checkpoint
 from uvit.checkpoint.layout import from_checkpoint_layout, to_checkpoint_layout
 from uvit.checkpoint.saver import Saver, all_gather_channel
-from uvit.distributed.mesh import World
-from uvit.distributed.ops import all_gather, any_of, differing_replicas, on_main
+from uvit.distributed.ops import any_of, differing_replicas, on_main
 from uvit.errors import UserError
-from uvit.train.branch import Later, branch_folders, later_than, named_checkpoint, set_aside
+from uvit.train.branch import (
+    Later,
+    later_than,
+    latest_of_branch,
+    named_checkpoint,
+    read_named,
+    read_together,
+    set_aside,
+)
 from uvit.train.checks import differing_fingerprint
 from uvit.train.optimizer import checksum, training_state
 from uvit.train.setup import Run
@@ -122,7 +129,7 @@ def resume(run: Run) -> None:
         run.resumed_from = checkpoint.record.get("resumed_from")
     else:
         target, run.resumed_from = on_main(lambda: named_checkpoint(name, run.output_dir), world)
-        checkpoint = latest_of_branch(run) or read_together(target, world)
+        checkpoint = latest_of_branch(run) or read_named(name, target, world)
         if checkpoint.folder == target:
             later = on_main(lambda: later_than(checkpoint, run), world)
     check_same_run(run, checkpoint)
@@ -134,40 +141,6 @@ def resume(run: Run) -> None:
     if world.is_main:
         set_aside(run, later)
     print(f"resumed {checkpoint.folder}: step {run.step} of {run.max_steps}")
-
-
-def latest_of_branch(run: Run) -> Checkpoint | None:
-    """The latest whole checkpoint of the branch that the same command has begun before, if there is one."""
-    for folder in on_main(lambda: branch_folders(run), run.world):
-        try:
-            found = read_together(folder, run.world)
-        except UserError as error:
-            print(f"skipped: {error}")
-            continue
-        print(
-            f"--resume_from_checkpoint {run.config.resume_from_checkpoint}: this command has gone back to it before, "
-            f"and resumes at {folder.name}. To go back to it again, choose another --output_dir"
-        )
-        return found
-    return None
-
-
-def read_together(folder: Path, world: World) -> Checkpoint:
-    """Read a checkpoint's record and compare its checksums: each process reads a part of the files.
-
-    On the layout that wrote them, it is the part that the process loads. Raises UserError, in all processes, if the
-    checkpoint is not whole.
-    """
-    checkpoint = on_main(lambda: read_checkpoint(folder), world)
-    error: UserError | None = None
-    try:
-        checkpoint.verify(list(checkpoint.record["files"])[world.rank :: world.size])
-    except UserError as found:
-        error = found
-    for each in all_gather(error, world):
-        if each:
-            raise each
-    return checkpoint
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:

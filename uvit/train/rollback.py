@@ -15,7 +15,8 @@ from uvit.errors import UserError
 from uvit.io import write_bytes
 from uvit.store.reader import FeatureStore
 from uvit.store.types import Features
-from uvit.train.checkpointing import read_together, restore
+from uvit.train.branch import read_together
+from uvit.train.checkpointing import restore
 from uvit.train.guards import SampleRange
 from uvit.train.metrics import logs_folder
 from uvit.train.setup import Run

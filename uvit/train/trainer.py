@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 
+from uvit.checkpoint.folder import read_checkpoint
 from uvit.config.train import TrainConfig
 from uvit.distributed.mesh import Degrees, World, init_distributed
 from uvit.distributed.mesh import destroy_distributed as shutdown
@@ -207,7 +208,8 @@ def export_pipeline(run: Run) -> None:
     checkpoint = run.checkpoint
     assert checkpoint is not None, "all steps are done, so it has saved or resumed one"
     folder = run.output_dir / "pipeline"
-    if training_facts(folder).get("step") == run.step:
+    facts, record = training_facts(folder), read_checkpoint(checkpoint).record
+    if all(facts.get(key) == record[key] for key in ("step", "samples", "config")):
         print(f"{folder} already exists")
         return
     if missing := missing_encoders(checkpoint):
