@@ -68,6 +68,21 @@ def move_contents(source: Path, folder: Path, last: Sequence[str]) -> None:
     sync_path(folder)
 
 
+def move_path(source: Path, target: Path) -> None:
+    """Rename a file or folder to a name that is free, or copy and delete it where that is on another disk."""
+    shutil.move(source, target)
+    sync_path(target.parent)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A second name for a file that will be replaced and not changed, or a copy on a disk without links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        with write_atomically(target) as aside:
+            shutil.copy2(source, aside)
+
+
 def write_bytes(path: Path, data: bytes, sync: bool = True) -> None:
     with write_atomically(path, sync) as aside:
         aside.write_bytes(data)

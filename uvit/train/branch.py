@@ -8,9 +8,7 @@ the command finds that it has gone back already, and resumes the branch. With an
 """
 
 import json
-import os
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from uvit.distributed.mesh import World
 from uvit.distributed.ops import all_gather, on_main
 from uvit.errors import UserError
 from uvit.export.convert import training_facts
-from uvit.io import sync_path
+from uvit.io import link_or_copy, move_path
 from uvit.train.metrics import logs_folder
 from uvit.train.setup import Run
 
@@ -137,11 +135,10 @@ def set_aside(run: Run, later: Later) -> None:
         aside.mkdir(exist_ok=True)
         _set_aside_files(run, later, aside)
     for folder in reversed(later.checkpoints):  # last: as long as one is left, there is more to set aside
-        folder.rename(aside / folder.name)
+        move_path(folder, aside / folder.name)
     if aside.is_dir():
         number = next(i for i in range(1, 10000) if not (output_dir / f"set-aside-{i}").exists())
-        aside.rename(output_dir / f"set-aside-{number}")
-        sync_path(output_dir)
+        move_path(aside, output_dir / f"set-aside-{number}")
         print(f"what a later branch left is now in {output_dir / f'set-aside-{number}'}")
 
 
@@ -152,22 +149,16 @@ def _set_aside_files(run: Run, later: Later, aside: Path) -> None:
     for path in [path for pattern in LOGS for path in sorted(logs.glob(pattern))]:
         target = aside / "logs" / path.name
         if not target.exists():
-            (link_or_copy if later.step else shutil.move)(path, target)
+            link_or_copy(path, target)
+        if not later.step:
+            path.unlink()
     config = run.output_dir / "config.yaml"
     if config.exists() and not (aside / config.name).exists():
         link_or_copy(config, aside / config.name)
     for path in sorted((run.output_dir / "previews").glob("step-*.png")):
         if int(re.sub(r"\D", "", path.stem)) > later.step:
             (aside / "previews").mkdir(exist_ok=True)
-            path.rename(aside / "previews" / path.name)
+            move_path(path, aside / "previews" / path.name)
     pipeline = run.output_dir / "pipeline"
     if training_facts(pipeline).get("step", later.step) > later.step:
-        pipeline.rename(aside / pipeline.name)
-
-
-def link_or_copy(path: Path, target: Path) -> None:
-    """A second name for a file that the run replaces and never changes, or a copy where the disk has no such names."""
-    try:
-        os.link(path, target)
-    except OSError:
-        shutil.copy2(path, target)
+        move_path(pipeline, aside / pipeline.name)
