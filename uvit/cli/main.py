@@ -107,6 +107,20 @@ COMMANDS = {
         "uvit.config.train:TrainConfig",
         "uvit.train.trainer:train",
     ),
+    "checkpoints list": Command(
+        "Train",
+        "list the checkpoints of a run",
+        "uvit.config.checkpoints:CheckpointsListConfig",
+        "uvit.checkpoint.commands:list_checkpoints",
+        positional=("path",),
+    ),
+    "checkpoints verify": Command(
+        "Train",
+        "check the checkpoints of a run for damage",
+        "uvit.config.checkpoints:CheckpointsVerifyConfig",
+        "uvit.checkpoint.commands:verify_checkpoints",
+        positional=("path",),
+    ),
     "sample": Command(
         "Use a model",
         "generate images from prompts",

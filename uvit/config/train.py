@@ -208,7 +208,8 @@ class TrainConfig:
 
     # Checkpoints
     resume_from_checkpoint: PathFlag | None = None
-    """Resume from this checkpoint folder, or from `latest`. Default: the latest complete one in OUTPUT_DIR, if any."""
+    """Go back to this checkpoint folder, of this run or another; what came after it is set aside. Run again, the same
+    command resumes from there. `latest`, and the default: the latest whole one in OUTPUT_DIR, if any."""
     save_total_limit: Annotated[int, Bounds(least=1, hint="leave it out to keep all")] | None = None
     """Keep only this many of the latest checkpoints. Default: all."""
 

@@ -21,6 +21,7 @@ from uvit.device import pick_device
 from uvit.diffusion import LATENT_SCALE
 from uvit.errors import UserError
 from uvit.io import format_bytes, write_bytes
+from uvit.lock import LOCK, WriterLock
 from uvit.progress import Progress
 from uvit.sources.types import Problem
 from uvit.store.npy_layout import EMPTY_CONTEXT, load_npy, num_captions
@@ -167,7 +168,7 @@ def export_npy(config: FeaturesExportConfig) -> None:
     """The command `uvit features export`. Raises UserError if there is no finished store, or too little disk space."""
     target = Path(config.output_dir).absolute()
     splits = [split for split, _ in find_stores(config.path, config.split)]
-    with torch.inference_mode():
+    with WriterLock(target / LOCK, f"--output_dir {config.output_dir}"), torch.inference_mode():
         exports = [_Export(split, target / split.name, config) for split in splits]
         for other in exports[1:]:
             if not np.array_equal(other.empty_context, exports[0].empty_context):
@@ -181,7 +182,6 @@ def export_npy(config: FeaturesExportConfig) -> None:
                 f"--output_dir {target}: its {EMPTY_CONTEXT} is from another text encoder; choose another folder"
             )
         check_room(sum(one.bytes_to_write() for one in exports), target)
-        target.mkdir(parents=True, exist_ok=True)
         for one in exports:
             one.run(config.disable_tqdm)
         _write(target / EMPTY_CONTEXT, empty_context)

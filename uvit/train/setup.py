@@ -18,6 +18,7 @@ from uvit.distributed.mesh import World, single_process_world
 from uvit.distributed.ops import GradientAverage
 from uvit.distributed.parallelize import check_divisibility, parallelize, shard
 from uvit.errors import UserError
+from uvit.lock import WriterLock
 from uvit.model import INIT_STD, UViTT2IModel
 from uvit.store.reader import open_features
 from uvit.store.types import Features
@@ -69,6 +70,8 @@ class Run:
     step: int = 0
     samples: int = 0  # the sample counter after the last step, over all processes
     checkpoint: Path | None = None  # the last one that it saved or resumed from
+    resumed_from: str | None = None  # the last --resume_from_checkpoint: a name in the run's folder, or a whole path
+    lock: WriterLock | None = None  # of the run's folder, in the main process
 
     @property
     def samples_per_step(self) -> int:
@@ -86,6 +89,7 @@ class Run:
         config, features = self.config, self.features
         return {
             "samples": self.samples,
+            "resumed_from": self.resumed_from,
             "unet_config": model_config(self.master_model["unet"]),
             "text_encoder_config": text_encoder_config(self.master_model),
             "prediction_type": config.prediction_type,
