@@ -45,7 +45,9 @@ def read_pth(path: Path) -> Any:
         if zipped and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
             raise RefusedError("a TorchScript program")
         # torch.load finds the storages. Reader decides on whatever the pickle names, so no code is run.
-        reader: Any = types.SimpleNamespace(__name__=__name__, Unpickler=Reader, load=lambda file, **_: Reader(file).load())
+        reader: Any = types.SimpleNamespace(
+            __name__=__name__, Unpickler=Reader, load=lambda file, **_: Reader(file).load()
+        )
         return torch.load(path, map_location="cpu", weights_only=False, pickle_module=reader, mmap=zipped)
 
     return _read(path, load)
@@ -184,22 +186,17 @@ class _Empty(_Standin):
         return b""
 
 
-class _OldObject(_Standin):
-    """Old pickle protocols make objects with a function of copyreg."""
-
-    def __new__(cls, kind: Any, base: Any, state: Any) -> Any:
-        return kind.__new__(kind) if isinstance(kind, _Named) else Object()
-
-
 class _Tensor(_Standin):
     def __new__(cls, storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> Any:
-        return torch._utils._rebuild_tensor(storage, offset, size, stride)  # type: ignore[attr-defined]
+        return torch._utils._rebuild_tensor(storage, offset, size, stride)
 
 
 class _TensorOfType(_Standin):
     """Of types for which PyTorch has no storage, such as uint16."""
 
-    def __new__(cls, storage: Any, offset: int, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any) -> Any:
+    def __new__(
+        cls, storage: Any, offset: int, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
+    ) -> Any:
         return torch.empty(0, dtype=dtype).set_(storage._untyped_storage, offset, size, stride)
 
 
@@ -223,10 +220,8 @@ _STANDINS: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
     ("_codecs", "encode"): _Encode,
-    ("__builtin__", "bytes"): _Empty,
+    ("builtins", "bytes"): _Empty,
     ("collections", "OrderedDict"): OrderedDict,
-    ("copyreg", "_reconstructor"): _OldObject,
-    ("copy_reg", "_reconstructor"): _OldObject,
     ("torch", "Size"): tuple,
     ("torch.storage", "UntypedStorage"): torch.UntypedStorage,
     ("torch._utils", "_rebuild_tensor"): _Tensor,
@@ -235,7 +230,7 @@ _STANDINS: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_parameter"): _First,
     ("torch._utils", "_rebuild_parameter_with_state"): _First,
     ("torch._tensor", "_rebuild_from_type_v2"): _Subclass,
-    **{(module, "tuple"): tuple for module in ("builtins", "__builtin__")},  # Paddle stores (name, array)
+    ("builtins", "tuple"): tuple,  # Paddle stores (name, array)
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _Reconstruct for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): _Scalar for core in ("core", "_core")},
     **{(f"numpy.{core}.numeric", "_frombuffer"): _FromBuffer for core in ("core", "_core")},
@@ -243,9 +238,11 @@ _STANDINS: dict[tuple[str, str], Any] = {
     **{
         (module, name): Object
         for modules, names in {
-            ("builtins", "__builtin__"): ("set", "frozenset", "complex", "bytearray", "slice", "range"),
+            ("builtins",): ("set", "frozenset", "complex", "bytearray", "slice", "range"),
             ("collections",): ("defaultdict", "deque"),
+            ("copyreg",): ("_reconstructor",),  # how old pickle protocols make any object
             ("datetime",): ("date", "datetime", "time", "timedelta", "timezone"),
+            ("diffusers.configuration_utils",): ("FrozenDict",),
             ("functools",): ("partial",),
             ("pathlib", "pathlib._local"): (
                 "Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath",
@@ -261,6 +258,7 @@ _STANDINS: dict[tuple[str, str], Any] = {
 
 class Reader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)  # names of Python 2
         if (module, name) in _STANDINS:
             return _STANDINS[module, name]
         if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
