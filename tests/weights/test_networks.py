@@ -75,7 +75,7 @@ def test_a_checkpoint_of_several_networks_is_split(tmp_path: Path) -> None:
     report = Report()
     found = list(read_networks(Location(path), True, None, ["vqvae"], report))
     assert [(weights.component, weights.kind) for weights in found] == [("unet", "uvit"), ("text_encoder",) * 2]
-    assert set(found[1].tensors) == set(TEXT) and report.dropped == [f"{path}: 1 arrays of no network (other)"]
+    assert set(found[1].tensors) == set(TEXT) and report.dropped == [f"{path}: arrays of no network: other"]
 
 
 IDS = {"num_attention_heads": 1, "max_position_embeddings": 7, "bos_token_id": 1, "eos_token_id": 2}
@@ -156,6 +156,24 @@ def test_one_set_of_weights_is_taken_under_any_name(tmp_path: Path) -> None:
     assert same(ema.tensors, EMA)
     with pytest.raises(UserError, match=rf"^--use_ema False: {tmp_path}/x.pt has EMA weights only \(ema\.\*\)"):
         list(read_networks(Location(tmp_path / "x.pt"), False, None, (), Report()))
+
+
+def test_ema_weights_in_a_folder_of_their_own(tmp_path: Path) -> None:
+    """As the training scripts of diffusers save a checkpoint."""
+    for name, seed in (("unet", 1), ("unet_ema", 2)):
+        tiny_unet(seed).save_pretrained(tmp_path / name)
+    torch.save(OPTIMIZER, tmp_path / "optimizer.bin")
+    (location,) = locate(tmp_path)
+    ema, raw = read_networks(location, True, None, (), Report())
+    assert raw.is_raw and same(dict(sorted(ema.tensors.items())), dict(sorted(EMA.items())))
+    (raw,) = read_networks(location, False, None, (), Report())
+    assert same(dict(sorted(raw.tensors.items())), dict(sorted(RAW.items())))
+
+
+def test_of_several_averages_the_raw_weights_can_be_taken(tmp_path: Path) -> None:
+    torch.save({"model": RAW, "ema_0.99": EMA, "ema_0.9999": RAW}, tmp_path / "x.pt")
+    (raw,) = read_networks(Location(tmp_path / "x.pt"), False, None, (), Report())
+    assert same(raw.tensors, RAW)
 
 
 def test_what_cannot_be_chosen(tmp_path: Path) -> None:

@@ -176,7 +176,9 @@ COMPONENT_FOLDERS = {
     "tokenizer": ("tokenizer",),
 }
 # Other files of trainers with the suffixes of weights begin so.
-_STATE_FILES = ("optimizer", "lr_scheduler", "scheduler", "scaler", "step", "training_args", "rng_state")
+_STATE_FILES = (
+    "optimizer", "lr_scheduler", "scheduler", "scaler", "step", "training_args", "rng_state", "random_states", "sampler",
+)  # fmt: skip
 
 
 def is_paddlemix_folder(folder: Path) -> bool:

@@ -123,6 +123,8 @@ def read_networks(
     if not files:
         raise UserError(f"{folder}: holds no weights (files {', '.join('*' + suffix for suffix in WEIGHT_SUFFIXES)})")
     ema, raw = [path for path in files if is_ema_file(path)], [path for path in files if not is_ema_file(path)]
+    if location.component is not None and (twin := folder.with_name(f"{folder.name}_ema")).is_dir():
+        ema = ema or weight_files(twin)  # diffusers' training scripts keep EMA weights in a folder of their own
     if ema and not raw and not use_ema:
         raise UserError(f"--use_ema False: {folder} has EMA weights only ({shorten([path.name for path in ema])})")
     take_ema = use_ema and bool(ema)
@@ -160,11 +162,11 @@ def _read_file(
     found = find_networks(tensors, path)
     containers = {"safetensors": "safetensors", "pdparams": "a Paddle pickle", "pth": "a PyTorch pickle"}
     if others := content.other_entries:
-        report.dropped.append(f"{path}: {len(others)} entries that are not arrays ({shorten(list(others))})")
+        report.dropped.append(f"{path}: entries that are not arrays: {shorten(list(others))}")
     used = {network.prefix + name for network in found for name in network.tensors}
     ema = tuple(network.prefix for network in found if network.is_ema)  # its names may not be those of the file
     if left := [name for name in tensors if name not in used and not name.startswith(ema)]:
-        report.dropped.append(f"{path}: {len(left)} arrays of no network ({shorten(left)})")
+        report.dropped.append(f"{path}: arrays of no network: {shorten(left)}")
     if component is not None and component not in {COMPONENT_OF[network.kind] for network in found}:
         raise UserError(f"{path}: is {KIND_NAMES[found[0].kind]}, where the pipeline's {component} should be")
     for name in dict.fromkeys(COMPONENT_OF.values()):
@@ -189,7 +191,8 @@ def _choose(
     candidates: list[FoundNetwork], path: Path, use_ema: bool, report: Report
 ) -> tuple[FoundNetwork, FoundNetwork | None]:
     """Of one component in a file: the network to take, and the raw weights beside it if that is the EMA."""
-    ema = _only_one([network for network in candidates if network.is_ema], path)
+    averages = [network for network in candidates if network.is_ema]
+    ema = _only_one(averages if use_ema else averages[:1], path)
     raw = _only_one([network for network in candidates if not network.is_ema], path)
     if raw is None:
         assert ema is not None

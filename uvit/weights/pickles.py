@@ -247,6 +247,7 @@ _STANDINS: dict[tuple[str, str], Any] = {
             ("pathlib", "pathlib._local"): (
                 "Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath",
             ),
+            ("types",): ("SimpleNamespace",),
             ("torch",): ("device",),
             ("torch.serialization",): ("_get_layout",),
         }.items()
