@@ -177,7 +177,8 @@ COMPONENT_FOLDERS = {
 }
 # Other files of trainers with the suffixes of weights begin so.
 _STATE_FILES = (
-    "optimizer", "lr_scheduler", "scheduler", "scaler", "step", "training_args", "rng_state", "random_states", "sampler",
+    "optimizer", "lr_scheduler", "scheduler", "scaler", "step", "training_args", "rng_state", "random_states",
+    "sampler",
 )  # fmt: skip
 
 
