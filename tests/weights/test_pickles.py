@@ -85,5 +85,5 @@ def test_a_torchscript_program_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x", "w") as file:
         for name in ("data.pkl", "constants.pkl", "version"):
             file.writestr(f"x/{name}", b"")
-    with pytest.raises(UserError, match="asks for a TorchScript program, which is not an array"):
+    with pytest.raises(UserError, match="is a TorchScript file"):
         read_pth(tmp_path / "x")

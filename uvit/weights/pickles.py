@@ -43,7 +43,10 @@ def read_pth(path: Path) -> Any:
 
     def load() -> Any:
         if zipped and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
-            raise RefusedError("a TorchScript program")
+            raise UserError(
+                f"{path}: is a TorchScript file. Such a file can run code and is refused; get one that holds only "
+                "arrays"
+            )
         # torch.load finds the storages. Reader decides on whatever the pickle names, so no code is run.
         reader: Any = types.SimpleNamespace(
             __name__=__name__, Unpickler=Reader, load=lambda file, **_: Reader(file).load()
@@ -61,6 +64,8 @@ def _read(path: Path, load: Any) -> Any:
             f"{path}: asks for {error}, which is not an array. Such a file can run code and is refused; get one that "
             "holds only arrays, or, if you trust it, write its weights anew with torch.save(model.state_dict(), FILE)"
         ) from None
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     except Exception as error:  # damaged bytes raise errors of any type
