@@ -56,6 +56,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> UViTPipeline:
         ({"latents": np.zeros((1, 4, 8, 8))}, "latents must be a tensor .*, and are ndarray"),
         ({"latents": torch.zeros(1, 4, 8, 8).long()}, "latents must be a tensor .*, and are torch.int64"),
         ({"latents": torch.zeros(4, 8, 8)}, r"latents have shape \(4, 8, 8\); \(1, 4, 8, 8\) is needed"),
+        ({"image": torch.zeros(1, 3, 32, 32), "strength": "x"}, "strength 'x' must be a finite number"),
         ({"output_type": None}, "output_type None is none of 'pil', 'np', 'pt', 'latent'"),
         ({"eta": 0.5}, "eta 0.5: LimitedDPMSolverScheduler has none; leave it out, or use DDIM"),
         ({"eta": "x"}, "eta 'x' must be a finite number"),
@@ -101,6 +102,17 @@ def test_embeddings_of_another_type_and_negative_ones_for_all(pipeline: UViTPipe
     empty = pipeline.encode_prompt("")
     double = pipeline(prompt_embeds=embeds.double(), negative_prompt_embeds=empty.double(), **options).images
     assert torch.equal(plain, double)
+
+
+def test_numbers_of_numpy_and_attention_slicing(pipeline: UViTPipeline) -> None:
+    images = pipeline(
+        PROMPT, num_inference_steps=np.int64(1), guidance_scale=np.float32(2), num_images_per_prompt=np.int32(2),
+        callback_on_step_end_tensor_inputs=None,
+    ).images  # fmt: skip
+    assert len(images) == 2
+    pipeline.disable_attention_slicing()
+    with pytest.raises(ValueError, match="enable_attention_slicing: attention needs little memory here"):
+        pipeline.enable_attention_slicing()
 
 
 def test_eta_is_ddims(pipeline: UViTPipeline) -> None:

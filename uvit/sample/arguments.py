@@ -7,6 +7,7 @@ import difflib
 import inspect
 import math
 from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -66,12 +67,12 @@ def refuse_unsupported(arguments: Mapping[str, Any], function: Any) -> None:
 
 
 def check_whole(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name} {value!r} must be a whole number of at least 1")
 
 
 def check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"{name} {value!r} must be a finite number")
 
 

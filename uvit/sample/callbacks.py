@@ -13,12 +13,13 @@ from torch import Tensor
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 
 
-def callback_inputs(callback: Any, names: Sequence[str]) -> tuple[str, ...]:
+def callback_inputs(callback: Any, names: Sequence[str] | None) -> tuple[str, ...]:
     """The names of the tensors that a callback gets. Raises ValueError where there is no such tensor."""
     if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
         names = callback.tensor_inputs
     elif callback is not None and not callable(callback):
         raise ValueError(f"callback_on_step_end {callback!r} must be a function")
+    names = names or ()
     if unknown := [name for name in names if name not in CALLBACK_TENSORS]:
         raise ValueError(
             f"callback_on_step_end_tensor_inputs {unknown}: there are only {', '.join(CALLBACK_TENSORS)}, in a list"

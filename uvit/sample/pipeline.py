@@ -109,6 +109,8 @@ class UViTPipeline(DiffusionPipeline):
 
     def enable_attention_slicing(self, slice_size: Any = "auto") -> None:
         """Raises ValueError: attention is computed without its matrix of weights, so there is nothing to slice."""
+        if slice_size is None:  # disable_attention_slicing
+            return
         raise ValueError("enable_attention_slicing: attention needs little memory here; try enable_vae_slicing")
 
     # As in diffusers, for callbacks: setting `_interrupt` or `_guidance_scale` takes effect at the next step.
@@ -209,6 +211,7 @@ class UViTPipeline(DiffusionPipeline):
         if original is not None:
             if strength is None:
                 strength = STRENGTH if mask_image is None else 1.0
+            check_number("strength", strength)
             start = first_step(strength, num_inference_steps, self.scheduler.order)
         elif strength is not None:
             raise ValueError(f"strength {strength} needs an image")
