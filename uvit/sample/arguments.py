@@ -105,7 +105,7 @@ def check_generators(generator: Any, batch: int) -> None:
         raise ValueError(f"there are {len(generator)} generators for {batch} images")
 
 
-def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
+def check_noise(latents: Any, shape: tuple[int, ...]) -> None:
     if not isinstance(latents, Tensor) or not latents.is_floating_point():
         found = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
         raise ValueError(f"latents must be a tensor of floating-point numbers, and are {found}")
@@ -113,7 +113,7 @@ def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
         raise ValueError(f"latents have shape {tuple(latents.shape)}; {shape} is needed")
 
 
-def check_finite(values: Tensor, prompt: Any) -> None:
+def check_images(values: Tensor, prompt: Any) -> None:
     """Raises UserError where the latents or the pixels of an image hold NaN or infinity."""
     bad = (~values.isfinite()).flatten(1).any(1).nonzero()
     if not len(bad):

@@ -18,9 +18,10 @@ from uvit.model import UViTT2IModel
 from uvit.sample.arguments import (
     as_prompts,
     check_embeds,
-    check_finite,
     check_generators,
-    check_latents,
+    check_images,
+    check_noise,
+    check_number,
     check_settings,
     check_whole,
     refuse_unsupported,
@@ -240,7 +241,7 @@ class UViTPipeline(DiffusionPipeline):
             eta=eta,
             control=steps.before,
         )
-        check_finite(latents, prompt)
+        check_images(latents, prompt)
         images: Any = latents if output_type == "latent" else self._decode(latents, original, output_type, prompt)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -281,7 +282,7 @@ class UViTPipeline(DiffusionPipeline):
         check_generators(generator, shape[0])
         if latents is None:
             return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
-        check_latents(latents, shape)
+        check_noise(latents, shape)
         return latents.to(self._execution_device)
 
     def _original(self, image: Any, mask_image: Any, shape: tuple[int, int, int, int]) -> Original | None:
@@ -296,7 +297,7 @@ class UViTPipeline(DiffusionPipeline):
 
     def _decode(self, latents: Tensor, original: Original | None, output_type: str, prompt: Any) -> Any:
         images = decode_latents(self.vqvae, latents.to(self.vqvae.dtype), self.config.latent_scale).float()
-        check_finite(images, prompt)
+        check_images(images, prompt)
         if original is not None:
             images = original.paste(images)
         if output_type == "pil":
