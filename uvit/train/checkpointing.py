@@ -11,8 +11,10 @@ from uvit.checkpoint.saver import Saver, all_gather_channel
 from uvit.distributed.ops import any_of, broadcast, differing_replicas
 from uvit.errors import UserError
 from uvit.train.checks import differing_fingerprint
+from uvit.train.epochs import EpochRange, extend_epochs
 from uvit.train.optimizer import checksum, training_state
-from uvit.train.setup import Run
+from uvit.train.schedule import describe_resume
+from uvit.train.setup import Run, plan_steps
 
 MAX_NAMED_TENSORS = 3  # in an error message
 
@@ -119,7 +121,8 @@ def resume(run: Run) -> None:
             f"{checkpoint.folder}: was saved with --use_ema False; pass --use_ema False, or choose another --output_dir"
         )
     restore(run, checkpoint)
-    print(f"resumed {checkpoint.folder}: step {run.step} of {run.max_steps}")
+    for sentence in describe_resume(run, checkpoint):
+        print(sentence)
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:
@@ -132,6 +135,11 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     run.precision.scale.load_state_dict(checkpoint.record["loss_scale"])
     run.guards.load_state_dict(checkpoint.record["guards"])
     run.step, run.samples, run.checkpoint = checkpoint.step, checkpoint.record["samples"], checkpoint.folder
+    size = run.features.num_samples
+    # Checkpoints of version 0.1.0 do not have their epochs: they have to be of this data.
+    ranges = [EpochRange(*each) for each in checkpoint.record.get("epochs", [(0, 0, size)])]
+    run.batches.epochs = extend_epochs(ranges, run.samples, size)
+    plan_steps(run)
 
 
 def check_same_run(run: Run, checkpoint: Checkpoint) -> None:
