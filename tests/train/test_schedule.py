@@ -34,10 +34,15 @@ def stores(tmp_path_factory: pytest.TempPathFactory, encoders: tuple[Path, Path]
             vae, text_encoder = map(str, encoders)
             extract(
                 ExtractConfig(
-                    source=(str(images),), output_dir=str(output), vae_name_or_path=vae,
-                    text_encoder_name_or_path=text_encoder, resolution=16, model_max_length=16, num_workers=0,
+                    source=(str(images),),
+                    output_dir=str(output),
+                    vae_name_or_path=vae,
+                    text_encoder_name_or_path=text_encoder,
+                    resolution=16,
+                    model_max_length=16,
+                    num_workers=0,
                     disable_tqdm=True,
-                )  # fmt: skip
+                )
             )
         return str(output)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from uvit.errors import UserError
+from uvit.errors import UserError, differences
 from uvit.io import write_bytes, write_json, write_json_once
 from uvit.store.manifest import STORE_FORMAT, VERSION
 from uvit.store.shard import ArrayInfo, ShardWriter, committed_row, file_records, read_record, record_name
@@ -72,10 +72,11 @@ class StoreWriter:
             if has_other_files and not path.is_file():  # another process may have started in the meantime
                 raise UserError(f"--output_dir {folder}: is not empty and no feature store; choose another folder")
             write_json_once(path, settings, indent=1)
-        if difference := first_difference(read_record(path), settings):
+        if changed := differences(read_record(path), settings):
             raise UserError(
-                f"--output_dir {folder}: was started with other settings ({difference}); give the same settings to"
-                " resume, or another folder"
+                f"--output_dir {folder}: was started with other settings; give the same settings to resume, or another"
+                " folder",
+                list(changed.values()),
             )
 
     @property
@@ -202,17 +203,6 @@ def refuse_earlier_layouts(folder: Path) -> None:
             f"--output_dir {root}: contains .npy features (U-ViT layout); choose another folder (training still reads"
             " this one)"
         )
-
-
-def first_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The first setting that differs, with both values. Empty if none does."""
-    for key in sorted(before.keys() | now.keys()):
-        a, b = before.get(key), now.get(key)
-        if a != b:
-            if isinstance(a, dict) and isinstance(b, dict):
-                return f"{key}: {first_difference(a, b)}"
-            return f"{key}: {a} before, {b} now"
-    return ""
 
 
 def _npy(array: np.ndarray) -> bytes:

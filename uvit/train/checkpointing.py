@@ -9,8 +9,8 @@ from uvit.checkpoint.folder import Checkpoint, check_command, latest_checkpoint,
 from uvit.checkpoint.layout import from_checkpoint_layout, to_checkpoint_layout
 from uvit.checkpoint.saver import Saver, all_gather_channel
 from uvit.distributed.ops import any_of, broadcast, differing_replicas
-from uvit.errors import UserError
-from uvit.train.checks import differing_fingerprint
+from uvit.errors import UserError, differences
+from uvit.train.checks import differing_fingerprints
 from uvit.train.epochs import EpochRange, extend_epochs
 from uvit.train.optimizer import checksum, training_state
 from uvit.train.schedule import describe_resume
@@ -146,24 +146,20 @@ def check_same_run(run: Run, checkpoint: Checkpoint) -> None:
     """Raises UserError if the checkpoint is of another model or of other features. Prints the flags that differ."""
     check_command(checkpoint, "uvit train")
     ours, theirs = run.record(), checkpoint.record
-    for key in ("unet_config", "text_encoder_config", "prediction_type", "latent_scale", "timestep_labels"):
-        if ours[key] != theirs[key]:
-            raise UserError(
-                f"{checkpoint.folder}: its {key} is {theirs[key]}, and this run's is {ours[key]}; choose another "
-                "--output_dir, or pass --overwrite_output_dir to start from scratch"
-            )
     key_of = {"VAE": "vae_sha256", "text encoder": "text_encoder_sha256", "tokenizer": "tokenizer_sha256"}
-    made_by, was_made_by = ({what: record.get(key) for what, key in key_of.items()} for record in (ours, theirs))
-    if difference := differing_fingerprint(made_by, was_made_by):
-        what, fingerprints = difference
+    was_made_by, made_by = ({what: record.get(key) for what, key in key_of.items()} for record in (theirs, ours))
+    settings = "unet_config", "text_encoder_config", "prediction_type", "latent_scale", "timestep_labels"
+    before, now = (
+        {key: record[key] for key in settings} | {"fp16": bool(record["loss_scale"])} for record in (theirs, ours)
+    )
+    features, model = differing_fingerprints(was_made_by, made_by), differences(before, now)
+    if features or model:
+        of = ["model or precision"] * bool(model)
+        of += [f"set of features (--feature_path {run.config.feature_path})"] * bool(features)
         raise UserError(
-            f"--feature_path {run.config.feature_path}: was made by another {what} than the features that "
-            f"{checkpoint.folder} was trained on ({fingerprints}); pass those features, or choose another --output_dir"
-        )
-    if bool(theirs["loss_scale"]) != bool(ours["loss_scale"]):
-        raise UserError(
-            f"{checkpoint.folder}: was{'' if theirs['loss_scale'] else ' not'} trained with --fp16; resume it with the "
-            "same precision, or choose another --output_dir"
+            f"{checkpoint.folder}: was trained with another {' and another '.join(of)}; pass the same again to resume, "
+            "choose another --output_dir, or pass --overwrite_output_dir to start from scratch",
+            [*model.values(), *features],
         )
     for sentence in checkpoint.changed_flags(run.config).values():
         print(sentence)

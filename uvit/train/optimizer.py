@@ -82,13 +82,18 @@ def learning_rate_factor(step: int, config: TrainConfig, max_steps: int, schedul
         return 1.0
     num_steps = schedule_steps or max_steps
     position = num_steps - max_steps + step
-    num_warmup = max(1, config.warmup_steps or math.ceil(config.warmup_ratio * num_steps))
+    num_warmup = num_warmup_steps(config, num_steps)
     warmed_up = step if config.warmup_steps else position
     if warmed_up < num_warmup:
         return warmed_up / num_warmup
     lowest = config.min_lr / config.learning_rate if config.learning_rate else 0.0
     progress = (position - num_warmup) / max(1, num_steps - num_warmup)
     return max(lowest, _decay(kind, min(1.0, max(0.0, progress)), config))
+
+
+def num_warmup_steps(config: TrainConfig, num_steps: int) -> int:
+    """The first step at the peak learning rate, counted from 0."""
+    return max(1, config.warmup_steps or math.ceil(config.warmup_ratio * num_steps))
 
 
 def _decay(kind: str, progress: float, config: TrainConfig) -> float:
