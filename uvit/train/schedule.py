@@ -12,7 +12,7 @@ from uvit.train.setup import Run, samples_per_step
 
 MAX_INITIAL_SHARE = 0.05  # of the initial weights in the final EMA weights
 EMA_TIMES = 10  # a good EMA forgets this many times over
-MAX_RATES = 1000  # learning rates that are looked at
+MIN_RATES, MAX_RATES = 10, 1000  # learning rates that the shape of a schedule is judged by
 NEARLY_NONE, EARLY = 1e-3, 0.8  # learning rate as a fraction of its peak; part of the run
 
 # A resumed run
@@ -27,19 +27,24 @@ def describe_resume(run: Run, checkpoint: Checkpoint) -> list[str]:
     """What is left to do and why, and what another batch or other data change. One sentence each."""
     config, left = run.config, max(0, run.max_steps - run.step)
     batch, before = run.samples_per_step, samples_per_step(checkpoint.record["config"])
+    if config.num_train_epochs:
+        until = f"--num_train_epochs {config.num_train_epochs:g}"
+    else:
+        until = f"--max_steps {config.max_steps:,}"
     end = run.samples + left * batch
-    until = f"--num_train_epochs {config.num_train_epochs:g}" if config.num_train_epochs else "--max_steps"
+    num_epochs = epochs_done(run.batches.epochs, end) - epochs_done(run.batches.epochs, run.samples)
     sentences = [
-        f"resumed {checkpoint.folder}: step {run.step} of {run.max_steps} ({describe_samples_done(run)}); left until "
-        f"{until}: {left:,} steps of {batch:,} samples, "
-        f"{epochs_done(run.batches.epochs, end) - epochs_done(run.batches.epochs, run.samples):.4g} epochs"
+        f"resumed {checkpoint.folder}: step {run.step} of {max(run.step, run.max_steps)} ({describe_samples_done(run)})"
+        f"; left until {until}: {left:,} steps of {batch:,} samples, {num_epochs:.4g} epochs"
     ]
-    if batch != before and not config.num_train_epochs and left:
-        planned = before * run.max_steps
-        same = run.step + -(-max(0, planned - run.samples) // batch)
+    if batch != before and not config.num_train_epochs:
+        with_before = left * before
         sentences.append(
             f"a step had {before:,} samples and now has {batch:,}: --max_steps counts steps of both, so the run ends "
-            f"after {end:,} samples; with --max_steps {same} it would end after {planned:,}, as planned before"
+            f"after {end:,} samples; it would have ended after {run.samples + with_before:,}, which --max_steps "
+            f"{run.step + -(-with_before // batch)} gives"
+            if left
+            else f"a step had {before:,} samples and now has {batch:,}: --max_steps counts steps of both"
         )
     ranges = run.batches.epochs
     if len(ranges) > 1 and ranges[-1].first_sample >= run.samples:
@@ -122,6 +127,8 @@ def rate_warnings(
         return [f"--learning_rate {peak:g}: is exceeded, up to {highest * peak:.3g}; lower --min_lr or --lr_end"]
     after = {step: value for step, value in zip(steps, factors, strict=True) if step >= num_warmup}
     lowest = min(after, key=lambda step: after[step])
+    if len(after) < MIN_RATES:
+        return []
     if after[steps[-1]] > after[lowest] + 0.05:
         return [
             f"--num_cycles: the learning rate is at its lowest, {after[lowest] * peak:.3g}, at step {lowest:,}, and "
@@ -152,6 +159,6 @@ def slow_ema(decay: float, num_steps: int) -> list[str]:
     better = max(0.0, 1 - EMA_TIMES / num_steps)
     return [
         f"--ema_decay {decay:g}: the EMA weights average over {1 / (1 - decay):,.0f} steps, and the run has "
-        f"{num_steps:,}; in the end, {share:.0%} of them is still the initial weights; --ema_decay {better:.4g} would "
-        "leave almost none"
+        f"{num_steps:,}; in the end they are still {share:.1%} initial weights; --ema_decay {better:.4g} would leave "
+        "almost none"
     ]

@@ -85,7 +85,7 @@ def run_training(config: TrainConfig, world: World) -> int:
             write_config(run)
             truncate_skipped_samples(run)
         if run.step >= run.max_steps:
-            print(f"{run.output_dir}: all {run.max_steps} steps are done ({describe_samples_done(run)})")
+            print(f"{run.output_dir}: all {run.step} steps are done ({describe_samples_done(run)})")
         else:
             for sentence in run_warnings(run):
                 print(f"warning: {sentence}")
