@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.train.test_trainer import lines, same
 from uvit.checkpoint.folder import checkpoint_folders, read_checkpoint
 from uvit.config.extract import ExtractConfig
 from uvit.extract.extract import extract
@@ -128,6 +130,23 @@ def test_each_sample_of_an_epoch_is_drawn_once_whatever_changes(
         rows, sizes_left = rows[length:], [size for size in sizes_left if size >= length]
 
 
+def test_after_a_rollback_skipped_samples_count_as_passed(
+    tiny_config: Any, poisoned_store: Callable[..., str], tmp_path: Path
+) -> None:
+    flags = {"feature_path": poisoned_store(*range(20, 28)), "max_nonfinite_steps": 2, "num_train_epochs": 40 / 648}
+    flags |= {"save_steps": 1, "lr_scheduler_type": "linear", "output_dir": str(tmp_path / "whole")}
+    assert train(tiny_config(**flags)) == 0
+    whole = lines(tmp_path / "whole")
+    assert [line["samples"] for line in whole] == [4, 8, 12, 16, 20, 32, 36, 40]
+    for step in range(1, 8):  # killed after it, and run again
+        folder = tmp_path / str(step)
+        shutil.copytree(tmp_path / "whole", folder)
+        for later in checkpoint_folders(folder)[step:]:
+            shutil.rmtree(later)
+        assert train(tiny_config(**flags | {"output_dir": str(folder)})) == 0
+        assert lines(folder) == whole and same(folder / "checkpoint-8", tmp_path / "whole" / "checkpoint-8")
+
+
 def said(capsys: pytest.CaptureFixture[str], *beginnings: str) -> list[str]:
     return [line for line in capsys.readouterr().out.splitlines() if line.startswith(beginnings)]
 
@@ -135,30 +154,30 @@ def said(capsys: pytest.CaptureFixture[str], *beginnings: str) -> list[str]:
 def test_a_resumed_run_says_what_is_left_and_of_what(
     tiny_config: Any, stores: Callable[[int], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def lines(size: int, **flags: Any) -> list[str]:
+    def run(size: int, **flags: Any) -> list[str]:
         assert train(tiny_config(feature_path=stores(size), **flags)) == 0
         found = said(capsys, "resumed", "a step had", "the data had", str(tmp_path / "run:"))
         return [line.replace(f"{tmp_path}/", "") for line in found if "already exists" not in line]
 
-    assert lines(10, num_train_epochs=1.2) == []
-    assert lines(10, num_train_epochs=1.2) == [
+    assert run(10, num_train_epochs=1.2) == []
+    assert run(10, num_train_epochs=1.2) == [
         "resumed run/checkpoint-3: step 3 of 3 (12 samples, 1.2 epochs); left until --num_train_epochs 1.2: "
         "0 steps of 4 samples, 0 epochs",
         "run: all 3 steps are done (12 samples, 1.2 epochs)",
     ]
-    assert lines(14, num_train_epochs=3, per_device_train_batch_size=6) == [
+    assert run(14, num_train_epochs=3, per_device_train_batch_size=6) == [
         "resumed run/checkpoint-3: step 3 of 7 (12 samples, 1.2 epochs); left until --num_train_epochs 3: "
         "4 steps of 6 samples, 1.943 epochs",
         "the data had 10 samples and now has 14: epochs of the new size begin at sample 20",
     ]
-    assert lines(7, max_steps=9, gradient_accumulation_steps=2) == [
-        "resumed run/checkpoint-7: step 7 of 9 (36 samples, 4 epochs); left until --max_steps 9: "
+    assert run(7, max_steps=9, gradient_accumulation_steps=2) == [
+        "resumed run/checkpoint-7: step 7 of 9 (36 samples, 3.143 epochs); left until --max_steps 9: "
         "2 steps of 8 samples, 2.286 epochs",
         "a step had 6 samples and now has 8: --max_steps counts steps of both, so the run ends after 52 samples; it "
         "would have ended after 48, which --max_steps 9 gives",
         "the data had 14 samples and now has 7: epochs of the new size begin at sample 36",
     ]
-    assert lines(7, max_steps=5)[-1] == "run: all 9 steps are done (52 samples, 6.286 epochs)"
+    assert run(7, max_steps=5)[-1] == "run: all 9 steps are done (52 samples, 6.286 epochs)"
 
 
 def test_the_learning_rate_goes_on_where_it_was_with_another_batch(tiny_config: Any, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ NEARLY_NONE, EARLY = 1e-3, 0.8  # learning rate as a fraction of its peak; part 
 
 def describe_samples_done(run: Run) -> str:
     """Such as `6,400 samples, 1.5 epochs`."""
-    return f"{run.samples:,} samples, {epochs_done(run.batches.epochs, run.samples):.4g} epochs"
+    begun = [each for each in run.batches.epochs if each.first_sample < max(1, run.samples)]
+    return f"{run.samples:,} samples, {epochs_done(begun, run.samples):.4g} epochs"
 
 
 def describe_resume(run: Run, checkpoint: Checkpoint) -> list[str]:
