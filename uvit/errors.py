@@ -27,27 +27,33 @@ class UserError(ValueError):
 def differences(
     before: Mapping[str, Any], now: Mapping[str, Any], words: tuple[str, str] = ("was", "now")
 ) -> dict[str, str]:
-    """{key: `key: was 1, now 2`} of the values that differ, in the order of the keys; those of nested mappings and of
-    equally long lists of mappings each by its own, such as `vae.sha256`.
+    """{key: `key: was 1, now 2`} of the values that differ, in the order of the keys.
+
+    The values of nested mappings, and of mappings in lists, have lines of their own, such as `vae.sha256: ...`.
 
     Args:
         words: what stands before the two values.
     """
     found: dict[str, str] = {}
     for key in [*now, *(key for key in before if key not in now)]:
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, tuple | list) and isinstance(new, tuple | list):
-            if list(old) == list(new):
-                continue
-            if len(old) == len(new) and any(isinstance(value, Mapping) for value in (*old, *new)):
-                old, new = ({str(i): value for i, value in enumerate(values)} for values in (old, new))
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            inner = differences(old, new, words)
+        old, new = _nested(before.get(key)), _nested(now.get(key))
+        both = [value for value in (old, new) if value not in (None, [])]
+        if both and all(isinstance(value, Mapping) for value in both):
+            inner = differences(old or {}, new or {}, words)
             found |= {f"{key}.{name}": f"{key}.{line}" for name, line in inner.items()}
         elif old != new:
             one, other = _shortened(_as_text(old), _as_text(new))
             found[key] = f"{key}: {words[0]} {one}, {words[1]} {other}"
     return found
+
+
+def _nested(value: Any) -> Any:
+    """A list of mappings as a mapping by position; a tuple as a list."""
+    if not isinstance(value, tuple | list):
+        return value
+    if value and all(isinstance(each, Mapping) for each in value):
+        return {str(i): each for i, each in enumerate(value)}
+    return list(value)
 
 
 def _as_text(value: Any) -> str:
@@ -58,8 +64,6 @@ def _as_text(value: Any) -> str:
         return text[:12] if re.fullmatch("[0-9a-f]{64}", text) else text  # a SHA-256
     if isinstance(value, tuple | list):
         return f"[{', '.join(map(_as_text, value))}]"
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{key}: {_as_text(inner)}' for key, inner in value.items())}}}"
     return str(value)
 
 

@@ -150,8 +150,12 @@ def check_same_run(run: Run, checkpoint: Checkpoint) -> None:
     was_made_by, made_by = ({what: record.get(key) for what, key in key_of.items()} for record in (theirs, ours))
     settings = "unet_config", "text_encoder_config", "prediction_type", "latent_scale", "timestep_labels"
     before, now = (
-        {key: record[key] for key in settings} | {"fp16": bool(record["loss_scale"])} for record in (theirs, ours)
+        {key: record[key] for key in settings if record[key] is not None}
+        | {"train_text_encoder": record["text_encoder_config"] is not None, "fp16": bool(record["loss_scale"])}
+        for record in (theirs, ours)
     )
+    if before["train_text_encoder"] != now["train_text_encoder"]:
+        del (before if before["train_text_encoder"] else now)["text_encoder_config"]
     features, model = differing_fingerprints(was_made_by, made_by), differences(before, now)
     if features or model:
         of = ["model or precision"] * bool(model)
