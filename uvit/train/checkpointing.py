@@ -158,10 +158,9 @@ def check_same_run(run: Run, checkpoint: Checkpoint) -> None:
         del (before if before["train_text_encoder"] else now)["text_encoder_config"]
     features, model = differing_fingerprints(was_made_by, made_by), differences(before, now)
     if features or model:
-        how = ["with another model or precision"] * bool(model)
-        how += [f"on features by other encoders than those of --feature_path {run.config.feature_path}"] * bool(
-            features
-        )
+        how = ["with another model or precision"] if model else []
+        if features:
+            how.append(f"on features by other encoders than those of --feature_path {run.config.feature_path}")
         raise UserError(
             f"{checkpoint.folder}: was trained {' and '.join(how)}; pass the same again to resume, "
             "choose another --output_dir, or pass --overwrite_output_dir to start from scratch",
