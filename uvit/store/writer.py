@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from uvit.errors import UserError
+from uvit.errors import UserError, differences
 from uvit.io import write_bytes, write_json, write_json_once
 from uvit.store.manifest import STORE_FORMAT, VERSION, with_image_settings
 from uvit.store.shard import ArrayInfo, ShardWriter, committed_row, file_records, read_record, record_name
@@ -85,10 +85,11 @@ class StoreWriter:
                     " crop; the remaining images are cropped first, and colour profiles stay ignored. To prepare all"
                     " images alike, extract into another folder."
                 )
-        if difference := first_difference(before, settings):
+        if changed := differences(before, settings):
             raise UserError(
-                f"--output_dir {folder}: was started with other settings ({difference}); give the same settings to"
-                " resume, or another folder"
+                f"--output_dir {folder}: was started with other settings; give the same settings to resume, or another"
+                " folder",
+                list(changed.values()),
             )
 
     @property
@@ -218,17 +219,6 @@ def refuse_earlier_layouts(folder: Path) -> None:
             f"--output_dir {root}: contains .npy features (U-ViT layout); choose another folder (training still reads"
             " this one)"
         )
-
-
-def first_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The first setting that differs, with both values. Empty if none does."""
-    for key in sorted(before.keys() | now.keys()):
-        a, b = before.get(key), now.get(key)
-        if a != b:
-            if isinstance(a, dict) and isinstance(b, dict):
-                return f"{key}: {first_difference(a, b)}"
-            return f"{key}: {a} before, {b} now"
-    return ""
 
 
 def _npy(array: np.ndarray) -> bytes:
