@@ -530,7 +530,7 @@ def test_a_store_that_an_earlier_version_began_says_so(
     assert "was started by an earlier version" in capsys.readouterr().out
     source = store.manifest["source"]
     assert (source["icc"], source["crop_before_resize"]) == ("ignore", "partly")
-    with pytest.raises(UserError, match="crop: center before, pad now"):
+    with pytest.raises(UserError, match="\n  source.crop: was center, now pad$"):
         run(flags | {"crop": "pad"})
 
 

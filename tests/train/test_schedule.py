@@ -147,6 +147,31 @@ def test_after_a_rollback_skipped_samples_count_as_passed(
         assert lines(folder) == whole and same(folder / "checkpoint-8", tmp_path / "whole" / "checkpoint-8")
 
 
+def test_going_back_with_another_batch_and_more_data_counts_from_there(
+    tiny_config: Any, stores: Callable[[int], str], drawn: list[tuple[int, int]], tmp_path: Path, capsys: Any
+) -> None:
+    run, flags = tmp_path / "run", {"num_train_epochs": 2.0, "save_steps": 1}
+    assert train(tiny_config(feature_path=stores(10), **flags)) == 0
+    first = drawn.copy()
+    back = flags | {"resume_from_checkpoint": "checkpoint-1", "per_device_train_batch_size": 3}
+    for start in ("the first", "repeated"):
+        drawn.clear()
+        assert train(tiny_config(feature_path=stores(14), **back)) == 0
+        said = capsys.readouterr().out.splitlines()
+        if start == "the first":
+            index = said.index(f"what a later branch left is now in {run / 'set-aside-1'}")
+            assert said[index + 1 : index + 3] == [
+                f"resumed {run}/checkpoint-1: step 1 of 8 (4 samples, 0.4 epochs); left until --num_train_epochs 2: "
+                "7 steps of 3 samples, 1.671 epochs",
+                "the data had 10 samples and now has 14: epochs of the new size begin at sample 10",
+            ]
+            assert [counter for counter, _ in drawn] == list(range(4, 25)) and drawn[:6] == first[4:10]
+            assert {row for counter, row in drawn if 10 <= counter < 24} == set(range(14))
+    assert drawn == [] and f"{run}: all 8 steps are done (25 samples, 2.071 epochs)" in said
+    record = read_checkpoint(run / "checkpoint-8").record
+    assert (record["resumed_from"], record["epochs"]) == ("checkpoint-1", [[0, 0, 10], [10, 1, 14]])
+
+
 def said(capsys: pytest.CaptureFixture[str], *beginnings: str) -> list[str]:
     return [line for line in capsys.readouterr().out.splitlines() if line.startswith(beginnings)]
 
