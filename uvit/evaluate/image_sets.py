@@ -1,0 +1,208 @@
+"""The images that an evaluation measures or compares with: of a folder, a source or a feature store.
+
+`uvit.evaluate.generate` has the images of a model. All are read in ranges, so that memory does not grow with their
+number, and in a fixed order, whoever reads them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from uvit.config.evaluate import EvaluateConfig
+from uvit.errors import UserError
+from uvit.images import to_pixels
+from uvit.progress import Progress
+from uvit.sources.decode import IMAGE_SUFFIXES, decode_image
+from uvit.sources.open import open_source, require_random_access
+from uvit.sources.types import PairError, Problem, RandomAccessSource
+from uvit.store.reader import FeatureStore, open_features
+
+CHUNK = 64  # images that are loaded, and whose features are stored, together
+LOSSY_SUFFIXES = (".jpg", ".jpeg", ".webp")
+
+
+@dataclass(frozen=True)
+class LoadedImages:
+    """The images of a range, without those that cannot be read."""
+
+    ids: list[str]  # B
+    rows: list[int]  # B, their positions in the set
+    pixels: np.ndarray  # (B, H, W, 3) uint8
+    problems: tuple[Problem, ...] = ()
+
+
+class ImageSet(Protocol):
+    """Images in a fixed order. `description` is what the report says of them; equal ones mean equal images."""
+
+    description: dict[str, Any]
+    chunk: int  # images to load together
+
+    def __len__(self) -> int: ...
+
+    def load(self, start: int, stop: int, progress: Progress) -> LoadedImages:
+        """Images start..stop - 1. Raises UserError if they differ in size."""
+
+
+def open_images(config: EvaluateConfig, name: str, flag: str, resolution: int | None) -> ImageSet:
+    """The images that --model or --reference names, each `resolution` pixels a side, or as they are (None).
+
+    Raises UserError if there are none.
+    """
+    path = Path(name)
+    if (path / "manifest.json").is_file() or (path / (config.split or "train") / "manifest.json").is_file():
+        return _of_store(name, config.split or "train", flag, resolution)
+    if path.is_dir():
+        files = sorted(
+            (file for file in path.rglob("*") if file.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES),
+            key=lambda file: file.relative_to(path).as_posix(),
+        )
+        if files and not _is_captioned(path, files):
+            return FolderImages(path, files, resolution, str(config.crop), str(config.resize))
+    try:
+        source = open_source(name, config.split or "train", config.image_folder, resolution or 256)
+    except UserError as error:
+        raise UserError(str(error).replace("--source", f"--{flag}")) from None
+    return SourceImages(
+        require_random_access(source, f"--{flag} {name}"),
+        {"source": name, "split": config.split or "train"},
+        resolution,
+        str(config.crop),
+        str(config.resize),
+    )
+
+
+def _is_captioned(folder: Path, files: list[Path]) -> bool:
+    """Whether a folder is a source of captioned images, with its own list of them, rather than just images."""
+    names = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "annotations")
+    return any((folder / name).exists() for name in names) or any(
+        file.with_suffix(suffix).is_file() for file in files[:1] for suffix in (".txt", ".caption", ".json")
+    )
+
+
+def _of_store(name: str, split: str, flag: str, resolution: int | None) -> "SourceImages":
+    """The images that a feature store was made from, prepared as they were for it."""
+    store = open_features(name, split, flag)
+    if not isinstance(store, FeatureStore):
+        raise UserError(f"--{flag} {name}: .npy features do not record their images; give the images")
+    record = store.manifest["source"]
+    if resolution not in (None, record["resolution"]):
+        raise UserError(
+            f"--{flag} {name}: was made of images of {record['resolution']} pixels, and {resolution} are needed; give "
+            "the images themselves"
+        )
+    try:
+        source = open_source(
+            record["source"],
+            record["split"],
+            record["image_folder"],
+            record["resolution"],
+            val_every=record["val_every"],
+            image_column=record["image_column"],
+            caption_column=record["caption_column"],
+        )
+    except (UserError, KeyError) as error:
+        raise UserError(f"--{flag} {name}: the images that it was made from cannot be opened ({error})") from None
+    return SourceImages(
+        require_random_access(source, f"--{flag} {name}"),
+        {"feature_store": name, "source": record["source"], "split": record["split"]},
+        record["resolution"],
+        record["crop"],
+        record["resize"],
+    )
+
+
+class FolderImages:
+    """Image files, sorted by their paths within the folder."""
+
+    chunk = CHUNK
+
+    def __init__(self, folder: Path, files: Sequence[Path], resolution: int | None, crop: str, resize: str):
+        self.folder, self.files = folder, files
+        self.preparation = (resolution, crop, resize)
+        lossy = sum(file.suffix.lower() in LOSSY_SUFFIXES for file in files)
+        self.description = {"folder": str(folder), "num_images": len(files), **_described(*self.preparation)}
+        if lossy:
+            self.description["lossy_files"] = lossy
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def load(self, start: int, stop: int, progress: Progress) -> LoadedImages:
+        ids, rows, pixels, problems = [], [], [], []
+        for row in progress.over(range(start, stop)):
+            file = self.files[row]
+            id = file.relative_to(self.folder).as_posix()
+            try:
+                image = decode_image(file.read_bytes(), id, file)
+            except OSError as error:
+                problems.append(Problem(id, "broken image", f"{file}: cannot be read ({error.strerror})"))
+                continue
+            except PairError as error:
+                problems.append(error.problem)
+                continue
+            ids.append(id)
+            rows.append(row)
+            pixels.append(prepare(image, *self.preparation, key=id))
+        return LoadedImages(ids, rows, stack(ids, pixels), tuple(problems))
+
+
+class SourceImages:
+    """The images of captioned pairs. Their ids are the rows of the source."""
+
+    chunk = CHUNK
+
+    def __init__(
+        self,
+        source: RandomAccessSource,
+        description: dict[str, Any],
+        resolution: int | None,
+        crop: str,
+        resize: str,
+    ):
+        self.source = source
+        self.preparation = (resolution, crop, resize)
+        self.description = {**description, "num_images": len(source), **_described(*self.preparation)}
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def load(self, start: int, stop: int, progress: Progress) -> LoadedImages:
+        ids, rows, pixels, problems = [], [], [], []
+        for row in progress.over(range(start, stop)):
+            try:
+                pair = self.source[row]
+            except PairError as error:
+                problems.append(error.problem)
+                continue
+            ids.append(str(row))
+            rows.append(row)
+            pixels.append(prepare(pair.image, *self.preparation, key=pair.id))
+        return LoadedImages(ids, rows, stack(ids, pixels), tuple(problems))
+
+
+def prepare(image: Any, resolution: int | None, crop: str, resize: str, key: str) -> np.ndarray:
+    """An RGB image -> (H, W, 3) uint8, square if there is a resolution."""
+    if resolution is None:
+        return np.asarray(image)
+    return to_pixels(image, resolution, crop, resize, key=key).transpose(1, 2, 0)
+
+
+def stack(ids: list[str], pixels: list[np.ndarray]) -> np.ndarray:
+    """Raises UserError, naming two of them, if images differ in size."""
+    for id, array in zip(ids, pixels, strict=True):
+        if array.shape != pixels[0].shape:
+            (height, width), (first_height, first_width) = array.shape[:2], pixels[0].shape[:2]
+            raise UserError(
+                f"{id}: has {width} x {height} pixels, and {ids[0]} has {first_width} x {first_height}; "
+                "give --resolution, to which all are cropped and scaled"
+            )
+    return np.stack(pixels) if pixels else np.empty((0, 1, 1, 3), np.uint8)
+
+
+def _described(resolution: int | None, crop: str, resize: str) -> dict[str, Any]:
+    if resolution is None:
+        return {"preparation": "as they are"}
+    return {"preparation": f"crop {crop}, then {resize} to {resolution} pixels"}
