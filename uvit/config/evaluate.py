@@ -1,4 +1,4 @@
-"""Flags of `uvit evaluate`, `uvit evaluate statistics` and `uvit evaluate compare`; and the protocols, which set them."""
+"""Flags of `uvit evaluate`, its `statistics` and its `compare`; and the protocols, which set flags."""
 
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
@@ -34,11 +34,12 @@ PUBLISHED: dict[str, Any] = {  # the sampling and the preprocessing of U-ViT's p
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "uvit-coco": {**PUBLISHED, "metrics": ("fid",), "max_prompts": 30000, "seed": 1234},
     "coco-5k": {**PUBLISHED, "metrics": ("fid", "kid", "clip_score"), "max_prompts": 5000, "seed": 1234},
-    "parti": {**PUBLISHED, "metrics": ("clip_score",)},
-    "geneval": {**PUBLISHED, "metrics": ("clip_score",)},
+    "parti": {**PUBLISHED, "metrics": ("clip_score",), "max_prompts": None},
+    "geneval": {**PUBLISHED, "metrics": ("clip_score",), "max_prompts": None},
     "shapes": {
         "metrics": ("attributes",),
         "prompts": "shapes",
+        "max_prompts": None,
         "guidance_scale": (2.0,),
         "scheduler": ("dpmsolver++",),
         "num_inference_steps": (25,),
@@ -179,9 +180,7 @@ class EvaluateConfig:
         """The flags that were given, and differ from the protocol."""
         preset = PROTOCOLS[self.protocol] if self.protocol else {}
         return {
-            name: getattr(self, name)
-            for name, value in preset.items()
-            if getattr(self, name) not in (None, (), value)
+            name: getattr(self, name) for name, value in preset.items() if getattr(self, name) not in (None, (), value)
         }
 
 
@@ -228,8 +227,6 @@ class EvaluateStatisticsConfig:
         check_bounds(self)
         if self.metric == "fd" and self.feature_extractor is None:
             raise UserError("--metric fd: needs a --feature_extractor")
-        if not self.output.endswith(".npz"):
-            raise UserError(f"--output {self.output}: must end in .npz")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ Every stage resumes: images and features are files that are complete or not ther
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -25,19 +26,21 @@ from uvit.config.sharding import resolve_shard
 from uvit.errors import UserError
 from uvit.evaluate.attributes import accuracy_table, attribute_sheet
 from uvit.evaluate.features import Features, PerImage, all_done, extract_features, load_features
-from uvit.evaluate.frechet import FeatureStatistics
-from uvit.evaluate.generate import GeneratedImages, Setting, folder_name, is_model, open_model
-from uvit.evaluate.image_sets import ImageSet, open_images
-from uvit.evaluate.measure import Score, build_extractors, check_metrics, compute_scores
+from uvit.evaluate.generate import GeneratedImages, folder_name, is_model, open_model
+from uvit.evaluate.image_sets import FolderImages, ImageSet, SourceImages, open_images
+from uvit.evaluate.measure import FRECHET, ImageFeatures, Score, build_extractors, check_metrics, compute_scores
 from uvit.evaluate.prompts import Prompt, prompts_sha256, read_prompts
 from uvit.evaluate.report import command_line, environment, notes_on, score_table, summarise, write_report
-from uvit.evaluate.statistics import check_same_features, read_statistics
+from uvit.evaluate.retrieval import retrieve
+from uvit.evaluate.statistics_file import SavedStatistics, check_same_features, read_statistics
 from uvit.evaluate.sweep import best_setting, list_settings, pareto_plot
 from uvit.images import contact_sheet, save_png
+from uvit.io import write_json
 from uvit.progress import Progress
 from uvit.sample.files import check_writable
 
 MAX_SHEET_IMAGES = 64
+MAX_NEIGHBOUR_ROWS = 24
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def evaluate(config: EvaluateConfig) -> None:
     shared = [each for each in unique.values() if each.name != "attributes"] if reference is not None else []
     silent = int(os.environ.get("RANK", "0")) > 0
     jobs = [(each.images, prompts, list(unique.values()), each.folder / "features") for each in measured]
-    if reference is not None and not isinstance(reference, FeatureStatistics):
+    if reference is not None and not isinstance(reference, SavedStatistics):
         jobs.append((reference, [], shared, folder / "reference"))
     total = sum(len(images) for images, *_ in jobs) // num_parts
     with (
@@ -92,12 +95,15 @@ def evaluate(config: EvaluateConfig) -> None:
             "protocol": {"name": given.protocol, "changed": given.protocol_changes()} if given.protocol else {},
             **report,
             "settings": asdict(config),
-            "seconds": {**clock.seconds, "note": "of the last run of the command, on one process"},
             "environment": environment(),
         }
         write_report(folder, report)
+        write_json(folder / "seconds.json", clock.seconds)  # apart, so that equal evaluations write equal reports
         write_sheets(folder, measured, prompts)
+        if "retrieval" in config.metrics and isinstance(reference, (FolderImages, SourceImages)):
+            write_neighbours(folder, measured[0], reference, extractors["retrieval"])
     print("\n".join(summary(config, report, len(prompts))))
+    print("seconds: " + ", ".join(f"{name} {seconds:g}" for name, seconds in clock.seconds.items()))
     print(f"report: {folder / 'report.md'}; contact sheet: {folder / 'contact_sheet.png'}")
 
 
@@ -108,8 +114,8 @@ def list_measured(config: EvaluateConfig, prompts: Sequence[Prompt], clock: "Clo
         images = open_images(config, config.model, "model", config.resolution)
         if prompts and len(prompts) != len(images):
             raise UserError(
-                f"--prompts {config.prompts}: has {len(prompts)} prompts, and {config.model} {len(images)} images; each "
-                "image, in order of its name, needs its prompt"
+                f"--prompts {config.prompts}: has {len(prompts)} prompts, and {config.model} {len(images)} images; "
+                "each image, in order of its name, needs its prompt"
             )
         yield Measured("", folder, images)
         return
@@ -132,12 +138,16 @@ def list_measured(config: EvaluateConfig, prompts: Sequence[Prompt], clock: "Clo
 
 def open_reference(
     config: EvaluateConfig, extractors: dict[str, PerImage], resolution: int | None
-) -> ImageSet | FeatureStatistics | None:
+) -> ImageSet | SavedStatistics | None:
     """Real images at the resolution of the generated ones, or their statistics."""
     if config.reference is None:
         return None
     if config.reference.endswith(".npz"):
-        return read_statistics(Path(config.reference))
+        saved = read_statistics(Path(config.reference))
+        for metric, writer in extractors.items():
+            if metric in FRECHET and isinstance(writer, ImageFeatures):
+                check_same_features(saved, writer.extractor)
+        return saved
     if is_model(config.reference):
         raise UserError(f"--reference {config.reference}: is a model; give images, or a folder that it generated")
     return open_images(config, config.reference, "reference", resolution)
@@ -149,7 +159,7 @@ def open_reference(
 def score(
     config: EvaluateConfig,
     measured: Sequence[Measured],
-    reference: ImageSet | FeatureStatistics | None,
+    reference: ImageSet | SavedStatistics | None,
     extractors: dict[str, PerImage],
     prompts: Sequence[Prompt],
 ) -> dict[str, Any]:
@@ -157,9 +167,14 @@ def score(
     unique = {extractor.name: extractor for extractor in extractors.values()}
     real: dict[str, Any] = {}
     described: dict[str, Any] = {}
-    if isinstance(reference, FeatureStatistics):
-        real = dict.fromkeys(unique, reference)
-        described = {"statistics": config.reference, "num_images": reference.num_images}
+    if isinstance(reference, SavedStatistics):
+        real = dict.fromkeys(unique, reference.statistics)
+        described = {
+            "statistics": config.reference,
+            "sha256": hashlib.sha256(Path(str(config.reference)).read_bytes()).hexdigest(),
+            "num_images": reference.statistics.num_images,
+            **(reference.images or {}),
+        }
     elif reference is not None:
         folder = Path(config.output_dir) / "reference"
         real = {name: load_features(reference, each, folder) for name, each in unique.items() if name != "attributes"}
@@ -180,7 +195,9 @@ def score(
     ]
     report: dict[str, Any] = {"results": rows, "images": rows[0]["images"][0], "reference": described}
     if halves:
-        report["best"] = best_setting([first for first, _ in halves.values()], [second for _, second in halves.values()])
+        report["best"] = best_setting(
+            [first for first, _ in halves.values()], [second for _, second in halves.values()]
+        )
         scores = [result["repeats"][0] for result in results.values()]
         if len(scores[0]) > 1:
             plot = pareto_plot(list(results), [row[0] for row in scores], [row[1] for row in scores])
@@ -225,6 +242,18 @@ def write_sheets(folder: Path, measured: Sequence[Measured], prompts: Sequence[P
         _save_sheet(images, rows, prompts, folder / "sheets" / f"{folder_name(category)}.png")
 
 
+def write_neighbours(folder: Path, measured: Measured, reference: ImageSet, extractor: PerImage) -> None:
+    """Generated images, each with the real ones nearest to it: copies show what was memorised."""
+    mine = load_features(measured.images, extractor, measured.folder / "features")
+    real = load_features(reference, extractor, folder / "reference")
+    found = retrieve(mine, real)
+    shown, labels = list[Image.Image](), list[str]()
+    for row, nearest, cosines in list(zip(found.rows, found.nearest, found.cosines, strict=True))[:MAX_NEIGHBOUR_ROWS]:
+        shown += _load(measured.images, [int(mine.rows[row])]) + _load(reference, [int(real.rows[i]) for i in nearest])
+        labels += ["generated", *(f"cosine {cosine:.3f}" for cosine in cosines)]
+    save_png(contact_sheet(shown, labels, columns=1 + found.nearest.shape[1]), folder / "neighbours.png")
+
+
 def _save_sheet(images: ImageSet, rows: Sequence[int], prompts: Sequence[Prompt], path: Path) -> None:
     rows = rows[:MAX_SHEET_IMAGES]
     labels = [prompts[row].text for row in rows] if prompts else None
@@ -238,7 +267,9 @@ def _load(images: ImageSet, rows: Sequence[int]) -> list[Image.Image]:
     with Progress("sheet", len(rows), "image", bar=False, lines=False) as progress:
         for row in rows:
             loaded = images.load(row, row + 1, progress)
-            found.append(Image.fromarray(np.asarray(loaded.pixels[0])) if loaded.ids else Image.new("RGB", (64, 64), "grey"))
+            found.append(
+                Image.fromarray(np.asarray(loaded.pixels[0])) if loaded.ids else Image.new("RGB", (64, 64), "grey")
+            )
     return found
 
 

@@ -10,13 +10,14 @@ from uvit.config.evaluate import EvaluateCompareConfig
 from uvit.errors import UserError
 from uvit.evaluate.report import FORMAT
 
+PIXELS = ("reference", "pixels_sha256")
 # What must be equal for two numbers to mean the same; everything else may be what is compared.
 PROTOCOL = (
     ("results", 0, "images", 0, "num_images"),
     ("results", 0, "images", 0, "preparation"),
     ("results", 0, "images", 0, "lossy_files"),
     ("results", 0, "images", 0, "resolution"),
-    ("reference", "pixels_sha256"),
+    PIXELS,
     ("reference", "sha256"),
     ("reference", "num_images"),
     ("reference", "preparation"),
@@ -65,6 +66,10 @@ def not_comparable(first: dict[str, Any], second: dict[str, Any]) -> Iterator[st
     """Each difference that makes the scores numbers of two kinds."""
     for path in PROTOCOL:
         one, other = _at(first, path), _at(second, path)
+        if path == ("reference", "sha256") and (_at(first, PIXELS) and _at(second, PIXELS)):
+            continue  # a file of statistics, or the images themselves: the pixels decide
+        if path == ("extractors",):  # those of scores that both have
+            one, other = ({name: each[name] for name in one if name in other} for each in (one, other))
         if one != other:
             name = ".".join(str(key) for key in path if not isinstance(key, int)).removeprefix("results.")
             if isinstance(one, dict) and isinstance(other, dict):
@@ -95,7 +100,8 @@ def verdicts(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> Itera
             continue
         better = "the same"
         if one["value"] != other["value"]:
-            better = f"better in the {'first' if (one['value'] < other['value']) == (one['better'] == 'lower') else 'second'}"
+            first_wins = (one["value"] < other["value"]) == (one["better"] == "lower")
+            better = f"better in the {'first' if first_wins else 'second'}"
         yield f"{one['name']}: {one['value']:.6g} and {other['value']:.6g}, {better}; {_certainty(one, other)}"
 
 
@@ -104,7 +110,8 @@ def _certainty(one: dict[str, Any], other: dict[str, Any]) -> str:
     if "deviation" in one and "deviation" in other:
         error = math.hypot(*(each["deviation"] / math.sqrt(len(each["values"])) for each in (one, other)))
         words = "more" if gap > SURE * error else "not more"
-        return f"the difference {gap:.3g} is {words} than the repeats explain ({SURE} standard errors are {SURE * error:.3g})"
+        spread = f"{SURE} standard errors are {SURE * error:.3g}"
+        return f"the difference {gap:.3g} is {words} than the repeats explain ({spread})"
     if "interval" in one and "interval" in other:
         apart = one["interval"][0] > other["interval"][1] or other["interval"][0] > one["interval"][1]
         return f"their 95% intervals {'do not overlap' if apart else 'overlap, so it may be chance'}"

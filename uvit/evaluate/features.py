@@ -1,8 +1,9 @@
 """Features of images on disk: computed once, in chunks that several processes share, resumed after any stop.
 
-A chunk is a few images in a row (`ImageSet.chunk`), and has one file for each extractor: FOLDER/EXTRACTOR/00000.safetensors. Whatever the
-number of processes, the chunks are the same, and so is every feature. When all are there, `load_features` joins them in
-FOLDER/EXTRACTOR-all, and maps the files: memory does not grow with the number of images.
+A chunk is a few images in a row (`ImageSet.chunk`), and has one file for each extractor:
+FOLDER/EXTRACTOR/00000.safetensors. Whatever the number of processes, the chunks are the same, and so are the features.
+When all are there, `load_features` joins them in FOLDER/EXTRACTOR-all, and maps the files: memory does not grow with
+the number of images.
 """
 
 import hashlib
@@ -29,8 +30,13 @@ from uvit.progress import Progress
 class PerImage(Protocol):
     """Anything that is computed for one image after the other."""
 
-    name: str  # of its files
-    description: dict[str, Any]  # equal descriptions mean equal features
+    @property
+    def name(self) -> str:
+        """Of its files."""
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """Equal ones mean equal features."""
 
     def extract(self, pixels: np.ndarray, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
         """(B, H, W, 3) uint8 and the B prompts, if there are any -> arrays of B rows."""
@@ -151,7 +157,7 @@ def _write_chunk(
         "ids": loaded.ids,
         "rows": loaded.rows,
         "size": [loaded.pixels.shape[2], loaded.pixels.shape[1]],
-        "pixels_sha256": hashlib.sha256(np.ascontiguousarray(loaded.pixels)).hexdigest(),
+        "pixels_sha256": hashlib.sha256(loaded.pixels.tobytes()).hexdigest(),
         "problems": [asdict(problem) for problem in loaded.problems],
     }
     its_prompts = [prompts[row] for row in loaded.rows] if prompts else []

@@ -73,8 +73,8 @@ class Model:
 def open_model(name: str, weights: Weights, device: str, dtype: str) -> Model:
     """The model of a path with its EMA weights or its raw ones.
 
-    A run that has a pipeline gives that for its EMA weights; otherwise the last checkpoint is opened. Raises UserError if
-    it does not have the weights.
+    A run that has a pipeline gives that for its EMA weights; otherwise the last checkpoint is opened. Raises UserError
+    if it does not have the weights.
     """
     path = Path(name)
     opened = next((folder for folder in (path, path / "pipeline") if (folder / INDEX).is_file()), None)

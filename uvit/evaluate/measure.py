@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from uvit.config.evaluate import NEED_PROMPTS, NEED_REFERENCE, EvaluateConfig
 from uvit.device import own_device
@@ -35,10 +34,11 @@ from uvit.evaluate.frechet import (
 from uvit.evaluate.kernel_distances import cmmd, kid_interval, kid_of_subsets
 from uvit.evaluate.neighbours import precision_recall_density_coverage
 from uvit.evaluate.prompts import Prompt
+from uvit.evaluate.retrieval import NEAREST, retrieve
 from uvit.evaluate.scores import clip_score, clip_similarities, inception_score, mean_interval
-from uvit.evaluate.statistics import check_same_features
 
 ROWS_AT_ONCE = 4096
+FRECHET = ("fid", "fd", "fd_dinov2")
 SMALL_SET = 10_000  # images, below which the bias of a Frechet distance is said
 
 
@@ -103,7 +103,7 @@ def build_extractors(config: EvaluateConfig) -> dict[str, PerImage]:
     """{metric: what computes its features}; metrics share networks. Raises UserError for weights that are missing."""
     device = own_device(config.device)
     built: dict[str, PerImage] = {}
-    extractors = {}
+    extractors: dict[str, PerImage] = {}
     for metric in config.metrics:
         kind = _kind(metric, config)
         if kind not in built:
@@ -139,7 +139,6 @@ def compute_scores(
     extractors: dict[str, PerImage],
     generated: dict[str, Features],
     reference: dict[str, Features | FeatureStatistics],
-    prompts: Sequence[Prompt],
     half: int | None = None,
 ) -> list[Score]:
     """All scores, in the order of --metrics.
@@ -154,7 +153,7 @@ def compute_scores(
     for metric in config.metrics:
         writer = extractors[metric]
         features = generated[writer.name] if half is None else generated[writer.name].half(half)
-        scores += _scores(metric, config, writer, features, reference.get(writer.name), prompts)
+        scores += _scores(metric, config, writer, features, reference.get(writer.name))
     for score in scores:
         if not math.isfinite(score.value):
             raise UserError(f"{score.name}: is {score.value}; nothing was written")
@@ -167,9 +166,8 @@ def _scores(
     writer: PerImage,
     features: Features,
     reference: Features | FeatureStatistics | None,
-    prompts: Sequence[Prompt],
 ) -> list[Score]:
-    if metric == "attributes":
+    if isinstance(writer, AttributeReader):
         return [Score(name, value, "higher") for name, value in writer.accuracies(features).items()]
     if metric == "is":
         splits = min(10, len(features))
@@ -179,12 +177,12 @@ def _scores(
         similarities = clip_similarities(features.tensor("features"), features.tensor("texts"))
         low, high = mean_interval(similarities)
         return [Score(f"clip_score-{writer.name}", clip_score(similarities), "higher", low, high)]
-    if metric in ("fid", "fd", "fd_dinov2"):
+    if metric in FRECHET:
         return [_frechet(writer, features, reference)]
     if isinstance(reference, FeatureStatistics):
         raise UserError(
-            f"--metrics {metric}: compares single images, and --reference {config.reference} has their statistics only; "
-            "give the images"
+            f"--metrics {metric}: compares single images, and --reference {config.reference} has their statistics only;"
+            " give the images"
         )
     assert reference is not None
     mine, real = features.tensor("features"), reference.tensor("features")
@@ -197,11 +195,18 @@ def _scores(
         return [Score(f"kid{suffix}", value, "lower", low, high, {**details, "whole_sets": whole})]
     if metric == "cmmd":
         return [Score("cmmd", cmmd(mine, real), "lower")]
-    found = precision_recall_density_coverage(mine, real, config.nearest_k)
-    return [Score(f"{name}{suffix}", value, "higher") for name, value in vars(found).items()]
+    if metric == "retrieval":
+        found = retrieve(features, reference)
+        return [
+            Score(f"retrieval_top{k}{suffix}", found.top(k), "higher", details={"chance": min(1, k / len(reference))})
+            for k in (1, NEAREST)
+        ]
+    shares = precision_recall_density_coverage(mine, real, config.nearest_k)
+    return [Score(f"{name}{suffix}", value, "higher") for name, value in vars(shares).items()]
 
 
-def _frechet(writer: ImageFeatures, features: Features, reference: Features | FeatureStatistics | None) -> Score:
+def _frechet(writer: PerImage, features: Features, reference: Features | FeatureStatistics | None) -> Score:
+    assert isinstance(writer, ImageFeatures) and reference is not None
     statistics = reference if isinstance(reference, FeatureStatistics) else statistics_of_features(reference)
     mine = statistics_of_features(features)
     value = frechet_distance(mine, statistics)

@@ -91,12 +91,12 @@ def _of_rows(path: Path) -> Iterator[Prompt]:
         rows = list(csv.DictReader(text.splitlines(), delimiter="\t" if path.suffix == ".tsv" else ","))
     for number, row in enumerate(rows, start=1):
         columns = {str(name).lower(): value for name, value in row.items()} if isinstance(row, dict) else {}
-        text = next((columns[name] for name in PROMPT_COLUMNS if columns.get(name)), None)
-        if not isinstance(text, str) or not text.strip():
+        prompt = next((columns[name] for name in PROMPT_COLUMNS if columns.get(name)), None)
+        if not isinstance(prompt, str) or not prompt.strip():
             has = ", ".join(columns) or "no columns"
             raise UserError(f"--prompts {path}: row {number} needs {' or '.join(PROMPT_COLUMNS)}; it has {has}")
         category = next((str(columns[name]) for name in CATEGORY_COLUMNS if columns.get(name)), "")
-        yield Prompt(text.strip(), f"row {number}", category)
+        yield Prompt(prompt.strip(), f"row {number}", category)
 
 
 def _of_coco(path: Path, seed: int) -> list[Prompt]:

@@ -84,7 +84,7 @@ def markdown(report: dict[str, Any]) -> str:
             "",
         ]
     lines += [f"- {note}" for note in report["notes"]] + [""] * bool(report["notes"])
-    for title in ("protocol", "images", "reference", "prompts", "extractors", "seconds", "environment"):
+    for title in ("protocol", "images", "reference", "prompts", "extractors", "environment"):
         if report.get(title):
             lines += [f"## {title.capitalize()}", "", *_rows(report[title]), ""]
     return "\n".join(lines)
@@ -125,8 +125,8 @@ def notes_on(images: dict[str, Any], reference: dict[str, Any], num_images: int,
     distances = [name for name in names if name.startswith(("fid", "fd-"))]
     if distances and num_images < SMALL_SET:
         notes.append(
-            f"{' and '.join(distances)} of {num_images:,} images are too large by a bias that falls as 1/n. Compare them "
-            "only with those of as many images, or use `for_infinitely_many_images` in report.json."
+            f"{' and '.join(distances)} of {num_images:,} images are too large by a bias that falls as 1/n. Compare "
+            "them only with those of as many images, or use `for_infinitely_many_images` in report.json."
         )
     for what, described in (("images", images), ("reference", reference)):
         if described.get("lossy_files"):

@@ -74,9 +74,7 @@ def pareto_plot(labels: Sequence[str], x: Sequence[Score], y: Sequence[Score]) -
 
 def _beats(x: Sequence[Score], y: Sequence[Score], j: int, i: int) -> bool:
     """Whether setting j is at least as good as i in both scores, and better in one."""
-    gains = [
-        (scores[j].value - scores[i].value) * (1 if scores[i].better == "higher" else -1) for scores in (x, y)
-    ]
+    gains = [(scores[j].value - scores[i].value) * (1 if scores[i].better == "higher" else -1) for scores in (x, y)]
     return min(gains) >= 0 and max(gains) > 0
 
 

@@ -1,0 +1,90 @@
+"""The same prompts in the same order, wherever they come from."""
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from uvit.errors import UserError
+from uvit.evaluate.prompts import prompts_sha256, read_prompts
+from uvit.sources.shapes import scenes
+
+
+def coco(path: Path, order: Callable[[list[dict[str, object]]], object] = lambda annotations: None) -> Path:
+    annotations: list[dict[str, object]] = [
+        {"id": 10 * image + k, "image_id": image, "caption": f"caption {k}\nof image {image} "}
+        for image in range(20)
+        for k in range(5)
+    ]
+    order(annotations)
+    content = json.dumps({"images": [], "annotations": annotations}).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def test_shapes_are_every_scene_in_every_wording() -> None:
+    prompts = read_prompts("shapes", None, 0)
+    heldout = scenes("heldout")
+    assert len(prompts) == 4 * len(heldout)
+    assert [prompt.text for prompt in prompts[:3]] == [scene.captions()[0] for scene in heldout[:3]]
+    assert prompts[len(heldout)].scene == heldout[0] and prompts[len(heldout)].text == heldout[0].captions()[1]
+
+
+def test_lists_give_text_and_category(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a cat\n\n  a dog \n")
+    (tmp_path / "a.tsv").write_text("Prompt\tCategory\tNote\na cat\tAnimals\tx\na car, red\tVehicles\t\n")
+    (tmp_path / "a.csv").write_text('text\n"a cat, asleep"\n')
+    (tmp_path / "a.jsonl").write_text('{"tag": "counting", "prompt": "two cats"}\n{"prompt": "a dog"}\n')
+
+    def read(name: str) -> list[tuple[str, str]]:
+        return [(prompt.text, prompt.category) for prompt in read_prompts(str(tmp_path / name), None, 0)]
+
+    assert read("a.txt") == [("a cat", ""), ("a dog", "")]
+    assert read("a.tsv") == [("a cat", "Animals"), ("a car, red", "Vehicles")]
+    assert read("a.csv") == [("a cat, asleep", "")]
+    assert read("a.jsonl") == [("two cats", "counting"), ("a dog", "")]
+
+
+def test_coco_gives_one_caption_of_each_image_whatever_the_order_of_the_file(tmp_path: Path) -> None:
+    prompts = read_prompts(str(coco(tmp_path / "a.json")), None, 1234)
+    reversed_file = coco(tmp_path / "b.json.gz", lambda annotations: annotations.reverse())
+    assert read_prompts(str(reversed_file), None, 1234) == prompts
+    assert len({prompt.id.split()[1] for prompt in prompts}) == len(prompts) == 20
+    assert [prompt.id for prompt in prompts] != sorted(prompt.id for prompt in prompts)
+    assert prompts_sha256(read_prompts(str(tmp_path / "a.json"), None, 1)) != prompts_sha256(prompts)
+    assert all("\n" not in prompt.text and prompt.text == prompt.text.strip() for prompt in prompts)
+
+
+def test_fewer_prompts_of_coco_are_the_first_of_more(tmp_path: Path) -> None:
+    path = str(coco(tmp_path / "a.json"))
+    assert read_prompts(path, None, 7, 5) == read_prompts(path, None, 7)[:5]
+
+
+def test_a_source_gives_the_first_caption_of_each_pair_and_its_row(tmp_path: Path) -> None:
+    for name, caption in (("a", "a red square\na square"), ("b", " "), ("c", "a blue square")):
+        Image.new("RGB", (8, 8), "red").save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(caption)
+    prompts = read_prompts(str(tmp_path), None, 0)
+    assert [prompt.text for prompt in prompts][-1] == "a blue square" and len(prompts) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"\n\n", "has no prompt"),
+        ("a.txt", b"caf\xe9", "not UTF-8"),
+        ("a.tsv", b"Words\nx\n", "row 1 needs prompt or text or caption; it has words"),
+        ("a.jsonl", b"{", "is not JSON in each line"),
+        ("a.jsonl", b"[1]", "row 1 needs"),
+        ("a.json", b"{}", "is not a file of COCO captions"),
+        ("a.json", b"[", "is not a file of COCO captions"),
+        ("a.json.gz", b"no gzip", "is not a file of COCO captions"),
+    ],
+)
+def test_what_is_no_list_of_prompts_is_one_sentence(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"^--prompts .*{message}"):
+        read_prompts(str(tmp_path / name), None, 0)
