@@ -26,11 +26,11 @@ def test_an_evaluation_that_cannot_work(flags: dict[str, object], message: str) 
 
 
 def test_a_protocol_sets_what_was_not_given_and_reports_what_was() -> None:
-    config = EvaluateConfig("model", "out", protocol="uvit-coco", guidance_scale=(3.0,), seed=0)
+    config = EvaluateConfig("model", "out", protocol="uvit-coco", guidance_scale=(3.0,))
     resolved = config.resolved()
     assert (resolved.scheduler, resolved.num_inference_steps, resolved.resolution) == (("official",), (50,), 256)
-    assert (resolved.guidance_scale, resolved.seed) == ((3.0,), 0)
-    assert config.protocol_changes() == {"guidance_scale": (3.0,), "seed": 0}
+    assert resolved.guidance_scale == (3.0,)
+    assert config.protocol_changes() == {"guidance_scale": (3.0,)}
     assert EvaluateConfig("model", "out", protocol="uvit-coco", guidance_scale=(2.0,)).protocol_changes() == {}
 
 

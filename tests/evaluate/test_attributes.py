@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from uvit.evaluate.attributes import AttributeReader, accuracies, attribute_sheet, chance
-from uvit.evaluate.prompts import Prompt, read_prompts
+from uvit.evaluate.prompts import Prompt, list_prompts
 from uvit.sources.shapes import Scene, render, scenes
 
 SCENES: list[Any] = scenes("heldout")
@@ -36,7 +36,7 @@ def test_one_wrong_attribute_costs_one_fifth_of_a_prompts_attributes_and_the_who
 
 
 def test_the_sheet_shows_the_rendered_scene_beside_the_image() -> None:
-    prompts = read_prompts("shapes", None, 0, 4)
+    prompts = list_prompts("shapes", None, 4)
     images = [render(prompt.scene, 32) for prompt in prompts if prompt.scene]
     sheet = attribute_sheet(prompts, images)
     assert sheet.width > sheet.height

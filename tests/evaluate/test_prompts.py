@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from uvit.errors import UserError
-from uvit.evaluate.prompts import prompts_sha256, read_prompts
+from uvit.evaluate.prompts import prompts_sha256, list_prompts
 from uvit.sources.shapes import scenes
 
 
@@ -26,7 +26,7 @@ def coco(path: Path, order: Callable[[list[dict[str, object]]], object] = lambda
 
 
 def test_shapes_are_every_scene_in_every_wording() -> None:
-    prompts = read_prompts("shapes", None, 0)
+    prompts = list_prompts("shapes", None)
     heldout = scenes("heldout")
     assert len(prompts) == 4 * len(heldout)
     assert [prompt.text for prompt in prompts[:3]] == [scene.captions()[0] for scene in heldout[:3]]
@@ -40,7 +40,7 @@ def test_lists_give_text_and_category(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"tag": "counting", "prompt": "two cats"}\n{"prompt": "a dog"}\n')
 
     def read(name: str) -> list[tuple[str, str]]:
-        return [(prompt.text, prompt.category) for prompt in read_prompts(str(tmp_path / name), None, 0)]
+        return [(prompt.text, prompt.category) for prompt in list_prompts(str(tmp_path / name), None)]
 
     assert read("a.txt") == [("a cat", ""), ("a dog", "")]
     assert read("a.tsv") == [("a cat", "Animals"), ("a car, red", "Vehicles")]
@@ -49,25 +49,25 @@ def test_lists_give_text_and_category(tmp_path: Path) -> None:
 
 
 def test_coco_gives_one_caption_of_each_image_whatever_the_order_of_the_file(tmp_path: Path) -> None:
-    prompts = read_prompts(str(coco(tmp_path / "a.json")), None, 1234)
+    prompts = list_prompts(str(coco(tmp_path / "a.json")), None)
     reversed_file = coco(tmp_path / "b.json.gz", lambda annotations: annotations.reverse())
-    assert read_prompts(str(reversed_file), None, 1234) == prompts
+    assert list_prompts(str(reversed_file), None) == prompts
     assert len({prompt.id.split()[1] for prompt in prompts}) == len(prompts) == 20
     assert [prompt.id for prompt in prompts] != sorted(prompt.id for prompt in prompts)
-    assert prompts_sha256(read_prompts(str(tmp_path / "a.json"), None, 1)) != prompts_sha256(prompts)
+    assert prompts_sha256(prompts[1:]) != prompts_sha256(prompts)
     assert all("\n" not in prompt.text and prompt.text == prompt.text.strip() for prompt in prompts)
 
 
 def test_fewer_prompts_of_coco_are_the_first_of_more(tmp_path: Path) -> None:
     path = str(coco(tmp_path / "a.json"))
-    assert read_prompts(path, None, 7, 5) == read_prompts(path, None, 7)[:5]
+    assert list_prompts(path, None, 5) == list_prompts(path, None)[:5]
 
 
 def test_a_source_gives_the_first_caption_of_each_pair_and_its_row(tmp_path: Path) -> None:
     for name, caption in (("a", "a red square\na square"), ("b", " "), ("c", "a blue square")):
         Image.new("RGB", (8, 8), "red").save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(caption)
-    prompts = read_prompts(str(tmp_path), None, 0)
+    prompts = list_prompts(str(tmp_path), None)
     assert [prompt.text for prompt in prompts][-1] == "a blue square" and len(prompts) == 2
 
 
@@ -87,4 +87,4 @@ def test_a_source_gives_the_first_caption_of_each_pair_and_its_row(tmp_path: Pat
 def test_what_is_no_list_of_prompts_is_one_sentence(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"^--prompts .*{message}"):
-        read_prompts(str(tmp_path / name), None, 0)
+        list_prompts(str(tmp_path / name), None)

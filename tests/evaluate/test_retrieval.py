@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from uvit.errors import UserError
-from uvit.evaluate.features import Features
+from uvit.evaluate.features import FeatureSet
 from uvit.evaluate.retrieval import retrieve
 
 
-def features(rows: np.ndarray, ids: list[str]) -> Features:
-    return Features({"features": rows.astype(np.float32)}, np.arange(len(rows)), ids, [], "")
+def features(rows: np.ndarray, ids: list[str]) -> FeatureSet:
+    return FeatureSet({"features": rows.astype(np.float32)}, np.arange(len(rows)), ids, [], "")
 
 
 def test_identical_images_are_found_and_shifted_names_are_not() -> None:

@@ -122,16 +122,16 @@ COMMANDS = {
     ),
     "evaluate": Command(
         "Use a model",
-        "measure how good the images of a model are, or compare two sets of images",
+        "measure a model's images, or compare two sets of images",
         "uvit.config.evaluate:EvaluateConfig",
-        "uvit.evaluate.command:evaluate",
+        "uvit.evaluate.evaluate:evaluate",
         positional=("model",),
     ),
     "evaluate compare": Command(
         "Use a model",
         "say whether two evaluations differ by more than chance",
         "uvit.config.evaluate:EvaluateCompareConfig",
-        "uvit.evaluate.compare:compare",
+        "uvit.evaluate.compare:compare_reports",
         positional=("reports",),
     ),
     "evaluate statistics": Command(

@@ -12,7 +12,7 @@ from uvit.errors import UserError
 Metric = Literal[
     "fid", "kid", "prdc", "is", "fd_dinov2", "cmmd", "clip_score", "fd", "retrieval", "attributes"
 ]  # fmt: skip
-Weights = Literal["ema", "raw"]
+WeightsChoice = Literal["ema", "raw"]
 Scheduler = Literal["dpmsolver++", "ddim", "unipc", "euler", "heun", "ddpm", "official", "fitted"]
 InceptionInput = Literal["pytorch-fid", "torch-fidelity", "clean-fid"]
 
@@ -32,8 +32,8 @@ PUBLISHED: dict[str, Any] = {  # the sampling and the preprocessing of U-ViT's p
     "inception_input": "pytorch-fid",
 }
 PROTOCOLS: dict[str, dict[str, Any]] = {
-    "uvit-coco": {**PUBLISHED, "metrics": ("fid",), "max_prompts": 30000, "seed": 1234},
-    "coco-5k": {**PUBLISHED, "metrics": ("fid", "kid", "clip_score"), "max_prompts": 5000, "seed": 1234},
+    "uvit-coco": {**PUBLISHED, "metrics": ("fid",), "max_prompts": 30000},
+    "coco-5k": {**PUBLISHED, "metrics": ("fid", "kid", "clip_score"), "max_prompts": 5000},
     "parti": {**PUBLISHED, "metrics": ("clip_score",), "max_prompts": None},
     "geneval": {**PUBLISHED, "metrics": ("clip_score",), "max_prompts": None},
     "shapes": {
@@ -56,7 +56,6 @@ DEFAULTS: dict[str, Any] = {
     "crop": "center",
     "resize": "lanczos",
     "inception_input": "pytorch-fid",
-    "seed": 0,
     "batch_size": 8,
 }
 
@@ -69,7 +68,7 @@ class EvaluateConfig:
     contact sheet. Run the same command again to resume. Without further flags, a model is measured on the built-in
     shapes.
 
-    uvit evaluate output/run --reference coco/val2014 --prompts captions_val2014.json --metrics fid --output_dir out
+    uvit evaluate output/run --protocol uvit-coco --prompts captions_val2014.json --reference coco.npz --output_dir out
     """
 
     # Most used
@@ -104,10 +103,10 @@ class EvaluateConfig:
     guidance_interval: tuple[float, ...] = ()
     """Apply guidance only at timesteps in this interval, lowest and highest; several intervals are so many pairs of
     numbers. Default: 1 1000."""
-    ema: tuple[Weights, ...] = ()
+    ema: tuple[WeightsChoice, ...] = ()
     """The weights of a run or a checkpoint: ema, or raw (those that are trained). Default: ema."""
-    seed: Seed | None = None
-    """Seed of the first image; every further image adds 1. It also draws the captions of COCO. Default: 0."""
+    seed: Seed = 0
+    """Seed of the first image; every further image adds 1."""
     batch_size: PositiveInt | None = None
     """Images that are generated together. It changes rounding at most. Default: 8; 72 of the shapes."""
 
@@ -193,12 +192,15 @@ class EvaluateStatisticsConfig:
     uvit evaluate statistics coco/val2014 --output coco_val_256.npz --resolution 256
     """
 
+    # Most used
     images: PathFlag
     """Real images: a folder, a source of `uvit extract`, or a feature store."""
     output: PathFlag
     """The .npz file to write."""
     metric: Literal["fid", "fd_dinov2", "fd"] = "fid"
     """The distance that the statistics are for."""
+
+    # Images
     split: str | None = None
     """The split of a source. Default: train."""
     image_folder: tuple[PathFlag, ...] = ()
@@ -209,6 +211,8 @@ class EvaluateStatisticsConfig:
     """How images become square, as in `uvit extract`."""
     resize: Literal["lanczos", "bicubic", "bilinear", "box"] = "lanczos"
     """The filter of --resolution."""
+
+    # Metric
     inception_input: InceptionInput = "pytorch-fid"
     """How images become the input of FID's Inception, as in `uvit evaluate`."""
     inception_weights: PathFlag | None = None
@@ -217,6 +221,8 @@ class EvaluateStatisticsConfig:
     """DINOv2 for fd_dinov2."""
     feature_extractor: PathFlag | None = None
     """Any vision model of transformers, for fd."""
+
+    # Device
     device: str = "auto"
     """cpu, cuda, cuda:1, ..., or auto: the GPU if there is one."""
     disable_tqdm: bool = False

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from uvit.evaluate.features import Features
+from uvit.evaluate.features import FeatureSet
 from uvit.evaluate.prompts import Prompt
 from uvit.evaluate.shapes_reader import ATTRIBUTES, CHANCE, read_scene
 from uvit.images import SHEET_COLOUR, contact_sheet
@@ -32,7 +32,7 @@ class AttributeReader:
             correct.append([read[name] == getattr(prompt.scene, name) for name in ATTRIBUTES])
         return {"correct": np.array(correct, dtype=np.uint8)}
 
-    def accuracies(self, features: Features) -> dict[str, float]:
+    def accuracies(self, features: FeatureSet) -> dict[str, float]:
         return accuracies(features.arrays["correct"])
 
 

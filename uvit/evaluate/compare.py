@@ -8,7 +8,7 @@ from typing import Any
 
 from uvit.config.evaluate import EvaluateCompareConfig
 from uvit.errors import UserError
-from uvit.evaluate.report import FORMAT
+from uvit.evaluate.report import REPORT_FORMAT
 
 PIXELS = ("reference", "pixels_sha256")
 # What must be equal for two numbers to mean the same; everything else may be what is compared.
@@ -33,7 +33,7 @@ COMPARED = ("model", "unet_sha256", "guidance_scale", "guidance_interval", "num_
 SURE = 1.96  # standard errors; of two equal models, one pair in twenty differs by more
 
 
-def compare(config: EvaluateCompareConfig) -> int:
+def compare_reports(config: EvaluateCompareConfig) -> int:
     """The command. Returns 1 if the reports cannot be compared."""
     paths = [path / "report.json" if path.is_dir() else path for path in map(Path, config.reports)]
     first, second = map(read_report, paths)
@@ -54,7 +54,7 @@ def read_report(path: Path) -> dict[str, Any]:
     """Raises UserError if this is no report.json."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        if report["format"] != FORMAT or not report["results"]:
+        if report["format"] != REPORT_FORMAT or not report["results"]:
             raise ValueError("it is another file")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is not the report.json of an evaluation ({error}); give its --output_dir") from None

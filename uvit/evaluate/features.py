@@ -43,7 +43,7 @@ class PerImage(Protocol):
 
 
 @dataclass(frozen=True)
-class Features:
+class FeatureSet:
     """What an extractor computed for the images that could be read."""
 
     arrays: dict[str, np.ndarray]  # (N, ...), mapped from the disk
@@ -59,12 +59,12 @@ class Features:
         """An array as a tensor on the CPU, mapped as well."""
         return torch.from_numpy(self.arrays[name])
 
-    def half(self, which: int) -> "Features":
+    def half(self, which: int) -> "FeatureSet":
         """The images at even (0) or odd (1) positions of their set."""
         chosen = np.flatnonzero(self.rows % 2 == which)
         arrays = {name: np.asarray(array[chosen]) for name, array in self.arrays.items()}
         ids = [self.ids[i] for i in chosen]
-        return Features(arrays, self.rows[chosen], ids, self.problems, self.pixels_sha256)
+        return FeatureSet(arrays, self.rows[chosen], ids, self.problems, self.pixels_sha256)
 
 
 def extract_features(
@@ -101,7 +101,7 @@ def all_done(images: ImageSet, extractors: Sequence[PerImage], folder: Path) -> 
     return all(_chunk_file(folder, each, chunk).is_file() for each in extractors for chunk in _chunks(images))
 
 
-def load_features(images: ImageSet, extractor: PerImage, folder: Path) -> Features:
+def load_features(images: ImageSet, extractor: PerImage, folder: Path) -> FeatureSet:
     """The features of all images, joined. Raises UserError if none could be read."""
     chunks = [_chunk_file(folder, extractor, chunk) for chunk in _chunks(images)]
     headers = [_read_header(chunk) for chunk in chunks]
@@ -120,7 +120,7 @@ def load_features(images: ImageSet, extractor: PerImage, folder: Path) -> Featur
             "are cropped and scaled"
         )
     with_rows = [chunk for chunk, header in zip(chunks, headers, strict=True) if header["rows"]]
-    return Features(_join(with_rows, len(rows), folder / f"{extractor.name}-all"), rows, ids, problems, digest)
+    return FeatureSet(_join(with_rows, len(rows), folder / f"{extractor.name}-all"), rows, ids, problems, digest)
 
 
 def _join(chunks: Sequence[Path], num_rows: int, folder: Path) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from uvit import __version__
 from uvit.checkpoint.folder import RECORD, checkpoint_folders
-from uvit.config.evaluate import Scheduler, Weights
+from uvit.config.evaluate import Scheduler, WeightsChoice
 from uvit.device import own_device
 from uvit.errors import UserError
 from uvit.evaluate.image_sets import CHUNK, LoadedImages
@@ -38,7 +38,7 @@ class Setting:
     guidance_interval: tuple[float, float]
     num_inference_steps: int
     scheduler: Scheduler
-    ema: Weights
+    ema: WeightsChoice
 
     def label(self, names: Sequence[str]) -> str:
         """Such as `guidance_scale 2, ema raw`: the fields that differ within the sweep."""
@@ -70,7 +70,7 @@ class Model:
         return MultistepScheduler(read_plans(self.path)) if name == "fitted" else build_scheduler(name)
 
 
-def open_model(name: str, weights: Weights, device: str, dtype: str) -> Model:
+def open_model(name: str, weights: WeightsChoice, device: str, dtype: str) -> Model:
     """The model of a path with its EMA weights or its raw ones.
 
     A run that has a pipeline gives that for its EMA weights; otherwise the last checkpoint is opened. Raises UserError

@@ -24,7 +24,7 @@ from uvit.evaluate.extractors import (
     folder_extractor,
     inception_extractor,
 )
-from uvit.evaluate.features import Features, PerImage
+from uvit.evaluate.features import FeatureSet, PerImage
 from uvit.evaluate.frechet import (
     FeatureStatistics,
     RunningStatistics,
@@ -137,8 +137,8 @@ def _kind(metric: str, config: EvaluateConfig) -> str:
 def compute_scores(
     config: EvaluateConfig,
     extractors: dict[str, PerImage],
-    generated: dict[str, Features],
-    reference: dict[str, Features | FeatureStatistics],
+    generated: dict[str, FeatureSet],
+    reference: dict[str, FeatureSet | FeatureStatistics],
     half: int | None = None,
 ) -> list[Score]:
     """All scores, in the order of --metrics.
@@ -164,8 +164,8 @@ def _scores(
     metric: str,
     config: EvaluateConfig,
     writer: PerImage,
-    features: Features,
-    reference: Features | FeatureStatistics | None,
+    features: FeatureSet,
+    reference: FeatureSet | FeatureStatistics | None,
 ) -> list[Score]:
     if isinstance(writer, AttributeReader):
         return [Score(name, value, "higher") for name, value in writer.accuracies(features).items()]
@@ -205,7 +205,7 @@ def _scores(
     return [Score(f"{name}{suffix}", value, "higher") for name, value in vars(shares).items()]
 
 
-def _frechet(writer: PerImage, features: Features, reference: Features | FeatureStatistics | None) -> Score:
+def _frechet(writer: PerImage, features: FeatureSet, reference: FeatureSet | FeatureStatistics | None) -> Score:
     assert isinstance(writer, ImageFeatures) and reference is not None
     statistics = reference if isinstance(reference, FeatureStatistics) else statistics_of_features(reference)
     mine = statistics_of_features(features)
@@ -216,7 +216,7 @@ def _frechet(writer: PerImage, features: Features, reference: Features | Feature
     return Score(writer.extractor.distance.lower(), value, "lower", details=details)
 
 
-def statistics_of_features(features: Features) -> FeatureStatistics:
+def statistics_of_features(features: FeatureSet) -> FeatureStatistics:
     """Mean and covariance, in one pass over the disk."""
     running = RunningStatistics()
     for rows in features.tensor("features").split(ROWS_AT_ONCE):

@@ -18,6 +18,7 @@ from uvit.sources.open import open_source, require_random_access
 from uvit.sources.shapes import PairScene, Scene, scenes
 from uvit.sources.types import PairError
 
+COCO_SEED = 1234  # part of the protocols: another one would give another list
 PROMPT_COLUMNS = ("prompt", "text", "caption")
 CATEGORY_COLUMNS = ("category", "tag")
 
@@ -32,12 +33,12 @@ class Prompt:
     scene: Scene | PairScene | None = None  # for the attributes of the built-in shapes
 
 
-def read_prompts(prompts: str, split: str | None, seed: int, most: int | None = None) -> list[Prompt]:
+def list_prompts(prompts: str, split: str | None, most: int | None = None) -> list[Prompt]:
     """The first `most` prompts of what --prompts names.
 
     Args:
         split: of shapes and of sources.
-        seed: chooses and orders COCO's images, and draws one caption of each.
+        most: of COCO, whose order is without pattern, the first are a random choice.
 
     Raises UserError if there is no prompt, or one is not text.
     """
@@ -50,7 +51,7 @@ def read_prompts(prompts: str, split: str | None, seed: int, most: int | None = 
     elif path.is_file() and path.suffix in (".tsv", ".csv", ".jsonl"):
         found = _of_rows(path)
     elif path.is_file() and path.name.endswith((".json", ".json.gz")):
-        found = iter(_of_coco(path, seed))
+        found = iter(_of_coco(path))
     else:
         found = _of_source(prompts, split or "train")
     chosen = list(islice(found, most))
@@ -99,25 +100,26 @@ def _of_rows(path: Path) -> Iterator[Prompt]:
         yield Prompt(prompt.strip(), f"row {number}", category)
 
 
-def _of_coco(path: Path, seed: int) -> list[Prompt]:
-    """One caption of each image, in an order that depends on the ids and the seed alone.
+def _of_coco(path: Path) -> list[Prompt]:
+    """One caption of each image, in an order that depends on the ids alone.
 
-    The images are sorted by SHA-256 of "SEED image ID", and the caption with the least SHA-256 of "SEED caption ID" is
-    taken. So everyone who has the same annotations gets the same list of (image id, caption id).
+    The images are sorted by SHA-256 of "1234 image ID", and the caption with the least SHA-256 of "1234 caption ID" is
+    taken. So everyone who has the same annotations gets the same list of (image id, caption id), whatever the file's
+    order.
     """
     try:
         data = path.read_bytes()
         content = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
         captions: dict[int, list[tuple[str, str, int]]] = {}
         for each in content["annotations"]:
-            order = hashlib.sha256(f"{seed} caption {each['id']}".encode()).hexdigest()
+            order = hashlib.sha256(f"{COCO_SEED} caption {each['id']}".encode()).hexdigest()
             captions.setdefault(each["image_id"], []).append((order, each["caption"], each["id"]))
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"--prompts {path}: is not a file of COCO captions, with `annotations` that have `id`, `image_id` and "
             f"`caption` ({' '.join(str(error).split())[:100]})"
         ) from None
-    images = sorted(captions, key=lambda image: hashlib.sha256(f"{seed} image {image}".encode()).hexdigest())
+    images = sorted(captions, key=lambda image: hashlib.sha256(f"{COCO_SEED} image {image}".encode()).hexdigest())
     drawn = [(image, min(captions[image])) for image in images]
     return [Prompt(" ".join(str(text).split()), f"image {image} caption {id}") for image, (_, text, id) in drawn]
 

@@ -18,7 +18,7 @@ from uvit.errors import UserError
 from uvit.evaluate.measure import SMALL_SET, Score
 from uvit.io import write_bytes, write_json
 
-FORMAT, VERSION = "uvit evaluation", 1
+REPORT_FORMAT, REPORT_VERSION = "uvit evaluation", 1
 LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "pillow")
 
 
@@ -59,7 +59,7 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
     """report.json and report.md. Raises UserError if there is a NaN or an infinity in it."""
     if bad := _not_finite(report, "report"):
         raise UserError(f"{bad} is NaN or infinite; nothing was written")
-    content = {"format": FORMAT, "version": VERSION, **report}
+    content = {"format": REPORT_FORMAT, "version": REPORT_VERSION, **report}
     write_bytes(folder / "report.md", markdown(content).encode())
     write_json(folder / "report.json", content)
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 
 from uvit.errors import UserError
 from uvit.evaluate.feature_sets import check_sets, tiles
-from uvit.evaluate.features import Features
+from uvit.evaluate.features import FeatureSet
 
 NEAREST = 5
-ROWS_AT_ONCE = 256
+QUERIES_AT_ONCE = 256
 ROUNDING = 1e-9  # of a cosine in float64
 
 
@@ -40,7 +40,7 @@ class Retrieved:
         return float((self.ranks < k).mean())
 
 
-def retrieve(generated: Features, reference: Features) -> Retrieved:
+def retrieve(generated: FeatureSet, reference: FeatureSet) -> Retrieved:
     """Compare each generated image with all real ones. Raises UserError if no prompt names one of these."""
     mine, real = generated.tensor("features"), reference.tensor("features")
     check_sets(mine, real, 1, "retrieval")
@@ -53,7 +53,7 @@ def retrieve(generated: Features, reference: Features) -> Retrieved:
         )
     named = torch.tensor([row_of[generated.ids[row]] for row in rows])
     ranks, nearest, cosines = [], [], []
-    for part, its_named in zip(torch.from_numpy(rows).split(ROWS_AT_ONCE), named.split(ROWS_AT_ONCE), strict=True):
+    for part, its_named in zip(torch.from_numpy(rows).split(QUERIES_AT_ONCE), named.split(QUERIES_AT_ONCE), strict=True):
         query = F.normalize(mine[part].double(), dim=1)
         similar = torch.cat([query @ F.normalize(tile, dim=1).T for _, tile in tiles(real)], dim=1)
         own = similar.gather(1, its_named[:, None])

@@ -1,7 +1,8 @@
 """Means and covariances of features as `.npz` files: ours, and those of pytorch-fid, clean-fid, ADM and dgm-eval.
 
-Ours has the arrays of pytorch-fid, `mu` and `sigma`, so that it and others read it; and `n`, `extractor`, `weights_hash`
-and `recipe` (JSON), so that two files are compared only if one extractor made both. No file can run code.
+Ours has the arrays of pytorch-fid, `mu` and `sigma`, so that it and others read it; and `n`, `extractor`,
+`weights_hash` and `recipe` (JSON), so that two files are compared only if one extractor made both; and `images` (JSON),
+which says what they were made of. No file can run code.
 """
 
 import json
@@ -24,17 +25,20 @@ SYMMETRY_TOLERANCE = 1e-4  # of the largest variance: files in float32 round, an
 
 @dataclass(frozen=True)
 class SavedStatistics:
-    """What a file holds. `extractor`, `weights_hash` and `recipe` are None where it does not say, as in other code's."""
+    """What a file holds. `extractor`, `weights_hash` and `recipe` are None where it does not say, as of other code."""
 
     path: Path
     statistics: FeatureStatistics
     extractor: str | None = None
     weights_hash: str | None = None
     recipe: Mapping[str, Any] | None = None
+    images: Mapping[str, Any] | None = None
 
 
-def write_statistics(path: Path, statistics: FeatureStatistics, extractor: Extractor) -> None:
-    """Write atomically; an existing file is replaced."""
+def write_statistics(
+    path: Path, statistics: FeatureStatistics, extractor: Extractor, images: Mapping[str, Any] | None = None
+) -> None:
+    """Write atomically; an existing file is replaced. `images` describes what they were made of."""
     if path.suffix != ".npz":
         raise UserError(f"{path}: statistics are written as .npz; use a name that ends so")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,11 +51,12 @@ def write_statistics(path: Path, statistics: FeatureStatistics, extractor: Extra
             extractor=np.array(extractor.name),
             weights_hash=np.array(extractor.weights_hash),
             recipe=np.array(json.dumps(dict(extractor.recipe), sort_keys=True)),
+            images=np.array(json.dumps(dict(images or {}))),
         )
 
 
 def read_statistics(path: Path) -> SavedStatistics:
-    """Raises UserError where the file is missing, damaged, or holds no mean and covariance (nor dgm-eval's features)."""
+    """Raises UserError where the file is missing, damaged, or holds no mean and covariance (or dgm-eval's features)."""
     arrays = _read_arrays(path)
     if "mu" in arrays and "sigma" in arrays:
         statistics = _checked(path, arrays)
@@ -63,11 +68,11 @@ def read_statistics(path: Path) -> SavedStatistics:
             "pytorch-fid writes them, or images"
         )
     try:
-        recipe = json.loads(str(arrays["recipe"])) if "recipe" in arrays else None
+        recipe, images = (json.loads(str(arrays[key])) if key in arrays else None for key in ("recipe", "images"))
     except ValueError:
         raise UserError(f"{path}: its recipe is not JSON; make the file again") from None
     extractor, weights_hash = (str(arrays[name]) if name in arrays else None for name in ("extractor", "weights_hash"))
-    return SavedStatistics(path, statistics, extractor, weights_hash, recipe)
+    return SavedStatistics(path, statistics, extractor, weights_hash, recipe, images)
 
 
 def check_same_features(saved: SavedStatistics, extractor: Extractor) -> None:

@@ -14,7 +14,7 @@ from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 from tests.sample.parts import tiny_pipeline_folder
 from uvit.config.evaluate import EvaluateConfig, EvaluateStatisticsConfig
 from uvit.errors import UserError
-from uvit.evaluate.command import evaluate
+from uvit.evaluate.evaluate import evaluate
 from uvit.evaluate.reference import store_statistics
 from uvit.sources.shapes import ShapesSource
 

@@ -1,6 +1,6 @@
 """`uvit evaluate`: images of a model, or any images, measured and compared with real ones.
 
-    read_prompts, open_images, GeneratedImages    what is measured, and what with
+    list_prompts, open_images, GeneratedImages    what is measured, and what with
     extract_features                              images -> features on disk, in chunks that processes share
     compute_scores                                features -> scores
     write_report                                  report.json, report.md, contact sheets
@@ -25,11 +25,11 @@ from uvit.config.evaluate import EvaluateConfig
 from uvit.config.sharding import resolve_shard
 from uvit.errors import UserError
 from uvit.evaluate.attributes import accuracy_table, attribute_sheet
-from uvit.evaluate.features import Features, PerImage, all_done, extract_features, load_features
+from uvit.evaluate.features import FeatureSet, PerImage, all_done, extract_features, load_features
 from uvit.evaluate.generate import GeneratedImages, folder_name, is_model, open_model
 from uvit.evaluate.image_sets import FolderImages, ImageSet, SourceImages, open_images
 from uvit.evaluate.measure import FRECHET, ImageFeatures, Score, build_extractors, check_metrics, compute_scores
-from uvit.evaluate.prompts import Prompt, prompts_sha256, read_prompts
+from uvit.evaluate.prompts import Prompt, prompts_sha256, list_prompts
 from uvit.evaluate.report import command_line, environment, notes_on, score_table, summarise, write_report
 from uvit.evaluate.retrieval import retrieve
 from uvit.evaluate.statistics_file import SavedStatistics, check_same_features, read_statistics
@@ -39,7 +39,7 @@ from uvit.io import write_json
 from uvit.progress import Progress
 from uvit.sample.files import check_writable
 
-MAX_SHEET_IMAGES = 64
+SHEET_IMAGES = 64
 MAX_NEIGHBOUR_ROWS = 24
 
 
@@ -61,11 +61,11 @@ def evaluate(config: EvaluateConfig) -> None:
     part, num_parts = resolve_shard(config.shard)
     folder = Path(config.output_dir)
     check_writable(folder, f"--output_dir {folder}")
-    clock = Clock()
+    clock = Stopwatch()
     with clock("start"):
         extractors = build_extractors(config)
-        prompts = [] if config.prompts is None else read_prompts(
-            config.prompts, config.split, int(config.seed or 0), config.max_prompts
+        prompts = [] if config.prompts is None else list_prompts(
+            config.prompts, config.split, config.max_prompts
         )  # fmt: skip
     measured = list(list_measured(config, prompts, clock))
     resolution = measured[0].images.description.get("resolution")
@@ -107,7 +107,7 @@ def evaluate(config: EvaluateConfig) -> None:
     print(f"report: {folder / 'report.md'}; contact sheet: {folder / 'contact_sheet.png'}")
 
 
-def list_measured(config: EvaluateConfig, prompts: Sequence[Prompt], clock: "Clock") -> Iterator[Measured]:
+def list_measured(config: EvaluateConfig, prompts: Sequence[Prompt], clock: "Stopwatch") -> Iterator[Measured]:
     """What to measure: each setting with each seed, or the images of --model."""
     folder = Path(config.output_dir)
     if not is_model(config.model):
@@ -129,7 +129,7 @@ def list_measured(config: EvaluateConfig, prompts: Sequence[Prompt], clock: "Clo
             words = [folder_name(setting.label(varied))] if varied else []
             words += [f"repeat-{repeat}"] if config.repeats > 1 else []
             place = folder.joinpath(*words)
-            seed = int(config.seed or 0) + repeat * len(prompts)
+            seed = config.seed + repeat * len(prompts)
             images = GeneratedImages(
                 models[setting.ema], prompts, setting, seed, int(config.batch_size or 8), config.dtype, place / "images"
             )
@@ -212,7 +212,7 @@ def score(
     return report
 
 
-def _described(images: ImageSet, features: Features) -> dict[str, Any]:
+def _described(images: ImageSet, features: FeatureSet) -> dict[str, Any]:
     problems = {"problems": features.problems} if features.problems else {}
     return {**images.description, "pixels_sha256": features.pixels_sha256, **problems}
 
@@ -232,7 +232,7 @@ def write_sheets(folder: Path, measured: Sequence[Measured], prompts: Sequence[P
     """The first images of the first setting; and for prompts with categories, a sheet for each."""
     images = measured[0].images
     if prompts and prompts[0].scene is not None:
-        shown = _load(images, range(min(len(images), MAX_SHEET_IMAGES)))
+        shown = _load(images, range(min(len(images), SHEET_IMAGES)))
         save_png(attribute_sheet(prompts[: len(shown)], shown), folder / "contact_sheet.png")
         return
     _save_sheet(images, list(range(len(images))), prompts, folder / "contact_sheet.png")
@@ -255,7 +255,7 @@ def write_neighbours(folder: Path, measured: Measured, reference: ImageSet, extr
 
 
 def _save_sheet(images: ImageSet, rows: Sequence[int], prompts: Sequence[Prompt], path: Path) -> None:
-    rows = rows[:MAX_SHEET_IMAGES]
+    rows = rows[:SHEET_IMAGES]
     labels = [prompts[row].text for row in rows] if prompts else None
     if shown := _load(images, rows):
         save_png(contact_sheet(shown, labels), path)
@@ -276,7 +276,7 @@ def _load(images: ImageSet, rows: Sequence[int]) -> list[Image.Image]:
 # Time and locks
 
 
-class Clock:
+class Stopwatch:
     """Seconds by name: `with clock("scores"): ...`."""
 
     def __init__(self) -> None:
