@@ -236,6 +236,7 @@ def bad_coco(folder: Path, data: st.DataObject) -> list[str]:
         (folder / f"{which}.png").unlink()
     else:
         images[which] = images[which - 1]
+        del annotations[which]  # else it would have no image, which is a second problem
     (folder / "captions.json").write_bytes(dump({"images": images, "annotations": annotations}))
     return ["--source", str(folder / "captions.json"), "--image_folder", str(folder)]
 

@@ -373,7 +373,7 @@ def test_bad_pairs_are_left_out_and_listed(
     assert (store.num_samples, store.manifest["num_source_pairs"], store.manifest["num_left_out"]) == (7, 9, 2)
     assert store.manifest["problems"] == {"broken image": 1, "empty caption": 1, "tiny image": 1}
     said = capsys.readouterr().out
-    assert "Problems: 1 broken image, 1 empty caption, 1 tiny image; 2 pairs skipped. See " in said
+    assert "9 pairs found: 7 stored, 2 skipped (1 broken image, 1 tiny image); also 1 empty caption. See " in said
     assert "problems.jsonl" in said
     whole = run(flags | {"source": (str(bad_pairs.parent / "bad"),), "output_dir": str(tmp_path / "other")})
     assert whole.num_samples == 7

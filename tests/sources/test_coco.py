@@ -17,7 +17,6 @@ ANNOTATIONS = [
     {"image_id": 3, "caption": "three \n"},
     {"image_id": 7, "caption": "seven"},
     {"image_id": 3, "caption": "drei"},
-    {"image_id": 4, "caption": "of an image that is not listed"},
 ]
 
 
@@ -74,7 +73,7 @@ def test_files_about_the_same_images_are_joined_by_file_name(images: Path, tmp_p
         ({"id": 5}, {}, "broken line"),
         ({"file_name": "5.png"}, {}, "broken line"),
         (None, {}, "broken line"),
-        ({"id": 5, "file_name": "5.png"}, {"image_id": 6, "caption": "six"}, "no caption"),
+        ({"id": 5, "file_name": "5.png"}, {}, "no caption"),
         ({"id": 5, "file_name": "5.png"}, {"image_id": 5, "caption": 5}, "no caption"),
         ({"id": 5, "file_name": "5.png"}, {"image_id": 5, "caption": " "}, "no caption"),
         ({"id": 5, "file_name": "5.png"}, {"image_id": 5, "caption": "\ud800"}, "not UTF-8"),
@@ -91,6 +90,18 @@ def test_a_bad_image_is_bad_alone(image: Any, annotation: Any, kind: str, images
         source.captions(2)
 
 
+def test_captions_of_images_that_are_not_listed_are_problems(images: Path, tmp_path: Path) -> None:
+    more = [{"image_id": n, "caption": "lost"} for n in (4, 4, "x")] + [{"caption": "of nothing"}]
+    source = open_coco([write_coco(tmp_path / "captions.json", IMAGES[:2], [*ANNOTATIONS, *more])], images)
+    assert [(problem.kind, problem.id) for problem in source.problems()] == [
+        ("missing image", "4"),
+        ("missing image", "x"),
+        ("missing image", "None"),
+    ]
+    assert "annotations have the image_id 4, which no entry of images has" in source.problems()[0].message
+    assert (len(source), source.captions(1)) == (5, ("three", "drei"))
+
+
 def test_one_empty_caption_among_others_goes_alone(images: Path, tmp_path: Path) -> None:
     empty = [{"image_id": 7, "caption": None}, {"image_id": 7, "caption": ""}]
     source = open_coco([write_coco(tmp_path / "captions.json", IMAGES[:2], [*ANNOTATIONS, *empty])], images)
@@ -105,6 +116,7 @@ def test_one_empty_caption_among_others_goes_alone(images: Path, tmp_path: Path)
         (b"", "is not valid JSON"),
         (b"[" * 100_000, "is not valid JSON"),
         (b"[]", "but contains a list"),
+        (b'{"images": ["\xe9"]}', "is not UTF-8 text"),
         (b'{"info": 1}', "but contains 'info'"),
         (b'{"images": {}, "annotations": []}', "must contain COCO's lists"),
         (b'{"images": [], "annotations": []}', "lists no image"),

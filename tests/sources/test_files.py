@@ -12,7 +12,9 @@ import pytest
 from tests.sources.pictures import PICTURES, ROWS, coco_of_pictures, png, write_images, write_lines, write_table
 from uvit.errors import UserError
 from uvit.sources.coco import open_coco
-from uvit.sources.files import FileSource, lists_paths, open_folder, open_list
+from uvit.sources.files import FileSource
+from uvit.sources.folders import open_folder
+from uvit.sources.lists import lists_paths, open_list
 from uvit.sources.types import PairError, RandomAccessSource
 
 
@@ -162,14 +164,70 @@ def test_an_open_quote_is_found(tmp_path: Path) -> None:
     path = tmp_path / "list.tsv"
     path.write_text('image\tcaption\na.png\tred\nb.png\t"open\na.png\tlost"\nb.png\tblue\n')
     source = open_list(path)
-    [problem] = source.problems()
-    assert problem.kind == "broken line" and "line 3: a field continues to line 4; is a quote" in problem.message
-    assert [source.captions(row) for row in (0, 2)] == [("red",), ("blue",)]
+    first, second = source.problems()
+    assert first.kind == "broken line" and "line 3: a field continues to line 4; is a quote" in first.message
+    assert (second.id, second.left_out) == ("list.tsv:4", True) and "begins in line 3" in second.message
+    assert [source.captions(row) for row in (0, 3)] == [("red",), ("blue",)]
+    assert len(source) == 4, "every line counts"
     path.write_text('image\tcaption\na.png\tred\nb.png\t"' + "x" * 200_000 + "\n")
-    with pytest.raises(UserError, match=r"list\.tsv: cannot be read after line 3 .* quote"):
+    with pytest.raises(UserError, match=r"list\.tsv: cannot be read after line 2 .* quote"):
         open_list(path)
     lines = write_table(tmp_path / "list.csv", [("a.png", "two\nlines")])
     assert open_list(lines).captions(0) == ("two\nlines",)  # spreadsheets write such
+
+
+SPELLINGS = {
+    "semicolons": ("l.csv", "image;caption\n{a}\n{b}\n", ";", "utf-8"),
+    "tabs in a .csv": ("l.csv", "image\tcaption\n{a}\n{b}\n", "\t", "utf-8"),
+    "commas in a .tsv": ("l.tsv", "image,caption\n{a}\n{b}\n", ",", "utf-8"),
+    "vertical bars": ("l.csv", "image|caption\n{a}\n{b}", "|", "utf-8-sig"),
+    "spaces after the separator": ("l.csv", "image, caption\n{a}\n{b}\n", ",", "utf-8"),
+    "an empty line first": ("l.csv", "\nimage,caption\n{a}\n\n{b}\n", ",", "utf-8"),
+    "CRLF": ("l.csv", "image,caption\r\n{a}\r\n{b}\r\n", ",", "utf-8"),
+    "CR": ("l.csv", "image,caption\r{a}\r{b}\r", ",", "utf-8"),
+    "UTF-16 of a spreadsheet": ("l.csv", "image\tcaption\r\n{a}\r\n{b}\r\n", "\t", "utf-16"),
+    "UTF-16 without a mark": ("l.tsv", "image\tcaption\n{a}\n{b}\n", "\t", "utf-16-le"),
+    "UTF-16, the other way round": ("l.tsv", "image\tcaption\n{a}\n{b}\n", "\t", "utf-16-be"),
+    "UTF-32": ("l.tsv", "image\tcaption\n{a}\n{b}\n", "\t", "utf-32"),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_the_separator_and_the_encoding_are_detected(spelling: str, tmp_path: Path) -> None:
+    write_images(tmp_path)
+    name, text, separator, encoding = SPELLINGS[spelling]
+    rows = {"a": f"a.png{separator}红色 é", "b": f'b.png{separator}"a ""box"", blue; or| so"'}
+    (tmp_path / name).write_bytes(text.format(**rows).encode(encoding))
+    source = open_list(tmp_path / name)
+    assert [(source[row].id, source.captions(row)) for row in range(len(source))] == [
+        ("a.png", ("红色 é",)),
+        ("b.png", ('a "box", blue; or| so',)),
+    ]
+    assert source.problems() == []
+
+
+def test_json_lines_in_utf_16(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    text = json.dumps({"file_name": "a.png", "text": "红\u2028色"}, ensure_ascii=False)
+    (tmp_path / "l.jsonl").write_bytes(f"{text}\n".encode("utf-16"))
+    assert open_list(tmp_path / "l.jsonl").captions(0) == ("红\u2028色",)
+
+
+def test_a_quote_that_swallows_rows_costs_those_alone(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    lines = ["image,caption", "a.png,red", 'b.png,"blue', "deep/c.png,lime", 'x.png,"a, b"', "a.png,rouge"]
+    lines.append('b.png,5" x')
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    source = open_list(tmp_path / "list.csv")
+    assert [problem.id for problem in source.problems()] == ["list.csv:3", "list.csv:4", "list.csv:5"]
+    assert source.captions(0) == ("red", "rouge") and source.captions(4) == ('5" x',)
+
+
+def test_a_few_rows_that_are_not_utf_8_are_bad_alone(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    lines = [b"image,caption", "a.png,红色".encode(), "b.png,où".encode("latin-1"), "deep/c.png,vert été".encode()]
+    (tmp_path / "list.csv").write_bytes(b"\n".join(lines))
+    assert [problem.kind for problem in open_list(tmp_path / "list.csv").problems()] == ["not UTF-8"]
 
 
 def test_bad_rows_of_parquet(tmp_path: Path) -> None:
@@ -213,9 +271,22 @@ def test_a_parquet_file_names_its_images_or_holds_them(tmp_path: Path) -> None:
             "none of its 2 images is usable; the first problem: .* needs text",
         ),
         ("l.csv", b"", "its columns are none"),
+        ("l.csv", b"image,caption\na.png\tred\n", r"has 1 fields, .* is the separator '\\t', not ','"),
         ("l.csv", b"image,caption\n", "lists no image"),
-        ("l.csv", b"a.png,red\n", r"its columns are 'a\.png', 'red'"),
-        ("l.tsv", "image\tcaption\na.png\tred\n".encode("utf-16"), r"columns are '\\udcff\\udcfe"),
+        ("l.csv", b"photo,words\na.png,red\n", r"its columns are 'photo', 'words'; name the one"),
+        ("l.csv", b"photo;words\na.png;red\n", r"its columns are 'photo', 'words'; name the one"),
+        (
+            "l.csv",
+            b"a.png,red\n",
+            r"first line must name the columns, such as image and caption, but contains 'a\.png'",
+        ),
+        ("l.tsv", b"a.png|red\n", r"first line must name the columns, .* 'a\.png', 'red'"),
+        ("l.csv", b'image,caption\na.png,"red\nb.png,blue\n', "the quote that opens in line 2 is never closed"),
+        ("l.tsv", b'image\tcaption\na.png\tred\nb.png\t"blue', "the quote that opens in line 3 is never closed"),
+        ("l.csv", "image,caption\na.png,été\nb.png,où\n".encode("latin-1"), r"not UTF-8 \(2 rows; the first: .*line 2"),
+        ("l.tsv", "image\tcaption\na.png\t红色\nb.png\t蓝色\n".encode("gb18030"), "iconv -f GB18030 -t UTF-8"),
+        ("l.jsonl", '{"image": "a.png", "text": "é"}\n{"image": "b.png", "text": "è"}\n'.encode("cp1252"), "not UTF-8"),
+        ("l.csv", "image,caption\na.png,red\n".encode("utf-16")[:-1], "is damaged UTF-16-LE text"),
         ("l.jsonl", b'{"file_name": "gone.png", "text": "x"}', r"cannot find its only image, such as .*gone\.png"),
     ],
 )

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.sources.pictures import png
-from uvit.sources.files import has_captioned_images, open_folder
+from uvit.sources.folders import open_folder
 from uvit.sources.types import PairError
 
 
@@ -47,10 +47,42 @@ def test_what_is_wrong_with_a_pair_stays_with_it(tmp_path: Path) -> None:
     assert (source[4].captions, source.captions(3)) == (("e",), ("d",))
 
 
+def test_every_file_is_a_pair_a_problem_or_unread(tmp_path: Path) -> None:
+    image = png("red")
+    write(tmp_path, a_png=image, a_TXT="a", b_JPG=png("red", format="JPEG"), b_json='{"caption": "b"}', c_jfif=image)
+    write(tmp_path, two_png=image, two_gif=png("red", format="GIF"), two_txt="2", lonely_txt="x", x_heic="?", x_txt="x")
+    write(tmp_path, Thumbs_db="x", notes_doc="x", _hidden_png=image, LICENSE_txt="x", b_txt_bak="x", y_json="{}")
+    write(tmp_path / "__MACOSX", __a_png="x")
+    (tmp_path / "dir.png").mkdir()
+    (tmp_path / "dir.txt").write_text("a folder")
+    (tmp_path / "gone.png").symlink_to("nowhere.png")
+    (tmp_path / "gone.txt").write_text("gone")
+    source = open_folder(tmp_path)
+    good, bad = [], []
+    for row in range(len(source)):
+        try:
+            good.append((source[row].id, source[row].captions))
+        except PairError as error:
+            bad.append((error.problem.id, error.problem.kind))
+    assert good == [("a.png", ("a",)), ("b.JPG", ("b",)), ("two.gif", ("2",)), ("two.png", ("2",))]
+    assert bad == [
+        ("c.jfif", "no caption"),
+        ("gone.png", "missing image"),
+        ("dir.txt", "missing image"),
+        ("lonely.txt", "missing image"),
+        ("x.txt", "missing image"),
+    ]
+    assert "x.heic is not in an image format that is read" in source.problems()[-1].message
+    assert source.unread == [
+        *("LICENSE.txt", "b.txt.bak", "notes.doc", "y.json"),
+        *(".hidden.png", "Thumbs.db", "__MACOSX/"),
+    ]
+
+
 def test_a_folder_counts_when_one_image_has_a_caption(tmp_path: Path) -> None:
     write(tmp_path / "deep", a_png=png("red"))
     write(tmp_path, a_txt="elsewhere")
-    assert not has_captioned_images(tmp_path)
+    assert not open_folder(tmp_path).is_captioned()
     write(tmp_path / "deep", a_txt="red")
-    assert has_captioned_images(tmp_path)
-    assert not has_captioned_images(tmp_path / "gone")
+    assert open_folder(tmp_path).is_captioned()
+    assert not open_folder(tmp_path / "gone").is_captioned()

@@ -1,5 +1,6 @@
 """What --source names is recognised, joined and divided; what does not go together is a sentence that says so."""
 
+import contextlib
 import gzip
 import pickle
 from pathlib import Path
@@ -244,12 +245,81 @@ def test_files_that_are_no_source(tmp_path: Path) -> None:
 
 
 def test_folders_that_are_no_source(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"contains nothing; it needs annotations/, metadata\.jsonl"):
+    with pytest.raises(UserError, match=r"contains nothing; it needs annotations/ of COCO captions, metadata\.jsonl"):
         open_source(str(tmp_path))
     for name in "abcdefg":
         (tmp_path / f"{name}.png").write_bytes(png("red"))
     with pytest.raises(UserError, match=r"contains a\.png, b\.png, c\.png, d\.png, e\.png and 2 more; it needs"):
         open_source(str(tmp_path))
+
+
+# Folders with other things beside the images
+
+
+def image_folder(folder: Path, texts: bool = True) -> Path:
+    for name in "ab":
+        captioned_image(folder, name)
+        if not texts:
+            (folder / f"{name}.txt").unlink()
+    return folder
+
+
+def test_what_holds_no_images_is_passed_over_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = image_folder(tmp_path)
+    (folder / "annotations").mkdir()
+    write_lines(folder / "metadata.jsonl", [{"loss": 1}])
+    write_table(folder / "metadata.csv", [("gone.png", "x")])
+    write_table(folder / "scores.tsv", [("a.png", "x")], ("file", "score"))
+    (folder / "dataset_info.json").write_text("{}")
+    (folder / "0_stats.json").write_text("{}")
+    (folder / "README.md").write_text("#")
+    with contextlib.suppress(ImportError):
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table({"a": [1]}), folder / "embeddings.parquet")
+    source = opened(folder)
+    assert captions_in(source) == [("a",), ("b",)]
+    said = capsys.readouterr().out
+    assert f"Not read in {folder}: 0_stats.json, README.md, dataset_info.json, " in said
+
+
+def test_a_list_beside_the_images_of_any_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = image_folder(tmp_path, texts=False)
+    write_table(folder / "captions.csv", [("a.png", "one")])
+    write_table(folder / "other.tsv", [("gone.png", "x")])
+    assert captions_in(opened(folder)) == [("one",)]
+    assert f"Not read in {folder}: b.png, other.tsv." in capsys.readouterr().out
+    write_table(folder / "other.tsv", [("b.png", "x")])
+    with pytest.raises(UserError, match=r"both captions\.csv and other\.tsv hold captioned images; .*--source .*csv$"):
+        open_source(str(folder))
+
+
+def test_metadata_goes_before_txt_and_two_of_them_are_ambiguous(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path)
+    write_lines(folder / "metadata.jsonl", [{"file_name": "a.png", "text": "one"}])
+    assert captions_in(opened(folder)) == [("one",)]
+    write_table(folder / "metadata.csv", [("a.png", "two")], ("file_name", "text"))
+    with pytest.raises(UserError, match=r"both metadata\.jsonl and metadata\.csv hold captioned images"):
+        open_source(str(folder))
+
+
+def test_tars_and_tables_of_images_are_ambiguous(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    tar_of(tmp_path / "deep" / "0.tar", "a")
+    table = arrow.table({"image": [png("red")], "text": ["red"]})
+    parquet.write_table(table.select(["text"]), tmp_path / "words.parquet")
+    assert captions_in(opened(tmp_path)) == [("a",)]
+    parquet.write_table(table, tmp_path / "images.parquet")
+    with pytest.raises(UserError, match=r"both deep/0\.tar and images\.parquet, words\.parquet hold"):
+        open_source(str(tmp_path))
+
+
+def test_a_list_of_images_that_are_elsewhere_says_so(tmp_path: Path) -> None:
+    image_folder(tmp_path / "images", texts=False)
+    write_table(tmp_path / "captions.csv", [("a.png", "one")])
+    with pytest.raises(UserError, match=r"captions\.csv: cannot find its only image, .* as --image_folder"):
+        open_source(str(tmp_path))
+    assert captions_in(opened(tmp_path, image_folder=[str(tmp_path / "images")])) == [("one",)]
 
 
 def test_real_images(image_tar: Path) -> None:

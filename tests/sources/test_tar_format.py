@@ -52,7 +52,7 @@ def test_sizes_that_only_an_extension_can_hold() -> None:
         assert members_in(header)[0] == Member("a", "jpg", len(header), 9 * 2**30)
 
 
-def test_what_cannot_belong_to_a_pair_is_passed_over() -> None:
+def test_what_cannot_belong_to_a_pair_has_no_key() -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for name, kind in [
@@ -61,13 +61,23 @@ def test_what_cannot_belong_to_a_pair_is_passed_over() -> None:
             ("link.jpg", tarfile.SYMTYPE),
             (".DS_Store", tarfile.REGTYPE),
             ("folder/._a.jpg", tarfile.REGTYPE),
+            ("__MACOSX/a.jpg", tarfile.REGTYPE),
+            ("folder/Thumbs.db", tarfile.REGTYPE),
             ("README", tarfile.REGTYPE),
             ("./folder/a.jpg", tarfile.REGTYPE),
         ]:
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "x"
             tar.addfile(info)
-    assert [member.key for member in members_in(buffer.getvalue())] == ["folder/a"]
+    assert [(member.key, member.suffix) for member in members_in(buffer.getvalue())] == [
+        ("link", "jpg (a link)"),
+        ("", ".DS_Store"),
+        ("", "folder/._a.jpg"),
+        ("", "__MACOSX/a.jpg"),
+        ("", "folder/Thumbs.db"),
+        ("", "README"),
+        ("folder/a", "jpg"),
+    ]
 
 
 def test_names_that_are_no_text_stay_apart_and_can_be_written() -> None:

@@ -1,6 +1,7 @@
 """Tars give their pairs in order, on disk or behind a URL alike; what is wrong with one costs that one only."""
 
 import pickle
+import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,6 +162,73 @@ def test_pairs_before_a_cut_are_kept(tmp_path: Path) -> None:
             _ = source[3]
 
 
+SCATTERED = {
+    "images, then captions": ["a.jpg", "b.jpg", "a.txt", "b.txt"],
+    "captions, then images": ["a.txt", "b.txt", "b.jpg", "a.jpg"],
+    "json in the middle": ["a.jpg", "b.jpg", "a.json", "b.json", "a.txt", "b.txt"],
+    "txt before json": ["a.txt", "b.txt", "a.jpg", "b.jpg", "b.json", "a.json", "a.cls"],
+    "clutter between": ["a.jpg", "._a.jpg", "a.txt", "b.jpg", ".DS_Store", "README", "b.txt"],
+}
+
+
+@pytest.mark.parametrize("order", SCATTERED)
+def test_the_members_of_a_pair_are_joined_wherever_they_lie(order: str, tmp_path: Path) -> None:
+    contents = {"jpg": lambda key: png("red" if key == "a" else "blue"), "txt": str.encode, "json": lambda key: b"{}"}
+    members = [(name, contents.get(name[2:], contents["txt"])(name[0])) for name in SCATTERED[order]]
+    source = opened(write_tar(tmp_path / "a.tar", members))
+    assert source.problems() == []
+    pairs = {source[i].id: source[i] for i in range(len(source))}
+    assert {id: pair.captions for id, pair in pairs.items()} == {"a": ("a",), "b": ("b",)}
+    assert pairs["b"].image.getpixel((0, 0)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize(
+    ("names", "kinds"),
+    [
+        ("a.png a.txt a.png a.txt", ["good", "duplicate id"]),
+        ("a.png a.txt b.png b.txt a.png a.txt", ["good", "good", "duplicate id"]),
+        ("a.png a.txt b.png b.txt a.txt", ["good", "good", "duplicate id"]),
+        ("a.png a.txt b.png b.txt a.jpg", ["good", "good", "duplicate id"]),
+        ("a.png a.txt b.png b.txt a.cls", ["good", "good"]),
+        ("a.png b.txt a.png b.png a.txt", ["good", "good", "duplicate id"]),
+        ("a.png a.jpg b.png b.txt a.txt", ["several images", "good"]),
+        ("a.heic a.txt", ["missing image"]),
+        ("a.png b.txt", ["no caption", "missing image"]),
+        ("a.cls b.png b.txt", ["missing image", "good"]),
+    ],
+)
+def test_every_image_of_a_tar_is_a_pair_or_a_problem(names: str, kinds: list[str], tmp_path: Path) -> None:
+    members = [(name, png("red") if name.endswith(("png", "jpg")) else b"red") for name in names.split()]
+    source = opened(write_tar(tmp_path / "a.tar", members))
+    found = [get(source, row) for row in range(len(source))]
+    assert sorted(got.problem.kind if isinstance(got, PairError) else "good" for got in found) == sorted(kinds)
+
+
+def test_links_in_a_tar_are_named(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, kind in [("a.txt", tarfile.REGTYPE), ("a.png", tarfile.LNKTYPE)]:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "other.png"
+            tar.addfile(info)
+    [problem] = opened(tmp_path / "a.tar").problems()
+    assert "but has .txt, .png (a link)" in problem.message
+
+
+def test_a_stream_says_that_members_must_be_adjacent(tmp_path: Path, memory: Any) -> None:
+    members = [("a.png", png("red")), ("b.png", png("red")), ("b.txt", b"b"), ("a.txt", b"a")]
+    stream = open_tars([put(memory, "memory://place/a.tar", write_tar(tmp_path / "a.tar", members))])
+    found = [got for _, got in stream.read(0, lambda _: True)]
+    assert isinstance(found[1], Pair)
+    for got, kind in ((found[0], "no caption"), (found[2], "missing image")):
+        assert isinstance(got, PairError) and got.problem.kind == kind
+        assert got.problem.message.endswith("the members of a pair must be adjacent")
+
+
+def test_other_files_in_a_tar_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    opened(write_tar(tmp_path / "a.tar", [*GOOD, ("__MACOSX/x/._a.PNG", b"x"), ("README", b"x")]))
+    assert "a.tar: __MACOSX/x/._a.PNG, README.\n" in capsys.readouterr().out
+
+
 def test_places_that_are_no_tars(tmp_path: Path) -> None:
     (tmp_path / "words.tar").write_text("not a tar")
     (tmp_path / "zipped.tar.gz").write_bytes(b"\x1f\x8b" + bytes(1000))
@@ -203,7 +271,8 @@ def test_a_stream_gives_what_the_same_tars_give_on_disk(tmp_path: Path, memory: 
 
     def named(problem: Any) -> Any:
         """On disk the files have other names."""
-        return repr(problem).replace("memory://place", str(tmp_path))
+        text = repr(problem).replace("memory://place", str(tmp_path))
+        return text.replace("; in a tar at a URL, the members of a pair must be adjacent", "")
 
     expected = [named(plain(get(source, index))) for index in range(len(source))]
     assert [named(plain(got)) for _, got in stream.read(0, lambda _: True)] == expected

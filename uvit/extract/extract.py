@@ -31,7 +31,7 @@ from uvit.extract.encode import Encoders, encode_in_order, encoding_threads
 from uvit.extract.provenance import describe_store, find_tokenizer, scale_reason
 from uvit.extract.tokenizer import save_tokenizer
 from uvit.extract.workers import Decoded, Preprocessing, ShardPlan, decode_batches
-from uvit.io import format_bytes
+from uvit.io import format_bytes, read_json
 from uvit.progress import Progress
 from uvit.sources.open import open_source
 from uvit.sources.types import PairError, Problem, RandomAccessSource, Source
@@ -263,12 +263,23 @@ def sigterm_as_exit() -> Iterator[None]:
 
 
 def print_summary(folder: Path) -> None:
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    """Print the size of a store, and what became of every pair of the source: the numbers add up."""
+    manifest = read_json(folder / "manifest.json")
     on_disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{folder} is complete: {manifest['num_pairs']:,} pairs, {format_bytes(on_disk)}.")
-    if manifest["problems"]:
-        counts = ", ".join(f"{count:,} {kind}" for kind, count in manifest["problems"].items())
-        print(f"Problems: {counts}; {manifest['num_left_out']:,} pairs skipped. See {folder / 'problems.jsonl'}.")
+    path = folder / "problems.jsonl"
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if manifest["problems"] else []
+    problems = [Problem(**json.loads(line)) for line in lines]
+    skipped = [problem for problem in problems if problem.left_out]
+    partial = [problem for problem in problems if not problem.left_out]
+    found = manifest["num_pairs"] + len(skipped)
+    text = f"{found:,} {'pair' if found == 1 else 'pairs'} found: {manifest['num_pairs']:,} stored"
+    text += f", {len(skipped):,} skipped"
+    if skipped:
+        text += f" ({by_kind(skipped)})"
+    if partial:
+        text += f"; also {by_kind(partial)}"
+    print(text + (f". See {path}." if problems else "."))
 
 
 # Estimates: the disk space before an extraction, and the remaining time while it runs

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from uvit.errors import UserError
-from uvit.sources.files import FileSource, ListRow, build_source, safe_name
+from uvit.sources.files import FileSource, ListRow, build_source
+from uvit.sources.names import safe_name
 from uvit.sources.types import Problem
+
+CAPTION_FILES = ("captions_*.json.gz", "captions_*.json")  # in annotations/; if both exist, the second is used
 
 
 def open_coco(files: list[Path], image_folder: Path) -> FileSource:
@@ -22,6 +25,7 @@ def open_coco(files: list[Path], image_folder: Path) -> FileSource:
         images, annotations = _read(file)
         captions = _captions(annotations)
         seen: set[str] = set()
+        known = {safe_name(image["id"]) for image in images if isinstance(image, dict) and "id" in image}
         for number, image in enumerate(images):
             where = f"{file}, images[{number}]"
             if not isinstance(image, dict) or not isinstance(name := image.get("file_name"), str) or "id" not in image:
@@ -37,6 +41,10 @@ def open_coco(files: list[Path], image_folder: Path) -> FileSource:
             else:
                 by_name[name] = ListRow(id, name, captions.get(id, []), str(file))
                 rows.append(by_name[name])
+        for id in captions:
+            if id not in known:
+                message = f"{file}: annotations have the image_id {id}, which no entry of images has"
+                rows.append(Problem(id, "missing image", message))
     return build_source(files[0], image_folder, rows)
 
 
@@ -47,6 +55,8 @@ def _read(file: Path) -> tuple[list[Any], list[Any]]:
         content = json.loads(gzip.decompress(data) if file.suffix == ".gz" else data)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"--source {file}: is not a complete gzip file ({error})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--source {file}: is not UTF-8 text ({error.reason}); convert it to UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"--source {file}: is not valid JSON ({error})") from None
     if not isinstance(content, dict) or not all(
@@ -63,15 +73,20 @@ def _read(file: Path) -> tuple[list[Any], list[Any]]:
 
 
 def _captions(annotations: list[Any]) -> dict[str, list[str]]:
-    """{id of an image: its captions}. Images that are not listed are included, and never used."""
+    """{id of an image: its captions}, also of images that are not listed."""
     captions: dict[str, list[str]] = {}
     for annotation in annotations:
-        if isinstance(annotation, dict):
+        if isinstance(annotation, dict) and annotation.keys() & {"image_id", "caption"}:
             caption = annotation.get("caption")
             # A caption that is not text counts as empty. It is dropped if its image has other captions.
             text = caption if isinstance(caption, str) else ""
             captions.setdefault(safe_name(annotation.get("image_id")), []).append(text)
     return captions
+
+
+def has_captions(root: Path) -> bool:
+    """Whether annotations/ of a folder contains COCO captions."""
+    return any(next((root / "annotations").glob(pattern), None) for pattern in CAPTION_FILES)
 
 
 def find_captions(root: Path, split: str) -> tuple[Path, Path | None, bool]:
@@ -81,7 +96,7 @@ def find_captions(root: Path, split: str) -> tuple[Path, Path | None, bool]:
     """
     found = {
         path.name.removeprefix("captions_").removesuffix(".gz").removesuffix(".json"): path
-        for pattern in ("captions_*.json.gz", "captions_*.json")  # if both exist, the second is used
+        for pattern in CAPTION_FILES
         for path in sorted((root / "annotations").glob(pattern))
     }
     matching = [split] if split in found else sorted(name for name in found if name.startswith(split))

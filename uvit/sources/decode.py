@@ -12,7 +12,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from uvit.images import on_white
 from uvit.sources.types import PairError, Problem
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 CAPTION_COLUMNS = ("text", "caption", "captions", "sentences", "sentence", "txt", "prompt")
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "file_name", "image_path", "path", "filepath", "file")
 

@@ -24,9 +24,14 @@ def is_dataset(path: Path) -> bool:
     """Whether this is a folder that `save_to_disk` wrote, a folder with parquet files, or a parquet file."""
     if path.is_file():
         return path.suffix == ".parquet"
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return True
-    return any(next(path.glob(pattern), None) for pattern in ("*.parquet", "*/*.parquet", "*/*/*.parquet"))
+    return is_saved(path) or any(
+        next(path.glob(pattern), None) for pattern in ("*.parquet", "*/*.parquet", "*/*/*.parquet")
+    )
+
+
+def is_saved(path: Path) -> bool:
+    """Whether `save_to_disk` wrote this folder."""
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
 def open_dataset(

@@ -9,14 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, groupby
+from os.path import normpath
 from pathlib import Path
 from typing import Literal, cast
 
 from uvit.errors import UserError
 from uvit.sources import huggingface, tars
-from uvit.sources.coco import find_captions, open_coco
+from uvit.sources.coco import find_captions, has_captions, open_coco
 from uvit.sources.combine import ConcatSource, ConcatStream, SplitRule, SplitSource, SplitStream
-from uvit.sources.files import LIST_SUFFIXES, has_captioned_images, lists_paths, open_folder, open_list
+from uvit.sources.files import NUM_CHECKED, FileSource
+from uvit.sources.folders import FolderSource, open_folder
+from uvit.sources.lists import LIST_SUFFIXES, lists_paths, names_images, open_list
+from uvit.sources.names import Listing, list_files, say_not_read, some_of, stem_of
 from uvit.sources.shapes import ShapesSource
 from uvit.sources.types import RandomAccessSource, Source
 
@@ -38,6 +42,8 @@ class _Input:
     files: tuple[str, ...]  # to read
     folder: Path | None = None  # of the images, if the entry has its own; --image_folder overrides it
     splits: str | None = None  # a description of its splits; None: it has only `train`
+    listing: Listing | None = None  # of a folder that contains lists or tars
+    images: FolderSource | None = None  # of a folder of images
 
 
 def open_source(
@@ -67,7 +73,10 @@ def open_source(
     if not names:
         raise UserError(f"--source: names no source; give {SOURCE_KINDS}")
     try:
-        inputs = [_detect(name, split, val_every is not None, image_column, caption_column) for name in names]
+        inputs = [
+            _detect(name, split, val_every is not None, image_column, caption_column, bool(image_folder))
+            for name in names
+        ]
         _check_splits(inputs, split, val_every)
         _check_flags(inputs, image_column, caption_column, streaming)
         inputs = _with_folders(inputs, image_folder)
@@ -81,7 +90,8 @@ def open_source(
         )
         opened: list[Source] = []
         for (kind, folder), group in groupby(inputs, key=lambda each: (each.kind, each.folder)):
-            files = [file for each in group for file in each.files]
+            entries = list(group)
+            files = [file for each in entries for file in each.files]
             if kind == "shapes":
                 opened += [_shapes(name, split, resolution) for name in files]
             elif kind == "tars":
@@ -91,9 +101,11 @@ def open_source(
             elif kind == "list":
                 opened += [open_list(Path(file), folder, image_column, caption_column) for file in files]
             elif kind == "images":
-                opened += [open_folder(Path(file)) for file in files]
+                opened += [cast(FolderSource, each.images) for each in entries]
             else:
                 opened += [open_dataset(file) for file in files]
+            for number, entry in enumerate(entries, start=-len(entries)):
+                _say_unread(entry, opened[number] if kind == "list" else None)
     except OSError as error:
         raise UserError(f"--source {error.filename or names[0]}: cannot be read ({error.strerror})") from None
     whole = _concatenate(opened)
@@ -135,7 +147,14 @@ def _shapes(name: str, split: str, resolution: int) -> Source:
 # Detecting the kind
 
 
-def _detect(name: str, split: str, has_val_every: bool, image_column: str | None, caption_column: str | None) -> _Input:
+def _detect(
+    name: str,
+    split: str,
+    has_val_every: bool,
+    image_column: str | None,
+    caption_column: str | None,
+    has_image_folder: bool,
+) -> _Input:
     if name == "shapes" or name.startswith("shapes:"):
         if name not in ("shapes", "shapes:two"):
             raise UserError(f"--source {name}: the built-in sources are shapes and shapes:two")
@@ -146,7 +165,15 @@ def _detect(name: str, split: str, has_val_every: bool, image_column: str | None
         return _Input(name, "tars", (name,))
     path = Path(name)
     if path.is_dir():
-        return _detect_folder(name, path, split, has_val_every)
+        if has_captions(path):
+            captions, folder, is_one_of_several = find_captions(path, "train" if has_val_every else split)
+            return _Input(name, "coco", (str(captions),), folder, "its caption files" if is_one_of_several else None)
+        # Folders of splits come first. --val_every would mix them, so any of them is detected then, and refused later.
+        inner = [path / name for name in dict.fromkeys([split, "train"] if has_val_every else [split])]
+        bases: list[tuple[Path, str | None]] = [(base, f"{base.name}/") for base in inner if base.is_dir()]
+        # With --image_folder, the images lie elsewhere.
+        columns = None if has_image_folder else (image_column, caption_column)
+        return _detect_folder(name, path, [*bases, (path, None)], columns)
     if not path.is_file():
         raise UserError(f"--source {name}: no such file or folder; give {SOURCE_KINDS}")
     if re.search(r"\.(tar|tar\.\w+|tgz)$", path.name):
@@ -157,34 +184,118 @@ def _detect(name: str, split: str, has_val_every: bool, image_column: str | None
         return _Input(name, "dataset", (str(path),))
     if path.suffix in LIST_SUFFIXES:
         return _Input(name, "list", (str(path),))
+    if path.suffix == ".tfrecord":
+        raise _tfrecord(name)
     raise UserError(f"--source {name}: is a {path.suffix or 'nameless'} file; give {SOURCE_KINDS}")
 
 
-def _detect_folder(name: str, path: Path, split: str, has_val_every: bool) -> _Input:
-    if (path / "annotations").is_dir():
-        captions, folder, is_one_of_several = find_captions(path, "train" if has_val_every else split)
-        return _Input(name, "coco", (str(captions),), folder, "its caption files" if is_one_of_several else None)
-    # Folders of splits come first. --val_every would mix them, so any of them is detected then, and refused later.
-    inner = [path / name for name in dict.fromkeys([split, "train"] if has_val_every else [split])]
-    bases: list[tuple[Path, str | None]] = [(base, f"{base.name}/") for base in inner if base.is_dir()] + [(path, None)]
-    for base, splits in bases:
-        for metadata in METADATA:
-            if (base / metadata).is_file():
-                return _Input(name, "list", (str(base / metadata),), splits=splits)
+def _detect_folder(
+    name: str,
+    path: Path,
+    bases: list[tuple[Path, str | None]],
+    columns: tuple[str | None, str | None] | None,
+) -> _Input:
+    """Which of the things in a folder holds its images: the most specific one. The others are not read.
+
+    Args:
+        bases: folders to look in, the first one first, and the splits that each is one of.
+        columns: --image_column and --caption_column; None: lists count without a look at their images.
+
+    Raises UserError if nothing does, or if several things do and none is more specific.
+    """
+    listings = [(list_files(base), splits) for base, splits in bases]
+    for listing, splits in listings:
+        lists = [file for file in METADATA if file in listing.files and _holds(listing.folder / file, columns)]
+        if lists:
+            return _Input(name, "list", (_only(name, listing, lists),), splits=splits, listing=listing)
+    if huggingface.is_saved(path):
+        return _Input(name, "dataset", (str(path),), splits="its own")
+    tables = columns is not None and any(_contains_images(file, *columns) for file in _tables(path))
+    for listing, splits in listings:
+        found = [file for file in listing.files if file.endswith(".tar")]
+        if listing.folder == path:  # those of other splits do not count
+            found = [file for file in found if file.partition("/")[0] not in huggingface.SPLITS]
+        if found:
+            if tables:
+                _only(name, listing, [found[0], *(file for file in listing.files if file.endswith(".parquet"))])
+            files = tuple(str(listing.folder / file) for file in found)
+            return _Input(name, "tars", files, splits=splits, listing=listing)
+    if tables:
+        return _Input(name, "dataset", (str(path),), splits="its own")
+    for listing, splits in listings:
+        if (images := open_folder(listing.folder, listing)).is_captioned():
+            return _Input(name, "images", (str(listing.folder),), splits=splits, images=images)
+    for listing, splits in listings:
+        others = [file for file in listing.top("jsonl", "csv", "tsv") if file not in METADATA]
+        if lists := [file for file in others if _holds(listing.folder / file, columns)]:
+            return _Input(name, "list", (_only(name, listing, lists),), splits=splits, listing=listing)
+    # Nothing holds images. What could be meant says best what it lacks.
+    if any(file.endswith(".tfrecord") for listing, _ in listings for file in listing.files):
+        raise _tfrecord(name)
+    for listing, splits in listings:
+        for file in METADATA:
+            if file in listing.files:
+                return _Input(name, "list", (str(listing.folder / file),), splits=splits, listing=listing)
+        lists = listing.top("jsonl", "csv", "tsv")
+        if len(lists) == 1:
+            return _Input(name, "list", (str(listing.folder / lists[0]),), splits=splits, listing=listing)
     if huggingface.is_dataset(path):
         return _Input(name, "dataset", (str(path),), splits="its own")
-    for base, splits in bases:
-        if found := sorted(base.glob("*.tar")):
-            return _Input(name, "tars", tuple(map(str, found)), splits=splits)
-    for base, splits in bases:
-        if has_captioned_images(base):
-            return _Input(name, "images", (str(base),), splits=splits)
-    found_names = sorted(inside.name for inside in path.iterdir())
-    shown = ", ".join(found_names[:5]) + (f" and {len(found_names) - 5} more" if len(found_names) > 5 else "")
+    inside = sorted(entry.name for entry in path.iterdir())
     raise UserError(
-        f"--source {name}: contains {shown or 'nothing'}; it needs annotations/, {METADATA[0]}, {METADATA[1]}, a data "
-        "set, .tar files, or images each with a .txt"
+        f"--source {name}: contains {some_of(inside) or 'nothing'}; it needs annotations/ of COCO captions,"
+        f" {METADATA[0]}, {METADATA[1]}, a data set, .tar files, or images each with a .txt"
     )
+
+
+def _holds(path: Path, columns: tuple[str | None, str | None] | None) -> bool:
+    return columns is None or names_images(path, *columns)
+
+
+def _tables(folder: Path) -> list[Path]:
+    """Some of its parquet files: one that contains images is among the first."""
+    return sorted(folder.rglob("*.parquet"))[:NUM_CHECKED]
+
+
+def _contains_images(table: Path, image_column: str | None, caption_column: str | None) -> bool:
+    try:
+        return not lists_paths(table, image_column, caption_column)
+    except UserError:
+        return False
+
+
+def _only(name: str, listing: Listing, found: list[str]) -> str:
+    """The path of the only one. Raises UserError if there are several."""
+    paths = [str(listing.folder / file) for file in found]
+    if len(paths) > 1:
+        raise UserError(
+            f"--source {name}: both {found[0]} and {some_of(found[1:])} hold captioned images; give one of them as"
+            f" --source, such as --source {paths[0]}"
+        )
+    return paths[0]
+
+
+def _tfrecord(name: str) -> UserError:
+    return UserError(
+        f"--source {name}: .tfrecord files cannot be read; write them as .tar files, with"
+        " `--output_format webdataset` of img2dataset"
+    )
+
+
+def _say_unread(entry: _Input, source: Source | None) -> None:
+    """Print which files of a folder are neither read nor listed as problems."""
+    if entry.images:
+        say_not_read(entry.name, entry.images.unread)
+    elif entry.listing:
+        base = entry.listing.folder
+        used = {str(Path(file).relative_to(base)) for file in entry.files}
+        if isinstance(source, FileSource):
+            if Path(source.folder) != base:
+                return
+            used |= {normpath(name) for _, name, _ in source.entries}
+        else:
+            used |= {stem_of(file) + ".parquet" for file in used}
+        say_not_read(entry.name, entry.listing.unread(used))
 
 
 # Checking the flags

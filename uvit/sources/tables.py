@@ -9,6 +9,7 @@ from PIL import Image
 
 from uvit.errors import UserError
 from uvit.sources.decode import CAPTION_COLUMNS, IMAGE_COLUMNS, caption_values, clean_captions, decode_image
+from uvit.sources.img2dataset import REASONS, reason
 from uvit.sources.types import Pair, PairError, Problem, RandomAccessSource, Source
 
 # Not image_id: an image may have several rows, each with one caption.
@@ -22,6 +23,7 @@ class Columns:
     image: str
     caption: str
     id: str | None  # None: the number of the row, from 0
+    reasons: tuple[str, ...] = ()  # they tell why a row has no image
 
 
 def choose_columns(schema: Any, place: str, image: str | None, caption: str | None) -> Columns:
@@ -39,6 +41,11 @@ def choose_columns(schema: Any, place: str, image: str | None, caption: str | No
     if caption is None:
         caption = next((name for name in CAPTION_COLUMNS if kinds.get(name) in ("text", "texts")), None)
     if image is None:
+        if {"key", "status"} <= kinds.keys():
+            raise UserError(
+                f"--source {place}: is img2dataset's table of results, without the images; give its folder, or the .tar"
+                " files in it"
+            )
         raise UserError(f"--source {place}: no column contains images; name one with --image_column; it has {columns}")
     if caption is None:
         raise UserError(
@@ -51,7 +58,9 @@ def choose_columns(schema: Any, place: str, image: str | None, caption: str | No
             f"--caption_column {caption}: must contain a string or a list of strings in each row; in --source {place}"
             f" it contains {schema.field(caption).type}"
         )
-    return Columns(image, caption, next((name for name in ID_COLUMNS if name in kinds), None))
+    id = next((name for name in ID_COLUMNS if name in kinds), None)
+    reasons = tuple(name for name in REASONS if name in kinds and name not in (image, caption))
+    return Columns(image, caption, id, reasons if "status" in reasons else ())
 
 
 def _kind(type: Any) -> str:
@@ -80,7 +89,7 @@ class TableRows:
     folder: Path | None  # that paths of images are relative to; None: the Hub, where paths may be URLs
 
     def all_columns(self) -> tuple[str, ...]:
-        return (self.columns.image, *self.text_columns())
+        return (self.columns.image, *self.text_columns(), *self.columns.reasons)
 
     def text_columns(self) -> tuple[str, ...]:
         names = (self.columns.caption, self.columns.id)
@@ -97,9 +106,10 @@ class TableRows:
     def pair(self, row: TableRow, index: int) -> Pair:
         id, where = self.id(row, index), f"{self.place}, row {index}"
         captions, problems = self.captions(row, index)
-        return Pair(id, self._image(row[self.columns.image], id, where), captions, problems)
+        return Pair(id, self._image(row, id, where), captions, problems)
 
-    def _image(self, value: Any, id: str, where: str) -> Image.Image:
+    def _image(self, row: TableRow, id: str, where: str) -> Image.Image:
+        value = row[self.columns.image]
         path = None
         if isinstance(value, dict):
             value, path = value["bytes"], value.get("path")
@@ -108,7 +118,9 @@ class TableRows:
         if value is None and path:
             value, where = self._read(path, id, where), f"{where}, {path}"
         if value is None:
-            raise PairError(Problem(id, "missing image", f"{where}: has no image"))
+            why = reason({name: row[name] for name in self.columns.reasons})
+            message = f"{where}: {id} has no image" + (f" ({why})" if why else "")
+            raise PairError(Problem(id, "missing image", message))
         return decode_image(value, id, where)
 
     def _read(self, path: str, id: str, where: str) -> bytes:

@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 from uvit.errors import UserError
+from uvit.sources.names import is_clutter
 
 TAR_BLOCK = 512  # bytes; headers and contents of a tar start at multiples of it
 EXTENSIONS = (b"x", b"L", b"K")  # describe the member that follows: pax headers; GNU long names and long link names
+FILES, LINKS = (b"0", b"\0", b"7"), (b"1", b"2")  # the others are folders, devices, ...
 TAR_END = bytes(TAR_BLOCK)
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 
@@ -15,8 +17,8 @@ COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bz
 class Member(NamedTuple):
     """A file in a tar."""
 
-    key: str  # of its pair
-    suffix: str  # what follows the key, lower case, without the first dot
+    key: str  # of its pair; empty if it cannot belong to one: a hidden file, one of an operating system, or no suffix
+    suffix: str  # what follows the key, lower case, without the first dot; the whole name if there is no key
     offset: int  # of its content, bytes
     size: int  # bytes
     cut: bool = False  # not a member: the tar is truncated in the one before, or unreadable after it
@@ -28,7 +30,9 @@ class Bytes(Protocol):
 
 
 def members(file: Bytes, place: object) -> Iterator[Member]:
-    """The members that can belong to a pair, in order. If the tar is truncated, the last has the last key and `cut`.
+    """The files of a tar, in order. If it is truncated, the last member has the last key and `cut`.
+
+    A link has no content of its own here, so its suffix is none of an image or a caption.
 
     This reads the headers itself: tarfile takes four times as long, which is minutes for millions of pairs.
     """
@@ -65,13 +69,16 @@ def members(file: Bytes, place: object) -> Iterator[Member]:
             continue
         name = named.get(b"path") or _name(header)
         named = {}
-        if kind not in (b"0", b"\0", b"7"):  # folders, links
+        if kind not in FILES + LINKS:
             continue
-        folder, _, base = name.decode(errors="backslashreplace").removeprefix("./").rpartition("/")
+        path = name.decode(errors="backslashreplace").removeprefix("./")
+        folder, _, base = path.rpartition("/")
         stem, dot, suffix = base.partition(".")
-        if stem and dot:
-            key = f"{folder}/{stem}" if folder else stem
-            yield Member(key, suffix.lower(), content, size)
+        if not stem or not dot or any(map(is_clutter, path.split("/"))):
+            yield Member("", path, content, size)
+            continue
+        key = f"{folder}/{stem}" if folder else stem
+        yield Member(key, suffix.lower() + (" (a link)" if kind in LINKS else ""), content, size)
 
 
 def _checked_size(header: bytes) -> int:

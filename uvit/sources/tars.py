@@ -1,7 +1,7 @@
 """WebDataset tars. The members with the same name up to the first dot are a pair: an image and a .txt or .json.
 
-Tars on disk are indexed by their headers, which gives random access. Tars at a URL are read one after the other, each
-from beginning to end.
+Tars on disk are indexed by their headers, which gives random access, and joins the members of a pair wherever they lie
+in the tar. Tars at a URL are read one after the other, each from beginning to end, so there they must be adjacent.
 """
 
 import glob
@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
+from dataclasses import replace
 from itertools import groupby, takewhile
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -19,16 +20,20 @@ from urllib.parse import urlsplit
 from uvit.errors import UserError
 from uvit.sources.decode import (
     CAPTION_COLUMNS,
-    IMAGE_SUFFIXES,
     caption_values,
     clean_captions,
     decode_image,
     decode_object,
     decode_text,
 )
+from uvit.sources.img2dataset import failed_rows
+from uvit.sources.names import image_suffixes, say_not_read
 from uvit.sources.remote import RemoteFile, check_protocol, is_remote
 from uvit.sources.tar_format import Bytes, Member, members
 from uvit.sources.types import Pair, PairError, Problem, RandomAccessSource, Source
+
+TEXTS = ("txt", "json")  # suffixes of captions; the first goes before the second
+INCOMPLETE = ("missing image", "no caption")  # what is wrong with a pair before its other members are found
 
 
 def open_tars(places: list[str]) -> Source:
@@ -86,24 +91,48 @@ def _braces(text: str) -> list[str]:
 # Pairs
 
 
-def _parts(found: list[Member], id: str, place: object, again: bool) -> tuple[Member, Member] | Problem:
-    """-> (image, captions). `again`: this key appeared earlier in the tar."""
-    images = [member for member in found if member.suffix in IMAGE_SUFFIXES]
-    texts = [member for suffix in ("txt", "json") for member in found if member.suffix == suffix]
+def _groups(found: Iterator[Member]) -> Iterator[tuple[str, Iterator[Member]]]:
+    """(key, members) of adjacent members with one key. A second member of one name begins another group."""
+    number, key, suffixes = 0, "", set[str]()
+
+    def group_of(member: Member) -> tuple[int, str]:
+        nonlocal number, key
+        if member.key != key or (member.suffix in suffixes and not member.cut):
+            number, key = number + 1, member.key
+            suffixes.clear()
+        suffixes.add(member.suffix)
+        return number, key
+
+    for (_, key_of_group), group in groupby(found, key=group_of):
+        yield key_of_group, group
+
+
+def _parts(found: Collection[Member], id: str, place: object) -> tuple[Member, Member] | Problem:
+    """-> (image, captions)"""
+    images = [member for member in found if member.suffix in image_suffixes()]
+    texts = [member for suffix in TEXTS for member in found if member.suffix == suffix]
     suffixes = ", ".join(f".{member.suffix}" for member in found if member.suffix)
     if any(member.cut for member in found):
         return Problem(id, "cut off", f"{place}: is truncated or damaged in {id}; the pairs after it are lost")
-    if again:
-        return Problem(id, "duplicate id", f"{place}: {id} appears a second time")
     if not images:
-        return Problem(
-            id, "missing image", f"{place}: {id} needs an image ({', '.join(IMAGE_SUFFIXES)}), but has {suffixes}"
-        )
+        return Problem(id, "missing image", f"{place}: {id} needs an image, such as .jpg or .png, but has {suffixes}")
     if len(images) > 1:
         return Problem(id, "several images", f"{place}: {id} must have one image, but has {suffixes}")
     if not texts:
         return Problem(id, "no caption", f"{place}: {id} needs a .txt or .json of captions, but has {suffixes}")
     return images[0], texts[0]
+
+
+def _repeated(found: Collection[Member], id: str, place: object) -> Problem:
+    """The problem of members that repeat those of an earlier pair."""
+    parts = _parts(found, id, place)
+    if isinstance(parts, Problem) and parts.kind == "cut off":
+        return parts
+    return Problem(id, "duplicate id", f"{place}: {id} appears a second time")
+
+
+def _suffixes(found: Collection[Member]) -> set[str]:
+    return {member.suffix for member in found}
 
 
 def _captions(data: bytes, suffix: str, id: str, place: object) -> tuple[tuple[str, ...], tuple[Problem, ...]]:
@@ -154,20 +183,70 @@ class TarSource(RandomAccessSource):
             )
 
     def _add(self, found: Iterator[Member], path: Path, prefix: str) -> None:
-        seen = set[str]()
-        for key, group in groupby(found, key=lambda member: member.key):
-            parts = _parts(list(group), prefix + key, path, key in seen)
-            seen.add(key)
-            self._keys += key.encode()
-            if isinstance(parts, Problem):
-                self._problems[len(self)] = parts
-                self._spans.extend((0, 0, 0, 0))
-                self._is_json.append(False)
-            else:
-                image, text = parts
-                self._spans.extend((image.offset, image.size, text.offset, text.size))
-                self._is_json.append(text.suffix == "json")
-            self._key_ends.append(len(self._keys))
+        """Index a tar. A pair that is not yet complete waits for its other members until the end of the tar."""
+        rows, waiting, others = dict[str, int](), dict[int, list[Member]](), list[str]()
+
+        def of_pairs() -> Iterator[Member]:
+            for member in found:
+                if member.key:
+                    yield member
+                else:
+                    others.append(member.suffix)
+
+        for key, group in _groups(of_pairs()):
+            members, row = list(group), rows.get(key)
+            if row is None:
+                row = rows[key] = self._new_row(key)
+                waiting[row] = []
+            before = waiting.get(row)
+            if before is None and self._completes(row, members):
+                continue
+            if before is None or not _suffixes(before).isdisjoint(_suffixes(members)):
+                self._problems[self._new_row(key)] = _repeated(members, prefix + key, path)
+                continue
+            before += members
+            parts = _parts(before, prefix + key, path)
+            if not isinstance(parts, Problem) or parts.kind not in INCOMPLETE:
+                self._set(row, parts)
+                del waiting[row]
+        for row, incomplete in waiting.items():
+            self._set(row, _parts(incomplete, prefix + incomplete[0].key, path))
+        table = path.with_suffix(".parquet")  # of img2dataset, or another one
+        failed = failed_rows(table, prefix)
+        for problem in failed or ():
+            self._problems[self._new_row("")] = problem
+        say_not_read(path, others)
+        if failed is None and table.is_file():
+            say_not_read(path.parent, [table.name])
+
+    def _new_row(self, key: str) -> int:
+        self._keys += key.encode()
+        self._key_ends.append(len(self._keys))
+        self._spans.extend((0, 0, 0, 0))
+        self._is_json.append(False)
+        return len(self) - 1
+
+    def _set(self, row: int, parts: tuple[Member, Member] | Problem) -> None:
+        if isinstance(parts, Problem):
+            self._problems[row] = parts
+            return
+        image, text = parts
+        self._spans[4 * row : 4 * row + 4] = array("q", (image.offset, image.size, text.offset, text.size))
+        self._is_json[row] = text.suffix == "json"
+
+    def _completes(self, row: int, members: list[Member]) -> bool:
+        """Whether these members of a pair that has its parts can belong to it too. False: they repeat a part of it."""
+        suffixes = _suffixes(members)
+        if any(member.cut for member in members) or suffixes & image_suffixes():
+            return False
+        if row in self._problems:
+            return True
+        texts = [member for member in members if member.suffix in TEXTS[: 1 + self._is_json[row]]]
+        if texts and self._is_json[row] and texts[0].suffix == "txt":  # a .txt goes before a .json
+            self._spans[4 * row + 2 : 4 * row + 4] = array("q", (texts[0].offset, texts[0].size))
+            self._is_json[row] = False
+            return True
+        return not texts
 
     def __len__(self) -> int:
         return len(self._key_ends)
@@ -222,7 +301,7 @@ class TarStream(Source):
         self.places = places
 
     def read(self, start: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, Pair | PairError | None]]:
-        suffixes = (*IMAGE_SUFFIXES, "txt", "json")
+        suffixes = {*image_suffixes(), *TEXTS}
         for position, row in enumerate(self._rows(lambda position: position >= start and wanted(position), suffixes)):
             if position < start:
                 continue
@@ -237,7 +316,7 @@ class TarStream(Source):
                 yield position, error
 
     def all_captions(self) -> Iterator[str]:
-        for row in self._rows(lambda _: True, ("txt", "json")):
+        for row in self._rows(lambda _: True, TEXTS):
             try:
                 assert row is not None
                 _, text = row.parts()
@@ -251,7 +330,7 @@ class TarStream(Source):
         for place, prefix in zip(self.places, _prefixes(self.places), strict=True):
             seen = set[str]()
             with closing(RemoteFile(place)) as file:
-                for key, group in groupby(members(file, place), key=lambda member: member.key):
+                for key, group in _groups(member for member in members(file, place) if member.key):
                     again = key in seen
                     seen.add(key)
                     row = None
@@ -280,7 +359,12 @@ class _Row(NamedTuple):
 
     def parts(self) -> tuple[Member, Member]:
         """-> (image, captions). Raises PairError."""
-        parts = _parts(list(self.contents), self.id, self.place, self.again)
+        parts = _parts(self.contents, self.id, self.place)
+        if not isinstance(parts, Problem) and self.again:
+            parts = _repeated(self.contents, self.id, self.place)
         if isinstance(parts, Problem):
+            if parts.kind in INCOMPLETE:
+                message = f"{parts.message}; in a tar at a URL, the members of a pair must be adjacent"
+                parts = replace(parts, message=message)
             raise PairError(parts)
         return parts

@@ -162,9 +162,10 @@ class StoreWriter:
             write_bytes(self.folder / "problems.jsonl", "".join(lines).encode())
             files.append(self.folder / "problems.jsonl")
         num_pairs = sum(shard["rows"] for shard in shards)
+        num_left_out = sum(problem["left_out"] for problem in problems)
         if not num_pairs:
             raise UserError(
-                f"--source: all {len(problems)} pairs were skipped; {self.folder / 'problems.jsonl'} says why"
+                f"--source: all {num_left_out:,} pairs were skipped; {self.folder / 'problems.jsonl'} says why"
                 if problems
                 else "--source: contains no pairs"
             )
@@ -180,7 +181,7 @@ class StoreWriter:
             "num_pairs": num_pairs,
             "num_captions": sum(shard["captions"] for shard in shards),
             "problems": dict(sorted(Counter(problem["kind"] for problem in problems).items())),
-            "num_left_out": sum(problem["left_out"] for problem in problems),
+            "num_left_out": num_left_out,
             "files": file_records(files, self.folder),
             "shards": shards,
         }

@@ -1,0 +1,118 @@
+"""A folder of images, each with a `.txt` (or a `.json`) of the same name that contains its caption."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from uvit.sources.decode import (
+    CAPTION_COLUMNS,
+    caption_values,
+    clean_captions,
+    decode_image,
+    decode_object,
+    decode_text,
+)
+from uvit.sources.files import NUM_CHECKED, read_image_file
+from uvit.sources.img2dataset import failed_rows
+from uvit.sources.names import Listing, is_image, list_files, safe_name, stem_of, suffix_of
+from uvit.sources.types import Pair, PairError, Problem, RandomAccessSource
+
+DOCUMENTS = {"readme", "license", "licence", "notice", "copying", "changelog", "citation"}  # .txt, but no captions
+
+
+@dataclass(frozen=True)
+class FolderSource(RandomAccessSource):
+    """Images of a folder, in the order of their names. A caption is read when its pair is read.
+
+    After the images come the problems that belong to none, such as captions without an image.
+    """
+
+    folder: str
+    names: list[str]
+    caption_files: dict[int, str]  # {row: its caption's file}, where that is not the image's name with .txt
+    problem_of: dict[int, Problem]  # {row that is of no use: the problem}
+    unread: list[str]  # other files
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._captions(index)[0]
+
+    def problems(self) -> list[Problem]:
+        return list(self.problem_of.values())
+
+    def is_captioned(self) -> bool:
+        """Whether at least one image has a caption of its own. Of .json files, some are read to see that."""
+        rows = [row for row in range(len(self.names)) if row not in self.problem_of]
+        if any(suffix_of(self.caption_files.get(row, ".txt")) != "json" for row in rows):
+            return True
+        for row in rows[:NUM_CHECKED]:
+            try:
+                self.captions(row)
+            except PairError:
+                continue
+            return True
+        return False
+
+    def __getitem__(self, index: int) -> Pair:
+        captions, problems = self._captions(index)
+        path, id = Path(self.folder) / self.names[index], safe_name(self.names[index])
+        return Pair(
+            id,
+            decode_image(read_image_file(path, self.folder, id, self.folder), id, safe_name(path)),
+            captions,
+            problems,
+        )
+
+    def _captions(self, index: int) -> tuple[tuple[str, ...], tuple[Problem, ...]]:
+        if index in self.problem_of:
+            raise PairError(self.problem_of[index])
+        name = self.names[index]
+        file, id = self.caption_files.get(index) or stem_of(name) + ".txt", safe_name(name)
+        path = Path(self.folder) / file
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            message = f"{safe_name(path)}: the caption of {id} cannot be read ({error.strerror})"
+            raise PairError(Problem(id, "no caption", message)) from None
+        where = safe_name(path)
+        values = [text := decode_text(data, id, where)]
+        if suffix_of(file) == "json":
+            values = caption_values(decode_object(text, id, where), CAPTION_COLUMNS, id, where)
+        return clean_captions(values, id, where)
+
+
+def open_folder(folder: Path, listing: Listing | None = None) -> FolderSource:
+    """Open the images at any depth. Hidden files, and those that are neither images nor captions, are `unread`."""
+    listing = listing or list_files(folder)
+    names = [name for name in listing.files if is_image(name)]
+    captions = {name: suffix_of(name) for name in listing.files if suffix_of(name) in ("txt", "json")}
+    by_stem = {stem_of(name): name for name, suffix in captions.items() if suffix == "json"}
+    by_stem |= {stem_of(name): name for name, suffix in captions.items() if suffix == "txt"}
+    caption_files, problem_of = dict[int, str](), dict[int, Problem]()
+    for row, name in enumerate(names):
+        caption = by_stem.get(stem_of(name))
+        if caption is None:
+            message = f"{safe_name(folder / name)}: has no .txt or .json of the same name that contains its caption"
+            problem_of[row] = Problem(safe_name(name), "no caption", message)
+        elif caption != stem_of(name) + ".txt":
+            caption_files[row] = caption
+    stems = set(map(stem_of, names))
+    others = {stem_of(name): name for name in listing.files if name not in captions and not is_image(name)}
+    rest, named = list[Problem](), set[str]()
+    for name, suffix in captions.items():
+        if suffix == "txt" and stem_of(name) not in stems and stem_of(name).rpartition("/")[2].lower() not in DOCUMENTS:
+            beside = others.get(stem_of(name))
+            named.add(beside or "")
+            but = f"; {safe_name(beside)} is not in an image format that is read" if beside else ""
+            message = f"{safe_name(folder / name)}: there is no image of this name for the caption{but}"
+            rest.append(Problem(safe_name(name), "missing image", message))
+    rest += listing.problems
+    tables = {name: failed_rows(folder / name) for name in listing.top("parquet")}
+    beside_folder = failed_rows(folder.parent / f"{folder.name}.parquet")  # of one shard of img2dataset
+    rest += [problem for problems in (*tables.values(), beside_folder) for problem in problems or ()]
+    problem_of |= dict(enumerate(rest, start=len(names)))
+    used = {name for name in captions if stem_of(name) in stems} | {problem.id for problem in rest} | named
+    used |= {name for name, problems in tables.items() if problems is not None}
+    unread = listing.unread(used | set(names))
+    return FolderSource(str(folder), names + [problem.id for problem in rest], caption_files, problem_of, unread)

@@ -1,0 +1,113 @@
+"""What the names of files say: which are images, which are clutter; and files of a folder at any depth."""
+
+import os
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+from PIL import Image
+
+from uvit.sources.types import Problem
+
+# Pillow opens them, but they are drawings, videos and measurements, or need another program.
+NOT_IMAGES = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"}
+CLUTTER = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini"}  # left by operating systems; names in lower case
+NUM_NAMED = 5  # in a line that says which files are not read
+
+
+@lru_cache
+def image_suffixes() -> frozenset[str]:
+    """Suffixes of all image formats that Pillow opens, and those of its plugins that are loaded; without a dot."""
+    suffixes = Image.registered_extensions()  # loads Pillow's own plugins
+    kinds = {*Image.OPEN, "MPO"} - NOT_IMAGES  # Pillow opens MPO as JPEG
+    return frozenset(suffix[1:].lower() for suffix, kind in suffixes.items() if kind in kinds)
+
+
+def stem_of(name: str) -> str:
+    """A path without its suffix."""
+    stem, dot, suffix = name.rpartition(".")
+    return stem if dot and "/" not in suffix else name
+
+
+def suffix_of(name: str) -> str:
+    """In lower case, without the dot. Empty if there is none."""
+    _, dot, suffix = name.rpartition(".")
+    return suffix.lower() if dot and "/" not in suffix else ""
+
+
+def is_image(name: str) -> bool:
+    return suffix_of(name) in image_suffixes()
+
+
+def is_clutter(name: str) -> bool:
+    """Whether a file or folder is hidden, or left by an operating system."""
+    return name.startswith(".") or name.lower() in CLUTTER
+
+
+def safe_name(name: object) -> str:
+    """A form of a name that can be printed and stored as UTF-8, whatever its bytes."""
+    return str(name).encode(errors="backslashreplace").decode()
+
+
+def some_of(names: Collection[str]) -> str:
+    """`a, b and 3 more`, in one line."""
+    shown = ", ".join(" ".join(safe_name(name).split()) for name in list(names)[:NUM_NAMED])
+    return shown + (f" and {len(names) - NUM_NAMED:,} more" if len(names) > NUM_NAMED else "")
+
+
+def say_not_read(place: object, names: Collection[str]) -> None:
+    """Print a line, so that no file disappears without one."""
+    if names:
+        print(f"Not read in {safe_name(place)}: {some_of(names)}.")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a folder at any depth, as paths relative to it, in order."""
+
+    folder: Path
+    files: list[str] = field(default_factory=list)
+    clutter: list[str] = field(default_factory=list)  # hidden files and folders, and those of operating systems
+    problems: list[Problem] = field(default_factory=list)  # folders that cannot be read
+
+    def top(self, *suffixes: str) -> list[str]:
+        """The files in the folder itself that have one of these suffixes."""
+        return [name for name in self.files if "/" not in name and suffix_of(name) in suffixes]
+
+    def unread(self, used: Iterable[str]) -> list[str]:
+        return [*sorted(set(self.files).difference(used)), *self.clutter]
+
+
+def list_files(folder: Path) -> Listing:
+    """Links to files count as files. Links to folders are followed, each folder once, so a loop ends."""
+    found = Listing(folder)
+    parents = folder.resolve().parents
+    seen = {(status.st_dev, status.st_ino) for status in map(os.stat, parents)}  # a link to one of them is a loop
+    waiting = [folder]
+    while waiting:  # first what is in the folder itself, then what is linked: so names do not depend on links
+        links = []
+        for start in waiting:
+            for here, inner, names in os.walk(start, onerror=lambda error: found.problems.append(_unreadable(error))):
+                status = Path(here).stat()
+                if (status.st_dev, status.st_ino) in seen:
+                    inner.clear()
+                    continue
+                seen.add((status.st_dev, status.st_ino))
+                prefix = "".join(part + "/" for part in Path(here).relative_to(folder).parts)
+                found.files.extend(prefix + name for name in names if not is_clutter(name))
+                found.clutter.extend(prefix + name for name in names if is_clutter(name))
+                found.clutter.extend(f"{prefix}{name}/" for name in inner if is_clutter(name))
+                inner[:] = [name for name in inner if not is_clutter(name)]
+                links += [Path(here) / name for name in inner if (Path(here) / name).is_symlink()]
+        waiting = sorted(links)
+    found.files.sort()
+    found.clutter.sort()
+    found.problems.sort(key=lambda problem: problem.id)
+    return found
+
+
+def _unreadable(error: OSError) -> Problem:
+    name = safe_name(error.filename)
+    message = f"{name}: the folder cannot be read ({error.strerror}), so its images are not known"
+    return Problem(name, "missing image", message)
