@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from uvit.errors import UserError
-from uvit.evaluate.prompts import prompts_sha256, list_prompts
+from uvit.evaluate.prompts import list_prompts, prompts_sha256
 from uvit.sources.shapes import scenes
 
 

@@ -29,7 +29,7 @@ from uvit.evaluate.features import FeatureSet, PerImage, all_done, extract_featu
 from uvit.evaluate.generate import GeneratedImages, folder_name, is_model, open_model
 from uvit.evaluate.image_sets import FolderImages, ImageSet, SourceImages, open_images
 from uvit.evaluate.measure import FRECHET, ImageFeatures, Score, build_extractors, check_metrics, compute_scores
-from uvit.evaluate.prompts import Prompt, prompts_sha256, list_prompts
+from uvit.evaluate.prompts import Prompt, list_prompts, prompts_sha256
 from uvit.evaluate.report import command_line, environment, notes_on, score_table, summarise, write_report
 from uvit.evaluate.retrieval import retrieve
 from uvit.evaluate.statistics_file import SavedStatistics, check_same_features, read_statistics

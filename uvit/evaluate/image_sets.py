@@ -15,13 +15,15 @@ from uvit.config.evaluate import EvaluateConfig
 from uvit.errors import UserError
 from uvit.images import to_pixels
 from uvit.progress import Progress
-from uvit.sources.decode import IMAGE_SUFFIXES, decode_image
+from uvit.sample.files import SHEET
+from uvit.sources.decode import decode_image
+from uvit.sources.names import is_image, list_files, say_not_read, suffix_of
 from uvit.sources.open import open_source, require_random_access
 from uvit.sources.types import PairError, Problem, RandomAccessSource
 from uvit.store.reader import FeatureStore, open_features
 
 CHUNK = 64  # images that are loaded, and whose features are stored, together
-LOSSY_SUFFIXES = (".jpg", ".jpeg", ".webp")
+LOSSY_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "webp", "avif")
 
 
 @dataclass(frozen=True)
@@ -54,16 +56,11 @@ def open_images(config: EvaluateConfig, name: str, flag: str, resolution: int | 
     path = Path(name)
     if (path / "manifest.json").is_file() or (path / (config.split or "train") / "manifest.json").is_file():
         return _of_store(name, config.split or "train", flag, resolution)
-    if path.is_dir():
-        files = sorted(
-            (file for file in path.rglob("*") if file.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES),
-            key=lambda file: file.relative_to(path).as_posix(),
-        )
-        if files and not _is_captioned(path, files):
-            return FolderImages(path, files, resolution, str(config.crop), str(config.resize))
     try:
         source = open_source(name, config.split or "train", config.image_folder, resolution or 256)
     except UserError as error:
+        if path.is_dir() and (files := _image_files(path)):  # images alone
+            return FolderImages(path, files, resolution, str(config.crop), str(config.resize))
         raise UserError(str(error).replace("--source", f"--{flag}")) from None
     return SourceImages(
         require_random_access(source, f"--{flag} {name}"),
@@ -74,12 +71,14 @@ def open_images(config: EvaluateConfig, name: str, flag: str, resolution: int | 
     )
 
 
-def _is_captioned(folder: Path, files: list[Path]) -> bool:
-    """Whether a folder is a source of captioned images, with its own list of them, rather than just images."""
-    names = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "annotations")
-    return any((folder / name).exists() for name in names) or any(
-        file.with_suffix(suffix).is_file() for file in files[:1] for suffix in (".txt", ".caption", ".json")
-    )
+def _image_files(folder: Path) -> list[str]:
+    """The paths of a folder's images within it, in order. A contact sheet is none of them."""
+    files = [name for name in list_files(folder).files if is_image(name)]
+    sheets = [name for name in files if name.rpartition("/")[2] == SHEET]
+    if len(sheets) < len(files):
+        say_not_read(folder, sheets)
+        files = [name for name in files if name not in sheets]
+    return files
 
 
 def _of_store(name: str, split: str, flag: str, resolution: int | None) -> "SourceImages":
@@ -115,14 +114,14 @@ def _of_store(name: str, split: str, flag: str, resolution: int | None) -> "Sour
 
 
 class FolderImages:
-    """Image files, sorted by their paths within the folder."""
+    """Image files of a folder, in the order of their paths within it, which are their ids."""
 
     chunk = CHUNK
 
-    def __init__(self, folder: Path, files: Sequence[Path], resolution: int | None, crop: str, resize: str):
+    def __init__(self, folder: Path, files: Sequence[str], resolution: int | None, crop: str, resize: str):
         self.folder, self.files = folder, files
         self.preparation = (resolution, crop, resize)
-        lossy = sum(file.suffix.lower() in LOSSY_SUFFIXES for file in files)
+        lossy = sum(suffix_of(file) in LOSSY_SUFFIXES for file in files)
         self.description = {"folder": str(folder), "num_images": len(files), **_described(*self.preparation)}
         if lossy:
             self.description["lossy_files"] = lossy
@@ -133,8 +132,8 @@ class FolderImages:
     def load(self, start: int, stop: int, progress: Progress) -> LoadedImages:
         ids, rows, pixels, problems = [], [], [], []
         for row in progress.over(range(start, stop)):
-            file = self.files[row]
-            id = file.relative_to(self.folder).as_posix()
+            id = self.files[row]
+            file = self.folder / id
             try:
                 image = decode_image(file.read_bytes(), id, file)
             except OSError as error:

@@ -53,7 +53,9 @@ def retrieve(generated: FeatureSet, reference: FeatureSet) -> Retrieved:
         )
     named = torch.tensor([row_of[generated.ids[row]] for row in rows])
     ranks, nearest, cosines = [], [], []
-    for part, its_named in zip(torch.from_numpy(rows).split(QUERIES_AT_ONCE), named.split(QUERIES_AT_ONCE), strict=True):
+    for part, its_named in zip(
+        torch.from_numpy(rows).split(QUERIES_AT_ONCE), named.split(QUERIES_AT_ONCE), strict=True
+    ):
         query = F.normalize(mine[part].double(), dim=1)
         similar = torch.cat([query @ F.normalize(tile, dim=1).T for _, tile in tiles(real)], dim=1)
         own = similar.gather(1, its_named[:, None])

@@ -61,7 +61,7 @@ def pareto_plot(labels: Sequence[str], x: Sequence[Score], y: Sequence[Score]) -
         draw.text((MARGIN - 6, up), f"{low + at * (high - low):.4g}", "black", font, "rm")
     draw.text((width / 2, height - 20), f"{x[0].name} ({x[0].better} is better)", "black", font, "mm")
     draw.text((MARGIN, MARGIN - 20), f"{y[0].name} ({y[0].better} is better)", "black", font, "lm")
-    front = [i for i in range(len(x)) if not any(_beats(x, y, j, i) for j in range(len(x)))]
+    front = pareto_front(x, y)
     draw.line([place(i) for i in sorted(front, key=lambda i: x[i].value)], fill=(50, 80, 220), width=2)
     for i, label in enumerate(labels):
         across, up = place(i)
@@ -70,6 +70,11 @@ def pareto_plot(labels: Sequence[str], x: Sequence[Score], y: Sequence[Score]) -
         anchor = "lm" if across < width / 2 else "rm"
         draw.text((across + (9 if anchor == "lm" else -9), up), label, "black", font, anchor)
     return image
+
+
+def pareto_front(x: Sequence[Score], y: Sequence[Score]) -> list[int]:
+    """The settings that no other one beats."""
+    return [i for i in range(len(x)) if not any(_beats(x, y, j, i) for j in range(len(x)))]
 
 
 def _beats(x: Sequence[Score], y: Sequence[Score], j: int, i: int) -> bool:
