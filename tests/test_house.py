@@ -163,6 +163,20 @@ def test_the_mathematics_knows_no_files_flags_or_ranks(name: str) -> None:
     assert "torch.distributed" not in (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
 
 
+# Users' images are decoded in one place; sample/files.py reads back what `uvit sample` wrote.
+IMAGE_READERS = {"uvit/sources/decode.py", "uvit/sample/files.py"}
+
+
+def test_image_files_are_decoded_in_one_place() -> None:
+    opening = {
+        path.relative_to(ROOT).as_posix()
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr == "open" and ast.unparse(node.value).endswith("Image")
+    }
+    assert opening == IMAGE_READERS
+
+
 def test_tests_mirror_the_tree() -> None:
     """By folder: a test file lies in the folder of the modules that it tests, and each module has one."""
     folders = {path.relative_to(PACKAGE).parent for path in SOURCES}

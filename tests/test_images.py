@@ -44,10 +44,33 @@ def test_to_pixels_takes_the_central_square(width: int, height: int) -> None:
     assert scaled.dtype == np.uint8
 
 
-def test_the_central_square_with_lanczos_is_what_comes_unasked() -> None:
-    image = noise_image(50, 31)
-    scaled = image.resize((16, 16), Image.Resampling.LANCZOS, box=(9, 0, 40, 31))
-    assert np.array_equal(images.to_pixels(image, 16), np.asarray(scaled).transpose(2, 0, 1))
+def test_the_default_is_the_preprocessing_of_the_official_code() -> None:
+    folder = Path(__file__).parent / "fixtures" / "center_crop"
+    with Image.open(folder / "input.png") as image, Image.open(folder / "uvit_64.png") as expected:
+        assert np.array_equal(images.to_pixels(image, 64), np.asarray(expected).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize(("width", "height"), [(50, 31), (31, 50), (400, 16), (17, 200), (32, 31)])
+@pytest.mark.parametrize("resize", images.FILTERS)
+@pytest.mark.parametrize("resolution", [8, 16, 64])
+def test_pixels_beside_the_square_change_nothing(width: int, height: int, resize: str, resolution: int) -> None:
+    image, side = noise_image(width, height), min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    expected = np.asarray(square.resize((resolution, resolution), images.FILTERS[resize])).transpose(2, 0, 1)
+    assert np.array_equal(images.to_pixels(image, resolution, resize=resize), expected)
+    framed = Image.new("RGB", image.size, "red")
+    framed.paste(square, (left, top))
+    assert np.array_equal(images.to_pixels(framed, resolution, resize=resize), expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "box"), [((8, 8), (4, 0, 36, 32)), ((32, 64), (12, 0, 28, 32)), ((40, 8), (0, 12, 40, 20))]
+)
+def test_a_center_crop_has_the_proportions_of_its_size(size: tuple[int, int], box: tuple[int, int, int, int]) -> None:
+    image = noise_image(40, 32)
+    expected = image.crop(box).resize(size, Image.Resampling.LANCZOS)
+    assert np.array_equal(np.asarray(images.center_crop(image, size)), np.asarray(expected))
 
 
 @pytest.mark.parametrize("crop", ["center", "random", "stretch"])
@@ -99,7 +122,7 @@ def test_what_is_transparent_becomes_white(mode: str) -> None:
     image = Image.new("RGBA", (4, 4), (0, 0, 0, 0)).convert(mode)
     if mode == "P":
         image.info["transparency"] = image.getpixel((0, 0))
-    assert images.on_white(image).getpixel((1, 1)) == (255, 255, 255)
+    assert images.to_rgb(image).getpixel((1, 1)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "1", "I;16"])

@@ -1,13 +1,15 @@
 """Images as files, arrays and tensors, and contact sheets."""
 
+import functools
 import hashlib
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageCms, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 from uvit.io import write_atomically
@@ -22,42 +24,172 @@ SHEET_COLOUR = (232, 232, 236)  # the background of sheets; white images stand o
 
 
 def to_pixels(
-    image: Image.Image, resolution: int, crop: str = "center", resize: str = "lanczos", key: str = ""
+    image: Image.Image,
+    resolution: int,
+    crop: str = "center",
+    resize: str = "lanczos",
+    key: str = "",
+    icc: str = "srgb",
 ) -> np.ndarray:
     """Any image as a square: -> (3, R, R) uint8. Transparent parts become white.
 
     Args:
         crop: `center` takes the middle square; `random` takes a square that depends on `key` alone; `pad` adds white
             bars; `stretch` changes the proportions.
-        resize: the filter, one of FILTERS.
+        resize: the filter, one of FILTERS. It sees the square alone, not the pixels beside it.
+        icc: what to do with colour profiles, as for `to_rgb`.
     """
-    if image.mode != "RGB":
-        image = on_white(image)
+    image = to_rgb(image, icc)
     side, square = min(image.size), (resolution, resolution)
     if crop == "pad":
         scale = resolution / max(image.size)
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        inner = image if image.size == size else image.resize(size, FILTERS[resize])
+        inner = _resized(image, size, resize)
         image = Image.new("RGB", square, "white")
         image.paste(inner, ((resolution - size[0]) // 2, (resolution - size[1]) // 2))
-    elif crop == "stretch":
-        image = image if image.size == square else image.resize(square, FILTERS[resize])
+    elif crop == "random":
+        number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
+        left, top = number % (image.width - side + 1), number % (image.height - side + 1)  # one of them is 0
+        image = _resized(image.crop((left, top, left + side, top + side)), square, resize)
+    elif crop == "center":
+        image = center_crop(image, square, resize)
     else:
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        if crop == "random":
-            number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
-            left, top = number % (image.width - side + 1), number % (image.height - side + 1)  # one of them is 0
-        box = (left, top, left + side, top + side)
-        image = image.crop(box) if side == resolution else image.resize(square, FILTERS[resize], box=box)
+        image = _resized(image, square, resize)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
-def on_white(image: Image.Image) -> Image.Image:
-    """Any mode -> RGB; transparent parts become white."""
-    if "A" not in image.getbands() and "transparency" not in image.info:
-        return image.convert("RGB")
-    rgba = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+def center_crop(image: Image.Image, size: tuple[int, int], resize: str = "lanczos") -> Image.Image:
+    """Crop the largest centered part with the proportions of `size` (width, height), then scale it to `size`."""
+    width = min(image.width, max(1, round(image.height * size[0] / size[1])))
+    height = min(image.height, max(1, round(image.width * size[1] / size[0])))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return _resized(image.crop((left, top, left + width, top + height)), size, resize)
+
+
+def _resized(image: Image.Image, size: tuple[int, int], resize: str) -> Image.Image:
+    return image if image.size == size else image.resize(size, FILTERS[resize])
+
+
+# Colours
+
+DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N")  # 0 is black, 65535 is white
+
+
+def to_rgb(image: Image.Image, icc: str = "srgb") -> Image.Image:
+    """Any image -> RGB, 8 bits; transparent parts become white.
+
+    Args:
+        icc: `srgb` converts the colours from the image's ICC profile to sRGB; `ignore` takes the numbers as they are.
+            A profile that is damaged, or that is for other channels than the image has, counts as absent.
+
+    Raises ValueError for pixels whose meaning is not known.
+    """
+    if image.mode == "RGB" and not image.info:
+        return image
+    image = to_channels(image)
+    colours = image
+    alpha = None
+    if image.mode in ("LA", "RGBA"):
+        colours, alpha = image.convert(image.mode[:-1]), image.getchannel("A")
+    profile = image.info.get("icc_profile") if icc == "srgb" else None
+    transform: ImageCms.ImageCmsTransform | None = None
+    if colours.mode == "LAB":
+        transform = _lab_to_srgb()
+    elif isinstance(profile, bytes) and profile:
+        transform = _profile_to_srgb(profile, colours.mode)
+    if transform is not None:
+        rgb = ImageCms.applyTransform(colours, transform)
+        assert rgb is not None  # it is None in place only
+    else:
+        rgb = colours.convert("RGB")
+    if alpha is not None:
+        rgb.putalpha(alpha)
+        rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
+    rgb.info = {}
+    return rgb
+
+
+def to_channels(image: Image.Image) -> Image.Image:
+    """Any image -> L, LA, RGB, RGBA, CMYK or LAB, 8 bits a channel. Its colours are those of its ICC profile.
+
+    16-bit grey is scaled from 0..65535, floats from 0..1. Raises ValueError for pixels whose meaning is not known.
+    """
+    clear = image.has_transparency_data
+    if image.mode in DEEP_GREY:
+        levels = np.asarray(image).astype(np.uint16)
+        grey = (levels >> 8).astype(np.uint8)
+        key = image.info.get("transparency")  # the level that is transparent
+        return _grey(image, grey, None if key is None else (levels != key) * np.uint8(255))
+    if image.mode == "F":
+        values = np.asarray(image)
+        if not (values.min() >= 0 and values.max() <= 1):
+            raise ValueError(
+                f"its floats are {values.min():g} to {values.max():g}, and only those from 0 (black) to 1 (white) are"
+                " read; convert it to 8 or 16 bits"
+            )
+        return _grey(image, np.rint(values * 255).astype(np.uint8), None)
+    if image.mode == "I":
+        raise ValueError("its integers have 32 bits, so its white is not known; convert it to 8 or 16 bits")
+    if image.mode in ("1", "L", "LA", "La"):
+        mode = "LA" if clear else "L"
+    elif image.mode in ("CMYK", "LAB"):
+        mode = image.mode
+    else:
+        mode = "RGBA" if clear else "RGB"
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _grey(image: Image.Image, grey: np.ndarray, alpha: np.ndarray | None) -> Image.Image:
+    """The image of these levels (H, W) uint8, with the profile of `image`."""
+    made = Image.fromarray(grey)
+    if alpha is not None:
+        made.putalpha(Image.fromarray(alpha))
+    made.info = {key: value for key, value in image.info.items() if key == "icc_profile"}
+    return made
+
+
+@functools.lru_cache(maxsize=32)
+def _profile_to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """The conversion of L, RGB or CMYK to sRGB. None: the profile is sRGB, is damaged, or is for other channels."""
+    try:
+        opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if opened.profile.xcolor_space.strip() != {"L": "GRAY"}.get(mode, mode):
+            return None
+        transform = _transform(opened, mode)
+        if mode == "CMYK":
+            return transform
+        # sRGB exists in many versions. Converting it to itself would only round.
+        steps = np.arange(0, 256, 17, dtype=np.uint8)
+        probe = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(16, -1, 3)
+        colours = Image.fromarray(probe if mode == "RGB" else np.arange(256, dtype=np.uint8)[None])
+        converted = ImageCms.applyTransform(colours, transform)
+    except (OSError, ValueError, ImageCms.PyCMSError):
+        return None
+    assert converted is not None
+    difference = np.asarray(converted).astype(int) - np.asarray(colours.convert("RGB"))
+    return None if np.abs(difference).max() <= 1 else transform
+
+
+@functools.cache
+def _lab_to_srgb() -> ImageCms.ImageCmsTransform:
+    return _transform(ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")), "LAB")
+
+
+def _transform(profile: ImageCms.ImageCmsProfile, mode: str) -> ImageCms.ImageCmsTransform:
+    flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
+    if mode != "RGB":  # the fast way is within one level for RGB alone; linear grey would be 10 off
+        flags |= ImageCms.Flags.NOOPTIMIZE
+    return ImageCms.buildTransform(
+        profile,
+        ImageCms.createProfile("sRGB"),
+        mode,
+        "RGB",
+        renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+        flags=flags,
+    )
+
+
+# Arrays, tensors and files
 
 
 def to_unit(pixels: np.ndarray | Tensor) -> Tensor:

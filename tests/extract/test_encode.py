@@ -135,4 +135,4 @@ def test_a_stop_is_heeded_between_the_pieces(parts: dict[str, Any]) -> None:
     encoders = Encoders(**parts)
     encoders.stopped.set()
     with pytest.raises(CancelledError):
-        encoders.encode(batches(1)[0], encoders.tokenize(["a"] * 7))
+        encoders.encode(batches(1)[0], encoders.tokenize(["a"] * 7), np.zeros(7, dtype=bool))

@@ -20,10 +20,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
+from tests.sources.image_files import SRGB_PRIMARIES, matrix_profile
 from tests.store.test_writer import contents
 from uvit.config.extract import ExtractConfig
+from uvit.config.store import FeaturesInfoConfig, FeaturesMergeConfig
 from uvit.diffusion import LATENT_SCALE
 from uvit.errors import UserError
 from uvit.extract import extract as extract_module
@@ -33,6 +36,8 @@ from uvit.sources.open import open_source, require_random_access
 from uvit.sources.shapes import ShapesSource
 from uvit.sources.types import Pair, PairError, Problem, Source
 from uvit.store import shard
+from uvit.store.info import info
+from uvit.store.merge import merge
 from uvit.store.reader import FeatureStore, open_features
 from uvit.store.shard import EncodedPairs
 from uvit.store.writer import StoreWriter
@@ -411,6 +416,58 @@ def test_nothing_but_bad_pairs(flags: dict[str, Any], tmp_path: Path) -> None:
     assert not (tmp_path / "store" / "train" / "manifest.json").exists()
 
 
+# Captions that are cut
+
+
+@pytest.mark.parametrize("below_longest", [20, 1, 0])
+def test_captions_that_are_cut_are_counted(
+    flags: dict[str, Any], bad_pairs: Path, tmp_path: Path, below_longest: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each caption of the store once: not those of pairs that are skipped."""
+    tokenizer = encoders.load_tokenizer(flags["text_encoder_name_or_path"])
+    good = require_random_access(open_source(str(bad_pairs)), "")
+    captions = [caption for i in (0, 2, 3, 5, 6, 7, 8) for caption in good[i].captions]
+    lengths = [len(ids) for ids in tokenizer(captions, verbose=False)["input_ids"]]
+    num_tokens = max(lengths) - below_longest
+    count = sum(length > num_tokens for length in lengths)
+    assert (count == 0) == (below_longest == 0)
+    flags |= {"source": (str(bad_pairs),), "model_max_length": num_tokens, "text": "tokens"}
+    flags |= {"tokenizer_name": flags["text_encoder_name_or_path"], "text_encoder_name_or_path": None}
+    store = run(flags)
+    said = capsys.readouterr().out
+    share = f"{count} of {len(captions)} captions ({count / len(captions):.2%})"
+    assert f"{share} have more than --model_max_length {num_tokens} tokens" in said
+    assert store.manifest["num_truncated_captions"] == count
+
+    for part in ("1/2", "0/2"):
+        run_part = flags | {"output_dir": str(tmp_path / "parts"), "shard": part, "batch_size": 3}
+        extract(ExtractConfig(**run_part))
+    parts = FeatureStore(tmp_path / "parts" / "train")
+    assert [shard["truncated_captions"] for shard in parts.manifest["shards"]] == [
+        shard["truncated_captions"] for shard in store.manifest["shards"]
+    ]
+    merge(FeaturesMergeConfig((flags["output_dir"], str(tmp_path / "parts")), str(tmp_path / "merged")))
+    capsys.readouterr()
+    info(FeaturesInfoConfig(str(tmp_path / "merged"), json=True))
+    assert json.loads(capsys.readouterr().out)["splits"][0]["num_truncated_captions"] == 2 * count
+    info(FeaturesInfoConfig(str(tmp_path / "merged")))
+    assert f"cut captions     {2 * count} ({count / len(captions):.2%})" in capsys.readouterr().out
+
+
+def test_a_shard_that_an_earlier_version_wrote_leaves_the_count_open(
+    flags: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(flags)
+    folder = Path(flags["output_dir"]) / "train"
+    record = json.loads((folder / "shard-00000.json").read_text())
+    del record["truncated_captions"]
+    (folder / "shard-00000.json").write_text(json.dumps(record))
+    (folder / "manifest.json").unlink()
+    capsys.readouterr()
+    assert run(flags).manifest["num_truncated_captions"] is None
+    assert "--model_max_length" not in capsys.readouterr().out
+
+
 # How images become features
 
 
@@ -438,6 +495,43 @@ def test_crops_and_filters_reach_the_pixels(flags: dict[str, Any], tmp_path: Pat
         seen[crop, resize] = store.read(ALL[:1], np.zeros(1)).moments.tobytes()
         assert (store.manifest["source"]["crop"], store.manifest["source"]["resize"]) == (crop, resize)
     assert len(set(seen.values())) == 8
+
+
+def test_profiles_are_converted_or_ignored_as_the_flag_says(flags: dict[str, Any], tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    seen = {}
+    for name, profile in (("plain", None), ("linear", matrix_profile(SRGB_PRIMARIES, 1.0))):
+        folder = tmp_path / name
+        folder.mkdir()
+        Image.fromarray(noise).save(folder / "0.png", icc_profile=profile)
+        (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "noise"}\n')
+        for icc in ("srgb", "ignore"):
+            store = run(flags | {"source": (str(folder),), "icc": icc, "output_dir": str(tmp_path / f"{name}-{icc}")})
+            seen[name, icc] = store.read(ALL[:1], np.zeros(1)).moments.tobytes()
+            assert store.manifest["source"]["icc"] == icc
+    assert seen["plain", "srgb"] == seen["plain", "ignore"] == seen["linear", "ignore"] != seen["linear", "srgb"]
+
+
+def test_a_store_that_an_earlier_version_began_says_so(
+    flags: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(flags)
+    assert "Warning" not in capsys.readouterr().out
+    folder = Path(flags["output_dir"]) / "train"
+    settings = json.loads((folder / "settings.json").read_text())
+    assert settings["source"].pop("crop_before_resize") is True
+    assert settings["source"].pop("icc") == "srgb"
+    (folder / "settings.json").write_text(json.dumps(settings))
+    run(flags)  # is complete
+    assert "Warning" not in capsys.readouterr().out
+    for path in (folder / "manifest.json", *folder.glob("*-00001.*")):
+        path.unlink()
+    store = run(flags)
+    assert "was started by an earlier version" in capsys.readouterr().out
+    source = store.manifest["source"]
+    assert (source["icc"], source["crop_before_resize"]) == ("ignore", "partly")
+    with pytest.raises(UserError, match="crop: center before, pad now"):
+        run(flags | {"crop": "pad"})
 
 
 def test_low_precision_is_near(flags: dict[str, Any], tmp_path: Path) -> None:
@@ -525,6 +619,7 @@ def test_real_images(coco_folder: Path, image_tar: Path, flags: dict[str, Any], 
     [
         ({"resolution": 18}, "--resolution 18: must be a multiple of 4"),
         ({"model_max_length": 17}, "--model_max_length 17: the text encoder supports 16 at most"),
+        ({"model_max_length": 2}, "--model_max_length 2: leaves no room for words, .* 2 special tokens .* give 3"),
         ({"device": "abacus"}, "--device abacus"),
         ({"text_encoder_name_or_path": None}, "--text both: needs --text_encoder_name_or_path"),
         ({"vocab_size": 300}, "--vocab_size 300"),
@@ -535,6 +630,36 @@ def test_real_images(coco_folder: Path, image_tar: Path, flags: dict[str, Any], 
 def test_flags_that_do_not_fit(flags: dict[str, Any], change: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         run(flags | change)
+
+
+def test_a_tokenizer_of_another_text_encoder(flags: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = encoders.load_tokenizer(flags["text_encoder_name_or_path"])
+    size = encoders.load_transformers_encoder(flags["text_encoder_name_or_path"]).get_input_embeddings().num_embeddings
+    tokenizer.add_tokens([f"word{i}" for i in range(size - encoders.highest_token_id(tokenizer))])
+    tokenizer.save_pretrained(tmp_path / "larger")
+    flags |= {"tokenizer_name": str(tmp_path / "larger")}
+    for text in ("contexts", "tokens", "both"):
+        with pytest.raises(
+            UserError, match=rf"token ids 0 to {size - 1}, but --tokenizer_name .*larger has ids up to {size}"
+        ):
+            run(flags | {"text": text})
+    assert not Path(flags["output_dir"]).exists()
+
+
+def test_a_vae_of_other_channels(flags: dict[str, Any], tmp_path: Path) -> None:
+    AutoencoderKL(in_channels=1, out_channels=1, block_out_channels=(32,)).save_pretrained(tmp_path / "grey")
+    with pytest.raises(UserError, match=r"--vae_name_or_path .*grey: encodes images of 1 channels, but they have 3"):
+        run(flags | {"vae_name_or_path": str(tmp_path / "grey")})
+
+
+def test_text_embeddings_that_float16_cannot_hold_are_seen_first(flags: dict[str, Any], tmp_path: Path) -> None:
+    text_encoder = encoders.load_transformers_encoder(flags["text_encoder_name_or_path"])
+    dict(text_encoder.named_parameters())["final_layer_norm.bias"].data[0] = 1e5
+    text_encoder.save_pretrained(tmp_path / "loud")
+    flags |= {"tokenizer_name": flags["text_encoder_name_or_path"], "text_encoder_name_or_path": str(tmp_path / "loud")}
+    with pytest.raises(UserError, match=r"embeddings of the empty caption are NaN or infinite; give --dtype float32"):
+        run(flags)
+    assert not list(Path(flags["output_dir"]).rglob("moments*"))
 
 
 def test_what_float16_cannot_hold(flags: dict[str, Any], tmp_path: Path) -> None:

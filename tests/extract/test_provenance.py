@@ -40,6 +40,7 @@ def described(flags: dict[str, Any]) -> StoreInfo:
         {"resolution": 24},
         {"crop": "pad"},
         {"resize": "box"},
+        {"icc": "ignore"},
         {"min_image_size": 8},
         {"on_error": "stop"},
         {"val_every": 10},

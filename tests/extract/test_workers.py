@@ -13,7 +13,7 @@ from uvit.errors import UserError
 from uvit.extract.workers import Preprocessing, ShardPlan, decode_batches
 from uvit.sources.types import Pair, PairError, Problem, RandomAccessSource, Source
 
-READING = Preprocessing(resolution=4, crop="center", resize="lanczos", min_image_size=2, skip=True)
+READING = Preprocessing(resolution=4, crop="center", resize="lanczos", icc="srgb", min_image_size=2, skip=True)
 
 
 class Numbers(RandomAccessSource):
@@ -114,7 +114,7 @@ def test_workers_keep_the_order(source: Numbers | NumbersInARow, num_workers: in
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("source", [Numbers(9), NumbersInARow(9)])
 def test_a_problem_stops_it_where_that_is_asked(source: Numbers | NumbersInARow, num_workers: int) -> None:
-    strict = Preprocessing(4, "center", "lanczos", 2, skip=False)
+    strict = Preprocessing(4, "center", "lanczos", "srgb", 2, skip=False)
     batches = decode_batches(source, ShardPlan(100, 2, 0, 1, {}), strict, num_workers)
     assert [next(batches).rows, next(batches).rows] == [range(2), range(2, 4)]
     with pytest.raises(UserError, match=r"^5\.png is broken; --on_error skip skips such pairs"):

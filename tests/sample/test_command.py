@@ -11,7 +11,8 @@ from tests.sample.parts import tiny_pipeline_folder
 from uvit.cli.main import main
 from uvit.config.sample import SampleConfig
 from uvit.errors import UserError
-from uvit.sample.command import center_crop, generate, read_prompts, sample
+from uvit.images import center_crop
+from uvit.sample.command import generate, read_prompts, sample
 from uvit.sample.pipeline import UViTPipeline
 from uvit.sample.schedulers import build_scheduler
 from uvit.weights.encoders import fingerprint
@@ -218,7 +219,7 @@ def test_a_mask_is_of_the_image_s_size(folder: Path, tmp_path: Path, photo: Path
 
 def test_an_image_that_fits_is_taken_as_it_is(photo: Path) -> None:
     image = opened(photo)
-    assert np.array_equal(np.asarray(center_crop(image, (32, 48))), np.asarray(image))
+    assert np.array_equal(np.asarray(center_crop(image, (48, 32))), np.asarray(image))
     assert np.array_equal(np.asarray(center_crop(image, (32, 32))), np.asarray(image)[:, 8:40])
 
 

@@ -20,6 +20,7 @@ from tests.sources.pictures import (
     write_tar,
 )
 from uvit.errors import UserError
+from uvit.images import to_rgb
 from uvit.sources.open import open_source, require_random_access
 from uvit.sources.types import RandomAccessSource
 
@@ -327,4 +328,4 @@ def test_real_images(image_tar: Path) -> None:
     assert len(source) == 8
     assert (source[6].id, source[6].captions[0]) == ("horse", "the black silhouette of a horse")
     assert source[7].image.size == (256, 171)
-    assert source[6].image.getpixel((0, 0)) == (255, 255, 255)  # transparent pixels become white
+    assert to_rgb(source[6].image).getpixel((0, 0)) == (255, 255, 255)  # transparent pixels become white

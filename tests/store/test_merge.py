@@ -55,6 +55,30 @@ def test_shards_of_which_nothing_is_left(tmp_path: Path) -> None:
     assert moments.tolist() == [*range(4, 11), *range(4, 11)]
 
 
+def test_images_that_were_not_prepared_alike_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`crop_before_resize` and `icc` are not in the stores of earlier versions."""
+    now = {"crop": "center", "resize": "lanczos", "icc": "srgb", "crop_before_resize": True, "resolution": 16}
+    kinds = {"now": now, "again": now, "ignored": now | {"icc": "ignore"}, "padded": now | {"crop": "pad"}}
+    kinds["earlier"] = {"crop": "center", "resize": "lanczos", "resolution": 16}
+    for name, source in kinds.items():
+        write_store(tmp_path / name / "train", info(source=source))
+    warning = "Warning: the images of these stores were not prepared alike"
+    for number, (names, says) in enumerate(
+        [
+            (("now", "again"), []),
+            (("earlier", "earlier"), []),
+            (("now", "ignored"), ["icc: srgb, ignore"]),
+            (("padded", "now"), ["crop: pad, center"]),
+            (("earlier", "now"), ["icc: ignore, srgb", "crop_before_resize: False, True"]),
+            (("0", "again"), []),
+            (("now", "3", "ignored"), ["crop: center, pad", "icc: srgb, ignore"]),
+        ]
+    ):
+        run(*(tmp_path / name for name in names), tmp_path / str(number))
+        out = [line for line in capsys.readouterr().out.splitlines() if line.startswith(warning)]
+        assert out == [f"{warning} ({each})." for each in says], names
+
+
 def test_bytes_are_copied(parts: list[Path], tmp_path: Path) -> None:
     merged = run(*parts, tmp_path / "merged") / "train"
     for kind in ("moments", "contexts", "tokens", "counts"):

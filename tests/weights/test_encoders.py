@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, T5Config, T5Model
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    RobertaConfig,
+    RobertaModel,
+    T5Config,
+    T5EncoderModel,
+    T5Model,
+)
 
 from uvit.diffusion import LATENT_SCALE
 from uvit.errors import UserError
@@ -206,3 +216,16 @@ def test_other_encoders_do_not_look_at_padding(tmp_path: Path, kind: str) -> Non
     alone, beside_padding = (encoders.encode_tokens(text_encoder, x, 0) for x in (ids, padded))
     assert beside_padding.shape == (1, 8, 16)
     torch.testing.assert_close(beside_padding[:, :4], alone)
+
+
+def test_how_many_tokens_text_encoders_read() -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    bert = BertModel(BertConfig(**sizes, max_position_embeddings=20))
+    roberta = RobertaModel(RobertaConfig(**sizes, max_position_embeddings=20))
+    t5 = T5EncoderModel(T5Config(d_model=8, d_kv=8, d_ff=8, num_layers=1, num_heads=1))
+    assert encoders.num_positions(bert) == 20
+    assert encoders.num_positions(t5) is None
+    assert encoders.num_positions(roberta) == 18
+    roberta(input_ids=torch.full((1, 18), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        roberta(input_ids=torch.full((1, 19), 5))

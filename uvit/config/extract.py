@@ -183,6 +183,9 @@ class ExtractConfig:
     stretched."""
     resize: Literal["lanczos", "bicubic", "bilinear", "box"] = "lanczos"
     """The resampling filter."""
+    icc: Literal["srgb", "ignore"] = "srgb"
+    """What to do with the colour profiles of images. srgb: convert the colours to sRGB; ignore: take the numbers as
+    they are, as for the published models."""
     random_flip: bool = False
     """Also encode the mirrored image. Training then picks one of the two at random each time."""
 

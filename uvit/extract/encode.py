@@ -22,7 +22,7 @@ from uvit.extract.workers import Decoded
 from uvit.images import to_unit
 from uvit.sources.types import Problem
 from uvit.store.shard import EncodedPairs
-from uvit.weights.encoders import downsampling_of, encode_images, encode_tokens, tokenize
+from uvit.weights.encoders import are_truncated, downsampling_of, encode_images, encode_tokens, tokenize
 
 PIXELS_AT_ONCE = 2**18  # that a thread encodes on a CPU: the VAE's activations take much memory
 
@@ -50,8 +50,14 @@ class Encoders:
             return torch.empty((0, self.num_tokens), dtype=torch.int64)
         return tokenize(self.tokenizer, captions, self.num_tokens)
 
-    def encode(self, batch: Decoded, token_ids: Tensor) -> EncodedPairs:
-        """Raises UserError if the features of all pairs (without `skip`, of any pair) are NaN or infinite."""
+    def are_truncated(self, captions: list[str]) -> np.ndarray:
+        """c captions -> (c,) bool. Only one thread may call this at a time."""
+        return are_truncated(self.tokenizer, captions, self.num_tokens)
+
+    def encode(self, batch: Decoded, token_ids: Tensor, truncated: np.ndarray) -> EncodedPairs:
+        """`token_ids` (c, T) and `truncated` (c,) are of all captions of the batch.
+
+        Raises UserError if the features of all pairs (without `skip`, of any pair) are NaN or infinite."""
         try:
             with self._computing():
                 flipped = self._images(batch.pixels[..., ::-1].copy()) if self.flip else None
@@ -89,14 +95,20 @@ class Encoders:
             contexts=None if contexts is None else self._stored(contexts).numpy()[kept_captions],
             token_ids=self._token_ids(token_ids[torch.from_numpy(kept_captions)]),
             problems=(*batch.problems, *problems),
+            num_truncated=int(truncated[kept_captions].sum()),
         )
 
     def empty(self) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """The empty caption's text embedding (T, D) and token ids (T,). None: not stored."""
+        """The empty caption's text embedding (T, D) and token ids (T,). None: not stored.
+
+        Raises UserError if the embedding is NaN or infinite.
+        """
         token_ids = self.tokenize([""])
         with self._computing():
             contexts = self._contexts(token_ids)
         ids = self._token_ids(token_ids)
+        if contexts is not None and not torch.isfinite(self._stored(contexts)).all():
+            raise UserError(self._not_finite("the text embeddings of the empty caption", contexts))
         return None if contexts is None else self._stored(contexts).numpy()[0], None if ids is None else ids[0]
 
     @contextlib.contextmanager
@@ -174,8 +186,9 @@ def encode_in_order(
     """Encode batches in the pool. At most `at_once` + 1 of them are in progress."""
     waiting = deque[tuple[Decoded, Future[EncodedPairs]]]()
     for batch in decoded:
-        token_ids = encoders.tokenize([caption for captions in batch.captions for caption in captions])
-        waiting.append((batch, pool.submit(encoders.encode, batch, token_ids)))
+        captions = [caption for each in batch.captions for caption in each]
+        features = pool.submit(encoders.encode, batch, encoders.tokenize(captions), encoders.are_truncated(captions))
+        waiting.append((batch, features))
         if len(waiting) > at_once:
             first, encoded = waiting.popleft()
             yield first, encoded.result()

@@ -38,7 +38,7 @@ from uvit.sources.types import PairError, Problem, RandomAccessSource, Source
 from uvit.store.shard import EncodedPairs, ShardWriter
 from uvit.store.writer import StoreWriter, refuse_earlier_layouts
 from uvit.weights.components import load_text_encoder, load_vae
-from uvit.weights.encoders import downsampling_of, latent_scale_of
+from uvit.weights.encoders import downsampling_of, highest_token_id, latent_scale_of, num_positions
 
 COMMIT_SECONDS = 2.0  # between two commits, at least: a commit waits for the disk
 
@@ -62,6 +62,7 @@ def extract(config: ExtractConfig) -> None:
     with extraction_errors(config):
         vae, text_encoder = load_encoders(config)
         tokenizer, tokenizer_record = find_tokenizer(config, source, folder)
+        check_tokenizer(config, tokenizer, text_encoder)
         latent_scale = config.latent_scale or latent_scale_of(vae)
         print(f"Latent scale {latent_scale:g}: {scale_reason(config, vae, latent_scale)}.")
         info = describe_store(config, source, vae, text_encoder, tokenizer, tokenizer_record, latent_scale)
@@ -101,7 +102,10 @@ def extract(config: ExtractConfig) -> None:
 
 def encode_all(config: ExtractConfig, source: Source, writer: StoreWriter, plan: ShardPlan, encoders: Encoders) -> None:
     """Extract all shards of this process. The process that writes the last shard completes the store."""
-    preprocessing = Preprocessing(config.resolution, config.crop, config.resize, config.min_image_size, encoders.skip)
+    icc = writer.info.source["icc"]  # not that of the flag where an earlier version began the store
+    preprocessing = Preprocessing(
+        config.resolution, config.crop, config.resize, icc, config.min_image_size, encoders.skip
+    )
     all_done = writer.num_shards is not None and all(map(writer.done, plan.shards(writer.num_shards)))
     no_batches = (batch for batch in list[Decoded]())
     decoded = no_batches if all_done else decode_batches(source, plan, preprocessing, config.num_workers)
@@ -111,6 +115,7 @@ def encode_all(config: ExtractConfig, source: Source, writer: StoreWriter, plan:
         print(f"Resuming after {done:,} of {f'{total:,}' if total is not None else '?'} pairs.")
     progress = Progress("extract", total, "pair", done=done, bar=not config.disable_tqdm)
     with contextlib.closing(decoded), sigterm_as_exit(), encoding_threads(encoders) as (pool, at_once):
+        empty = encoders.empty()  # first, because it shows what the text encoder cannot do
         try:
             write_all(writer, encode_in_order(encoders, decoded, pool, at_once), progress)
         except (KeyboardInterrupt, SystemExit):
@@ -131,7 +136,7 @@ def encode_all(config: ExtractConfig, source: Source, writer: StoreWriter, plan:
                 f" {writer.num_shards}; the last one completes the store."
             )
             return
-        writer.finish(*encoders.empty())
+        writer.finish(*empty)
     print_summary(writer.folder)
 
 
@@ -209,6 +214,11 @@ def report_index_problems(config: ExtractConfig, source: Source) -> None:
 def load_encoders(config: ExtractConfig) -> tuple[Any, Any]:
     """(VAE, text encoder or None). Raises UserError if --resolution or --model_max_length does not fit them."""
     vae = load_vae(config.vae_name_or_path)
+    if (channels := vae.config["in_channels"]) != 3:
+        raise UserError(
+            f"--vae_name_or_path {config.vae_name_or_path}: encodes images of {channels} channels, but they have 3"
+            " (RGB); give another VAE"
+        )
     factor = downsampling_of(vae)
     if config.resolution % factor:
         raise UserError(
@@ -217,10 +227,29 @@ def load_encoders(config: ExtractConfig) -> tuple[Any, Any]:
     if not config.text_encoder_name_or_path:
         return vae, None
     text_encoder = load_text_encoder(config.text_encoder_name_or_path)
-    positions = getattr(text_encoder.config, "max_position_embeddings", None)
-    if positions and config.model_max_length > positions:
+    positions = num_positions(text_encoder)
+    if positions is not None and config.model_max_length > positions:
         raise UserError(f"--model_max_length {config.model_max_length}: the text encoder supports {positions} at most")
     return vae, text_encoder
+
+
+def check_tokenizer(config: ExtractConfig, tokenizer: Any, text_encoder: Any) -> None:
+    """Raises UserError if a caption's ids do not fit the text encoder (None: there is none) or --model_max_length."""
+    if config.model_max_length <= (num_special := tokenizer.num_special_tokens_to_add()):
+        raise UserError(
+            f"--model_max_length {config.model_max_length}: leaves no room for words, because the tokenizer adds"
+            f" {num_special} special tokens to each caption; give {num_special + 1} or more"
+        )
+    if text_encoder is None:
+        return
+    highest, size = highest_token_id(tokenizer), text_encoder.get_input_embeddings().num_embeddings
+    if highest >= size:
+        name = config.text_encoder_name_or_path
+        flag = f"--tokenizer_name {config.tokenizer_name}" if config.tokenizer_name else "its tokenizer"
+        raise UserError(
+            f"--text_encoder_name_or_path {name}: has embeddings for the token ids 0 to {size - 1}, but {flag} has ids"
+            f" up to {highest}; give the tokenizer that belongs to the text encoder as --tokenizer_name"
+        )
 
 
 # Errors and signals
@@ -267,6 +296,10 @@ def print_summary(folder: Path) -> None:
     manifest = read_json(folder / "manifest.json")
     on_disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{folder} is complete: {manifest['num_pairs']:,} pairs, {format_bytes(on_disk)}.")
+    if (num_truncated := manifest.get("num_truncated_captions")) is not None:
+        num_captions = manifest["num_captions"]
+        share = f"{num_truncated:,} of {num_captions:,} captions ({num_truncated / max(1, num_captions):.2%})"
+        print(f"{share} have more than --model_max_length {manifest['num_tokens']} tokens, and were cut there.")
     path = folder / "problems.jsonl"
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if manifest["problems"] else []
     problems = [Problem(**json.loads(line)) for line in lines]

@@ -11,7 +11,7 @@ from uvit.extract.tokenizer import train_tokenizer
 from uvit.sources.types import RandomAccessSource, Source
 from uvit.store.shard import read_record
 from uvit.store.writer import StoreInfo
-from uvit.weights.encoders import downsampling_of, fingerprint, load_tokenizer
+from uvit.weights.encoders import downsampling_of, fingerprint, highest_token_id, load_tokenizer
 
 VOCAB_SIZE = 8192  # of a tokenizer that is trained here without --vocab_size
 
@@ -36,7 +36,7 @@ def describe_store(
         flipped=config.random_flip,
         context_shape=(config.model_max_length, text_encoder.config.hidden_size) if wants_contexts else None,
         num_tokens=config.model_max_length,
-        token_dtype=("uint16" if len(tokenizer) <= 2**16 else "int32") if wants_tokens else None,
+        token_dtype=("uint16" if highest_token_id(tokenizer) < 2**16 else "int32") if wants_tokens else None,
         latent_scale=latent_scale,
         split=config.split,
         source={
@@ -49,6 +49,8 @@ def describe_store(
             "resolution": config.resolution,
             "crop": config.crop,
             "resize": config.resize,
+            "icc": config.icc,
+            "crop_before_resize": True,
             "min_image_size": config.min_image_size,
             "on_error": config.on_error,
             "precision": "bfloat16" if config.bf16 else "float16" if config.fp16 else "float32",

@@ -98,6 +98,7 @@ class Preprocessing:
     resolution: int
     crop: str
     resize: str
+    icc: str
     min_image_size: int
     skip: bool  # skip bad pairs; False: stop at the first
 
@@ -113,7 +114,7 @@ class Preprocessing:
             if isinstance(pair, Pair) and not any(problem.left_out for problem in its_problems):
                 ids.append(pair.id)
                 captions.append(pair.captions)
-                pixels.append(to_pixels(pair.image, self.resolution, self.crop, self.resize, key=pair.id))
+                pixels.append(to_pixels(pair.image, self.resolution, self.crop, self.resize, pair.id, self.icc))
         shape = (-1, 3, self.resolution, self.resolution)
         return Decoded(rows, ids, captions, np.array(pixels, dtype=np.uint8).reshape(shape), tuple(problems))
 

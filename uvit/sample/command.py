@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from uvit.config.sample import SPEEDS, SampleConfig
 from uvit.config.sharding import resolve_shard
 from uvit.errors import UserError
+from uvit.images import center_crop, to_rgb
 from uvit.progress import Progress, write
 from uvit.sample.files import check_writable, is_generated, metadata, next_number, numbered, save_image, save_sheet
 from uvit.sample.fit import NUM_REFERENCE_STEPS, fit_plan, read_plans, relative_error, solve, store_plan
@@ -262,29 +263,24 @@ def pipeline_options(config: SampleConfig, variant: Variant, pipeline: UViTPipel
     }
     if config.init_image is not None:
         image = load_input_image(config.init_image, "init_image")
-        options |= {"image": center_crop(image, pipeline.resolution), "strength": config.strength}
+        options |= {"image": center_crop(image, pipeline.resolution[::-1]), "strength": config.strength}
         if config.mask is not None:
             mask = load_input_image(config.mask, "mask")
             if mask.size != image.size:
                 mask_size, image_size = ("{} x {}".format(*each.size) for each in (mask, image))
                 raise UserError(f"--mask {config.mask}: has {mask_size} pixels, and --init_image has {image_size}")
-            options["mask_image"] = center_crop(mask, pipeline.resolution)
+            options["mask_image"] = center_crop(mask, pipeline.resolution[::-1])
     return options
 
 
 def load_input_image(path: str, flag: str) -> Image.Image:
-    """An upright RGB image; transparent parts become white."""
+    """An upright RGB image in sRGB; transparent parts become white."""
     try:
-        return decode_image(Path(path).read_bytes(), path, f"--{flag}")
+        return to_rgb(decode_image(Path(path).read_bytes(), path, f"--{flag}"))
     except OSError as error:
         raise UserError(f"--{flag} {path}: cannot be read ({error.strerror})") from None
     except PairError as error:
         raise UserError(str(error)) from None
-
-
-def center_crop(image: Image.Image, resolution: tuple[int, int]) -> Image.Image:
-    """Crop the largest centered part with the proportions of (H, W), and scale it to them."""
-    return ImageOps.fit(image, (resolution[1], resolution[0]), Image.Resampling.LANCZOS)
 
 
 def load_pipeline(config: SampleConfig, path: Path) -> LoadedPipeline:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
-from uvit.images import on_white
+from uvit.images import to_rgb
 from uvit.sample.denoise import at_step
 from uvit.weights.encoders import encode_images
 
@@ -78,7 +78,7 @@ def first_step(strength: float, num_inference_steps: int, order: int) -> int:
 def _processed(image: Any, size: tuple[int, int], processor: Any) -> Tensor:
     """(n, channels, H, W) float32 in [0, 1], on the CPU."""
     images = image if isinstance(image, list) else [image]
-    images = [on_white(item) if isinstance(item, Image.Image) else item for item in images]
+    images = [to_rgb(item) if isinstance(item, Image.Image) else item for item in images]
     return processor.preprocess(images, height=size[0], width=size[1]).float().cpu()
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
-from uvit.images import on_white
+from uvit.images import DEEP_GREY, to_channels
 from uvit.sources.types import PairError, Problem
 
 CAPTION_COLUMNS = ("text", "caption", "captions", "sentences", "sentence", "txt", "prompt")
@@ -17,21 +17,60 @@ IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "file_name", "ima
 
 
 def decode_image(data: bytes, id: str, where: object) -> Image.Image:
-    """Decode an image file to upright RGB, on white where it is transparent. `where` names the file in messages."""
+    """Decode an image file, upright, to what `to_rgb` reads: L, LA, RGB, RGBA, CMYK or LAB, with its ICC profile.
+
+    Of several frames, the first. `where` names the file in messages.
+    """
     try:
         # Pillow warns of odd metadata and of large sizes, which is noise for a data set.
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I;16"):  # Pillow would clip it at 255 instead of scaling it
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            return on_white(upright)
+            return to_channels(_upright(image))
     except Exception as error:  # Pillow raises almost any type for broken files
         # Pillow's message for unknown formats contains a memory address, so it would differ between runs.
         is_unknown = isinstance(error, UnidentifiedImageError)
-        reason = "not an image format that Pillow can read" if is_unknown else " ".join(str(error).split())
+        unknown = "not an image format, or not a kind of pixels, that Pillow can read; convert it to an 8-bit PNG"
+        reason = unknown if is_unknown else " ".join(str(error).split())
         raise PairError(
             Problem(id, "broken image", f"{where}: the image of {id} cannot be decoded ({reason})")
         ) from None
+
+
+def _upright(image: ImageFile.ImageFile) -> Image.Image:
+    """The image turned upright, with the levels that the file means: Pillow leaves some of them as they are stored.
+
+    Raises ValueError for those that Pillow reads wrongly.
+    """
+    white, is_inverted = 2**16 - 1, False
+    if isinstance(image, PngImagePlugin.PngImageFile) and "transparency" in image.info:
+        raw = image.tile[0][3]  # such as L;4: 4 bits of grey
+        if raw in ("L;2", "L;4"):
+            image.info["transparency"] *= {"L;2": 85, "L;4": 17}[raw]
+        elif raw == "RGB;16B":
+            raise ValueError("it has 16 bits a channel and a transparent colour; convert it to RGBA")
+    elif isinstance(image, TiffImagePlugin.TiffImageFile):
+        tags = image.tag_v2
+        is_inverted = tags.get(ExifTags.Base.PhotometricInterpretation) == 0
+        white = 2 ** max(tags.get(ExifTags.Base.BitsPerSample, (1,))) - 1
+        if 2 in tags.get(ExifTags.Base.SampleFormat, ()):
+            raise ValueError("its integers are signed, so its white is not known; convert it to PNG")
+        has_alpha = not {1, 2}.isdisjoint(tags.get(TiffImagePlugin.EXTRASAMPLES, ()))
+        if has_alpha and not image.has_transparency_data:
+            raise ValueError("its transparency cannot be read; convert it to RGBA")
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.format == "PPM" and image.mode == "I":  # Pillow has scaled it to 0..65535
+        return Image.fromarray(np.asarray(image).astype(np.uint16))
+    if image.mode in DEEP_GREY and (is_inverted or white < 2**16 - 1):
+        levels = np.asarray(image).astype(np.uint32) * (2**16 - 1) // white
+        return _like(image, (2**16 - 1 - levels if is_inverted else levels).astype(np.uint16))
+    if image.mode == "F" and is_inverted:
+        return _like(image, 1 - np.asarray(image))
+    return image
+
+
+def _like(image: Image.Image, levels: np.ndarray) -> Image.Image:
+    made = Image.fromarray(levels)
+    made.info = dict(image.info)
+    return made
 
 
 def decode_text(data: bytes, id: str, where: object) -> str:

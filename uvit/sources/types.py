@@ -32,7 +32,7 @@ class PairError(UserError):
 
 @dataclass(frozen=True)
 class Pair:
-    """An RGB image of any size, and one or more captions."""
+    """An upright image of any size, of the modes of `uvit.images.to_channels`, and one or more captions."""
 
     id: str
     image: Image.Image

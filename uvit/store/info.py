@@ -8,6 +8,7 @@ import numpy as np
 
 from uvit.config.store import FeaturesInfoConfig
 from uvit.io import format_bytes
+from uvit.store.manifest import with_image_settings
 from uvit.store.npy_layout import load_npy, num_captions
 from uvit.store.splits import Split, find_splits
 
@@ -50,6 +51,7 @@ def describe_split(split: Split) -> dict[str, Any]:
         "version": split.manifest.fields["version"],
         "num_pairs": split.manifest.num_pairs,
         "num_captions": sum(split.manifest.captions),
+        "num_truncated_captions": split.manifest.num_truncated,
         "num_shards": len(split.manifest.rows),
         "problems": split.manifest.fields.get("problems", {}),
         "num_left_out": split.manifest.fields.get("num_left_out", 0),
@@ -78,6 +80,9 @@ def summary_rows(split: dict[str, Any]) -> list[tuple[str, str]]:
     else:
         pairs, captions = split["num_pairs"], split["num_captions"]
         rows += [("pairs", f"{pairs:,}"), ("captions", f"{captions:,}, {captions / max(1, pairs):.2f} per pair")]
+        if (truncated := split.get("num_truncated_captions")) is not None:
+            share = truncated / max(1, captions)
+            rows.append(("cut captions", f"{truncated:,} ({share:.2%}), of more than {split['num_tokens']} tokens"))
     mirrored = ", also of the mirrored images" if split.get("flipped") else ""
     rows.append(("moments", f"{_shape(split['moments_shape'])} {split['dtype']}{mirrored}"))
     context = split["context_shape"]
@@ -87,9 +92,8 @@ def summary_rows(split: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("token ids", f"({split['num_tokens']},) {tokens}" if tokens else "not stored"))
         rows += [(key.replace("_", " "), _encoder(split[key])) for key in ("vae", "text_encoder", "tokenizer")]
         rows.append(("latent scale", f"{split['latent_scale']:g}"))
-        rows += [
-            (key.replace("_", " "), _value(value)) for key, value in split["source"].items() if value not in (None, [])
-        ]
+        source = with_image_settings(split["source"])
+        rows += [(key.replace("_", " "), _value(value)) for key, value in source.items() if value not in (None, [])]
     rows.append(("on disk", f"{format_bytes(split['bytes'])} in {split['num_files']:,} files"))
     if split.get("problems"):
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in split["problems"].items())

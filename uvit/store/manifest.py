@@ -13,6 +13,8 @@ from typing import Any
 from uvit.errors import UserError
 
 STORE_FORMAT, VERSION = "uvit features", 2
+# How images were prepared where `source` of a manifest does not say it: so did the versions before it was recorded.
+EARLIER_IMAGES = {"icc": "ignore", "crop_before_resize": False}
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Manifest:
     resolution: int | None
     rows: list[int]  # of each shard
     captions: list[int]  # of each shard
+    num_truncated: int | None  # captions with more tokens than num_tokens; None: not known
     files: dict[str, dict[str, Any]]  # every file by its name: {"bytes", "sha256"}
 
     def encoder(self, what: str, field: str) -> str | None:
@@ -56,6 +59,11 @@ def read_manifest(folder: Path, error: Callable[[str], UserError]) -> Manifest:
         return _checked(fields)
     except (_DamageError, OverflowError) as mistake:
         raise error(f"manifest.json is damaged: {mistake}; copy it again, or extract it again") from None
+
+
+def with_image_settings(source: dict[str, Any]) -> dict[str, Any]:
+    """`source` of a manifest or settings.json, with what an extraction by an earlier version does not say."""
+    return source | {key: value for key, value in EARLIER_IMAGES.items() if "crop" in source and key not in source}
 
 
 class _DamageError(Exception):
@@ -97,6 +105,7 @@ def _checked(fields: dict[str, Any]) -> Manifest:
         resolution=None if source.get("resolution") is None else _count(source, "resolution", "source."),
         rows=[_count(shard, "rows", f"shards[{i}].") for i, shard in enumerate(shards)],
         captions=[_count(shard, "captions", f"shards[{i}].") for i, shard in enumerate(shards)],
+        num_truncated=_count(fields, key) if fields.get(key := "num_truncated_captions") is not None else None,
         files=files,
     )
     for key, total, counts in (

@@ -14,7 +14,7 @@ from uvit.config.store import FeaturesMergeConfig
 from uvit.errors import UserError
 from uvit.io import write_atomically, write_json
 from uvit.progress import Progress
-from uvit.store.manifest import Manifest
+from uvit.store.manifest import Manifest, with_image_settings
 from uvit.store.npy_convert import check_room
 from uvit.store.shard import record_name
 from uvit.store.splits import Split, find_stores
@@ -64,6 +64,18 @@ def check_compatible(stores: list[Store]) -> None:
         if expected[f"{key} sha256"] is None:
             name = key.replace("_", " ")
             print(f"Warning: these stores do not record their {name}, so it may differ between them.")
+    sources = [source for _, manifest in stores for source in _extractions(manifest.fields["source"])]
+    for key in ("crop", "resize", "icc", "crop_before_resize"):
+        values = dict.fromkeys(str(source[key]) for source in sources if key in source)
+        if len(values) > 1:
+            print(f"Warning: the images of these stores were not prepared alike ({key}: {', '.join(values)}).")
+
+
+def _extractions(source: dict[str, Any]) -> list[dict[str, Any]]:
+    """`source` of each extraction in a store, which may itself be merged."""
+    if isinstance(merged := source.get("merged"), list):
+        return [each for item in merged if isinstance(item, dict) for each in _extractions(item)]
+    return [with_image_settings(source)]
 
 
 def count_ids(folder: Path) -> tuple[int, int]:
@@ -132,7 +144,8 @@ def _copy_shards(stores: list[Store], writer: StoreWriter, disable_tqdm: bool) -
                 renumbered = name.replace(f"-{old:05d}.", f"-{number:05d}.")
                 copy(folder / name, writer.folder / renumbered, expected, progress.update)
                 files[renumbered] = expected
-            record: dict[str, Any] = {"rows": shard["rows"], "captions": shard["captions"], "files": files}
+            counts = {key: shard.get(key) for key in ("rows", "captions", "truncated_captions")}
+            record: dict[str, Any] = counts | {"files": files}
             # The problems of a store are written with its first shard. In the end they form one list.
             write_json(
                 writer.folder / record_name(number),

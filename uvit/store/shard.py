@@ -40,6 +40,7 @@ class EncodedPairs:
     contexts: np.ndarray | None  # (c, T, D)
     token_ids: np.ndarray | None  # (c, T)
     problems: tuple[Problem, ...] = ()  # of these pairs, and of the pairs between them that were skipped
+    num_truncated: int | None = None  # captions of which the last tokens are cut off; None: not known
     counts: list[int] | None = None  # b: captions per pair, if their text is not known and `captions` has empty tuples
 
 
@@ -68,6 +69,7 @@ class ShardWriter:
         self._captions_file = f"captions-{number:05d}.jsonl"
         self._record = self.partial / record_name(number)
         self._num_pairs = self._num_captions = self._caption_bytes = 0
+        self._num_truncated: int | None = 0
         self._problems: list[Problem] = []
         self._committed = -1  # next_row at the last commit
         self._files: dict[str, io.FileIO] = {}
@@ -116,6 +118,7 @@ class ShardWriter:
         _write_all(self._files[self._captions_file], np.frombuffer(text, dtype=np.uint8))
         self._num_pairs += len(part.ids)
         self._num_captions += sum(counts)
+        self._num_truncated = _sum(self._num_truncated, part.num_truncated)
         self._caption_bytes += len(text)
         self._problems += part.problems
         self.next_row = next_row
@@ -129,6 +132,7 @@ class ShardWriter:
             "next_row": self.next_row,
             "rows": self._num_pairs,
             "captions": self._num_captions,
+            "truncated_captions": self._num_truncated,
             "bytes": self._sizes(),
             "problems": [asdict(problem) for problem in self._problems],
         }
@@ -147,6 +151,7 @@ class ShardWriter:
             record = {
                 "rows": self._num_pairs,
                 "captions": self._num_captions,
+                "truncated_captions": self._num_truncated,
                 "problems": [asdict(problem) for problem in self._problems],
                 "files": file_records(self.partial / name for name in self._files),
             }
@@ -196,6 +201,7 @@ class ShardWriter:
         progress = read_record(self.partial / "progress.json")
         self.next_row = self._committed = progress["next_row"]
         self._num_pairs, self._num_captions = progress["rows"], progress["captions"]
+        self._num_truncated = progress.get("truncated_captions")
         self._caption_bytes = progress["bytes"][self._captions_file]
         self._problems = [Problem(**problem) for problem in progress["problems"]]
         assert self._sizes() == progress["bytes"], "this shard was started with other settings"
@@ -272,6 +278,11 @@ def file_records(files: Iterable[Path], folder: Path | None = None) -> dict[str,
         name = path.relative_to(folder).as_posix() if folder else path.name
         described[name] = {"bytes": path.stat().st_size, "sha256": digest}
     return described
+
+
+def _sum(a: int | None, b: int | None) -> int | None:
+    """None: not known."""
+    return None if a is None or b is None else a + b
 
 
 def _write_all(file: io.FileIO, data: np.ndarray) -> None:

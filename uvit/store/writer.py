@@ -11,7 +11,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from uvit.errors import UserError
 from uvit.io import write_bytes, write_json, write_json_once
-from uvit.store.manifest import STORE_FORMAT, VERSION
+from uvit.store.manifest import STORE_FORMAT, VERSION, with_image_settings
 from uvit.store.shard import ArrayInfo, ShardWriter, committed_row, file_records, read_record, record_name
 
 
@@ -72,7 +72,20 @@ class StoreWriter:
             if has_other_files and not path.is_file():  # another process may have started in the meantime
                 raise UserError(f"--output_dir {folder}: is not empty and no feature store; choose another folder")
             write_json_once(path, settings, indent=1)
-        if difference := first_difference(read_record(path), settings):
+        before = read_record(path)
+        source = before.get("source", {})
+        # Not recorded: an earlier version began it.
+        if unrecorded := (with_image_settings(source).keys() - source.keys()) & info.source.keys():
+            now = {"icc": "ignore", "crop_before_resize": "partly"}
+            self.info = replace(info, source=info.source | {key: now[key] for key in unrecorded})
+            settings["source"] = {key: value for key, value in settings["source"].items() if key not in unrecorded}
+            if not self.complete:
+                print(
+                    f"Warning: {folder} was started by an earlier version, whose resize also read pixels beside the"
+                    " crop; the remaining images are cropped first, and colour profiles stay ignored. To prepare all"
+                    " images alike, extract into another folder."
+                )
+        if difference := first_difference(before, settings):
             raise UserError(
                 f"--output_dir {folder}: was started with other settings ({difference}); give the same settings to"
                 " resume, or another folder"
@@ -161,6 +174,8 @@ class StoreWriter:
             lines = [json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems]
             write_bytes(self.folder / "problems.jsonl", "".join(lines).encode())
             files.append(self.folder / "problems.jsonl")
+        # None: an earlier version wrote a shard, or the captions were not tokenized here.
+        truncated = [shard.get("truncated_captions") for shard in shards]
         num_pairs = sum(shard["rows"] for shard in shards)
         num_left_out = sum(problem["left_out"] for problem in problems)
         if not num_pairs:
@@ -180,6 +195,7 @@ class StoreWriter:
             **asdict(self.info),
             "num_pairs": num_pairs,
             "num_captions": sum(shard["captions"] for shard in shards),
+            "num_truncated_captions": None if None in truncated else sum(filter(None, truncated)),
             "problems": dict(sorted(Counter(problem["kind"] for problem in problems).items())),
             "num_left_out": num_left_out,
             "files": file_records(files, self.folder),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from diffusers.utils import logging as diffusers_logging
@@ -225,6 +226,28 @@ def tokenize(tokenizer: Any, captions: Sequence[str], num_tokens: int) -> Tensor
         list(captions), padding="max_length", truncation=True, max_length=num_tokens, return_tensors="pt"
     )
     return encoded["input_ids"]
+
+
+def highest_token_id(tokenizer: Any) -> int:
+    """Ids may have gaps, so this can be more than the number of tokens."""
+    return max(tokenizer.get_vocab().values())
+
+
+def num_positions(text_encoder: Any) -> int | None:
+    """The number of tokens that a text encoder reads at most. None: any number."""
+    positions = getattr(text_encoder.config, "max_position_embeddings", None)
+    for name, module in text_encoder.named_modules():
+        if positions and name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return positions - module.padding_idx - 1  # RoBERTa counts from after the padding token's id
+    return positions
+
+
+def are_truncated(tokenizer: Any, captions: Sequence[str], num_tokens: int) -> np.ndarray:
+    """(B,) bool: whether a caption has more than `num_tokens` tokens, so that `tokenize` cuts it."""
+    if not captions:
+        return np.zeros(0, dtype=bool)
+    whole = tokenizer(list(captions), truncation=False, verbose=False)["input_ids"]
+    return np.array([len(ids) > num_tokens for ids in whole])
 
 
 def encode_tokens(text_encoder: Any, token_ids: Tensor, pad_token_id: int) -> Tensor:
