@@ -29,6 +29,7 @@ PUBLISHED: dict[str, Any] = {  # the sampling and the preprocessing of U-ViT's p
     "resolution": 256,
     "crop": "center",
     "resize": "lanczos",
+    "icc": "ignore",
     "inception_input": "pytorch-fid",
 }
 PROTOCOLS: dict[str, dict[str, Any]] = {
@@ -55,6 +56,7 @@ DEFAULTS: dict[str, Any] = {
     "ema": ("ema",),
     "crop": "center",
     "resize": "lanczos",
+    "icc": "srgb",
     "inception_input": "pytorch-fid",
     "batch_size": 8,
 }
@@ -93,7 +95,7 @@ class EvaluateConfig:
     repeats: PositiveInt = 1
     """Generate everything so many times, with other seeds, and report the mean and the spread."""
 
-    # Sampling; several values are swept: every combination is measured, and the best one is found
+    # Sampling (several values of a flag are swept, and the best combination is found)
     guidance_scale: tuple[Guidance, ...] = ()
     """Classifier-free guidance; 1 turns it off. Default: 2."""
     num_inference_steps: tuple[InferenceSteps, ...] = ()
@@ -122,6 +124,8 @@ class EvaluateConfig:
     """How images become square, as in `uvit extract`. Default: center."""
     resize: Literal["lanczos", "bicubic", "bilinear", "box"] | None = None
     """The filter of --resolution. Default: lanczos."""
+    icc: Literal["srgb", "ignore"] | None = None
+    """Colour profiles in real images, as in `uvit extract`. Default: srgb; ignore in the protocols of COCO."""
 
     # Metrics
     inception_input: InceptionInput | None = None
@@ -199,18 +203,22 @@ class EvaluateStatisticsConfig:
     """The .npz file to write."""
     metric: Literal["fid", "fd_dinov2", "fd"] = "fid"
     """The distance that the statistics are for."""
+    resolution: PositiveInt | None = None
+    """Crop and scale the images to squares of so many pixels: those that the model generates. Default: as they are."""
+    feature_extractor: PathFlag | None = None
+    """Any vision model of transformers, for fd."""
 
     # Images
     split: str | None = None
     """The split of a source. Default: train."""
     image_folder: tuple[PathFlag, ...] = ()
     """The images of a COCO captions file or a list."""
-    resolution: PositiveInt | None = None
-    """Crop and scale the images to squares of so many pixels: those that the model generates. Default: as they are."""
     crop: Literal["center", "random", "pad", "stretch"] = "center"
     """How images become square, as in `uvit extract`."""
     resize: Literal["lanczos", "bicubic", "bilinear", "box"] = "lanczos"
     """The filter of --resolution."""
+    icc: Literal["srgb", "ignore"] = "srgb"
+    """Colour profiles, as in `uvit extract`; ignore for the protocols of COCO."""
 
     # Metric
     inception_input: InceptionInput = "pytorch-fid"
@@ -219,8 +227,6 @@ class EvaluateStatisticsConfig:
     """The file of FID's Inception. Default: pt_inception-2015-12-05-6726825d.pth in the cache of torch.hub."""
     dinov2_name_or_path: PathFlag = "facebook/dinov2-large"
     """DINOv2 for fd_dinov2."""
-    feature_extractor: PathFlag | None = None
-    """Any vision model of transformers, for fd."""
 
     # Device
     device: str = "auto"

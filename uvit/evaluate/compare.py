@@ -8,7 +8,7 @@ from typing import Any
 
 from uvit.config.evaluate import EvaluateCompareConfig
 from uvit.errors import UserError
-from uvit.evaluate.report import REPORT_FORMAT
+from uvit.evaluate.write_report import REPORT_FORMAT
 
 PIXELS = ("reference", "pixels_sha256")
 # What must be equal for two numbers to mean the same; everything else may be what is compared.

@@ -20,7 +20,7 @@ from uvit.evaluate.prompts import Prompt, prompts_sha256
 from uvit.export.convert import build_pipeline, check_fit, open_checkpoint
 from uvit.progress import Progress
 from uvit.sample.command import sample_batch
-from uvit.sample.files import is_generated, numbered, save_image
+from uvit.sample.files import is_generated, numbered, read_image, save_image
 from uvit.sample.fit import read_plans
 from uvit.sample.jobs import ImageJob
 from uvit.sample.load import open_pipeline
@@ -146,7 +146,7 @@ class GeneratedImages:
         done = [path for path, text in zip(paths, texts, strict=True) if path and is_generated(path, text, None)]
         if len(done) == len(jobs):
             progress.skip(len(jobs))
-            return [Image.open(path).convert("RGB") for path in done]
+            return list(map(read_image, done))
         self.model.pipeline.scheduler = self.scheduler  # settings share the pipeline
         images, latents = sample_batch(
             self.model.pipeline,

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from PIL import Image
 
 from uvit.config.evaluate import EvaluateConfig
 from uvit.errors import UserError
-from uvit.images import to_pixels
+from uvit.images import to_pixels, to_rgb
 from uvit.progress import Progress
 from uvit.sample.files import SHEET
 from uvit.sources.decode import decode_image
@@ -48,26 +49,47 @@ class ImageSet(Protocol):
         """Images start..stop - 1. Raises UserError if they differ in size."""
 
 
+@dataclass(frozen=True)
+class Preparation:
+    """How images become pixels: squares, as in extraction, or (without a resolution) as they are."""
+
+    resolution: int | None
+    crop: str
+    resize: str
+    icc: str
+
+    def apply(self, image: Image.Image, id: str) -> np.ndarray:
+        """-> (H, W, 3) uint8."""
+        if self.resolution is None:
+            return np.asarray(to_rgb(image, self.icc))
+        return to_pixels(image, self.resolution, self.crop, self.resize, id, self.icc).transpose(1, 2, 0)
+
+    def __str__(self) -> str:
+        profiles = "colour profiles " + ("converted to sRGB" if self.icc == "srgb" else "ignored")
+        if self.resolution is None:
+            return f"as they are, {profiles}"
+        return f"crop {self.crop}, then {self.resize} to {self.resolution} pixels, {profiles}"
+
+
 def open_images(config: EvaluateConfig, name: str, flag: str, resolution: int | None) -> ImageSet:
     """The images that --model or --reference names, each `resolution` pixels a side, or as they are (None).
 
     Raises UserError if there are none.
     """
     path = Path(name)
+    preparation = Preparation(resolution, str(config.crop), str(config.resize), str(config.icc))
     if (path / "manifest.json").is_file() or (path / (config.split or "train") / "manifest.json").is_file():
         return _of_store(name, config.split or "train", flag, resolution)
     try:
         source = open_source(name, config.split or "train", config.image_folder, resolution or 256)
     except UserError as error:
         if path.is_dir() and (files := _image_files(path)):  # images alone
-            return FolderImages(path, files, resolution, str(config.crop), str(config.resize))
+            return FolderImages(path, files, preparation)
         raise UserError(str(error).replace("--source", f"--{flag}")) from None
     return SourceImages(
         require_random_access(source, f"--{flag} {name}"),
         {"source": name, "split": config.split or "train"},
-        resolution,
-        str(config.crop),
-        str(config.resize),
+        preparation,
     )
 
 
@@ -107,9 +129,7 @@ def _of_store(name: str, split: str, flag: str, resolution: int | None) -> "Sour
     return SourceImages(
         require_random_access(source, f"--{flag} {name}"),
         {"feature_store": name, "source": record["source"], "split": record["split"]},
-        record["resolution"],
-        record["crop"],
-        record["resize"],
+        Preparation(record["resolution"], record["crop"], record["resize"], record.get("icc", "ignore")),
     )
 
 
@@ -118,11 +138,10 @@ class FolderImages:
 
     chunk = CHUNK
 
-    def __init__(self, folder: Path, files: Sequence[str], resolution: int | None, crop: str, resize: str):
-        self.folder, self.files = folder, files
-        self.preparation = (resolution, crop, resize)
+    def __init__(self, folder: Path, files: Sequence[str], preparation: Preparation):
+        self.folder, self.files, self.preparation = folder, files, preparation
         lossy = sum(suffix_of(file) in LOSSY_SUFFIXES for file in files)
-        self.description = {"folder": str(folder), "num_images": len(files), **_described(*self.preparation)}
+        self.description = {"folder": str(folder), "num_images": len(files), "preparation": str(preparation)}
         if lossy:
             self.description["lossy_files"] = lossy
 
@@ -144,7 +163,7 @@ class FolderImages:
                 continue
             ids.append(id)
             rows.append(row)
-            pixels.append(prepare(image, *self.preparation, key=id))
+            pixels.append(self.preparation.apply(image, id))
         return LoadedImages(ids, rows, stack(ids, pixels), tuple(problems))
 
 
@@ -157,13 +176,10 @@ class SourceImages:
         self,
         source: RandomAccessSource,
         description: dict[str, Any],
-        resolution: int | None,
-        crop: str,
-        resize: str,
+        preparation: Preparation,
     ):
-        self.source = source
-        self.preparation = (resolution, crop, resize)
-        self.description = {**description, "num_images": len(source), **_described(*self.preparation)}
+        self.source, self.preparation = source, preparation
+        self.description = {**description, "num_images": len(source), "preparation": str(preparation)}
 
     def __len__(self) -> int:
         return len(self.source)
@@ -178,15 +194,8 @@ class SourceImages:
                 continue
             ids.append(str(row))
             rows.append(row)
-            pixels.append(prepare(pair.image, *self.preparation, key=pair.id))
+            pixels.append(self.preparation.apply(pair.image, pair.id))
         return LoadedImages(ids, rows, stack(ids, pixels), tuple(problems))
-
-
-def prepare(image: Any, resolution: int | None, crop: str, resize: str, key: str) -> np.ndarray:
-    """An RGB image -> (H, W, 3) uint8, square if there is a resolution."""
-    if resolution is None:
-        return np.asarray(image)
-    return to_pixels(image, resolution, crop, resize, key=key).transpose(1, 2, 0)
 
 
 def stack(ids: list[str], pixels: list[np.ndarray]) -> np.ndarray:
@@ -199,9 +208,3 @@ def stack(ids: list[str], pixels: list[np.ndarray]) -> np.ndarray:
                 "give --resolution, to which all are cropped and scaled"
             )
     return np.stack(pixels) if pixels else np.empty((0, 1, 1, 3), np.uint8)
-
-
-def _described(resolution: int | None, crop: str, resize: str) -> dict[str, Any]:
-    if resolution is None:
-        return {"preparation": "as they are"}
-    return {"preparation": f"crop {crop}, then {resize} to {resolution} pixels"}
