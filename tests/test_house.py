@@ -28,6 +28,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up: whole folders, without exceptions. A module imports from lower layers, or from its own folder.
 LAYERS = [
     ["errors"],
+    ["lock"],
     ["io"],
     ["model", "diffusion", "images", "device", "progress"],
     ["config"],

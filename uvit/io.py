@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from uvit.lock import WriterLock
+
 # Atomic writes
 
 
@@ -36,19 +38,23 @@ def write_atomically(path: Path, sync: bool = True) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def write_folder_atomically(folder: Path) -> Iterator[Path]:
-    """The same for a folder. Yields an empty folder; `folder` must not exist when the block ends."""
+    """The same for a folder. Yields an empty folder; `folder` must not exist when the block ends.
+
+    Raises UserError if another process writes it now.
+    """
     aside = folder.with_name(f".{folder.name}.writing")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        yield aside
-        for path in [*aside.rglob("*"), aside]:
-            sync_path(path)
-        aside.rename(folder)
-        sync_path(folder.parent)
-    finally:
+    with WriterLock(folder.with_name(f".{folder.name}.lock"), str(folder)):
         shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        try:
+            yield aside
+            for path in [*aside.rglob("*"), aside]:
+                sync_path(path)
+            aside.rename(folder)
+            sync_path(folder.parent)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def move_contents(source: Path, folder: Path, last: Sequence[str]) -> None:
@@ -60,6 +66,21 @@ def move_contents(source: Path, folder: Path, last: Sequence[str]) -> None:
         sync_path(path)
         path.replace(folder / path.name)
     sync_path(folder)
+
+
+def move_path(source: Path, target: Path) -> None:
+    """Rename a file or folder to a name that is free, or copy and delete it where that is on another disk."""
+    shutil.move(source, target)
+    sync_path(target.parent)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A second name for a file that will be replaced and not changed, or a copy on a disk without links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        with write_atomically(target) as aside:
+            shutil.copy2(source, aside)
 
 
 def write_bytes(path: Path, data: bytes, sync: bool = True) -> None:

@@ -1,5 +1,6 @@
 """A checkpoint is there whole or not at all, and says what it is."""
 
+import hashlib
 import json
 import os
 import resource
@@ -15,7 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.tiny import save_checkpoint
-from uvit.checkpoint.folder import checkpoint_folders, keep_latest, latest_checkpoint, read_checkpoint
+from uvit.checkpoint.folder import (
+    checkpoint_folders,
+    keep_latest,
+    latest_checkpoint,
+    read_checkpoint,
+    read_verified,
+)
 from uvit.checkpoint.saver import Saver
 from uvit.errors import UserError
 from uvit.train.optimizer import flatten_optimizer, init_optimizer_state
@@ -83,8 +90,70 @@ def test_a_damaged_file_of_the_right_size_is_named(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path, 3, TENSORS, {})
     path = folder / "weights.safetensors"
     path.write_bytes(b"\xff" * path.stat().st_size)
+    with pytest.raises(UserError, match=r"weights.safetensors is damaged"):
+        read_checkpoint(folder).load("weights")
+    without_checksums(folder)
     with pytest.raises(UserError, match=r"weights.safetensors: cannot be read"):
         read_checkpoint(folder).load("weights")
+
+
+def without_checksums(folder: Path) -> None:
+    """As older versions wrote it."""
+    record = json.loads((folder / "uvit.json").read_text())
+    kept = {key: value for key, value in record.items() if key not in ("sha256", "record_sha256")}
+    (folder / "uvit.json").write_text(json.dumps(kept))
+
+
+def flip_a_bit(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_is_found_and_the_file_named(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, TENSORS | {"optimizer": {}}, {"samples": 240})
+    size = (tmp_path / "checkpoint-2" / name).stat().st_size
+    for place in (0, 8, size // 2, size - 4):
+        flip_a_bit(tmp_path / "checkpoint-2" / name, place)
+        found = latest_checkpoint(tmp_path)
+        assert found is not None and found.step == 1
+        assert f"checkpoint-2{'/' if name == 'uvit.json' else ': '}{name}" in capsys.readouterr().out.replace(
+            "is not a checkpoint (uvit.json", "checkpoint-2/uvit.json"
+        )
+        flip_a_bit(tmp_path / "checkpoint-2" / name, place)
+    read_verified(tmp_path / "checkpoint-2")
+    capsys.readouterr()
+
+
+def test_the_checksum_is_that_of_the_file(tmp_path: Path) -> None:
+    tensors = {
+        "scalar": torch.tensor(1.5), "none": torch.empty(0, 3), "half": torch.ones(3, dtype=torch.bfloat16),
+        "byte": torch.ones(5, dtype=torch.uint8), "long": torch.arange(7), "bool": torch.tensor([True]),
+    }  # fmt: skip
+    folder = save_checkpoint(tmp_path, 1, {"weights": tensors}, {})
+    record = json.loads((folder / "uvit.json").read_text())
+    digest = hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest()
+    assert record["sha256"] == {"weights.safetensors": digest}
+
+
+def test_a_checkpoint_without_checksums_is_read(tmp_path: Path) -> None:
+    without_checksums(save_checkpoint(tmp_path, 1, TENSORS, {}))
+    found = latest_checkpoint(tmp_path)
+    assert found is not None and torch.equal(found.load("weights")["a"], TENSORS["weights"]["a"])
+
+
+def test_where_no_checkpoint_is_whole_it_ends_with_the_way_out(tmp_path: Path) -> None:
+    for step in (1, 2):
+        flip_a_bit(save_checkpoint(tmp_path, step, TENSORS, {}) / "ema.safetensors", 20)
+    message = (
+        r"has 2 checkpoints and none is whole \(.*checkpoint-2: ema.safetensors is damaged.*--overwrite_output_dir"
+    )
+    with pytest.raises(UserError, match=message):
+        latest_checkpoint(tmp_path)
 
 
 def test_a_group_that_was_not_saved_is_named(tmp_path: Path) -> None:
@@ -195,7 +264,11 @@ def test_a_disk_that_processes_do_not_share_is_a_sentence(tmp_path: Path) -> Non
     """Process 1's file is not where process 0 looks."""
 
     def of_two(value: object) -> list[object]:
-        return [value, ({"weights-00002-of-00002.safetensors": 8}, None)] if isinstance(value, tuple) else [value, []]
+        return (
+            [value, ({"weights-00002-of-00002.safetensors": (8, "")}, None)]
+            if isinstance(value, tuple)
+            else [value, []]
+        )
 
     saver = Saver(tmp_path, all_gather=of_two)
     saver.save(1, of_value(1), {})

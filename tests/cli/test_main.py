@@ -184,3 +184,12 @@ def test_numbers_out_of_range_are_one_sentence_in_every_flag(name: str, capsys: 
             assert out == ""
             assert err.startswith(f"uvit {name}: error: --{flag.name} {value}"), err
             assert err.count("\n") == 1
+
+
+def test_too_little_memory_is_one_sentence(tmp_path: Path) -> None:
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30)); "
+    call = "from uvit.cli.main import main; sys.exit(main(['bench', '--matmul_size', '65536', '--device', 'cpu']))"
+    words = [sys.executable, "-c", limit + call]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("uvit bench: error: there is too little memory (") and done.stderr.count("\n") == 1

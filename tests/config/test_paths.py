@@ -4,15 +4,15 @@ import json
 import re
 import shlex
 import typing
-from dataclasses import MISSING, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
+from tests.flags import read
 from uvit.cli.main import COMMANDS, _load, main
-from uvit.cli.parse import flags_of, parse
+from uvit.cli.parse import flags_of
 from uvit.config.bounds import marks
 from uvit.config.extract import ExtractConfig
 from uvit.config.paths import IsPath, expand_path, expand_recorded
@@ -21,7 +21,6 @@ from uvit.errors import UserError
 from uvit.io import to_yaml
 
 PACKAGE = Path(__file__).parents[2] / "uvit"
-NEEDED = {"paths": ["a", "b"]}  # for flags that must be given; others take "x"
 TEXTS = {  # what is text, and no path
     "caption_column", "device", "image_column", "license", "negative_prompt", "profiler_options", "prompts",
     "push_to_hub", "rows", "shard", "split", "validation_split",
@@ -40,25 +39,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def path_fields() -> list[tuple[str, str]]:
     return [(name, field) for name, command in COMMANDS.items() for field in marks(_load(command.config), IsPath)]
-
-
-def arguments(command: str, name: str, more: list[str]) -> list[str]:
-    """The arguments of a command that is given `more`, which has the flag `name`."""
-    cls = _load(COMMANDS[command].config)
-    words = ["--text", "tokens"] if command == "extract" else []
-    words += ["--init_image", "x"] if name == "mask" else []
-    for field in fields(cls):
-        if field.default is MISSING and field.name != name:
-            words += [f"--{field.name}", *NEEDED.get(field.name, ["x"])]
-    return [*more, *words]
-
-
-def read(command: str, name: str, more: list[str]) -> Any:
-    entry = COMMANDS[command]
-    config, _ = parse(
-        _load(entry.config), arguments(command, name, more), prog=f"uvit {command}", positional=entry.positional
-    )
-    return getattr(config, name)
 
 
 @pytest.mark.parametrize(("command", "name"), path_fields())

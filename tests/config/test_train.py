@@ -46,6 +46,12 @@ def test_the_defaults_are_the_published_ones() -> None:
         ),
         ({"spike_factor": 0.5}, "--spike_factor 0.5: must be above 1; 0 skips no spikes"),
         ({"hang_timeout": -1.0}, "--hang_timeout -1.0: must not be negative"),
+        (
+            {"profiler_options": "5,9", "max_steps": 9},
+            "--profiler_options 5,9: must end before the last step, which is --max_steps 9",
+        ),
+        ({"min_lr": 0.1}, "--min_lr 0.1: must not be above --learning_rate 0.0002"),
+        ({"lr_scheduler_type": "polynomial", "lr_end": 0.1}, "--lr_end 0.1: must not be above --learning_rate 0.0002"),
         ({"profiler_options": "5"}, "--profiler_options 5: must be two steps, such as 10,15"),
         ({"profiler_options": "5,3"}, "--profiler_options 5,3: must be two steps, such as 10,15"),
     ],

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.soak import contents
+from tests.checkpoint.test_saver import flip_a_bit
 from tests.distributed.training_worker import World, write_worlds
 from uvit.checkpoint.folder import read_checkpoint
+from uvit.lock import WriterLock
 
 ROOT = Path(__file__).parents[2]
 ONE = (1, 1, 1)
@@ -113,6 +116,55 @@ def test_what_is_not_finite_in_one_process_is_skipped_by_both(folder: Path, name
     assert 0 < sum(line["skipped"] for line in lines(one)) < 6
     scales = [read_checkpoint(some / "checkpoint-6").record["loss_scale"] for some in (run, one)]
     assert scales[0] == scales[1] and scales[0]["scale"] < 2.0**16
+
+
+START = """
+import sys
+from pathlib import Path
+from benchmarks.soak import start, wait
+print(wait(start(sys.argv[3:], Path(sys.argv[1]), int(sys.argv[2]))))
+"""
+
+
+def run_again(name: str, folder: Path, here: Path, *flags: str) -> tuple[str, str]:
+    """The command of a world once more, in `here`. -> (the exit statuses, what it printed)."""
+    [world] = [world for world in worlds() if world.name == name]
+    (here / "output.txt").unlink(missing_ok=True)
+    command = [sys.executable, "-c", START, str(here), str(world.size), *world.arguments(folder), *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip(), (here / "output.txt").read_text()
+
+
+def test_two_processes_are_one_writer_and_are_refused_together(folder: Path, tmp_path: Path) -> None:
+    with WriterLock(tmp_path / "run" / ".lock", "run"):
+        statuses, said = run_again("sharded", folder, tmp_path)
+        assert statuses == "[2, 2]" and f"--output_dir run: is in use by process {os.getpid()} on" in said
+    assert not (tmp_path / "run").exists() and not list((folder / "sharded" / "run").glob(".*"))
+
+
+def test_two_processes_find_a_flipped_bit_together(folder: Path, tmp_path: Path) -> None:
+    """It is in a file that process 1 loads, and that process 0 does not read."""
+    shutil.copytree(folder / "sharded", tmp_path, dirs_exist_ok=True)
+    flip_a_bit(tmp_path / "run" / "checkpoint-10" / "optimizer-00002-of-00002.safetensors", 5000)
+    statuses, said = run_again("sharded", folder, tmp_path)
+    assert statuses == "[0, 0]"
+    assert "checkpoint-10: optimizer-00002-of-00002.safetensors is damaged" in said
+    assert "resumed run/checkpoint-8" in said
+    assert contents(tmp_path / "run", 10) == contents(folder / "sharded" / "run", 10)
+    statuses, said = run_again("sharded", folder, tmp_path, "--resume_from_checkpoint", "run/checkpoint-12")
+    assert statuses == "[2, 2]" and "there is no such checkpoint" in said
+
+
+def test_two_processes_go_back_together(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "sharded", tmp_path, dirs_exist_ok=True)
+    back = ("--resume_from_checkpoint", "run/checkpoint-4")
+    statuses, said = run_again("sharded", folder, tmp_path, *back)
+    assert statuses == "[0, 0]" and "resumed run/checkpoint-4" in said and "is now in run/set-aside-1" in said
+    found, before = tensors(tmp_path / "run", 10), tensors(folder / "sharded" / "run", 10)
+    assert all(torch.equal(found[name], value) for name, value in before.items())
+    statuses, said = run_again("sharded", folder, tmp_path, *back)
+    assert statuses == "[0, 0]" and "resumes at checkpoint-10" in said
+    assert [path.name for path in (tmp_path / "run").glob("set-aside-*")] == ["set-aside-1"]
 
 
 def worker_of(torchrun: int) -> int:

@@ -58,8 +58,9 @@ def test_the_same_captions_in_any_order_give_the_same_tokens() -> None:
 
 
 def test_a_vocabulary_without_room_for_the_bytes() -> None:
-    with pytest.raises(UserError, match="--vocab_size 100"):
-        train_tokenizer(CAPTIONS, 100)
+    with pytest.raises(UserError, match=r"--vocab_size 258: must be in 259\.\.10,000,000; one for each byte"):
+        TokenizerConfig(("shapes",), "tokenizer", vocab_size=258)
+    assert len(train_tokenizer(CAPTIONS, 259)) == 259
 
 
 def test_the_command_writes_a_folder_that_transformers_opens(tmp_path: Path) -> None:

@@ -29,9 +29,8 @@ def test_without_a_vae(tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureF
     run.features.vae_name = None
     assert load_preview_vae(run) is None
     assert "--vae_name_or_path" in capsys.readouterr().out
-    named = build_run(tiny_config(image_logging_steps=2, vae_name_or_path="/nowhere"), tmp_path)
     with pytest.raises(UserError, match="/nowhere"):
-        load_preview_vae(named)
+        build_run(tiny_config(image_logging_steps=2, vae_name_or_path="/nowhere"), tmp_path)
     assert load_preview_vae(build_run(tiny_config(), tmp_path)) is None
 
 
@@ -40,9 +39,8 @@ def test_another_vae_than_the_features(
 ) -> None:
     """Named, it is a mistake; found in the store under a name that has since become another's, it is passed over."""
     other = tiny_vae_folder(tmp_path / "vae", scaling_factor=0.3, seed=1)
-    named = build_run(tiny_config(image_logging_steps=2, vae_name_or_path=str(other)), tmp_path)
     with pytest.raises(UserError, match=rf"--vae_name_or_path {other}: .*its fingerprint is \w{{12}}, not \w{{12}}\)"):
-        load_preview_vae(named)
+        build_run(tiny_config(image_logging_steps=2, vae_name_or_path=str(other)), tmp_path)
     changed = edited_store(vae={"name": str(other), "sha256": "0123456789abcdef"})
     assert load_preview_vae(build_run(tiny_config(image_logging_steps=2, feature_path=changed), tmp_path)) is None
     assert "no previews" in capsys.readouterr().out

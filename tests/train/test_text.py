@@ -107,8 +107,8 @@ def test_an_encoder_that_nobody_knows_must_be_named(
 @pytest.mark.parametrize(
     ("size", "changes", "message"),
     [
-        ({"width": 48}, {}, r"its width is 48, and the U-ViT's clip_dim is 32"),
-        ({"num_tokens": 8}, {}, r"takes at most 8 tokens, and the U-ViT's num_text_tokens is 16"),
+        ({"width": 48}, {}, "the text embeddings are 48 wide, but the U-ViT takes 32"),
+        ({"num_tokens": 8}, {}, "takes 8 tokens at most, but the U-ViT takes 16"),
     ],
 )
 def test_an_encoder_that_does_not_fit_is_refused(

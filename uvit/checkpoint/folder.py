@@ -1,8 +1,10 @@
 """Checkpoint folders on disk: how one is committed, read, found and deleted.
 
 A checkpoint is a folder `checkpoint-{step}`. It holds safetensors files (weights, EMA weights, optimizer) and
-`uvit.json`: a readable record of what it is (config, networks, step, samples seen, versions), with the size of each
-file.
+`uvit.json`: a readable record of what it is (config, networks, step, samples seen, versions), with the size and SHA-256
+of each file, and a SHA-256 of the record itself. Older ones have sizes only.
+
+This module needs no torch, so that `uvit checkpoints` starts at once.
 
 A checkpoint is complete or absent. It is written under a hidden name (`uvit.checkpoint.saver`). `commit_folder` then
 adds the record and renames the folder. Hidden names in a run's folder:
@@ -12,36 +14,51 @@ adds the record and renames the folder. Hidden names in a run's folder:
 - `.checkpoint-{step}.deleting`: on its way out, by `--save_total_limit`.
 """
 
+from __future__ import annotations
+
 import dataclasses
+import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from uvit.checkpoint.tensors import LocalSlices, read_into, read_whole
 from uvit.config.paths import expand_recorded
 from uvit.errors import UserError
 from uvit.io import sync_path, write_json
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from uvit.checkpoint.tensors import LocalSlices
+
 RECORD = "uvit.json"
 CHECKPOINT_FORMAT = 2
+MAX_HASHING = 4  # files read at a time
 QUIET_FLAGS = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "disable_tqdm"}
 
 
 # Committing
 
 
-def commit_folder(aside: Path, folder: Path, record: dict[str, Any]) -> None:
-    """Turn `aside`, whose files are written and synced, into the checkpoint `folder`. An older one there is deleted."""
-    for name, size in record["files"].items():
+def commit_folder(aside: Path, folder: Path, record: dict[str, Any], written: Mapping[str, tuple[int, str]]) -> None:
+    """Turn `aside`, whose files are written and synced, into the checkpoint `folder`. An older one there is deleted.
+
+    written: file -> (bytes, SHA-256).
+    """
+    for name, (size, _) in written.items():
         if not (aside / name).exists() or (aside / name).stat().st_size != size:
             raise UserError(f"{aside / name}: process 0 cannot see this file; all processes must share this disk")
+    record = record | {
+        "files": {name: size for name, (size, _) in sorted(written.items())},
+        "sha256": {name: sha256 for name, (_, sha256) in sorted(written.items())},
+    }
+    record["record_sha256"] = record_digest(record)
     write_json(aside / RECORD, record)
     sync_path(aside)
     if folder.exists():  # after a rollback, a run reaches the same step again
@@ -60,8 +77,8 @@ def clean_up(output_dir: Path, kinds: tuple[str, ...]) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def keep_latest(output_dir: Path, limit: int | None, saved: int | None = None) -> None:
-    """Delete all checkpoints before the latest `limit` complete ones, but never the one of step `saved`."""
+def keep_latest(output_dir: Path, limit: int | None, spare: Collection[str] = ()) -> None:
+    """Delete all checkpoints before the latest `limit` complete ones, but never one whose name is in `spare`."""
     if not limit:
         return
     found = checkpoint_folders(output_dir)
@@ -69,7 +86,7 @@ def keep_latest(output_dir: Path, limit: int | None, saved: int | None = None) -
     if len(complete) <= limit:
         return
     for folder in found[: found.index(complete[-limit])]:
-        if folder.name != f"checkpoint-{saved}":
+        if folder.name not in spare:
             aside = folder.with_name(f".{folder.name}.deleting")  # a kill must not leave half a checkpoint by its name
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
@@ -101,15 +118,48 @@ class Checkpoint:
         return {key: f"--{key} was {before[key]} and is now {now[key]}" for key in changed}
 
     def load(self, group: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """Read all tensors of a group, each whole."""
-        return read_whole(self._existing_files(group), device)
+        """Read all tensors of a group, each whole. Raises UserError if a file is damaged."""
+        from uvit.checkpoint.tensors import read_whole
+
+        paths = self._existing_files(group)
+        self.verify([path.name for path in paths])
+        return read_whole(paths, device)
 
     def load_into(self, group: str, targets: Mapping[str, Tensor | LocalSlices]) -> None:
         """Fill tensors, DTensors or `LocalSlices` in place, whatever layout of processes wrote the checkpoint.
 
-        Raises UserError if names, shapes or dtypes differ. Some targets may be filled by then.
+        Raises UserError if names, shapes or dtypes differ. Some targets may be filled by then. Checksums are not
+        compared: call `verify` before, for the files of which no other process does.
         """
+        from uvit.checkpoint.tensors import read_into
+
         read_into(self._existing_files(group), targets)
+
+    def verify(self, names: Iterable[str] | None = None) -> None:
+        """Read files, or all, and compare their SHA-256. Raises UserError if one is damaged."""
+        if damaged := self.damaged_files(names):
+            raise UserError(
+                f"{self.folder}: {', '.join(damaged)} {'is' if len(damaged) == 1 else 'are'} damaged (the recorded "
+                "SHA-256 is another); use another checkpoint"
+            )
+
+    def damaged_files(
+        self, names: Iterable[str] | None = None, advance: Callable[[int], object] = lambda _: None
+    ) -> list[str]:
+        """The names of the files, of these or of all, whose SHA-256 is not the recorded one, or that cannot be read.
+
+        Older checkpoints have none to compare. advance: called with the size of each file that was read.
+        """
+        expected = self.record.get("sha256", {})
+        wanted = list(self.record["files"] if names is None else names)
+        damaged = []
+        with ThreadPoolExecutor(MAX_HASHING) as pool:
+            digests = pool.map(lambda name: file_digest(self.folder / name) if name in expected else None, wanted)
+            for name, digest in zip(wanted, digests, strict=True):
+                if digest != expected.get(name):
+                    damaged.append(name)
+                advance(self.record["files"][name])
+        return damaged
 
     def _existing_files(self, group: str) -> list[Path]:
         if paths := self.files(group):
@@ -120,18 +170,47 @@ class Checkpoint:
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read the record and compare the file sizes. Raises UserError if the folder is not a complete checkpoint."""
     path = folder / RECORD
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such checkpoint")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: is not a checkpoint ({RECORD} cannot be read: {error})") from None
     if not isinstance(record, dict) or (record.get("format"), type(record.get("files"))) != (CHECKPOINT_FORMAT, dict):
         raise UserError(f"{path}: is not of the checkpoint format {CHECKPOINT_FORMAT} that this version reads")
+    if record.get("record_sha256", "") not in ("", record_digest(record)):
+        raise UserError(
+            f"{path}: is damaged (its SHA-256 is not the recorded one); use another checkpoint, or remove "
+            "record_sha256 from it if you changed it yourself"
+        )
     for name, size in record["files"].items():
         found = (folder / name).stat().st_size if (folder / name).exists() else None
         if found != size:
             problem = "is missing" if found is None else f"has {found} bytes instead of {size}"
             raise UserError(f"{folder}: is not complete, {name} {problem}; use another checkpoint")
     return Checkpoint(folder, record)
+
+
+def record_digest(record: Mapping[str, Any]) -> str:
+    """The SHA-256 of a record without its own."""
+    content = {key: value for key, value in record.items() if key != "record_sha256"}
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(content)), sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file; empty if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""
+
+
+def read_verified(folder: Path) -> Checkpoint:
+    """The same as `read_checkpoint`, and compare the checksums of all files."""
+    checkpoint = read_checkpoint(folder)
+    checkpoint.verify()
+    return checkpoint
 
 
 def is_complete(folder: Path) -> bool:
@@ -165,11 +244,26 @@ def checkpoint_folders(output_dir: Path) -> list[Path]:
     return [found[step] for step in sorted((s for s in found if s.isdigit() and found[s].is_dir()), key=int)]
 
 
-def latest_checkpoint(output_dir: Path) -> Checkpoint | None:
-    """The latest complete checkpoint. Prints which later ones it skips, and why."""
-    for folder in reversed(checkpoint_folders(output_dir)):
+def latest_checkpoint(
+    output_dir: Path,
+    read: Callable[[Path], Checkpoint] = read_verified,
+    find: Callable[[Path], list[Path]] = checkpoint_folders,
+) -> Checkpoint | None:
+    """The latest whole checkpoint; None if there is not one. Prints which later ones it skips, and why.
+
+    Raises UserError if there are checkpoints and none is whole.
+    """
+    problems = []
+    for folder in reversed(find(output_dir)):
         try:
-            return read_checkpoint(folder)
+            return read(folder)
         except UserError as error:
+            problems.append(str(error))
             print(f"skipped: {error}")
+    if problems:
+        raise UserError(
+            f"--output_dir {output_dir}: has {len(problems)} checkpoint{'s'[: len(problems) > 1]} and none is whole "
+            f"({problems[0]}); restore one from a backup, or pass --overwrite_output_dir to start from scratch, which "
+            "keeps this folder under another name"
+        )
     return None

@@ -65,8 +65,9 @@ class Saver:
     def __init__(
         self, output_dir: Path, limit: int | None = None, rank: int = 0, all_gather: AllGather = single_process
     ):
-        """limit: how many checkpoints to keep (`--save_total_limit`). None keeps all."""
+        """limit: how many checkpoints to keep (`--save_total_limit`), besides those in `spare`. None keeps all."""
         self.output_dir, self.limit, self.rank, self.all_gather = output_dir, limit, rank, all_gather
+        self.spare: set[str] = set()
         self._buffers: dict[SliceKey, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -140,20 +141,21 @@ class Saver:
                 clean_up(self.output_dir, ("writing", "deleting"))
                 aside.mkdir(parents=True)
 
-        def write() -> dict[str, int]:
+        def write() -> dict[str, tuple[int, str]]:
+            written = {}
             for name, keys in files.items():
-                write_slices(aside / name, {key: self._buffers[key] for key in keys})
+                sha256 = write_slices(aside / name, {key: self._buffers[key] for key in keys})
                 sync_path(aside / name)
-            return {name: (aside / name).stat().st_size for name in files}
+                written[name] = (aside / name).stat().st_size, sha256
+            return written
 
         def commit() -> None:
             if self.rank == 0:
-                content = {"format": CHECKPOINT_FORMAT, "step": step, **record, "files": dict(sorted(sizes.items()))}
-                commit_folder(aside, folder, content)
-                keep_latest(self.output_dir, self.limit, step)
+                commit_folder(aside, folder, {"format": CHECKPOINT_FORMAT, "step": step, **record}, written)
+                keep_latest(self.output_dir, self.limit, {folder.name, *self.spare})
 
         self._on_all_ranks(step, prepare)
-        sizes = {name: size for part in self._on_all_ranks(step, write) for name, size in part.items()}
+        written = {name: facts for part in self._on_all_ranks(step, write) for name, facts in part.items()}
         self._on_all_ranks(step, commit)
         return folder
 

@@ -9,6 +9,7 @@ Why not torch.distributed.checkpoint: its metadata is a pickle. Its safetensors 
 whose last file is missing would be read as a smaller tensor.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -135,8 +136,8 @@ def assign_writers(keys_by_rank: list[list[SliceKey]]) -> list[dict[str, list[Sl
     return written
 
 
-def write_slices(path: Path, tensors: dict[SliceKey, Tensor]) -> None:
-    """Write one file. Raises OSError or SafetensorError."""
+def write_slices(path: Path, tensors: dict[SliceKey, Tensor]) -> str:
+    """Write one file from tensors on the CPU. Returns its SHA-256. Raises OSError or SafetensorError."""
     content, header = {}, {}
     for key, tensor in tensors.items():
         name = key.name if key.whole else f"{key.name}[{','.join(map(str, key.offset))}]"
@@ -144,6 +145,22 @@ def write_slices(path: Path, tensors: dict[SliceKey, Tensor]) -> None:
         if not key.whole:
             header[name] = [key.name, key.shape, key.offset]
     save_file(content, path, metadata={SLICES: json.dumps(header)} if header else None)
+    return _sha256_of(path, content)
+
+
+def _sha256_of(path: Path, content: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of a file that was just written: its header is read back, the tensors are hashed in memory.
+
+    So it is that of what was meant to be written, whatever the disk made of it.
+    """
+    with path.open("rb") as file:
+        start = file.read(8)
+        header = file.read(int.from_bytes(start, "little"))
+    digest = hashlib.sha256(start + header)
+    places = {name: entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"}
+    for name in sorted(places, key=places.__getitem__):
+        digest.update(content[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_whole(paths: Iterable[Path], device: torch.device | str = "cpu") -> dict[str, Tensor]:

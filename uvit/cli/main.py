@@ -7,6 +7,7 @@ import difflib
 import errno
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -106,6 +107,20 @@ COMMANDS = {
         "uvit.config.train:TrainConfig",
         "uvit.train.trainer:train",
     ),
+    "checkpoints list": Command(
+        "Train",
+        "list the checkpoints of a run",
+        "uvit.config.checkpoints:CheckpointsListConfig",
+        "uvit.checkpoint.commands:list_checkpoints",
+        positional=("path",),
+    ),
+    "checkpoints verify": Command(
+        "Train",
+        "check the checkpoints of a run for damage",
+        "uvit.config.checkpoints:CheckpointsVerifyConfig",
+        "uvit.checkpoint.commands:verify_checkpoints",
+        positional=("path",),
+    ),
     "sample": Command(
         "Use a model",
         "generate images from prompts",
@@ -201,6 +216,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         where = f"{error.filename}: " if error.filename else ""
         print(f"uvit {name}: error: {where}{error.strerror}; fix that, or choose another path", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        reason = (str(error).splitlines() or ["no more can be allocated"])[0].rpartition("Allocator: ")[2]
+        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", reason):
+            raise
+        print(
+            f"uvit {name}: error: there is too little memory ({reason}); make the batches, or what is in them, smaller",
+            file=sys.stderr,
+        )
         return 2
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from uvit.config.bounds import Bounds, PositiveInt, check_bounds
+from uvit.config.bounds import BatchSize, Bounds, PositiveInt, check_bounds
 from uvit.config.paths import PathFlag, expand_paths
 
 
@@ -19,7 +19,7 @@ class BenchConfig:
 
     uvit_config_file: PathFlag = "uvit_t2i_small"
     """The model: the name of a model preset, or a JSON file."""
-    batch_size: PositiveInt = 4
+    batch_size: BatchSize = 4
     """Samples per training step and per forward pass."""
     steps: PositiveInt = 5
     """Forward passes and training steps to measure, after two of each to warm up."""
@@ -33,9 +33,9 @@ class BenchConfig:
     """Also time the data loader, on 1,024 pairs in a temporary folder (137 MB for the presets)."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ..., or auto: the GPU if there is one."""
-    num_threads: Annotated[int, Bounds(least=0, hint="0 leaves the choice to PyTorch")] = 0
+    num_threads: Annotated[int, Bounds(least=0, most=1024, hint="0 leaves the choice to PyTorch")] = 0
     """CPU threads; 0: PyTorch's choice. Use 1 to measure one core."""
-    matmul_size: PositiveInt = 2048
+    matmul_size: Annotated[int, Bounds(least=1, most=65_536)] = 2048
     """Rows and columns of the matrices in the matrix product (use 8192 for GPUs)."""
 
     def __post_init__(self) -> None:

@@ -40,11 +40,15 @@ class Bounds:
 
     def _words(self) -> str:
         if self.least is not None and self.most is not None:
-            return f"be in {self.least:g}..{'2^63-1' if self.most == LARGEST else format(self.most, 'g')}"
+            return f"be in {_written(self.least)}..{_written(self.most)}"
         if self == Bounds(least=0, extra=self.extra, hint=self.hint):
             return "not be negative"
         ends = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
-        return "be " + " and ".join(f"{words} {end:g}" for words, end in ends.items() if end is not None)
+        return "be " + " and ".join(f"{words} {_written(end)}" for words, end in ends.items() if end is not None)
+
+
+def _written(end: float) -> str:
+    return "2^63-1" if end == LARGEST else f"{end:,}" if isinstance(end, int) else f"{end:g}"
 
 
 PositiveInt = Annotated[int, Bounds(least=1)]
@@ -54,6 +58,12 @@ NonNegativeFloat = Annotated[float, Bounds(least=0)]
 Fraction = Annotated[float, Bounds(least=0, below=1)]
 AnyInt = Annotated[int, Bounds()]
 Seed = Annotated[int, Bounds(least=0, most=LARGEST)]
+# What is held in memory, or started, at once: above these ends a number is a slip of the keyboard.
+BatchSize = Annotated[int, Bounds(least=1, most=1_000_000)]
+ImageSide = Annotated[int, Bounds(least=1, most=65_536)]
+NumTokens = Annotated[int, Bounds(least=3, most=1_000_000, hint="the start token and the end token count")]
+NumWorkers = Annotated[int, Bounds(least=0, most=1024)]
+VocabSize = Annotated[int, Bounds(least=256 + 3, most=10_000_000, hint="one for each byte and 3 special tokens")]
 
 
 def check_bounds(config: Any) -> None:

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from uvit.config.bounds import Bounds, PositiveInt, Seed, check_bounds
+from uvit.config.bounds import BatchSize, Bounds, PositiveInt, Seed, check_bounds
 from uvit.config.paths import PathFlag, expand_paths
-from uvit.config.sample import Guidance, InferenceSteps
+from uvit.config.sample import Guidance, InferenceSteps, Timestep
 from uvit.config.sharding import parse_shard
 from uvit.errors import UserError
 
@@ -102,14 +102,14 @@ class EvaluateConfig:
     """Sampling steps. Default: 50."""
     scheduler: tuple[Scheduler, ...] = ()
     """The solver, as in `uvit sample`. Default: dpmsolver++."""
-    guidance_interval: tuple[float, ...] = ()
+    guidance_interval: tuple[Timestep, ...] = ()
     """Apply guidance only at timesteps in this interval, lowest and highest; several intervals are so many pairs of
     numbers. Default: 1 1000."""
     ema: tuple[WeightsChoice, ...] = ()
     """The weights of a run or a checkpoint: ema, or raw (those that are trained). Default: ema."""
     seed: Seed = 0
     """Seed of the first image; every further image adds 1."""
-    batch_size: PositiveInt | None = None
+    batch_size: BatchSize | None = None
     """Images that are generated together. It changes rounding at most. Default: 8; 72 of the shapes."""
 
     # Images

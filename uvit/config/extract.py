@@ -5,13 +5,17 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from uvit.config.bounds import (
+    BatchSize,
     Bounds,
     Fraction,
+    ImageSide,
     NonNegativeFloat,
-    NonNegativeInt,
+    NumTokens,
+    NumWorkers,
     PositiveFloat,
     PositiveInt,
     Seed,
+    VocabSize,
     check_bounds,
 )
 from uvit.config.paths import PathFlag, expand_paths
@@ -40,13 +44,13 @@ class AutoencoderConfig:
     or the built-in `shapes`."""
     output_dir: PathFlag
     """The folder to write. Diffusers' AutoencoderKL.from_pretrained opens it, and so does --vae_name_or_path."""
-    resolution: PositiveInt = 64
+    resolution: Annotated[int, Bounds(least=4, most=65_536)] = 64
     """Side of the square images, in pixels."""
     factor: Literal[4, 8] = 8
     """Downsampling factor: image side / latent side."""
     max_steps: PositiveInt = 5000
     """Optimizer steps."""
-    batch_size: PositiveInt = 32
+    batch_size: BatchSize = 32
     """Images per step."""
     learning_rate: NonNegativeFloat = 1e-3
     """Peak learning rate of AdamW, with 100 warm-up steps and cosine decay to 0."""
@@ -58,17 +62,17 @@ class AutoencoderConfig:
     """The split of the source."""
     image_folder: tuple[PathFlag, ...] = ()
     """The folder with the images of a COCO captions file."""
-    num_workers: NonNegativeInt = 0
+    num_workers: NumWorkers = 0
     """Processes that decode images; 0: in the main process."""
     seed: Seed = 1234
     """Seed of the weights, the batches and the posterior samples."""
 
     # Model
-    channels: PositiveInt = 32
+    channels: Annotated[int, Bounds(least=8, most=4096)] = 32
     """Channels of the first level, a multiple of 8. Deeper levels have twice as many."""
-    layers_per_block: PositiveInt = 1
+    layers_per_block: Annotated[int, Bounds(least=1, most=100)] = 1
     """Residual layers per level."""
-    latent_channels: PositiveInt = 4
+    latent_channels: Annotated[int, Bounds(least=1, most=1024)] = 4
     """Channels of the latents: in_channels of the U-ViT."""
 
     # Objective
@@ -115,9 +119,9 @@ class TokenizerConfig:
     """The folder with the images of COCO captions files or lists."""
     caption_column: str | None = None
     """The column with the captions in a list or Hugging Face dataset."""
-    vocab_size: PositiveInt = 8192
+    vocab_size: VocabSize = 8192
     """Maximum number of tokens. Captions with few words need fewer."""
-    model_max_length: Annotated[int, Bounds(least=3)] = 77
+    model_max_length: NumTokens = 77
     """Maximum number of tokens of a caption, start and end tokens included."""
 
     def __post_init__(self) -> None:
@@ -150,14 +154,14 @@ class ExtractConfig:
     text: Literal["contexts", "tokens", "both"] = "contexts"
     """What to store of the captions. contexts: the text embeddings, that is, the text encoder's last hidden states;
     tokens: token ids, for training with a text encoder; both."""
-    resolution: PositiveInt = 256
+    resolution: ImageSide = 256
     """Side of the square images, in pixels."""
-    model_max_length: PositiveInt = 77
+    model_max_length: NumTokens = 77
     """Number of tokens that captions are padded or truncated to."""
     split: str = "train"
     """The split of the source, and its name in the feature store. `shapes` has `train` and `heldout`; folders have the
     splits that they are named after."""
-    batch_size: PositiveInt = 32
+    batch_size: BatchSize = 32
     """Images (and captions) that are encoded at a time."""
 
     # Source
@@ -193,7 +197,7 @@ class ExtractConfig:
     tokenizer_name: PathFlag | None = None
     """A tokenizer's folder or Hub id. Default: the text encoder's tokenizer; without one, a tokenizer is trained on the
     captions."""
-    vocab_size: PositiveInt | None = None
+    vocab_size: VocabSize | None = None
     """Vocabulary size of the tokenizer that is trained on the captions. Default: 8192."""
 
     # Store
@@ -209,7 +213,7 @@ class ExtractConfig:
     """Encode in bfloat16 (autocast): faster on a GPU, slightly less exact."""
     fp16: bool = False
     """Encode in float16 (autocast): faster on a GPU, slightly less exact. Some VAEs overflow."""
-    num_workers: NonNegativeInt = 2
+    num_workers: NumWorkers = 2
     """Processes that read and decode images; 0: in the main process."""
     shard: str | None = None
     """I/N: do only part I (from 0) of N, while other processes or machines do the others. torchrun sets this itself."""

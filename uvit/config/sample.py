@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
-from uvit.config.bounds import Bounds, PositiveInt, Seed, check_bounds
+from uvit.config.bounds import BatchSize, Bounds, PositiveInt, Seed, check_bounds
 from uvit.config.paths import PathFlag, expand_paths
 from uvit.config.sharding import parse_shard
 from uvit.errors import UserError
@@ -32,7 +32,7 @@ class SampleConfig:
     """The prompts, each in quotes. `-` reads standard input, one prompt per line, as does a pipe without any prompt."""
     output_dir: PathFlag = "samples"
     """The folder for the images. Their numbers continue from the images that are already there."""
-    num_images_per_prompt: PositiveInt = 1
+    num_images_per_prompt: Annotated[int, Bounds(least=1, most=1_000_000)] = 1
     """Images per prompt."""
     guidance_scale: tuple[Guidance, ...] = (7.5,)
     """Classifier-free guidance; 1 turns it off and halves the cost. Several values are sampled side by side, each in a
@@ -41,7 +41,7 @@ class SampleConfig:
     """Sampling steps. With the default scheduler 15 to 25 are often enough."""
     seed: Seed = 0
     """Seed of the first image; every further image adds 1. The batch size does not matter."""
-    batch_size: PositiveInt = 8
+    batch_size: BatchSize = 8
     """Images per batch. Affects speed and memory, not the images."""
     negative_prompt: str | None = None
     """Steer away from this text instead of the empty prompt."""
@@ -60,7 +60,7 @@ class SampleConfig:
     """Also save the latents of each image: (4, h, w), float32, scaled as in training."""
     grid: bool = True
     """Write contact_sheet.png, with 400 images at most."""
-    columns: PositiveInt | None = None
+    columns: Annotated[int, Bounds(least=1, most=1000)] | None = None
     """Columns of the contact sheet. Default: one row for what is sampled side by side, or for the images of one prompt;
     otherwise a square."""
 

@@ -5,10 +5,12 @@ from typing import Annotated, Literal
 
 from uvit.config.bounds import (
     AnyInt,
+    BatchSize,
     Bounds,
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
+    NumWorkers,
     PositiveFloat,
     PositiveInt,
     Seed,
@@ -51,7 +53,7 @@ class TrainConfig:
     """The model: a model preset, such as uvit_t2i_small, uvit_t2i_large or emoji, or a JSON file."""
     train_text_encoder: bool = False
     """Train the text encoder together with the U-ViT, on the store's token ids."""
-    per_device_train_batch_size: PositiveInt = 32
+    per_device_train_batch_size: BatchSize = 32
     """Samples of one forward pass in each process."""
     max_steps: PositiveInt = 1_000_000
     """Optimizer steps."""
@@ -77,7 +79,7 @@ class TrainConfig:
     """Side of the images in pixels. Must match the store; only checked."""
     latent_scale: PositiveFloat | None = None
     """Factor from VAE latents to model latents. Default: the store's; 0.23010 for .npy features."""
-    dataloader_num_workers: NonNegativeInt = 8
+    dataloader_num_workers: NumWorkers = 8
     """Threads that read and prepare batches, at most one per core; 0: in the training loop itself."""
 
     # Model
@@ -109,7 +111,7 @@ class TrainConfig:
     into the final pipeline. Default: the one the store names."""
     tokenizer_name: PathFlag | None = None
     """The text encoder's tokenizer. Default: the one the store names."""
-    text_encoder_layers: PositiveInt = 2
+    text_encoder_layers: Annotated[int, Bounds(least=1, most=1000)] = 2
     """Layers of a text encoder trained from scratch (--train_text_encoder without --text_encoder_name_or_path)."""
     text_encoder_learning_rate: NonNegativeFloat | None = None
     """Learning rate of the text encoder. Default: --learning_rate."""
@@ -119,7 +121,7 @@ class TrainConfig:
     # Batches
     gradient_accumulation_steps: PositiveInt = 1
     """Forward passes per optimizer step. Their losses are averaged."""
-    num_train_epochs: PositiveFloat | None = None
+    num_train_epochs: Annotated[float, Bounds(above=0, most=1_000_000_000)] | None = None
     """Train for this many passes over the data instead of --max_steps."""
     seed: Seed = 1234
     """Seed of the initial weights, the data order and all random numbers of training."""
@@ -206,7 +208,8 @@ class TrainConfig:
 
     # Checkpoints
     resume_from_checkpoint: PathFlag | None = None
-    """Resume from this checkpoint folder, or from `latest`. Default: the latest complete one in OUTPUT_DIR, if any."""
+    """Go back to this checkpoint folder, of this run or another; what came after it is set aside. Run again, the same
+    command resumes from there. `latest`, and the default: the latest whole one in OUTPUT_DIR, if any."""
     save_total_limit: Annotated[int, Bounds(least=1, hint="leave it out to keep all")] | None = None
     """Keep only this many of the latest checkpoints. Default: all."""
 
@@ -261,6 +264,10 @@ class TrainConfig:
                 "--weight_init_std and --position_init_std are for initial weights: leave them out with "
                 f"--pretrained_model_name_or_path {self.pretrained_model_name_or_path}"
             )
+        if self.min_lr > self.learning_rate:
+            raise UserError(f"--min_lr {self.min_lr}: must not be above --learning_rate {self.learning_rate}")
+        if self.lr_scheduler_type == "polynomial" and self.lr_end > self.learning_rate > 0:
+            raise UserError(f"--lr_end {self.lr_end}: must not be above --learning_rate {self.learning_rate}")
         if self.bf16 and self.fp16:
             raise UserError("--bf16 and --fp16: choose one")
         if self.overwrite_output_dir and self.resume_from_checkpoint:
@@ -280,11 +287,16 @@ class TrainConfig:
             return None
         try:
             first, last = (int(part) for part in self.profiler_options.split(","))
-            if 0 <= first <= last:
-                return first, last
         except ValueError:
-            pass
-        raise UserError(f"--profiler_options {self.profiler_options}: must be two steps, such as 10,15")
+            first, last = 0, -1
+        if not 0 <= first <= last:
+            raise UserError(f"--profiler_options {self.profiler_options}: must be two steps, such as 10,15")
+        if last >= self.max_steps and self.num_train_epochs is None:
+            raise UserError(
+                f"--profiler_options {self.profiler_options}: must end before the last step, which is --max_steps "
+                f"{self.max_steps}"
+            )
+        return first, last
 
     def ignored_flags(self) -> list[str]:
         """One sentence for each flag that was set and has no effect here."""

@@ -5,7 +5,7 @@ All functions that take a `World` are collective: every process calls them at th
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from uvit.distributed.mesh import World
+from uvit.errors import UserError
 
 T = TypeVar("T")
 
@@ -193,6 +194,30 @@ def broadcast(value: T, world: World) -> T:
     values = [value]
     dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
     return values[0]
+
+
+def all_gather(value: T, world: World) -> list[T]:
+    """The values of all processes, in the order of their ranks."""
+    if not world.parallel:
+        return [value]
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def on_main(function: Callable[[], T], world: World) -> T:
+    """Call a function in the main process. All processes return its value, or raise its UserError."""
+    value: T | None = None
+    error: UserError | None = None
+    if world.is_main:
+        try:
+            value = function()
+        except UserError as raised:
+            error = raised
+    value, error = broadcast((value, error), world)
+    if error:
+        raise error
+    return value  # type: ignore[return-value]
 
 
 # Replicas

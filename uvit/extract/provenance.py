@@ -1,7 +1,5 @@
 """What a feature store records about its origin: the source, the settings and the encoders."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,13 @@ from uvit.extract.tokenizer import train_tokenizer
 from uvit.sources.types import RandomAccessSource, Source
 from uvit.store.shard import read_record
 from uvit.store.writer import StoreInfo
-from uvit.weights.encoders import downsampling_of, fingerprint, highest_token_id, load_tokenizer
+from uvit.weights.encoders import (
+    downsampling_of,
+    fingerprint,
+    highest_token_id,
+    load_tokenizer,
+    tokenizer_fingerprint,
+)
 
 VOCAB_SIZE = 8192  # of a tokenizer that is trained here without --vocab_size
 
@@ -100,8 +104,7 @@ def scale_reason(config: ExtractConfig, vae: Any, latent_scale: float) -> str:
 
 
 def _record(name: str, tokenizer: Any) -> dict[str, str]:
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
-    return {"name": name, "sha256": hashlib.sha256(vocabulary).hexdigest()}
+    return {"name": name, "sha256": tokenizer_fingerprint(tokenizer)}
 
 
 def _absolute(name_or_path: str) -> str:

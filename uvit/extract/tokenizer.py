@@ -14,19 +14,14 @@ from uvit.io import write_folder_atomically
 from uvit.sources.open import open_source
 
 PAD, START_TOKEN, END_TOKEN = "<|pad|>", "<|startoftext|>", "<|endoftext|>"
-SMALLEST_VOCABULARY = 256 + 3  # every byte, and the three above
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int, model_max_length: int = 77) -> PreTrainedTokenizerFast:
     """Learn at most `vocab_size` tokens from captions. The order of the captions does not change the result.
 
     Captions are lower-cased and converted to Unicode's composed form (NFC). No text is unknown: each byte is a token.
-    Raises UserError if the vocabulary is too small for the bytes.
+    The vocabulary has at least every byte and the three special tokens, however small `vocab_size` is.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise UserError(
-            f"--vocab_size {vocab_size}: must be at least {SMALLEST_VOCABULARY}: one for each byte and 3 special tokens"
-        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence(
         [

@@ -23,6 +23,7 @@ from uvit.config.sample import SPEEDS, SampleConfig
 from uvit.config.sharding import resolve_shard
 from uvit.errors import UserError
 from uvit.images import center_crop, to_rgb
+from uvit.lock import WriterLock
 from uvit.progress import Progress, write
 from uvit.sample.files import check_writable, is_generated, metadata, next_number, numbered, save_image, save_sheet
 from uvit.sample.fit import NUM_REFERENCE_STEPS, fit_plan, read_plans, relative_error, solve, store_plan
@@ -195,7 +196,8 @@ def sample_and_print(config: SampleConfig, prompt: str, load: Callable[[Path], L
 def run(config: SampleConfig, prompts: Sequence[str], load: Callable[[Path], LoadedPipeline]) -> SampleResult:
     """Generate this process's part of the images, in every variant.
 
-    Raises UserError if a file with the name of an image exists and is another image.
+    Raises UserError if a file with the name of an image exists and is another image, or if another process is
+    generating this part.
     """
     part, num_parts = resolve_shard(config.shard)
     variants = list_variants(config)
@@ -203,6 +205,19 @@ def run(config: SampleConfig, prompts: Sequence[str], load: Callable[[Path], Loa
         check_writable(variant.folder, f"--output_dir {config.output_dir}")
         if config.scheduler == "fitted":
             check_fitted(config, variant)
+    lock = Path(config.output_dir) / f".part-{part}-of-{num_parts}.lock"
+    with WriterLock(lock, f"--output_dir {config.output_dir}"):
+        return generate_part(config, prompts, load, variants, part, num_parts)
+
+
+def generate_part(
+    config: SampleConfig,
+    prompts: Sequence[str],
+    load: Callable[[Path], LoadedPipeline],
+    variants: list[Variant],
+    part: int,
+    num_parts: int,
+) -> SampleResult:
     from_zero = config.skip_existing or num_parts > 1  # other processes, or an earlier run, use the same numbers
     first = 0 if from_zero else max(next_number(variant.folder) for variant in variants)
     jobs = image_jobs(config, prompts, first)

@@ -261,20 +261,21 @@ class UViTPipeline(DiffusionPipeline):
 
 def check_components(
     unet: UViTT2IModel,
-    vqvae: AutoencoderKL,
+    vqvae: AutoencoderKL | None,
     text_encoder: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
-    """Raises ValueError if components are of different models. Without a text encoder, embeddings must be passed."""
-    channels, in_channels = vqvae.config.latent_channels, unet.config.in_channels
-    if channels != in_channels:
-        raise ValueError(f"the VAE's latents have {channels} channels, but the U-ViT takes {in_channels}")
-    if text_encoder is None or tokenizer is None:
+    """Raises ValueError if components are of different models. Those that are None are not checked."""
+    if vqvae is not None and (channels := vqvae.config.latent_channels) != (own := unet.config.in_channels):
+        raise ValueError(f"the VAE's latents have {channels} channels, but the U-ViT takes {own}")
+    if text_encoder is None:
         return
-    width, clip_dim = text_encoder.config.hidden_size, unet.config.clip_dim
-    if width != clip_dim:
-        raise ValueError(f"the text embeddings are {width} wide, but the U-ViT takes {clip_dim}")
-    if len(tokenizer) > (size := text_encoder.config.vocab_size):
+    if (width := text_encoder.config.hidden_size) != (own := unet.config.clip_dim):
+        raise ValueError(f"the text embeddings are {width} wide, but the U-ViT takes {own}")
+    positions = getattr(text_encoder.config, "max_position_embeddings", None)
+    if positions is not None and positions < (own := unet.config.num_text_tokens):
+        raise ValueError(f"the text encoder takes {positions} tokens at most, but the U-ViT takes {own}")
+    if tokenizer is not None and len(tokenizer) > (size := text_encoder.config.vocab_size):
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, but the text encoder has {size}")
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from uvit.config.store import FeaturesMergeConfig
 from uvit.errors import UserError
 from uvit.io import write_atomically, write_json
+from uvit.lock import WriterLock
 from uvit.progress import Progress
 from uvit.store.manifest import Manifest, with_image_settings
 from uvit.store.npy_convert import check_room
@@ -32,17 +33,18 @@ def merge(config: FeaturesMergeConfig) -> None:
     check_compatible(stores)
     if folder.resolve() in [split.folder.resolve() for split, _ in stores]:
         raise UserError(f"--output_dir {config.output_dir}: is one of the inputs; choose another folder")
-    writer = StoreWriter(folder, _info(stores, config.split))
-    if not writer.complete:
-        _copy_shards(stores, writer, config.disable_tqdm)
-        first = stores[0][0].folder
-        if (first / "tokenizer").is_dir():
-            shutil.copytree(first / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
-        empty_context, empty_tokens = (
-            np.load(first / name, allow_pickle=False) if (first / name).is_file() else None
-            for name in ("empty_context.npy", "empty_tokens.npy")
-        )
-        writer.finish(empty_context, empty_tokens, num_shards=sum(len(manifest.rows) for _, manifest in stores))
+    with WriterLock(folder.with_name(f".{folder.name}.lock"), f"--output_dir {config.output_dir}"):
+        writer = StoreWriter(folder, _info(stores, config.split))
+        if not writer.complete:
+            _copy_shards(stores, writer, config.disable_tqdm)
+            first = stores[0][0].folder
+            if (first / "tokenizer").is_dir():
+                shutil.copytree(first / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
+            empty_context, empty_tokens = (
+                np.load(first / name, allow_pickle=False) if (first / name).is_file() else None
+                for name in ("empty_context.npy", "empty_tokens.npy")
+            )
+            writer.finish(empty_context, empty_tokens, num_shards=sum(len(manifest.rows) for _, manifest in stores))
     num_pairs, num_repeated = count_ids(folder)
     print(f"{folder}: {num_pairs:,} pairs from {len(stores)} stores.")
     if num_repeated:

@@ -21,6 +21,7 @@ from uvit.device import pick_device
 from uvit.diffusion import LATENT_SCALE
 from uvit.errors import UserError
 from uvit.io import format_bytes, write_bytes
+from uvit.lock import LOCK, WriterLock
 from uvit.progress import Progress
 from uvit.sources.types import Problem
 from uvit.store.npy_layout import EMPTY_CONTEXT, load_npy, num_captions
@@ -29,7 +30,14 @@ from uvit.store.shard import EncodedPairs
 from uvit.store.splits import Split, find_splits, find_stores
 from uvit.store.writer import StoreInfo, StoreWriter
 from uvit.weights.components import load_text_encoder, load_vae
-from uvit.weights.encoders import downsampling_of, encode_tokens, fingerprint, latent_scale_of, load_tokenizer
+from uvit.weights.encoders import (
+    downsampling_of,
+    encode_tokens,
+    fingerprint,
+    latent_scale_of,
+    load_tokenizer,
+    tokenizer_fingerprint,
+)
 
 NUM_THREADS = 4  # small files take more time on the disk than in Python
 PAIRS_AT_A_TIME = 64
@@ -53,7 +61,7 @@ def import_npy(config: FeaturesImportConfig) -> None:
     empty_context = load_npy(root / EMPTY_CONTEXT)
     moments, context = load_npy(splits[0].folder / "0.npy"), load_npy(splits[0].folder / "0_0.npy")
     for name, array, num_axes in (("0.npy", moments, 3), ("0_0.npy", context, 2), (EMPTY_CONTEXT, empty_context, 2)):
-        if array.ndim != num_axes or array.dtype.kind != "f" or not np.isfinite(array).all():
+        if array.ndim != num_axes or not array.size or array.dtype.kind != "f" or not np.isfinite(array).all():
             raise UserError(
                 f"--path {root}: {name} contains {array.dtype} {array.shape}, but must have {num_axes} axes of finite"
                 " numbers; make it again"
@@ -160,7 +168,7 @@ def export_npy(config: FeaturesExportConfig) -> None:
     """The command `uvit features export`. Raises UserError if there is no finished store, or too little disk space."""
     target = Path(config.output_dir).absolute()
     splits = [split for split, _ in find_stores(config.path, config.split)]
-    with torch.inference_mode():
+    with WriterLock(target / LOCK, f"--output_dir {config.output_dir}"), torch.inference_mode():
         exports = [_Export(split, target / split.name, config) for split in splits]
         for other in exports[1:]:
             if not np.array_equal(other.empty_context, exports[0].empty_context):
@@ -174,7 +182,6 @@ def export_npy(config: FeaturesExportConfig) -> None:
                 f"--output_dir {target}: its {EMPTY_CONTEXT} is from another text encoder; choose another folder"
             )
         check_room(sum(one.bytes_to_write() for one in exports), target)
-        target.mkdir(parents=True, exist_ok=True)
         for one in exports:
             one.run(config.disable_tqdm)
         _write(target / EMPTY_CONTEXT, empty_context)
@@ -354,8 +361,7 @@ def recorded_encoders(
             )
         text_encoder = _record(config.text_encoder_name_or_path, fingerprint(model))
     if name := config.tokenizer_name or config.text_encoder_name_or_path:
-        vocabulary = json.dumps(sorted(load_tokenizer(name).get_vocab().items())).encode()
-        tokenizer = _record(name, hashlib.sha256(vocabulary).hexdigest())
+        tokenizer = _record(name, tokenizer_fingerprint(load_tokenizer(name)))
     return Recorded(vae, text_encoder, tokenizer, config.latent_scale or latent_scale, resolution)
 
 

@@ -10,13 +10,14 @@ This layout stores neither the captions as text, nor the encoders' names, nor th
 import os
 import re
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
 from uvit.errors import UserError
 from uvit.store.types import FeatureBatch
 
-NPY_NAME = re.compile(r"(\d+)(?:_(\d+))?\.npy")  # {i}.npy and {i}_{k}.npy
+NPY_NAME = re.compile(r"(0|[1-9]\d*)(?:_(0|[1-9]\d*))?\.npy", re.ASCII)  # {i}.npy and {i}_{k}.npy
 EMPTY_CONTEXT = "empty_context.npy"
 
 
@@ -29,12 +30,16 @@ class NpyFeatures:
         self.num_samples = len(self._num_captions)
         self.moments_shape: tuple[int, ...] = load_npy(self.folder / "0.npy", flag).shape
         context = load_npy(self.folder / "0_0.npy", flag)
+        for name, shape, num_axes in (("0.npy", self.moments_shape, 3), ("0_0.npy", context.shape, 2)):
+            if len(shape) != num_axes or 0 in shape:
+                raise UserError(f"--{flag}: {self.folder / name} has shape {shape}, which must have {num_axes} axes")
         self.context_shape: tuple[int, ...] | None = context.shape
         self.num_tokens: int | None = context.shape[0]
         empty = folder / EMPTY_CONTEXT
         if not empty.is_file():
             raise UserError(f"--{flag} {folder}: has no {EMPTY_CONTEXT}, the text embedding of the empty caption")
         self.empty_context: np.ndarray | None = self._load(empty, context.shape).astype(context.dtype)
+        self._check_sizes()
         self.empty_token_ids: np.ndarray | None = None
         self.resolution: int | None = None
         self.latent_scale: float | None = None
@@ -59,6 +64,16 @@ class NpyFeatures:
     def captions(self, row: int) -> tuple[str, ...]:
         """Always empty: this layout does not store captions as text."""
         return ()
+
+    def _check_sizes(self) -> None:
+        """Read the arrays whose files are not as large as those of pair 0: they are damaged, or of another type."""
+        sizes = {name: (self.folder / name).stat().st_size for name in ("0.npy", "0_0.npy")}
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                if match := NPY_NAME.fullmatch(entry.name):
+                    first = "0.npy" if match[2] is None else "0_0.npy"
+                    if entry.stat().st_size != sizes[first]:
+                        self._load(Path(entry.path), self.moments_shape if match[2] is None else self.context_shape)
 
     def _load(self, path: Path, shape: tuple[int, ...] | None) -> np.ndarray:
         array = load_npy(path, self.flag)
@@ -86,8 +101,13 @@ def num_captions(folder: Path, flag: str = "path") -> np.ndarray:
 
 
 def load_npy(path: Path, flag: str = "path") -> np.ndarray:
-    """An array. Raises UserError if the file holds none."""
+    """An array of numbers. Raises UserError if the file holds none."""
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        with path.open("rb") as file:  # numpy leaves damaged files open
+            array = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise UserError(f"--{flag}: {path} cannot be read as an array ({error}); copy it again") from None
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+        what = array.dtype if isinstance(array, np.ndarray) else "several arrays"
+        raise UserError(f"--{flag}: {path} holds {what}, which must be one array of real numbers; make it again")
+    return array

@@ -1,5 +1,6 @@
 """`uvit autoencoder`: train a VAE on your own images, if you have none and do not want to download one."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import uvit
-from uvit.checkpoint.folder import Checkpoint, check_command, latest_checkpoint
+from uvit.checkpoint.folder import Checkpoint, check_command, checkpoint_folders, is_complete, latest_checkpoint
 from uvit.checkpoint.saver import Saver, clean_up, keep_latest
 from uvit.config.extract import AutoencoderConfig
 from uvit.config.paths import expand_recorded
@@ -25,13 +26,21 @@ from uvit.config.train import TrainConfig
 from uvit.distributed.mesh import World, single_process_world
 from uvit.errors import UserError
 from uvit.images import to_unit
-from uvit.io import back_up, move_contents, read_json, read_yaml, write_json, write_yaml
+from uvit.io import move_contents, read_json, read_yaml, write_json, write_yaml
+from uvit.lock import WriterLock
 from uvit.progress import Progress, duration, is_terminal, write
 from uvit.sources.open import open_source, require_random_access
 from uvit.sources.types import RandomAccessSource
 from uvit.train.guards import Guards
 from uvit.train.optimizer import EMA, set_learning_rate, training_state
-from uvit.train.process import StopSignal, hang_watchdog, report_stop, reset_hang_timer, stop_signals
+from uvit.train.process import (
+    StopSignal,
+    hang_watchdog,
+    lock_output_dir,
+    report_stop,
+    reset_hang_timer,
+    stop_signals,
+)
 from uvit.train.vae_model import (
     VaeBatches,
     build_vae,
@@ -77,6 +86,7 @@ class VaeRun:
     guards: Guards
     step: int = 0
     checkpoint: Path | None = None  # the last one that it saved or resumed from
+    lock: WriterLock | None = None  # of the run's folder
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         return training_state(self.vae, self.optimizer, self.ema)
@@ -102,19 +112,17 @@ class VaeStepResult:
 
 def train_autoencoder(config: AutoencoderConfig) -> int:
     """Train to the last step, or until Ctrl-C or SIGTERM; then measure, and write the VAE. Returns the exit status."""
-    output_dir = Path(config.output_dir)
-    found = None if config.overwrite_output_dir else latest_checkpoint(output_dir)
-    if (output_dir / "config.json").exists() and not found and not config.overwrite_output_dir:
+    output_dir, overwrite = Path(config.output_dir), config.overwrite_output_dir
+    has_checkpoint = any(map(is_complete, checkpoint_folders(output_dir)))
+    if (output_dir / "config.json").exists() and not has_checkpoint and not overwrite:
         check_finished(config, output_dir)
         return 0
     world = single_process_world(config.device)
-    with hang_watchdog(TrainConfig.hang_timeout, world):
+    with contextlib.ExitStack() as held, hang_watchdog(TrainConfig.hang_timeout, world):
         run = build_vae_run(config, output_dir, world.device)
-        if config.overwrite_output_dir and output_dir.exists() and any(output_dir.iterdir()):
-            print(f"--overwrite_output_dir: what was in {output_dir} is now in {back_up(output_dir)}")
-        if found:
+        run.lock = lock_output_dir(output_dir, overwrite, held)
+        if found := latest_checkpoint(output_dir):
             resume_vae(run, found)
-        output_dir.mkdir(parents=True, exist_ok=True)
         write_yaml(replace(config, overwrite_output_dir=False), output_dir / "config.yaml")
         if run.step >= config.max_steps:
             print(f"{output_dir}: all {config.max_steps} steps are done")
@@ -206,6 +214,8 @@ def train_vae(run: VaeRun, world: World, stop: StopSignal, saver: Saver) -> None
     with bar:
         for pixels, noise in batches:
             reset_hang_timer(TrainConfig.hang_timeout, world)
+            if run.lock:
+                run.lock.check()
             result = vae_step(run, pixels, noise)
             bar.update()
             if run.guards.skipped_in_a_row >= TrainConfig.max_nonfinite_steps:
@@ -302,7 +312,7 @@ def write_result(run: VaeRun) -> None:
             f"PSNR {measured['psnr']:.2f} dB on {len(run.held_out)} held-out image{'s'[: len(run.held_out) != 1]}, "
             f"latent scale {measured['latent_scale']:.4f}: {output_dir}"
         )
-    keep_latest(output_dir, 1, run.step)
+    keep_latest(output_dir, 1, {f"checkpoint-{run.step}"})
     clean_up(output_dir, ("deleting",))  # left by a kill in the line above
     shutil.rmtree(output_dir / VAE_ASIDE, ignore_errors=True)  # left by a kill at the end of `write_vae`
     print(f"{run.checkpoint} is kept, to continue with a higher --max_steps. You can delete it")

@@ -5,11 +5,20 @@ from pathlib import Path
 
 from torch import Tensor
 
-from uvit.checkpoint.folder import Checkpoint, check_command, latest_checkpoint, read_checkpoint
+from uvit.checkpoint.folder import Checkpoint, check_command, checkpoint_folders, latest_checkpoint
 from uvit.checkpoint.layout import from_checkpoint_layout, to_checkpoint_layout
 from uvit.checkpoint.saver import Saver, all_gather_channel
-from uvit.distributed.ops import any_of, broadcast, differing_replicas
+from uvit.distributed.ops import any_of, differing_replicas, on_main
 from uvit.errors import UserError
+from uvit.train.branch import (
+    Later,
+    later_than,
+    latest_of_branch,
+    named_checkpoint,
+    read_named,
+    read_together,
+    set_aside,
+)
 from uvit.train.checks import differing_fingerprint
 from uvit.train.optimizer import checksum, training_state
 from uvit.train.setup import Run
@@ -28,6 +37,8 @@ class Checkpointer:
         self.run = run
         limit = run.config.save_total_limit
         self.saver = Saver(run.output_dir, limit, run.world.rank, all_gather_channel(run.world))
+        if run.resumed_from:
+            self.saver.spare.add(run.resumed_from)  # to go back to it again
         self.checksums = self._checksums()
         self.started_step: int | None = None  # of the last checkpoint
 
@@ -103,22 +114,32 @@ def run_state(run: Run) -> dict[str, dict[str, Tensor]]:
 
 def resume(run: Run) -> None:
     """Restore the checkpoint that the run resumes from, if there is one, from any number of processes."""
-    name = run.config.resume_from_checkpoint
+    world, name = run.world, run.config.resume_from_checkpoint
+    later = Later()
     if name is None or name == "latest":
-        latest = latest_checkpoint(run.output_dir) if run.world.is_main else None
-        checkpoint = broadcast(latest, run.world)
+        checkpoint = latest_checkpoint(
+            run.output_dir,
+            read=lambda folder: read_together(folder, world),
+            find=lambda folder: on_main(lambda: checkpoint_folders(folder), world),
+        )
+        if checkpoint is None:
+            if name == "latest":
+                raise UserError(f"--resume_from_checkpoint latest: there is no complete checkpoint in {run.output_dir}")
+            return
+        run.resumed_from = checkpoint.record.get("resumed_from")
     else:
-        checkpoint = read_checkpoint(Path(name))
-    if checkpoint is None:
-        if name == "latest":
-            raise UserError(f"--resume_from_checkpoint latest: there is no complete checkpoint in {run.output_dir}")
-        return
+        target, run.resumed_from = on_main(lambda: named_checkpoint(name, run.output_dir), world)
+        checkpoint = latest_of_branch(run) or read_named(name, target, world)
+        if checkpoint.folder == target:
+            later = on_main(lambda: later_than(checkpoint, run), world)
     check_same_run(run, checkpoint)
     if run.ema and not checkpoint.files("ema"):
         raise UserError(
             f"{checkpoint.folder}: was saved with --use_ema False; pass --use_ema False, or choose another --output_dir"
         )
     restore(run, checkpoint)
+    if world.is_main:
+        set_aside(run, later)
     print(f"resumed {checkpoint.folder}: step {run.step} of {run.max_steps}")
 
 

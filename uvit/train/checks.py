@@ -1,6 +1,8 @@
 """Checks before the first step: features, model, flags and encoders must fit one another."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -9,8 +11,12 @@ from uvit.diffusion import NUM_TIMESTEPS
 from uvit.errors import UserError
 from uvit.export.convert import training_facts
 from uvit.model import UViTT2IModel
+from uvit.sample.pipeline import check_components
 from uvit.store.reader import FeatureStore
 from uvit.store.types import Features
+from uvit.weights.components import load_text_encoder, load_vae
+from uvit.weights.detect import FLAGS, first_that_has
+from uvit.weights.encoders import check_fingerprint, is_local_path, load_tokenizer
 
 TIMESTEP_LABELS = f"1..{NUM_TIMESTEPS}"  # the network's timesteps at the least and the most noise
 NUM_LATENTS = 64  # samples that are read before a run
@@ -121,6 +127,43 @@ def check_pretrained(config: TrainConfig, features: Features) -> None:
             f"--pretrained_model_name_or_path {name}: its {what} did not make the features ({both}); "
             "extract the features with it, or start from another pipeline"
         )
+
+
+def check_named_encoders(config: TrainConfig, features: Features, unet: UViTT2IModel) -> None:
+    """Load what flags name for the previews and the final pipeline. Raises UserError if it cannot be part of those.
+
+    What the features name is loaded when it is needed: it may not be on the machine that trains. Neither may a Hub id:
+    then a warning is printed.
+    """
+    made_by = dict(zip(FLAGS, fingerprints(features, config.train_text_encoder).values(), strict=True))
+    load: dict[str, Callable[[str], Any]] = {
+        "vqvae": load_vae, "text_encoder": load_text_encoder, "tokenizer": load_tokenizer
+    }  # fmt: skip
+    found = dict.fromkeys(FLAGS)
+    for component, flag in FLAGS.items():
+        name = first_that_has(component, config.pretrained_model_name_or_path, getattr(config, flag))
+        flag = "pretrained_model_name_or_path" if name == config.pretrained_model_name_or_path else flag
+        if name is None or (component == "text_encoder" and config.train_text_encoder):  # that one is checked anyway
+            continue
+        try:
+            found[component] = load[component](name)
+        except UserError as error:
+            if is_local_path(name) or Path(name).exists():
+                raise
+            print(f"warning: {error}; without it, no pipeline can be written at the end")
+            continue
+        check_fingerprint(found[component], made_by[component], flag, name)
+        check_sizes(unet, flag, name, **found)
+
+
+def check_sizes(
+    unet: UViTT2IModel, flag: str, name: str, vqvae: Any = None, text_encoder: Any = None, tokenizer: Any = None
+) -> None:
+    """Raises UserError, which names a component by its flag, if the U-ViT and the components do not fit together."""
+    try:
+        check_components(unet, vqvae, text_encoder, tokenizer)
+    except ValueError as error:
+        raise UserError(f"--{flag} {name}: {error}; choose another, or another --uvit_config_file") from None
 
 
 def check_latents(features: Features, latent_scale: float, path: str) -> None:

@@ -1,4 +1,4 @@
-"""What concerns a training process as a whole: hangs, signals that stop it, and deterministic kernels."""
+"""What concerns a training process as a whole: its folder, hangs, signals that stop it, deterministic kernels."""
 
 import contextlib
 import faulthandler
@@ -6,16 +6,36 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
 import torch
 
 from uvit.distributed.mesh import World
+from uvit.io import back_up
+from uvit.lock import LOCK, WriterLock
 
 T = TypeVar("T")
 
 STACK_INTERVAL = 0.1  # seconds between the stacks of two processes, so that their lines do not mix
+
+
+# The folder: one process, or one job of several, writes into it
+
+
+def lock_output_dir(output_dir: Path, overwrite: bool, held: contextlib.ExitStack) -> WriterLock:
+    """Hold the lock of a run's folder until `held` ends. `overwrite` first gives the old folder another name.
+
+    Raises UserError if another process holds it, OSError if the folder cannot be written.
+    """
+    what = f"--output_dir {output_dir}"
+    if overwrite and output_dir.exists() and any(path.name != LOCK for path in output_dir.iterdir()):
+        with WriterLock(output_dir / LOCK, what):
+            aside = back_up(output_dir)
+            (aside / LOCK).unlink()
+            print(f"--overwrite_output_dir: what was in {output_dir} is now in {aside}")
+    return held.enter_context(WriterLock(output_dir / LOCK, what))
 
 
 # Hangs: each process prints its stack if no step ends for too long

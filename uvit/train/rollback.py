@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from uvit.checkpoint.folder import read_checkpoint
 from uvit.distributed.ops import broadcast
 from uvit.errors import UserError
 from uvit.io import write_bytes
 from uvit.store.reader import FeatureStore
 from uvit.store.types import Features
+from uvit.train.branch import read_together
 from uvit.train.checkpointing import restore
 from uvit.train.guards import SampleRange
 from uvit.train.metrics import logs_folder
@@ -37,7 +37,7 @@ def roll_back(run: Run) -> None:
     failed_at, num_rollbacks, skipped_before = run.step, guards.num_rollbacks + 1, guards.skipped_samples
     sample_range, num_steps = (guards.skipped_from, run.samples), guards.skipped_in_a_row
     folder = broadcast(good_checkpoint(run.checkpoint, guards.last_good_checkpoint), run.world)
-    restore(run, read_checkpoint(folder))
+    restore(run, read_together(folder, run.world))
     guards.skipped_samples = [*skipped_before, sample_range]
     guards.failed_at, guards.num_rollbacks = failed_at, num_rollbacks
     guards.skipped_in_a_row = 0

@@ -18,13 +18,16 @@ from uvit.distributed.mesh import World, single_process_world
 from uvit.distributed.ops import GradientAverage
 from uvit.distributed.parallelize import check_divisibility, parallelize, shard
 from uvit.errors import UserError
+from uvit.lock import WriterLock
 from uvit.model import INIT_STD, UViTT2IModel
 from uvit.store.reader import open_features
 from uvit.store.types import Features
 from uvit.train.checks import (
     TIMESTEP_LABELS,
     check_features,
+    check_named_encoders,
     check_pretrained,
+    check_sizes,
     check_validation,
     fingerprints,
 )
@@ -67,6 +70,8 @@ class Run:
     step: int = 0
     samples: int = 0  # the sample counter after the last step, over all processes
     checkpoint: Path | None = None  # the last one that it saved or resumed from
+    resumed_from: str | None = None  # the last --resume_from_checkpoint: a name in the run's folder, or a whole path
+    lock: WriterLock | None = None  # of the run's folder, in the main process
 
     @property
     def samples_per_step(self) -> int:
@@ -84,6 +89,7 @@ class Run:
         config, features = self.config, self.features
         return {
             "samples": self.samples,
+            "resumed_from": self.resumed_from,
             "unet_config": model_config(self.master_model["unet"]),
             "text_encoder_config": text_encoder_config(self.master_model),
             "prediction_type": config.prediction_type,
@@ -129,6 +135,7 @@ def build_run(config: TrainConfig, output_dir: Path, world: World | None = None)
     unet = build_unet(config, device)
     use_tokens = config.train_text_encoder or features.context_shape is None
     check_features(config, features, unet, use_tokens, "feature_path", config.feature_path)
+    check_named_encoders(config, features, unet)
     validation = open_validation(config, features, unet, use_tokens)
     master_model = nn.ModuleDict({"unet": unet})
     frozen, text_encoder_sha256, pad_token_id = None, None, 0
@@ -263,7 +270,7 @@ def build_text_encoder(
     name = first_that_has("text_encoder", config.pretrained_model_name_or_path, config.text_encoder_name_or_path)
     if name is not None:
         encoder = load_text_encoder(name).requires_grad_(True)
-        check_text_encoder_sizes(encoder, name, tokenizer, unet)
+        check_sizes(unet, "text_encoder_name_or_path", name, text_encoder=encoder, tokenizer=tokenizer)
         return encoder, pad_token_id
     width = unet.config.clip_dim
     text_config = CLIPTextConfig(
@@ -296,7 +303,7 @@ def load_frozen_text_encoder(
         )
     tokenizer = load_features_tokenizer(config, features)
     encoder = load_text_encoder(name)
-    check_text_encoder_sizes(encoder, name, tokenizer, unet)
+    check_sizes(unet, "text_encoder_name_or_path", name, text_encoder=encoder, tokenizer=tokenizer)
     sha256 = check_fingerprint(encoder, features.text_encoder_sha256, "text_encoder_name_or_path", name)
     return encoder, tokenizer.pad_token_id or 0, sha256
 
@@ -307,24 +314,3 @@ def load_features_tokenizer(config: TrainConfig, features: Features) -> Any:
     if name is None:
         raise UserError("--tokenizer_name: the features do not name the tokenizer that made their token ids; pass it")
     return load_tokenizer(name)
-
-
-def check_text_encoder_sizes(encoder: Any, name: str, tokenizer: Any, unet: UViTT2IModel) -> None:
-    """Raises UserError if the encoder cannot take the features' token ids, or the U-ViT its text embeddings."""
-    width, vocab_size = encoder.config.hidden_size, encoder.config.vocab_size
-    positions = getattr(encoder.config, "max_position_embeddings", None)
-    if width != unet.config.clip_dim:
-        raise UserError(
-            f"--text_encoder_name_or_path {name}: its width is {width}, and the U-ViT's clip_dim is "
-            f"{unet.config.clip_dim}; choose another --uvit_config_file"
-        )
-    if len(tokenizer) > vocab_size:
-        raise UserError(
-            f"--text_encoder_name_or_path {name}: its vocabulary has {vocab_size} tokens, and that of the features' "
-            f"tokenizer {len(tokenizer)}; name the encoder that belongs to the tokenizer"
-        )
-    if positions is not None and positions < unet.config.num_text_tokens:
-        raise UserError(
-            f"--text_encoder_name_or_path {name}: takes at most {positions} tokens, and the U-ViT's num_text_tokens is "
-            f"{unet.config.num_text_tokens}; choose another text encoder"
-        )

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import os
 import shlex
 import time
 from collections.abc import Iterator
@@ -12,14 +13,15 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 
-from uvit.checkpoint.folder import checkpoint_folders
+from uvit.checkpoint.folder import read_checkpoint
 from uvit.config.train import TrainConfig
 from uvit.distributed.mesh import Degrees, World, init_distributed
 from uvit.distributed.mesh import destroy_distributed as shutdown
-from uvit.distributed.ops import any_of, barrier
+from uvit.distributed.ops import any_of, barrier, on_main
 from uvit.errors import UserError
 from uvit.export.convert import USUAL_ENCODERS, convert_command, export_checkpoint, missing_encoders, training_facts
-from uvit.io import back_up, write_yaml
+from uvit.io import to_yaml, write_yaml
+from uvit.lock import LOCK, WriterLock
 from uvit.store.npy_layout import NpyFeatures
 from uvit.train.checkpointing import Checkpointer, resume
 from uvit.train.checks import check_latents
@@ -32,6 +34,7 @@ from uvit.train.process import (
     StopSignal,
     deterministic_mode,
     hang_watchdog,
+    lock_output_dir,
     report_stop,
     reset_hang_timer,
     run_in_named_frame,
@@ -72,32 +75,31 @@ def train(config: TrainConfig) -> int:
 def run_training(config: TrainConfig, world: World) -> int:
     """Start or resume the run, train, and export the pipeline. Returns the exit status."""
     status = 0
-    with hang_watchdog(config.hang_timeout, world):
-        run = build_run(config, Path(config.output_dir), world)
-        if world.is_main:
-            check_latents(run.features, run.latent_scale, config.feature_path)
-            if config.overwrite_output_dir:
-                back_up_output_dir(run)
-        barrier(world)
-        resume(run)
-        if world.is_main:
-            write_config(run)
-            truncate_skipped_samples(run)
-        if run.step >= run.max_steps:
-            print(f"{run.output_dir}: all {run.max_steps} steps are done")
-        else:
-            with stop_signals() as stop:
-                vae = load_preview_vae(run)
-                mfu = mfu_reference(run) if world.is_main else None
-                if mfu:
-                    print(mfu.sentence)
-                while not training_loop(run, stop, vae, mfu):
-                    roll_back(run)
-            if run.step < run.max_steps:
-                status = report_stop(stop, run.step, run.max_steps)
-    if status == 0 and world.is_main:
-        export_pipeline(run)
-    barrier(world)  # all must be there to restart, should the main process fail to export
+    with contextlib.ExitStack() as held:
+        with hang_watchdog(config.hang_timeout, world):
+            run = build_run(config, Path(config.output_dir), world)
+            if world.is_main:
+                check_latents(run.features, run.latent_scale, config.feature_path)
+            on_main(lambda: lock_run(run, held), world)
+            resume(run)
+            if world.is_main:
+                write_config(run)
+                truncate_skipped_samples(run)
+            if run.step >= run.max_steps:
+                print(f"{run.output_dir}: all {run.max_steps} steps are done")
+            else:
+                with stop_signals() as stop:
+                    vae = load_preview_vae(run)
+                    mfu = mfu_reference(run) if world.is_main else None
+                    if mfu:
+                        print(mfu.sentence)
+                    while not training_loop(run, stop, vae, mfu):
+                        roll_back(run)
+                if run.step < run.max_steps:
+                    status = report_stop(stop, run.step, run.max_steps)
+        if status == 0 and world.is_main:
+            export_pipeline(run)
+        barrier(world)  # all must be there to restart, should the main process fail to export
     return status
 
 
@@ -113,6 +115,8 @@ def training_loop(run: Run, stop: StopSignal, vae: AutoencoderKL | None, mfu: Mf
         with profiler(config, run) as profile, Checkpointer(run) as checkpointer:
             while run.step < run.max_steps and not any_of(bool(stop.signal), run.world):
                 reset_hang_timer(config.hang_timeout, run.world)
+                if run.lock:
+                    run.lock.check()
                 started = time.perf_counter()
                 result = train_step(run, batches)
                 seconds = time.perf_counter() - started
@@ -171,24 +175,41 @@ def step_metrics(run: Run, result: StepResult, seconds: float) -> dict[str, floa
 # The run folder
 
 
-def back_up_output_dir(run: Run) -> None:
-    """Keep the old contents of OUTPUT_DIR under another name."""
-    if run.output_dir.exists() and any(run.output_dir.iterdir()):
-        print(f"--overwrite_output_dir: what was in {run.output_dir} is now in {back_up(run.output_dir)}")
+def lock_run(run: Run, held: contextlib.ExitStack) -> None:
+    """Keep other processes from writing into OUTPUT_DIR until `held` ends."""
+    overwrite = run.config.overwrite_output_dir and not restarted(run)
+    with disk_errors(run.config, FOLDER_ERRORS):
+        run.lock = lock_output_dir(run.output_dir, overwrite, held)
+        logs = logs_folder(run.config, run.output_dir)
+        if not logs.resolve().is_relative_to(run.output_dir.resolve()):
+            held.enter_context(WriterLock(logs / LOCK, f"--logging_dir {logs}"))
+
+
+def restarted(run: Run) -> bool:
+    """Whether torchrun has restarted this command after it had begun: then --overwrite_output_dir is done."""
+    path = run.output_dir / "config.yaml"
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not path.is_file():
+        return False
+    return path.read_text(encoding="utf-8") == to_yaml(rerun_config(run))
+
+
+def rerun_config(run: Run) -> TrainConfig:
+    return dataclasses.replace(run.config, overwrite_output_dir=False)
 
 
 def write_config(run: Run) -> None:
     """OUTPUT_DIR/config.yaml, which runs the same training again."""
     with disk_errors(run.config, FOLDER_ERRORS):
-        run.output_dir.mkdir(parents=True, exist_ok=True)
-        write_yaml(dataclasses.replace(run.config, overwrite_output_dir=False), run.output_dir / "config.yaml")
+        write_yaml(rerun_config(run), run.output_dir / "config.yaml")
 
 
 def export_pipeline(run: Run) -> None:
     """OUTPUT_DIR/pipeline from the last checkpoint. If an encoder is missing, print the command that does it."""
-    checkpoint = checkpoint_folders(run.output_dir)[-1]
+    checkpoint = run.checkpoint
+    assert checkpoint is not None, "all steps are done, so it has saved or resumed one"
     folder = run.output_dir / "pipeline"
-    if training_facts(folder).get("step") == run.step:
+    facts, record = training_facts(folder), read_checkpoint(checkpoint).record
+    if all(facts.get(key) == record[key] for key in ("step", "samples", "config")):
         print(f"{folder} already exists")
         return
     if missing := missing_encoders(checkpoint):

@@ -174,9 +174,16 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def check_fingerprint(module: nn.Module, expected: str | None, flag: str, name: str) -> str:
-    """The fingerprint of an encoder. Raises UserError where it is not the expected one (None: not recorded)."""
-    found = fingerprint(module)
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 of the vocabulary."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def check_fingerprint(module: Any, expected: str | None, flag: str, name: str) -> str:
+    """The fingerprint of an encoder or tokenizer. Raises UserError where it is not the expected one (None: not
+    recorded).
+    """
+    found = fingerprint(module) if isinstance(module, nn.Module) else tokenizer_fingerprint(module)
     if expected is not None and found != expected:
         raise UserError(
             f"--{flag} {name}: is not the one that made the features (its fingerprint is {found[:12]}, not "

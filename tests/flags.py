@@ -1,0 +1,36 @@
+"""Command lines for walks over every flag of every command."""
+
+from dataclasses import MISSING, fields
+from typing import Any
+
+from uvit.cli.main import COMMANDS, _load
+from uvit.cli.parse import parse
+
+SEVERAL = {"paths": ["a", "b"]}  # for flags that must be given; others take "x"
+# What a flag needs beside it.
+BESIDE = {
+    ("autoencoder", "resolution"): ["--factor", "4"],
+    ("sample", "mask"): ["--init_image", "x"],
+    ("sample", "strength"): ["--init_image", "x"],
+    ("train", "image_logging_steps"): ["--logging_steps", "1"],
+    ("train", "logging_steps"): ["--image_logging_steps", "-1"],
+    ("train", "learning_rate"): ["--lr_scheduler_type", "constant"],
+    ("train", "min_lr"): ["--learning_rate", "1e308"],
+}
+
+
+def arguments(command: str, name: str, given: list[str]) -> list[str]:
+    """The arguments of a command in which `given` has the flag `name`, and all that must be there beside it."""
+    words = ["--text", "tokens"] if command == "extract" else []
+    for field in fields(_load(COMMANDS[command].config)):
+        if field.default is MISSING and field.name != name:
+            words += [f"--{field.name}", *SEVERAL.get(field.name, ["x"])]
+    return [*given, *words, *BESIDE.get((command, name), [])]
+
+
+def read(command: str, name: str, given: list[str]) -> Any:
+    """The value of a flag, as the command reads it."""
+    entry = COMMANDS[command]
+    words = arguments(command, name, given)
+    config, _ = parse(_load(entry.config), words, prog=f"uvit {command}", positional=entry.positional)
+    return getattr(config, name)
