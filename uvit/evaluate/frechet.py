@@ -1,4 +1,4 @@
-"""Means and covariances of features, and the Frechet distance between two of them: FID, where Inception made the features.
+"""Means and covariances of features, and the Frechet distance of two: FID, where Inception made the features.
 
 Everything is float64 on the CPU. Shapes: N images, D features.
 """
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from uvit.errors import UserError
+from uvit.evaluate.feature_sets import check_finite_features
 
 ROWS_PER_UPDATE = 1024  # a product of matrices reads and writes the (D, D) sum once, so take many rows at a time
 
@@ -58,11 +59,7 @@ class RunningStatistics:
         if features.ndim != 2 or (self.num_images and features.shape[1] != self._width()):
             raise ValueError(f"features of shape {tuple(features.shape)} after {self.num_images} rows")
         features = features.detach().cpu()
-        if not torch.isfinite(features).all():
-            raise UserError(
-                f"the features of images {self.num_images} to {self.num_images + len(features) - 1} hold NaN or "
-                "infinity; check the weights of the feature extractor, or compute in float32"
-            )
+        check_finite_features(features, "of the images", self.num_images)
         self.num_images += len(features)
         while len(features):
             room = ROWS_PER_UPDATE - sum(map(len, self.waiting))
@@ -143,8 +140,14 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
     """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)); equal statistics give 0 up to rounding, and nothing is below 0.
 
     With S = R R^T, the trace of the root of S1 S2 is the sum of the singular values of R1^T R2. No root is taken of a
-    rounding error, so covariances without full rank (fewer images than features) lose no digits either.
+    rounding error, so covariances without full rank (fewer images than features) lose no digits either. Raises
+    UserError where the two have different numbers of features.
     """
+    if len(first.mean) != len(second.mean):
+        raise UserError(
+            f"statistics of {len(first.mean)} and of {len(second.mean)} features cannot be compared; make both with "
+            "one feature extractor"
+        )
     return _distance(first.mean, _root(first.covariance), second.mean, _root(second.covariance))
 
 
