@@ -164,8 +164,8 @@ def test_dinov2_scales_positions_as_its_own_code_does(tmp_path: Path) -> None:
         plain = model.eval()(pixels).pooler_output
         model.embeddings.position_embeddings.data = scaled
         expected = model(pixels).pooler_output
-    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
-    assert (features - plain).norm() > 1e-3 * plain.norm()
+    torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
+    assert (features - plain).abs().max() > 1e-4
 
 
 def test_dinov2_of_another_position_grid(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_what_is_not_a_vision_model_is_one_sentence(clip_folder: Path, tmp_path:
         folder_extractor(str(tmp_path / "nan"))
     silent = tmp_path / "no-tokenizer"
     shutil.copytree(clip_folder, silent, ignore=lambda _, names: [name for name in names if "token" in name])
-    with pytest.raises(UserError, match=r"no-tokenizer: .* its tokenizer has \d+ tokens"):
+    with pytest.raises(UserError, match=r"no-tokenizer: .*its tokenizer has \d+ tokens"):
         clip_extractor(str(silent))
 
 

@@ -1,4 +1,4 @@
-"""The network and its three inputs equal those of pytorch-fid, torch-fidelity and clean-fid; files of others are refused."""
+"""The network and its inputs equal those of pytorch-fid, torch-fidelity and clean-fid; other networks are refused."""
 
 from pathlib import Path
 
@@ -96,7 +96,7 @@ def test_other_networks_and_files_are_refused(tmp_path: Path) -> None:
 
 def test_missing_weights_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
-    with pytest.raises(UserError, match=r"pt_inception-2015-12-05-6726825d.pth: .* 91 MiB, SHA-256 6726825d.* put it"):
+    with pytest.raises(UserError, match=r"pt_inception-2015-12-05-6726825d.pth: .*91 MiB, SHA-256 6726825d.* put it"):
         find_inception_weights()
     (tmp_path / "checkpoints").mkdir()
     for name in reversed(WEIGHTS_NAMES):  # what either package has downloaded is found

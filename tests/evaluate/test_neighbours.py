@@ -60,9 +60,9 @@ def test_sets_far_apart_and_equal_sets() -> None:
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(UserError, match="with 5 neighbours: needs at least 6 generated images, and there are 5"):
+    with pytest.raises(UserError, match=r"with 5 neighbours: needs at least 6 generated images, and there are 5"):
         precision_recall_density_coverage(torch.zeros(5, 2), torch.zeros(9, 2))
-    with pytest.raises(UserError, match="k = 0 neighbours; use 1 or more"):
+    with pytest.raises(UserError, match=r"k = 0 neighbours; use 1 or more"):
         precision_recall_density_coverage(torch.zeros(5, 2), torch.zeros(9, 2), k=0)
-    with pytest.raises(UserError, match="2 features each and the reference 3"):
+    with pytest.raises(UserError, match=r"2 features each and the reference 3"):
         precision_recall_density_coverage(torch.zeros(9, 2), torch.zeros(9, 3))

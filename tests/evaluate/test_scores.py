@@ -48,11 +48,11 @@ def test_intervals_cover_the_mean() -> None:
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(UserError, match="with 10 splits needs as many images, and there are 4"):
+    with pytest.raises(UserError, match=r"with 10 splits needs as many images, and there are 4"):
         inception_score(torch.zeros(4, 2))
-    with pytest.raises(UserError, match="^Inception Score: of the images, number 2 has"):
+    with pytest.raises(UserError, match=r"^Inception Score: of the images, number 2 has"):
         inception_score(torch.tensor([[0.0], [0.0], [math.nan]]), num_splits=1)
-    with pytest.raises(UserError, match="^CLIP score: of the captions, number 0 has"):
+    with pytest.raises(UserError, match=r"^CLIP score: of the captions, number 0 has"):
         clip_similarities(torch.zeros(1, 2), torch.full((1, 2), math.inf))
-    with pytest.raises(UserError, match="no images"):
+    with pytest.raises(UserError, match=r"no images"):
         mean_interval(torch.zeros(0))

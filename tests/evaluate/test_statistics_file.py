@@ -107,7 +107,7 @@ def test_damaged_and_missing_files_are_one_sentence(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"bad.npz: "):
             read_statistics(path)
     np.save(tmp_path / "one.npy", EYE)
-    with pytest.raises(UserError, match=r"one.npy: is a single array"):
+    with pytest.raises(UserError, match=r"one.npy: holds nothing, not the arrays mu"):
         read_statistics(tmp_path / "one.npy")
     with pytest.raises(UserError, match=r"nowhere.npz: no such file"):
         read_statistics(tmp_path / "nowhere.npz")

@@ -39,7 +39,7 @@ from uvit.weights.encoders import check_finite, fingerprint, is_local_path, quie
 CLIP_SCORE_MODEL = "openai/clip-vit-large-patch14"
 CMMD_MODEL = "openai/clip-vit-large-patch14-336"
 DINOV2_MODEL = "facebook/dinov2-large"
-SIZES = {CLIP_SCORE_MODEL: "1.7 GB", CMMD_MODEL: "1.7 GB", DINOV2_MODEL: "1.2 GB"}  # of model.safetensors
+WEIGHTS_SIZES = {CLIP_SCORE_MODEL: "1.7 GB", CMMD_MODEL: "1.7 GB", DINOV2_MODEL: "1.2 GB"}  # of model.safetensors
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -322,7 +322,7 @@ def _from_folder_or_cache(load: Callable[[str], Any], place: str, what: str) -> 
         reason = " ".join(str(error).split()).split(". ")[0][:200]
         if folder.is_dir():
             raise UserError(f"{place}: {what} cannot be loaded from there ({reason})") from None
-        size = f" ({SIZES[place]})" if place in SIZES else ""
+        size = f" ({WEIGHTS_SIZES[place]})" if place in WEIGHTS_SIZES else ""
         raise UserError(
             f"{place}: its files{size} are not in the Hub cache on this machine; get them with "
             f"`hf download {place}` where there is a network, or name a folder that has them"

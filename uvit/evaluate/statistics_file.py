@@ -1,11 +1,10 @@
 """Means and covariances of features as `.npz` files: ours, and those of pytorch-fid, clean-fid, ADM and dgm-eval.
 
-Ours has the arrays of pytorch-fid, `mu` and `sigma`, so that it and others read it; and `n`, `extractor`, `weights_hash`
-and `recipe` (JSON), so that two files are compared only if one extractor made both. No file can run code.
+Ours has the arrays of pytorch-fid, `mu` and `sigma`, so that other code reads it too; and `n`, `extractor`,
+`weights_hash` and `recipe` (JSON), so that it is compared only with what the same extractor made. No file can run code.
 """
 
 import json
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ SYMMETRY_TOLERANCE = 1e-4  # of the largest variance: files in float32 round, an
 
 @dataclass(frozen=True)
 class SavedStatistics:
-    """What a file holds. `extractor`, `weights_hash` and `recipe` are None where it does not say, as in other code's."""
+    """What a file holds. `extractor`, `weights_hash` and `recipe` are None where it does not say."""
 
     path: Path
     statistics: FeatureStatistics
@@ -51,7 +50,7 @@ def write_statistics(path: Path, statistics: FeatureStatistics, extractor: Extra
 
 
 def read_statistics(path: Path) -> SavedStatistics:
-    """Raises UserError where the file is missing, damaged, or holds no mean and covariance (nor dgm-eval's features)."""
+    """Of dgm-eval's files, which hold features, they are computed. Raises UserError where a file holds neither."""
     arrays = _read_arrays(path)
     if "mu" in arrays and "sigma" in arrays:
         statistics = _checked(path, arrays)
@@ -92,23 +91,21 @@ def check_same_features(saved: SavedStatistics, extractor: Extractor) -> None:
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of an `.npz`, but those that would need a pickle."""
+    """All arrays of an `.npz`, but those that would need a pickle, such as dgm-eval's `hparams`."""
+    arrays = {}
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise UserError(f"{path}: is a single array, not an .npz with mu and sigma; give statistics or images")
-            arrays = {}
-            for name in file.files:
+        with path.open("rb") as opened:
+            file = np.load(opened, allow_pickle=False)
+            for name in file if isinstance(file, Mapping) else ():  # a .npy is a single array
                 try:
                     arrays[name] = file[name]
-                except ValueError:  # an object array, such as dgm-eval's hparams
-                    continue
-            return arrays
+                except ValueError as error:
+                    if "allow_pickle" not in str(error):
+                        raise
+        return arrays
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give statistics (.npz) or images") from None
-    except (OSError, ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile, NotImplementedError) as error:
-        if isinstance(error, UserError):
-            raise
+    except Exception as error:  # damaged bytes raise errors of any type
         reason = " ".join(str(error).split())[:150]
         raise UserError(f"{path}: is damaged, or is no .npz of arrays ({reason}); make it again") from None
 
@@ -116,12 +113,8 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
 def _checked(path: Path, arrays: Mapping[str, np.ndarray]) -> FeatureStatistics:
     """Raises UserError where mu and sigma are no mean and covariance."""
     mu, sigma = arrays["mu"], arrays["sigma"]
-    if (
-        mu.ndim != 1
-        or not len(mu)
-        or sigma.shape != (len(mu), len(mu))
-        or {mu.dtype.kind, sigma.dtype.kind} - set("fiu")
-    ):
+    numbers = mu.dtype.kind in "fiu" and sigma.dtype.kind in "fiu"
+    if not numbers or mu.ndim != 1 or not len(mu) or sigma.shape != (len(mu), len(mu)):
         raise UserError(
             f"{path}: mu {mu.dtype} {mu.shape} and sigma {sigma.dtype} {sigma.shape} are no mean and covariance; make "
             "the file again"

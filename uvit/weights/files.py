@@ -126,7 +126,8 @@ def _read_pth(path: Path) -> dict[str, Any]:
         reason = " ".join(str(error).split())[:200]
         if "TorchScript" in reason:
             raise UserError(
-                f"{path}: is a TorchScript file. Such a file can run code and is refused; get one that holds only arrays"
+                f"{path}: is a TorchScript file. Such a file can run code and is refused; get one that holds "
+                "only arrays"
             ) from None
         raise UserError(f"{path}: is damaged or truncated ({reason}); get it again") from None
     if isinstance(content, Tensor):
