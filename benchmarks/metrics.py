@@ -2,8 +2,8 @@
 
     python benchmarks/metrics.py [--images 30000] [--features 2048]
 
-Features arrive in batches of 64. NumPy collects them in float64, then takes `np.cov`, and the roots of the eigenvalues of
-the covariances' product, as is common for FID.
+Features arrive in batches of 64. NumPy collects them in float64, then takes `np.cov`, and the roots of the eigenvalues
+of the covariances' product, as is common for FID.
 """
 
 import argparse
