@@ -54,5 +54,7 @@ def test_mistakes_are_named() -> None:
         inception_score(torch.tensor([[0.0], [0.0], [math.nan]]), num_splits=1)
     with pytest.raises(UserError, match=r"^CLIP score: of the captions, number 0 has"):
         clip_similarities(torch.zeros(1, 2), torch.full((1, 2), math.inf))
+    with pytest.raises(UserError, match=r"^CLIP score: there are no images"):
+        clip_score(torch.zeros(0))
     with pytest.raises(UserError, match=r"no images"):
         mean_interval(torch.zeros(0))

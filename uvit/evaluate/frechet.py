@@ -157,7 +157,8 @@ def frechet_distance_at_infinity(
     """The distance for infinitely many images (Chong and Forsyth 2020: FID-infinity), from features (N, D).
 
     The bias of the distance is nearly proportional to 1/n. A line is fitted to the distances of random subsets of
-    `num_sizes` sizes n, equally spaced from `smallest` (at most N/2) to N, and read off at 1/n = 0.
+    `num_sizes` sizes n, equally spaced from `smallest` (at most N/2) to N, and read off at 1/n = 0. It can be slightly
+    below 0 for equal distributions.
     """
     total = len(features)
     sizes = np.unique(np.linspace(min(smallest, total // 2), total, num_sizes).astype(int))

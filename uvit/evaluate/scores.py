@@ -47,6 +47,8 @@ def clip_score(similarities: Tensor, definition: Literal["mean", "clipped", "pap
         definition: `mean`, which torchmetrics uses: the mean, or 0 if it is negative. `clipped`: negative similarities
             count as 0. `paper` (Hessel et al. 2021, CLIPScore): the same times 2.5, of cosines.
     """
+    if not len(similarities):
+        raise UserError("CLIP score: there are no images; give at least 1")
     if definition == "mean":
         return max(0.0, similarities.mean().item())
     return similarities.clamp(min=0).mean().item() * (1 if definition == "clipped" else 2.5 / 100)
