@@ -309,7 +309,7 @@ def _load_model(cls: Any, place: str) -> tuple[Any, bool]:
 
 def _from_folder_or_cache(load: Callable[[str], Any], place: str, what: str) -> Any:
     """Load from a folder, or from the local Hub cache. Raises UserError that says where the files go."""
-    folder = Path(place).expanduser()
+    folder = Path(place)
     if folder.is_file() or (is_local_path(place) and not folder.is_dir()):
         problem = "is a file" if folder.is_file() else "no such folder"
         raise UserError(f"{place}: {problem}; give the folder of {what}")
@@ -331,4 +331,4 @@ def _from_folder_or_cache(load: Callable[[str], Any], place: str, what: str) -> 
 
 def _name(place: str) -> str:
     """The last part of a folder or Hub id."""
-    return Path(place).expanduser().resolve().name
+    return Path(place).resolve().name

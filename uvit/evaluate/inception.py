@@ -210,7 +210,7 @@ def find_inception_weights(path: str | None = None) -> Path:
     Raises UserError where there is none.
     """
     folder = Path(torch.hub.get_dir()) / "checkpoints"
-    candidates = [Path(path).expanduser()] if path else [folder / name for name in WEIGHTS_NAMES]
+    candidates = [Path(path)] if path else [folder / name for name in WEIGHTS_NAMES]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
