@@ -315,7 +315,7 @@ def _from_folder_or_cache(load: Callable[[str], Any], place: str, what: str) -> 
         raise UserError(f"{place}: {problem}; give the folder of {what}")
     try:
         with quiet():
-            return load(str(folder) if folder.is_dir() else place)
+            return load(place)
     except UserError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
