@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from tests.sample.parts import tiny_pipeline_folder
-from tests.tiny import save_checkpoint
 from uvit.errors import UserError
 from uvit.evaluate.generate import GeneratedImages, Setting, is_model, open_model
 from uvit.evaluate.prompts import Prompt

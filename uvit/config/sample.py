@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
-from uvit.config.bounds import BatchSize, Bounds, PositiveInt, Seed, check_bounds
+from uvit.config.bounds import BatchSize, Bounds, Seed, check_bounds
 from uvit.config.paths import PathFlag, expand_paths
 from uvit.config.sharding import parse_shard
 from uvit.errors import UserError

@@ -30,10 +30,10 @@ from uvit.evaluate.generate import GeneratedImages, folder_name, is_model, open_
 from uvit.evaluate.image_sets import FolderImages, ImageSet, SourceImages, open_images
 from uvit.evaluate.measure import FRECHET, ImageFeatures, Score, build_extractors, check_metrics, compute_scores
 from uvit.evaluate.prompts import Prompt, list_prompts, prompts_sha256
-from uvit.evaluate.write_report import command_line, environment, notes_on, score_table, summarise, write_report
 from uvit.evaluate.retrieval import retrieve
 from uvit.evaluate.statistics_file import SavedStatistics, check_same_features, read_statistics
 from uvit.evaluate.sweep import best_setting, list_settings, pareto_plot
+from uvit.evaluate.write_report import command_line, environment, notes_on, score_table, summarise, write_report
 from uvit.images import contact_sheet, save_png
 from uvit.io import write_json
 from uvit.progress import Progress

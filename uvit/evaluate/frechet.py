@@ -14,6 +14,9 @@ from uvit.errors import UserError
 from uvit.evaluate.feature_sets import check_finite_features
 
 ROWS_PER_UPDATE = 1024  # a product of matrices reads and writes the (D, D) sum once, so take many rows at a time
+EPS = torch.finfo(torch.float64).eps
+CLEAR_RANK = 1e-5  # of the diagonal of a Cholesky factor; without full rank it is about 1e-8
+ROOT_TOLERANCE = 1e-10  # relative
 
 
 @dataclass(frozen=True)
@@ -175,12 +178,24 @@ def frechet_distance_at_infinity(
 
 def _root(covariance: Tensor) -> Tensor:
     """R (D, r) with R R^T = S. Eigenvalues within the rounding error of S are zero: r is the rank."""
+    root, failed = torch.linalg.cholesky_ex(covariance)
+    diagonal = root.diagonal()
+    if not failed and diagonal.min() > CLEAR_RANK * diagonal.max():
+        return root
     values, vectors = torch.linalg.eigh(covariance)
-    positive = values > values.abs().max() * len(values) * torch.finfo(torch.float64).eps
+    positive = values > values.abs().max() * len(values) * EPS
     return vectors[:, positive] * values[positive].sqrt()
 
 
 def _distance(mean1: Tensor, root1: Tensor, mean2: Tensor, root2: Tensor) -> float:
     traces = root1.square().sum() + root2.square().sum()
-    overlap = torch.linalg.svdvals(root1.T @ root2).sum() if root1.numel() and root2.numel() else torch.zeros(())
+    overlap = _sum_of_singular_values(root1.T @ root2) if root1.numel() and root2.numel() else torch.zeros(())
     return max(0.0, float((mean1 - mean2).square().sum() + traces - 2 * overlap))
+
+
+def _sum_of_singular_values(matrix: Tensor) -> Tensor:
+    """By the eigenvalues of M^T M, four times as fast, if their rounding errors hardly change the roots."""
+    squares = torch.linalg.eigvalsh(matrix.T @ matrix)
+    values = squares.clamp(min=0).sqrt()
+    error = (EPS * squares.max() / (2 * values)).sum()  # of the roots, if each square is off by EPS of the largest
+    return values.sum() if error < ROOT_TOLERANCE * values.sum() else torch.linalg.svdvals(matrix).sum()
