@@ -95,7 +95,7 @@ class EvaluateConfig:
     repeats: PositiveInt = 1
     """Generate everything so many times, with other seeds, and report the mean and the spread."""
 
-    # Sampling (several values of a flag are swept, and the best combination is found)
+    # Sampling (several values are swept, and the best combination is found)
     guidance_scale: tuple[Guidance, ...] = ()
     """Classifier-free guidance; 1 turns it off. Default: 2."""
     num_inference_steps: tuple[InferenceSteps, ...] = ()
