@@ -69,10 +69,9 @@ def test_captioned_images_are_a_source_and_those_without_captions_are_left_out(t
 
 
 def test_a_feature_store_gives_the_images_that_it_was_made_from(tmp_path: Path) -> None:
-    command = "extract --source shapes --resolution 32 --vae_name_or_path shapes --text tokens --model_max_length 18"
-    assert (
-        main([*command.split(), "--output_dir", str(tmp_path / "store"), "--device", "cpu", "--num_workers", "0"]) == 0
-    )
+    command = "extract --source shapes --resolution 32 --vae_name_or_path shapes --text tokens --model_max_length 18 "
+    command += f"--output_dir {tmp_path / 'store'} --device cpu --num_workers 0"
+    assert main(command.split()) == 0
     images = opened(tmp_path / "store", 32)
     assert np.array_equal(load(images).pixels, load(opened("shapes", 32)).pixels)
     with pytest.raises(UserError, match="was made of images of 32 pixels, and 64 are needed"):

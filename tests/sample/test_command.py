@@ -165,7 +165,7 @@ def test_what_comes_out_as_no_numbers_is_not_written(folder: Path, tmp_path: Pat
     copy = UViTPipeline.from_pretrained(folder)
     torch.nn.init.constant_(copy.unet.norm.bias, torch.nan)
     copy.save_pretrained(tmp_path / "copy")
-    with pytest.raises(UserError, match="'a': the latents are NaN"):
+    with pytest.raises(UserError, match="'a': the image is NaN"):
         sample(SampleConfig(str(tmp_path / "copy"), ("a",), output_dir=str(tmp_path / "out"), num_inference_steps=2))
     assert not (tmp_path / "out").exists()
 

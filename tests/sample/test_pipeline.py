@@ -151,8 +151,8 @@ def test_callback_sees_and_changes_the_latents(pipeline: UViTPipeline) -> None:
 def test_callback_may_leave_the_latents_alone(pipeline: UViTPipeline) -> None:
     seen = draw(pipeline, callback_on_step_end=lambda *_: {}, callback_on_step_end_tensor_inputs=["latents"])
     assert torch.equal(seen, draw(pipeline))
-    with pytest.raises(ValueError, match=r"\['prompt_embeds'\]: only latents is available"):
-        draw(pipeline, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"])
+    with pytest.raises(ValueError, match=r"\['timesteps'\]: there are only latents, prompt_embeds"):
+        draw(pipeline, callback_on_step_end_tensor_inputs=["latents", "timesteps"])
 
 
 def test_nothing_to_draw(pipeline: UViTPipeline) -> None:

@@ -7,17 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tests.port import PORT_FOLDER, tiny_unet
 from uvit.errors import UserError
 from uvit.export.formats import save_pth
 from uvit.weights.detect import (
+    WRAPPERS,
     component_folders,
     config_beside,
-    detect_kind,
+    find_networks,
     first_that_has,
     has_component,
+    is_ema_name,
     is_third_party,
     missing_components,
     unwrap,
@@ -33,7 +37,6 @@ PATH = Path("weights.pth")
     ("tensors", "kind"),
     [
         (UNET, "uvit"),
-        ({f"unet.{name}": value for name, value in UNET.items()}, "trainer"),
         (VAE, "vae"),
         ({"decoder.mid.block_1.conv1.weight": torch.zeros(1)}, "ldm_vae"),
         ({"text_model.embeddings.token_embedding.weight": torch.zeros(1)}, "text_encoder"),
@@ -41,15 +44,46 @@ PATH = Path("weights.pth")
     ],
 )
 def test_kinds(tensors: dict[str, torch.Tensor], kind: str) -> None:
-    assert detect_kind(tensors, PATH) == kind
-    for wrapper in ("state_dict.", "module.", "state_dict.model."):
-        assert detect_kind(unwrap({wrapper + name: value for name, value in tensors.items()}), PATH) == kind
+    for wrapper in ("", "state_dict.", "module.", "state_dict.model.", "net._orig_mod.", "nnet.", "unet.", "a.b.c."):
+        (found,) = find_networks(unwrap({wrapper + name: value for name, value in tensors.items()}, PATH), PATH)
+        assert found.kind == kind and found.tensors.keys() == tensors.keys() and not found.is_ema
+
+
+@given(data=st.data())
+def test_wrappers_anywhere_and_in_any_order(data: st.DataObject) -> None:
+    wrappers = st.lists(st.sampled_from(sorted(WRAPPERS)), max_size=3)
+    wrapped = {}
+    for name, value in UNET.items():
+        parts = [[*data.draw(wrappers), part] for part in name.split(".")]
+        wrapped[".".join(part for group in parts for part in group)] = value
+    assert unwrap(wrapped, PATH) == UNET
+
+
+def test_two_arrays_of_one_name() -> None:
+    one = torch.zeros(1)
+    assert list(unwrap({"module.a": one, "a": one.clone()}, PATH)) == ["a"]
+    with pytest.raises(UserError, match=r"weights.pth: holds two different arrays a, with and without wrappers"):
+        unwrap({"module.a": one, "a": one + 1}, PATH)
+
+
+@pytest.mark.parametrize(
+    ("name", "ema"),
+    [
+        ("ema.", True), ("ema_model.", True), ("model_ema.", True), ("nnet_ema.", True), ("ema_state_dict.", True),
+        ("model.EMA.", True), ("ModelEMA.module.", True), ("state_dict_ema.", True), ("ema1.", True),
+        ("ema.ema_model.", True), ("averaged_model.", True), ("EMACallback.state_dict.", True), ("ema-0500", True),
+        ("ema.online_model.", False), ("model.", False), ("schema.", False), ("", False), ("emanuel", False),
+        ("cinema.net.", False), ("nnet_ema", True), ("model_state.ema", True), ("nnet", False),
+    ],
+)  # fmt: skip
+def test_the_usual_names_of_ema_weights(name: str, ema: bool) -> None:
+    assert is_ema_name(name) is ema
 
 
 @pytest.mark.parametrize(
     ("tensors", "said"),
     [
-        (UNET | VAE, "holds a U-ViT and a VAE in one file; give one file for each"),
+        (UNET | VAE, "holds a U-ViT and a VAE under the same names; give one file for each"),
         ({"layer.0": torch.zeros(1)}, r"holds 1 arrays \(layer.0\), which are not a U-ViT, a VAE or a CLIP"),
         (UNET | {"label_emb.weight": torch.zeros(1)}, "is a class-conditional U-ViT"),
         (UNET | {"time_embed.0.weight": torch.zeros(1)}, "MLP on its time token"),
@@ -57,7 +91,7 @@ def test_kinds(tensors: dict[str, torch.Tensor], kind: str) -> None:
 )
 def test_what_is_not_known(tensors: dict[str, torch.Tensor], said: str) -> None:
     with pytest.raises(UserError, match=f"^weights.pth: .*{said}"):
-        detect_kind(tensors, PATH)
+        find_networks(tensors, PATH)
 
 
 # Files, folders, configs
@@ -98,7 +132,7 @@ def test_the_components_of_a_source(tmp_path: Path) -> None:
     save_pth(tiny_unet().state_dict(), tmp_path / "official" / "nnet_ema.pth")
     assert of(tmp_path / "official") == of(tmp_path / "official" / "nnet_ema.pth") == ["unet"]
     both = {f"unet.{name}": value for name, value in tiny_unet().state_dict().items()}
-    write_pdparams(tmp_path / "model_state.pdparams", both | {"vae.x": next(iter(both.values()))})
+    write_pdparams(tmp_path / "model_state.pdparams", both | {f"vae.{name}": value for name, value in VAE.items()})
     assert of(tmp_path / "model_state.pdparams") == ["unet", "vqvae"]
     (tmp_path / "alone" / "vae").mkdir(parents=True)
     assert of(tmp_path / "alone") == ["vqvae"] == list(component_folders(tmp_path / "alone"))

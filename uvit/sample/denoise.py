@@ -40,6 +40,8 @@ def denoise(
     start: int = 0,
     image: Tensor | None = None,
     guidance_interval: tuple[float, float] = ALL_TIMESTEPS,
+    eta: float = 0.0,
+    control: Callable[[], tuple[Tensor, float] | None] | None = None,
 ) -> Tensor:
     """Sample latents.
 
@@ -62,6 +64,9 @@ def denoise(
         image: x_0 (B, C, h, w) to begin from; `latents` is then the noise to add to it. Unused if `start` is 0.
         guidance_interval: lowest and highest timestep with guidance (Kynkäänniemi et al. 2024). Outside, the
             prediction is the conditional one alone, at half the cost.
+        eta: how much noise DDIM adds, from 0 to 1; for schedulers that have it.
+        control: called before each step; -> the text embeddings and the guidance scale from then on, or None to stop
+            here. The embeddings are (2 B, T, D), the empty ones first, or (B, T, D) without guidance.
     Returns:
         (B, C, h, w) float32: x_0, scaled as in training.
     """
@@ -71,8 +76,12 @@ def denoise(
     scheduler.set_timesteps(num_inference_steps, device=latents.device)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(start)  # otherwise a first timestep that rounding repeats costs a step
-    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    options = {"generator": generator} if takes_generator else {}
+    parameters = inspect.signature(scheduler.step).parameters
+    options: dict[str, Any] = {"generator": generator} if "generator" in parameters else {}
+    if "eta" in parameters:
+        options["eta"] = eta
+    elif eta != 0:
+        raise UserError(f"eta {eta:g}: {type(scheduler).__name__} has none; leave it out, or use DDIM")
     both = torch.cat([empty_context.expand_as(context), context])  # (2 B, T, D)
     lowest, highest = guidance_interval
 
@@ -83,11 +92,15 @@ def denoise(
     else:
         x = at_step(scheduler, start, image, latents.float())
     for i, t in enumerate(progress(scheduler.timesteps[start:]), start):
+        if control is not None:
+            if (now := control()) is None:
+                break
+            both, guidance_scale = now
         x_n = scheduler.scale_model_input(x, t)  # variance-preserving, as in training
-        guided = guidance_scale != 1 and lowest <= timesteps[i] <= highest
+        guided = len(both) > len(x) and guidance_scale != 1 and lowest <= timesteps[i] <= highest
         inputs = torch.cat([x_n, x_n]) if guided else x_n
         n = model_timesteps[i].expand(len(inputs))
-        prediction = unet(inputs.to(context.dtype), n, both if guided else context).float()
+        prediction = unet(inputs.to(context.dtype), n, both if guided else both[-len(x) :]).float()
         if guided:
             uncond, cond = prediction.chunk(2)
             prediction = uncond + guidance_scale * (cond - uncond)

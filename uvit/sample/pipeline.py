@@ -15,6 +15,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from uvit.diffusion import LATENT_SCALE
 from uvit.images import to_pil
 from uvit.model import UViTT2IModel
+from uvit.sample.arguments import (
+    as_prompts,
+    check_embeds,
+    check_generators,
+    check_images,
+    check_noise,
+    check_number,
+    check_settings,
+    check_whole,
+    refuse_unsupported,
+)  # fmt: skip
+from uvit.sample.callbacks import CALLBACK_TENSORS, Steps, callback_inputs
 from uvit.sample.denoise import ALL_TIMESTEPS, denoise
 from uvit.sample.edit import STRENGTH, Original, first_step, read_original
 from uvit.sample.schedulers import scheduler_from_config
@@ -23,7 +35,7 @@ from uvit.weights.encoders import decode_latents, downsampling_of, encode_tokens
 
 Generators = torch.Generator | list[torch.Generator]
 TIMESTEP_OFFSETS = {"1..1000": 1, "0..999": 0}  # timestep_labels -> `denoise`'s timestep_offset
-StepCallback = Callable[["UViTPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
+StepCallback = Callable[["UViTPipeline", int, Tensor, dict[str, Any]], dict[str, Any] | None]
 
 
 class UViTPipeline(DiffusionPipeline):
@@ -45,6 +57,10 @@ class UViTPipeline(DiffusionPipeline):
     scheduler: Any
     config: Any
     model_cpu_offload_seq = "text_encoder->unet->vqvae"
+    _callback_tensor_inputs = CALLBACK_TENSORS  # diffusers' name
+    _interrupt = False
+    _guidance_scale = 1.0
+    _num_timesteps = 0
 
     def __init__(
         self,
@@ -92,6 +108,26 @@ class UViTPipeline(DiffusionPipeline):
     def disable_vae_tiling(self) -> None:
         self.vqvae.disable_tiling()
 
+    def enable_attention_slicing(self, slice_size: Any = "auto") -> None:
+        """Raises ValueError: attention is computed without its matrix of weights, so there is nothing to slice."""
+        if slice_size is None:  # disable_attention_slicing
+            return
+        raise ValueError("enable_attention_slicing: attention needs little memory here; try enable_vae_slicing")
+
+    # As in diffusers, for callbacks: setting `_interrupt` or `_guidance_scale` takes effect at the next step.
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
     def encode_prompt(self, prompt: str | list[str]) -> Tensor:
         """The text embeddings (B, T, D) of the prompts. Warns if a prompt is too long and is truncated."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -128,6 +164,8 @@ class UViTPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        eta: float = 0.0,
+        **unsupported: Any,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generate images.
 
@@ -145,22 +183,23 @@ class UViTPipeline(DiffusionPipeline):
             generator: of the noise; a list holds one per image.
             latents: (B N, C, h, w), the standard normal noise to begin with.
             output_type: 'pil'; 'np' (B N, H, W, 3) or 'pt' (B N, 3, H, W) in [0, 1]; 'latent' (B N, C, h, w).
-            callback_on_step_end: (pipeline, step, timestep, {"latents": ...}) -> {} or {"latents": others}.
-            callback_on_step_end_tensor_inputs: as in diffusers; only "latents" is available.
+            callback_on_step_end: (pipeline, step, timestep, {"latents": ...}) -> None, or a dict with other tensors in
+                place of these; or a PipelineCallback of diffusers. It may set `pipeline._interrupt = True` to stop.
+            callback_on_step_end_tensor_inputs: which it gets: latents, negative_prompt_embeds, and prompt_embeds,
+                which with guidance has the negative ones first (2 B N, T, D).
+            eta: how much noise DDIM adds, from 0 to 1; other schedulers have none.
+            unsupported: other arguments of StableDiffusionPipeline; an error says why each is not available.
 
-        Raises ValueError if arguments do not fit together.
+        Raises ValueError if arguments do not fit together, and if an image is NaN or infinite.
         """
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type {output_type!r} is none of 'pil', 'np', 'pt', 'latent'")
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps {num_inference_steps} must be at least 1")
-        if unknown := set(callback_on_step_end_tensor_inputs) - {"latents"}:
-            raise ValueError(f"callback_on_step_end_tensor_inputs {sorted(unknown)}: only latents is available")
+        refuse_unsupported(unsupported, self.__call__)
+        check_settings(num_inference_steps, num_images_per_prompt, guidance_scale, guidance_interval, eta, output_type)
+        inputs = callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         if negative_prompt is None and negative_prompt_embeds is None:
             negative_prompt = ""
-        context = negative = self._context(prompt, prompt_embeds)
+        context = negative = self._context("prompt", prompt, prompt_embeds)
         if guidance_scale != 1:
-            negative = self._context(negative_prompt, negative_prompt_embeds)
+            negative = self._context("negative_prompt", negative_prompt, negative_prompt_embeds)
         if len(negative) not in (1, len(context)):
             raise ValueError(f"there are {len(negative)} negative prompts for {len(context)} prompts")
         negative = negative.expand_as(context).repeat_interleave(num_images_per_prompt, dim=0)
@@ -173,17 +212,16 @@ class UViTPipeline(DiffusionPipeline):
         if original is not None:
             if strength is None:
                 strength = STRENGTH if mask_image is None else 1.0
+            check_number("strength", strength)
             start = first_step(strength, num_inference_steps, self.scheduler.order)
         elif strength is not None:
             raise ValueError(f"strength {strength} needs an image")
 
-        def on_step(i: int, t: Tensor, latents: Tensor) -> Tensor:
-            if original is not None:
-                latents = original.keep(self.scheduler, i + 1, latents, noise)
-            if callback_on_step_end is not None:
-                latents = callback_on_step_end(self, i - start, t, {"latents": latents}).get("latents", latents)
-            return latents
+        def keep(i: int, latents: Tensor) -> Tensor:
+            return latents if original is None else original.keep(self.scheduler, i + 1, latents, noise)
 
+        self._interrupt, self._guidance_scale = False, guidance_scale
+        steps = Steps(self, negative, context, start, callback_on_step_end, inputs, keep)
         latents = denoise(
             self.unet,
             self.scheduler,
@@ -195,24 +233,31 @@ class UViTPipeline(DiffusionPipeline):
             self.config.prediction_type,
             generator=generator,
             progress=self.progress_bar,
-            on_step=on_step,
+            on_step=steps.after,
             timestep_offset=TIMESTEP_OFFSETS[self.config.timestep_labels],
             start=start,
             image=None if original is None else original.latents,
             guidance_interval=guidance_interval,
+            eta=eta,
+            control=steps.before,
         )
-        images: Any = latents if output_type == "latent" else self._decode(latents, original, output_type)
+        check_images(latents, prompt)
+        images: Any = latents if output_type == "latent" else self._decode(latents, original, output_type, prompt)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _context(self, prompt: str | list[str] | None, embeds: Tensor | None) -> Tensor:
+    def _context(self, name: str, prompt: Any, embeds: Tensor | None) -> Tensor:
         """The text embeddings (B, T, D), on the device and in the dtype of the network."""
         if embeds is None:
-            if prompt is None or prompt == []:
-                raise ValueError("prompt and prompt_embeds are both missing")
-            embeds = self.encode_prompt(prompt)
+            if prompt is None or not (prompts := as_prompts(name, prompt)):
+                raise ValueError(f"{name} and {name}_embeds are both missing")
+            if self.text_encoder is None or self.tokenizer is None:
+                raise ValueError(f"{name}: the pipeline has no text encoder and tokenizer; pass {name}_embeds")
+            embeds = self.encode_prompt(prompts)
         elif prompt is not None:
-            raise ValueError("prompt and prompt_embeds are both given")
+            raise ValueError(f"{name} and {name}_embeds are both given")
+        else:
+            check_embeds(f"{name}_embeds", embeds, self.unet.config.num_text_tokens, self.unet.config.clip_dim)
         return embeds.to(self._execution_device, self.unet.dtype)
 
     @property
@@ -224,6 +269,9 @@ class UViTPipeline(DiffusionPipeline):
 
     def _latents_shape(self, batch: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
         factor = downsampling_of(self.vqvae)
+        for name, side in (("height", height), ("width", width)):
+            if side is not None:
+                check_whole(name, side)
         pixels = [wanted or side for wanted, side in zip((height, width), self.resolution, strict=True)]
         if any(side % factor for side in pixels):
             raise ValueError(f"height {pixels[0]} and width {pixels[1]} must be multiples of {factor}")
@@ -231,12 +279,10 @@ class UViTPipeline(DiffusionPipeline):
 
     def _noise(self, shape: tuple[int, ...], generator: Generators | None, latents: Tensor | None) -> Tensor:
         """The initial noise, always in float32, so that a seed gives the same image in every dtype."""
-        if isinstance(generator, list) and len(generator) != shape[0]:
-            raise ValueError(f"there are {len(generator)} generators for {shape[0]} images")
+        check_generators(generator, shape[0])
         if latents is None:
             return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
-        if latents.shape != shape:
-            raise ValueError(f"latents have shape {tuple(latents.shape)}; {shape} is needed")
+        check_noise(latents, shape)
         return latents.to(self._execution_device)
 
     def _original(self, image: Any, mask_image: Any, shape: tuple[int, int, int, int]) -> Original | None:
@@ -249,8 +295,9 @@ class UViTPipeline(DiffusionPipeline):
         scale = self.config.latent_scale
         return read_original(self.vqvae, scale, image, mask_image, size, shape[0], self._execution_device)
 
-    def _decode(self, latents: Tensor, original: Original | None, output_type: str) -> Any:
+    def _decode(self, latents: Tensor, original: Original | None, output_type: str, prompt: Any) -> Any:
         images = decode_latents(self.vqvae, latents.to(self.vqvae.dtype), self.config.latent_scale).float()
+        check_images(images, prompt)
         if original is not None:
             images = original.paste(images)
         if output_type == "pil":

@@ -2,20 +2,23 @@
 
 import functools
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from uvit.config.model import model_arguments, resolve_model_config
 from uvit.errors import UserError
 from uvit.weights.encoders import WEIGHT_SUFFIXES
-from uvit.weights.files import container_of, is_paddle_file, read_weights
+from uvit.weights.files import SHARD, container_of, is_paddle_file, read_weights
 from uvit.weights.report import shorten
 
 Network = Literal["unet", "vqvae", "text_encoder"]
-WeightsKind = Literal["uvit", "trainer", "vae", "ldm_vae", "text_encoder"]
+WeightsKind = Literal["uvit", "vae", "ldm_vae", "text_encoder"]
 
 INDEX, CONFIG = "model_index.json", "config.json"
 FLAGS = {"vqvae": "vae_name_or_path", "text_encoder": "text_encoder_name_or_path", "tokenizer": "tokenizer_name"}
@@ -23,63 +26,145 @@ FLAGS = {"vqvae": "vae_name_or_path", "text_encoder": "text_encoder_name_or_path
 
 # What arrays are
 
-COMPONENT_OF = {"uvit": "unet", "vae": "vqvae", "ldm_vae": "vqvae", "text_encoder": "text_encoder", "trainer": "all"}
+COMPONENT_OF = {"uvit": "unet", "vae": "vqvae", "ldm_vae": "vqvae", "text_encoder": "text_encoder"}
 KIND_NAMES: dict[WeightsKind, str] = {
-    "trainer": "a checkpoint of the PaddleMIX trainer",
     "uvit": "a U-ViT",
     "vae": "a VAE",
     "ldm_vae": "a VAE with its original (LDM) names",
     "text_encoder": "a CLIP text encoder",
 }
-WRAPPERS = ("state_dict.", "model.", "module.", "_orig_mod.")  # prefixes that trainers add to all names
-TRAINER_PREFIXES = {"unet": "unet.", "vqvae": "vae.", "text_encoder": "text_encoder."}
+# Modules that wrap others, anywhere in a name: DDP, torch.compile, FSDP, activation checkpointing.
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 # Names that only this kind has; one of them is enough.
 _NAMES_OF_KIND: dict[WeightsKind, tuple[str, ...]] = {
-    "trainer": ("unet.pos_embed",),
     "uvit": ("pos_embed", "mid_block.attn.qkv.weight", "patch_embed.proj.weight"),
     "vae": ("encoder.mid_block.resnets.0.conv1.weight", "decoder.mid_block.resnets.0.conv1.weight"),
     "ldm_vae": ("encoder.mid.block_1.conv1.weight", "decoder.mid.block_1.conv1.weight"),
-    "text_encoder": (
-        "text_model.embeddings.token_embedding.weight",
-        "embeddings.token_embedding.weight",
-        "text_model.token_embedding.weight",
-    ),
+    "text_encoder": ("embeddings.token_embedding.weight", "text_model.token_embedding.weight"),
 }
 _UNSUPPORTED_UVITS = {
     "label_emb.weight": "is a class-conditional U-ViT; only text-to-image U-ViTs can be converted",
     "time_embed.0.weight": "is a U-ViT with an MLP on its time token (mlp_time_embed), which is not supported",
 }
+# What trainers keep beside the weights.
+_TRAINING_STATE = (
+    "opt.",
+    "optim",
+    "lr_scheduler",
+    "scheduler",
+    "scaler",
+    "rng",
+    "random",
+    "callbacks",
+    "loops",
+    "loss.",
+)
+_EMA_WORD = re.compile(r"(?<![a-z])(ema|shadow|averaged?)(?![a-z])|EMA|Ema")
 
 
-def unwrap(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the prefixes that all names share."""
-    found = dict(tensors)
-    while prefix := next((p for p in WRAPPERS if all(name.startswith(p) for name in found)), None):
-        found = with_prefix(found, prefix)
+@dataclass(frozen=True)
+class FoundNetwork:
+    """One network among the arrays of a file.
+
+    Attributes:
+        prefix: what its names begin with in the file: `model.`, `ema.`, or nothing.
+        tensors: by their names in the network.
+    """
+
+    kind: WeightsKind
+    prefix: str
+    tensors: dict[str, Tensor]
+
+    @property
+    def is_ema(self) -> bool:
+        return is_ema_name(self.prefix)
+
+
+def is_ema_name(name: str) -> bool:
+    """Whether a prefix or the name of a file says that the weights are EMA weights: nnet_ema, ema.module, model_ema.
+
+    The last part that says either counts: in `ema.online_model` the weights are raw.
+    """
+    parts = name.split(".")
+    return next((bool(_EMA_WORD.search(p)) for p in reversed(parts) if _EMA_WORD.search(p) or "online" in p), False)
+
+
+def unwrap(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Remove the parts of names that come from WRAPPERS. Raises UserError where two arrays get one name."""
+    found: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        plain = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        if plain in found and not torch.equal(found[plain], value):
+            raise UserError(f"{path}: holds two different arrays {plain}, with and without wrappers; keep one of them")
+        found[plain] = value
     return found
 
 
-def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The arrays whose names have the prefix, by the rest of their names."""
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+def find_networks(tensors: Mapping[str, Tensor], path: Path) -> list[FoundNetwork]:
+    """The networks among (unwrapped) arrays, whatever their names begin with.
+
+    EMA weights without names, or with names without dots, get the names of the raw weights beside them. Raises
+    UserError where there is no network, or two kinds of them are mixed.
+    """
+    prefixes: dict[str, WeightsKind] = {}
+    for name in tensors:
+        for kind, names in _NAMES_OF_KIND.items():
+            for known in names:
+                if name != known and not name.endswith(f".{known}"):
+                    continue
+                prefix = name.removesuffix(known)
+                if kind == "text_encoder" and (prefix == "text_model." or prefix.endswith(".text_model.")):
+                    prefix = prefix.removesuffix("text_model.")
+                if (other := prefixes.setdefault(prefix, kind)) != kind:
+                    mixed = f"{KIND_NAMES[other]} and {KIND_NAMES[kind]}"
+                    raise UserError(f"{path}: holds {mixed} under the same names; give one file for each")
+    groups: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
+    longest_first = sorted(prefixes, key=len, reverse=True)
+    for name, value in tensors.items():
+        where = next((prefix for prefix in longest_first if name.startswith(prefix)), None)
+        own = name.removeprefix(where or "")
+        if where is not None and value.ndim and not own.startswith(_TRAINING_STATE) and not is_ema_name(own):
+            groups[where][own] = value
+    found = [FoundNetwork(kind, prefix, groups[prefix]) for prefix, kind in prefixes.items()]
+    named = [network for network in found if any("." in name for name in network.tensors)]
+    for network in named:
+        for name, problem in _UNSUPPORTED_UVITS.items():
+            if network.kind == "uvit" and name in network.tensors:
+                raise UserError(f"{path}: {problem}")
+    if not named:
+        if any(re.search(r"(^|\.)shadow_params\.0$", name) for name in tensors):
+            raise UserError(
+                f"{path}: holds EMA weights without names (shadow_params), as EMAModel of diffusers keeps them; give a "
+                "file that has the model's state_dict too"
+            )
+        raise UserError(
+            f"{path}: holds {len(tensors)} arrays ({shorten(sorted(tensors))}), which are not a U-ViT, a VAE or a CLIP "
+            "text encoder"
+        )
+    used = {network.prefix + name for network in named for name in network.tensors}
+    rest = {name: value for name, value in tensors.items() if name not in used}
+    return [*named, *(ema for network in named if not network.is_ema for ema in _ema_without_names(rest, network))]
 
 
-def detect_kind(tensors: Mapping[str, Tensor], path: Path) -> WeightsKind:
-    """What the (unwrapped) tensors are. Raises UserError where they are of several kinds, or of none."""
-    kinds = [kind for kind, names in _NAMES_OF_KIND.items() if any(name in tensors for name in names)]
-    for name, problem in _UNSUPPORTED_UVITS.items():
-        if kinds == ["uvit"] and name in tensors:
-            raise UserError(f"{path}: {problem}")
-    if len(kinds) == 1:
-        return kinds[0]
-    if kinds:
-        mixed = " and ".join(KIND_NAMES[kind] for kind in kinds)
-        raise UserError(f"{path}: holds {mixed} in one file; give one file for each")
-    raise UserError(
-        f"{path}: holds {len(tensors)} arrays ({shorten(sorted(tensors))}), which are not a U-ViT, a VAE or a CLIP "
-        "text encoder"
-    )
+def _ema_without_names(tensors: Mapping[str, Tensor], raw: FoundNetwork) -> Iterator[FoundNetwork]:
+    """EMA weights of `raw` as a list in its order (diffusers' EMAModel), or with dotless names (LDM, PaddleMIX)."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        prefix, dot, last = name.rpartition(".")
+        if value.ndim and is_ema_name(prefix):
+            groups.setdefault(prefix + dot, {})[last] = value
+    parts = raw.prefix.split(".")
+    starts = [".".join(parts[i:]) for i in range(len(parts))]  # of the names that the EMA knows
+    dotless = {(start + name).replace(".", ""): name for start in starts for name in raw.tensors}
+    parameters = [name for name, value in raw.tensors.items() if value.is_floating_point()]
+    for prefix, group in groups.items():
+        if all(name.isdigit() for name in group):
+            shapes = [value.shape for value in group.values()]
+            if shapes == [raw.tensors[name].shape for name in parameters]:
+                yield FoundNetwork(raw.kind, prefix, dict(zip(parameters, group.values(), strict=True)))
+        elif ema := {dotless[name]: value for name, value in group.items() if name in dotless}:
+            yield FoundNetwork(raw.kind, prefix, ema)
 
 
 # What a folder is
@@ -91,7 +176,10 @@ COMPONENT_FOLDERS = {
     "tokenizer": ("tokenizer",),
 }
 # Other files of trainers with the suffixes of weights begin so.
-_STATE_FILES = ("optimizer", "lr_scheduler", "scheduler", "scaler", "step", "training_args", "rng_state")
+_STATE_FILES = (
+    "optimizer", "lr_scheduler", "scheduler", "scaler", "step", "training_args", "rng_state", "random_states",
+    "sampler",
+)  # fmt: skip
 
 
 def is_paddlemix_folder(folder: Path) -> bool:
@@ -128,14 +216,18 @@ def _is_third_party_file(path: Path) -> bool:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Files that may hold a network."""
+    """Files that may hold a network; of a set of shards, the first."""
     files = (path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix in WEIGHT_SUFFIXES)
-    return [path for path in files if not path.name.startswith(_STATE_FILES)]
+    first: dict[str, Path] = {}
+    for path in files:
+        if not path.name.startswith(_STATE_FILES):
+            first.setdefault(SHARD.sub(r"\1\3\4", path.name), path)
+    return list(first.values())
 
 
 def is_ema_file(path: Path) -> bool:
     """Trainers mark EMA weights in the name of the file: nnet_ema.pth, model_state.ema.pdparams."""
-    return "ema" in path.stem.replace(".", "_").split("_")
+    return is_ema_name(path.stem)
 
 
 def component_folders(folder: Path) -> dict[str, Path]:
@@ -214,11 +306,8 @@ def has_component(name_or_path: str, component: str) -> bool:
 
 @functools.cache  # large files are read once
 def _components_in(path: Path) -> set[str]:
-    tensors = unwrap(read_weights(path).tensors)
-    kind = detect_kind(tensors, path)
-    if kind != "trainer":
-        return {COMPONENT_OF[kind]}
-    return {part for part, prefix in TRAINER_PREFIXES.items() if any(name.startswith(prefix) for name in tensors)}
+    found = find_networks(unwrap(read_weights(path).tensors, path), path)
+    return {COMPONENT_OF[network.kind] for network in found}
 
 
 def first_that_has(component: str, pretrained: str | None, *others: str | None) -> str | None:

@@ -221,7 +221,8 @@ def encode_images(vae: Any, pixels: Tensor) -> Tensor:
 
 def decode_latents(vae: Any, latents: Tensor, latent_scale: float) -> Tensor:
     """Latents (B, C, h, w), scaled as in training -> images (B, 3, H, W) in [-1, 1]."""
-    return vae.decode(latents / latent_scale).sample.clamp(-1, 1)
+    images = vae.decode(latents / latent_scale).sample
+    return torch.where(images.isinf(), torch.nan, images.clamp(-1, 1))  # clamping must not hide an infinity
 
 
 # Captions

@@ -3,30 +3,32 @@
 The first bytes tell the container, not the name of the file. No code in a file is run.
 """
 
-import pickle
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from uvit.errors import UserError
 from uvit.weights.pdparams import read_pdparams
+from uvit.weights.pickles import read_pth
 
 Container = Literal["safetensors", "pdparams", "pth"]
 LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how files of PyTorch before 1.6 begin
+SHARD = re.compile(r"(.+[-_])(\d{5})-of-(\d{5})(\.\w+)")
+INDEX_SUFFIX = ".index.json"
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The content of a file.
+    """The content of a file, or of all files of a set of shards.
 
     Attributes:
-        tensors: by name; those in nested dicts as `outer.inner`.
+        tensors: by name; those in nested dicts and lists as `outer.inner`, in the order of the file.
         paddle: whether the container says that Linear weights are (in, out). None: it does not say.
         other_entries: the names of entries that are not tensors.
     """
@@ -57,17 +59,52 @@ def container_of(path: Path) -> Container:
     raise UserError(f"{path}: {problem}")
 
 
+def shards_of(path: Path) -> list[Path]:
+    """All files of the set that a shard, NAME-00001-of-00002.SUFFIX, belongs to, or that an index names; else the file.
+
+    Raises UserError where one of them is missing.
+    """
+    if path.name.endswith(INDEX_SUFFIX):
+        try:
+            names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{path}: is not an index of weights ({error!r}); give one of its files") from None
+    elif (found := SHARD.fullmatch(path.name)) is not None:
+        names = [f"{found[1]}{i:05d}-of-{found[3]}{found[4]}" for i in range(1, int(found[3]) + 1)]
+    else:
+        return [path]
+    if any(Path(str(name)).name != name for name in names) or not names:
+        raise UserError(f"{path}: names files that are not beside it; give one of its files")
+    if missing := [name for name in names if not path.with_name(name).is_file()]:
+        raise UserError(f"{path}: belongs to {len(names)} files, and {missing[0]} is missing; get it too")
+    return [path.with_name(name) for name in names]
+
+
 def read_weights(path: Path) -> Weights:
-    """Raises UserError where the file is damaged, asks to run code or holds no arrays."""
+    """Raises UserError where the file is damaged, asks to run code or holds no arrays, or another shard is missing."""
+    shards = [_read_file(shard) for shard in shards_of(path)]
+    tensors: dict[str, Tensor] = {}
+    for shard in shards:
+        if twice := tensors.keys() & shard.tensors.keys():
+            raise UserError(f"{shard.path}: holds {min(twice)}, which another file of its set holds too; get it again")
+        tensors |= shard.tensors
+    others = tuple(name for shard in shards for name in shard.other_entries)
+    return Weights(path, shards[0].container, tensors, shards[0].paddle, others)
+
+
+def _read_file(path: Path) -> Weights:
     container = container_of(path)
     paddle = None
+    content: Any
     if container == "safetensors":
         content, paddle = _read_safetensors(path)
     elif container == "pdparams":
         content, paddle = read_pdparams(path), True
     else:
-        content, paddle = _read_pth(path), False
-    entries = dict(_flat(content))
+        content, paddle = read_pth(path), False
+    if not isinstance(content, (dict, Tensor)):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a dict of arrays")
+    entries = dict(_flat(content)) if isinstance(content, dict) else {}
     tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f"{path}: holds no arrays")
@@ -76,8 +113,9 @@ def read_weights(path: Path) -> Weights:
 
 def _flat(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in content.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+        inner = dict(enumerate(value)) if isinstance(value, list) else value
+        if isinstance(inner, dict) and any(isinstance(item, (Tensor, dict, list)) for item in inner.values()):
+            yield from _flat(inner, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -107,31 +145,3 @@ def is_paddle_file(path: Path) -> bool:
     except (SafetensorError, OSError, IndexError):
         return False
     return layout == "pd" or transposed or any(name.endswith(".linear1.weight") for name in names)
-
-
-def _read_pth(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        zipped = file.read(2) == b"PK"  # files of PyTorch before 1.6 cannot be memory-mapped
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        code = re.search(r"(?:GLOBAL|global:?) ([\w.]+)", str(error))
-        if code is None:
-            raise UserError(f"{path}: is damaged or truncated; get it again") from None
-        raise UserError(
-            f"{path}: asks for {code[1]}, which is not an array. Such a file can run code and is refused; "
-            "get one that holds only arrays"
-        ) from None
-    except Exception as error:  # damaged bytes raise errors of any type
-        reason = " ".join(str(error).split())[:200]
-        if "TorchScript" in reason:
-            raise UserError(
-                f"{path}: is a TorchScript file. Such a file can run code and is refused; get one that holds "
-                "only arrays"
-            ) from None
-        raise UserError(f"{path}: is damaged or truncated ({reason}); get it again") from None
-    if isinstance(content, Tensor):
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not a dict of arrays")
-    return content

@@ -5,10 +5,11 @@
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from uvit.errors import UserError
@@ -17,21 +18,20 @@ from uvit.weights.detect import (
     COMPONENT_OF,
     INDEX,
     KIND_NAMES,
-    TRAINER_PREFIXES,
+    FoundNetwork,
     Network,
     WeightsKind,
     component_folders,
-    detect_kind,
+    find_networks,
     is_ema_file,
     is_paddlemix_folder,
     listed_components,
     network_config,
     unwrap,
     weight_files,
-    with_prefix,
 )
 from uvit.weights.encoders import WEIGHT_SUFFIXES
-from uvit.weights.files import read_weights
+from uvit.weights.files import SHARD, read_weights
 from uvit.weights.report import Report, shorten
 
 
@@ -123,6 +123,8 @@ def read_networks(
     if not files:
         raise UserError(f"{folder}: holds no weights (files {', '.join('*' + suffix for suffix in WEIGHT_SUFFIXES)})")
     ema, raw = [path for path in files if is_ema_file(path)], [path for path in files if not is_ema_file(path)]
+    if location.component is not None and (twin := folder.with_name(f"{folder.name}_ema")).is_dir():
+        ema = ema or weight_files(twin)  # diffusers' training scripts keep EMA weights in a folder of their own
     if ema and not raw and not use_ema:
         raise UserError(f"--use_ema False: {folder} has EMA weights only ({shorten([path.name for path in ema])})")
     take_ema = use_ema and bool(ema)
@@ -135,7 +137,7 @@ def read_networks(
     if take_ema and has_unet:
         yield from _read_raw(_preferred_format(raw), report)
     others = sorted(path.name for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES and path not in files)
-    if others:
+    if others := [name for name in others if not SHARD.fullmatch(name)]:
         report.dropped.append(f"{folder}: {shorten(others)}")
 
 
@@ -156,67 +158,82 @@ def _read_file(
 ) -> Iterator[NetworkWeights]:
     """component: what the file must hold, as it lies in the folder of that component."""
     content = read_weights(path)
-    tensors = unwrap(content.tensors)
-    kind = detect_kind(tensors, path)
+    tensors = unwrap(content.tensors, path)
+    found = find_networks(tensors, path)
     containers = {"safetensors": "safetensors", "pdparams": "a Paddle pickle", "pth": "a PyTorch pickle"}
-    report.read.append(f"{path}: {KIND_NAMES[kind]}, {len(tensors)} arrays, {containers[content.container]}")
     if others := content.other_entries:
-        report.dropped.append(f"{path}: {len(others)} entries that are not arrays ({shorten(list(others))})")
-    if component is not None and COMPONENT_OF[kind] != component:
-        raise UserError(f"{path}: is {KIND_NAMES[kind]}, where the pipeline's {component} should be")
-    if kind == "trainer":
-        yield from _split_trainer_checkpoint(tensors, path, use_ema, config_file, overridden, report)
-        return
-    network: Network = "unet" if kind == "uvit" else "text_encoder" if kind == "text_encoder" else "vqvae"
-    if network not in overridden:
+        report.dropped.append(f"{path}: entries that are not arrays: {shorten(list(others))}")
+    used = {network.prefix + name for network in found for name in network.tensors}
+    ema = tuple(network.prefix for network in found if network.is_ema)  # its names may not be those of the file
+    if left := [name for name in tensors if name not in used and not name.startswith(ema)]:
+        report.dropped.append(f"{path}: arrays of no network: {shorten(left)}")
+    if component is not None and component not in {COMPONENT_OF[network.kind] for network in found}:
+        raise UserError(f"{path}: is {KIND_NAMES[found[0].kind]}, where the pipeline's {component} should be")
+    for name in dict.fromkeys(COMPONENT_OF.values()):
+        candidates = [network for network in found if COMPONENT_OF[network.kind] == name]
+        if candidates and (name in overridden or component not in (None, name)):
+            report.read.append(f"{path}: {KIND_NAMES[candidates[0].kind]}, which is not used")
+        if not candidates or name in overridden or component not in (None, name):
+            continue
+        network, raw = _choose(candidates, path, use_ema, report)
+        which = "the EMA weights, " if network.is_ema else "the raw weights, " if len(candidates) > 1 else ""
+        where = f" of {network.prefix}*" if network.prefix else ""
+        what = f"{KIND_NAMES[network.kind]}, {which}{len(network.tensors)} arrays{where}"
+        report.read.append(f"{path}: {what}, {containers[content.container]}")
+        config = network_config(path, cast(Network, name), config_file)
         paddle = content.paddle if content.paddle is not None else component is not None
-        yield NetworkWeights(kind, path, tensors, network_config(path, network, config_file), paddle)
+        yield NetworkWeights(network.kind, path, network.tensors, config, paddle)
+        if raw is not None and name == "unet":
+            yield NetworkWeights("uvit", path, raw.tensors, is_raw=True)
+
+
+def _choose(
+    candidates: list[FoundNetwork], path: Path, use_ema: bool, report: Report
+) -> tuple[FoundNetwork, FoundNetwork | None]:
+    """Of one component in a file: the network to take, and the raw weights beside it if that is the EMA."""
+    averages = [network for network in candidates if network.is_ema]
+    ema = _only_one(averages if use_ema else averages[:1], path)
+    raw = _only_one([network for network in candidates if not network.is_ema], path)
+    if raw is None:
+        assert ema is not None
+        if not use_ema:
+            raise UserError(f"--use_ema False: {path} has EMA weights only ({ema.prefix}*)")
+        return ema, None
+    if ema is not None and all("pos_embed" in network.tensors for network in (ema, raw)):
+        updated = ema.tensors["pos_embed"].any() or not raw.tensors["pos_embed"].any()
+        if not updated:
+            report.dropped.append(
+                f"{ema.prefix}*: the EMA was never updated (its pos_embed is still 0), a bug of the PaddleMIX trainer"
+            )
+            ema = None
+    if not use_ema or ema is None:
+        return raw, None
+    parameters = {name for name, value in raw.tensors.items() if value.is_floating_point()}
+    if missing := sorted(parameters - set(ema.tensors)):
+        raise UserError(
+            f"{path}: is not complete, {ema.prefix}* lacks {shorten(missing)}; --use_ema False takes the raw weights"
+        )
+    return replace(ema, tensors={**raw.tensors, **ema.tensors}), raw
+
+
+def _only_one(networks: list[FoundNetwork], path: Path) -> FoundNetwork | None:
+    """The network, where there is one, or several that are the same."""
+    first = networks[0] if networks else None
+    for network in networks[1:]:
+        assert first is not None
+        same = first.tensors.keys() == network.tensors.keys()
+        if not same or not all(torch.equal(first.tensors[name], value) for name, value in network.tensors.items()):
+            raise UserError(
+                f"{path}: holds several networks of one kind ({shorten([f'{n.prefix}*' for n in networks])}); keep one "
+                "of them in the file"
+            )
+    return first
 
 
 def _read_raw(files: list[Path], report: Report) -> Iterator[NetworkWeights]:
-    """The raw weights beside EMA weights, for formats that hold both."""
+    """The raw weights beside a file of EMA weights, for formats that hold both."""
     for path in files:
-        tensors = unwrap(read_weights(path).tensors)
-        if detect_kind(tensors, path) == "uvit":
+        found = find_networks(unwrap(read_weights(path).tensors, path), path)
+        if raw := _only_one([network for network in found if network.kind == "uvit" and not network.is_ema], path):
             report.read.append(f"{path}: the raw weights, kept for formats that hold both")
-            yield NetworkWeights("uvit", path, tensors, is_raw=True)
-
-
-def _split_trainer_checkpoint(
-    tensors: Mapping[str, Tensor],
-    path: Path,
-    use_ema: bool,
-    config_file: str | None,
-    overridden: Collection[str],
-    report: Report,
-) -> Iterator[NetworkWeights]:
-    """The PaddleMIX trainer keeps all networks in one file, and the EMA weights under names without dots."""
-    raw = with_prefix(tensors, "unet.")
-    dotless = {name.replace(".", ""): name for name in raw}
-    ema_tensors = with_prefix(tensors, "model_ema.")
-    ema = {dotless[name]: value for name, value in ema_tensors.items() if name in dotless}
-    if "unet" not in overridden:
-        config = network_config(path, "unet", config_file)
-        if "pos_embed" in ema and not ema["pos_embed"].any() and raw["pos_embed"].any():
-            report.dropped.append(
-                "model_ema.*: the EMA was never updated (its pos_embed is still 0), a bug of the PaddleMIX trainer"
-            )
-            ema = {}
-        take_ema = use_ema and bool(ema)
-        if take_ema and set(ema) != set(raw):
-            raise UserError(
-                f"{path}: is not complete, model_ema lacks {shorten(sorted(set(raw) - set(ema)))}; --use_ema False "
-                "takes the raw weights"
-            )
-        report.read.append(f"{path}: {'the EMA weights, model_ema.*' if take_ema else 'the raw weights, unet.*'}")
-        yield NetworkWeights("uvit", path, ema if take_ema else raw, config)
-        if take_ema:
-            yield NetworkWeights("uvit", path, raw, is_raw=True)
-    if "vqvae" not in overridden and (vae := with_prefix(tensors, "vae.")):
-        yield NetworkWeights("vae", path, vae, network_config(path, "vqvae", None), paddle=True)
-    if "text_encoder" not in overridden and (text := with_prefix(tensors, "text_encoder.")):
-        yield NetworkWeights("text_encoder", path, text, network_config(path, "text_encoder", None), paddle=True)
-    others = [name for name in tensors if not name.startswith(tuple(TRAINER_PREFIXES.values()))]
-    others = [name for name in others if name.removeprefix("model_ema.") not in dotless]
-    if others:
-        report.dropped.append(shorten(others))
+            yield NetworkWeights("uvit", path, raw.tensors, is_raw=True)

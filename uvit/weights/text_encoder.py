@@ -9,7 +9,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from uvit.errors import UserError
 from uvit.weights.encoders import quiet
-from uvit.weights.report import Report
+from uvit.weights.report import Report, shorten
 from uvit.weights.unet import fill
 
 PREFIX = "text_model."  # transformers 5 writes the names without it; others write it
@@ -27,6 +27,7 @@ _PADDLENLP = {
     ".layer_norm2.": ".norm2.",
 }
 _NOT_WEIGHTS = ("embeddings.position_ids", "text_projection.weight", "position_ids", "causal_mask")
+_OTHER_TOWER = ("vision_model.", "visual_projection.", "logit_scale")  # in files of a whole CLIP
 
 
 def transformers_name(name: str) -> str:
@@ -64,9 +65,9 @@ def text_encoder_from_tensors(
     config: None: the shapes tell it, and CLIP's values are taken for the rest.
     """
     weights = {transformers_name(name): value for name, value in tensors.items()}
-    dropped = [name for name in weights if name in _NOT_WEIGHTS]
+    dropped = [name for name in weights if name in _NOT_WEIGHTS or name.startswith(_OTHER_TOWER)]
     if dropped:
-        report.dropped.append(f"text encoder: {', '.join(dropped)}, which text embeddings do not need")
+        report.dropped.append(f"text encoder: {shorten(dropped)}, which text embeddings do not need")
         weights = {name: value for name, value in weights.items() if name not in dropped}
     fc1 = "encoder.layers.0.mlp.fc1.weight"
     try:

@@ -92,10 +92,6 @@ def vae_from_tensors(
         raise UserError(f"{path}: the config.json beside it is not of an AutoencoderKL ({error})") from None
     if ldm:
         tensors = from_ldm(tensors, list(vae.state_dict()), len(vae.config["block_out_channels"]))
-        dropped = [name for name in tensors if name.startswith(("loss.", "model_ema."))]
-        if dropped:
-            report.dropped.append(f"{len(dropped)} arrays of the VAE's training (loss.*, model_ema.*)")
-            tensors = {name: value for name, value in tensors.items() if name not in dropped}
         report.converted.append(f"VAE: {len(tensors)} arrays renamed from LDM to diffusers")
     elif paddle:
         tensors = transpose_vae(tensors)
