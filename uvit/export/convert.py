@@ -270,6 +270,13 @@ def check_fit(components: Components, source: Path) -> None:
         raise UserError(f"{source}: the components do not fit together: {error}") from None
 
 
+def build_pipeline(components: Components) -> UViTPipeline:
+    """The pipeline of components that are all there."""
+    modules = {name: getattr(components, name) for name in ("unet", *FLAGS)}
+    scheduler = scheduler_from_config(components.scheduler_config) if components.scheduler_config else build_scheduler()
+    return UViTPipeline(**modules, scheduler=scheduler, **asdict(components.conventions))
+
+
 # Writing
 
 
@@ -296,10 +303,7 @@ def write_pipeline(components: Components, folder: Path) -> None:
             flags = ", ".join(f"--{FLAGS[name]}" for name in missing if name in FLAGS)
             components.report.dropped.append(f"{INDEX}: a pipeline also needs {', '.join(missing)}; pass {flags}")
         else:
-            scheduler = (
-                scheduler_from_config(components.scheduler_config) if components.scheduler_config else build_scheduler()
-            )
-            UViTPipeline(**modules, scheduler=scheduler, **asdict(components.conventions)).save_pretrained(folder)
+            build_pipeline(components).save_pretrained(folder)
     for path in folder.glob("*/config.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("_name_or_path", None) is not None:  # a path on this machine
