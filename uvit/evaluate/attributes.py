@@ -5,7 +5,7 @@ prompt. No other model is needed.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -23,7 +23,7 @@ class AttributeReader:
     """Reads the attributes of images, and compares them with those of the prompts."""
 
     name = "attributes"
-    description: dict[str, Any] = {"attributes": list(ATTRIBUTES)}
+    description: ClassVar[dict[str, Any]] = {"attributes": list(ATTRIBUTES)}
 
     def extract(self, pixels: np.ndarray, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
         correct = []

@@ -105,7 +105,7 @@ def load_npy(path: Path, flag: str = "path") -> np.ndarray:
     try:
         with path.open("rb") as file:  # numpy leaves damaged files open
             array = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
+    except (OSError, ValueError, EOFError, BadZipFile, SystemError) as error:  # SystemError: Python 3.11, odd nesting
         raise UserError(f"--{flag}: {path} cannot be read as an array ({error}); copy it again") from None
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
         what = array.dtype if isinstance(array, np.ndarray) else "several arrays"
