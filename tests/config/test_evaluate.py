@@ -46,7 +46,7 @@ def test_every_protocol_is_valid(protocol: str) -> None:
 
 
 def test_statistics_and_comparisons() -> None:
-    with pytest.raises(UserError, match="^--metric fd: needs a --feature_extractor"):
+    with pytest.raises(UserError, match=r"^--metric fd: needs a --feature_extractor"):
         EvaluateStatisticsConfig("images", "a.npz", metric="fd")
-    with pytest.raises(UserError, match="^--reports a: must be two"):
+    with pytest.raises(UserError, match=r"^--reports a: must be two"):
         EvaluateCompareConfig(("a",))

@@ -98,5 +98,5 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     report = write(tmp_path / "a", REPORT)
     (tmp_path / "b.json").write_text("{}")
     for other in ("b.json", "nothing"):
-        with pytest.raises(UserError, match="is not the report.json of an evaluation"):
+        with pytest.raises(UserError, match=r"is not the report.json of an evaluation"):
             compare_reports(EvaluateCompareConfig((report, str(tmp_path / other))))

@@ -42,5 +42,5 @@ def test_an_image_depends_on_its_batch_alone(pipeline: str, tmp_path: Path) -> N
 
 
 def test_one_set_of_weights_has_no_raw_ones(pipeline: str) -> None:
-    with pytest.raises(UserError, match="^--ema raw: .* has one set of weights"):
+    with pytest.raises(UserError, match=r"^--ema raw: .* has one set of weights"):
         open_model(pipeline, "raw", "cpu", "float32")
