@@ -151,7 +151,7 @@ def prompts_right(path: str, options: argparse.Namespace) -> str:
         cells = []
         for kind, n in ways:
             latents = draw(solver(kind, plans), n)
-            images = to_pil(decode_latents(pipeline.vqvae, latents, pipeline.config.latent_scale))
+            images = to_pil(decode_latents(pipeline.vqvae, latents, pipeline.conventions))
             cells.append(f"{accuracy(asked, images)['prompts']:.1%}")
         lines.append(f"| {scale:g} | {interval[0]:g} to {interval[1]:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
