@@ -220,6 +220,20 @@ def recorded_conventions(config: Mapping[str, Any]) -> dict[str, Any]:
     return space | {name: getattr(Conventions.recorded(config), name) for name in names}
 
 
+def record_conventions(unet: Any, given: Mapping[str, Any]) -> None:
+    """Record the conventions that are given in the U-ViT's config. Raises ValueError where it has others."""
+    recorded = recorded_conventions(unet.config)
+    given = {key: value for key, value in given.items() if value is not None}
+    given = {key: getattr(Conventions.recorded(given), key) for key in given}
+    for key, value in given.items():
+        if recorded.get(key, value) != value:
+            raise ValueError(
+                f"{key} is {value!r} here, but {recorded[key]!r} in the U-ViT's own config (unet/config.json, or "
+                "unet.config); leave it out, or change it there"
+            )
+    unet.register_to_config(**given)
+
+
 def draw_latents(moments: Tensor, noise: Tensor) -> Tensor:
     """A sample of the VAE's posterior, z: moments (B, 2 C, h, w), noise (B, C, h, w), float32."""
     mean, log_variance = moments.chunk(2, dim=1)

@@ -14,7 +14,14 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from uvit.diffusion import TIMESTEP_OFFSETS, Conventions, LatentSpace, PerChannel, recorded_conventions
+from uvit.diffusion import (
+    TIMESTEP_OFFSETS,
+    Conventions,
+    LatentSpace,
+    PerChannel,
+    record_conventions,
+    recorded_conventions,
+)
 from uvit.images import to_pil
 from uvit.model import UViTT2IModel
 from uvit.sample.arguments import (
@@ -344,20 +351,6 @@ class UViTPipeline(DiffusionPipeline):
             return to_pil(images)
         images = (images + 1) / 2
         return images.permute(0, 2, 3, 1).cpu().numpy() if output_type == "np" else images
-
-
-def record_conventions(unet: Any, given: Mapping[str, Any]) -> None:
-    """Record the conventions that are given in the U-ViT's config. Raises ValueError where it has others."""
-    recorded = recorded_conventions(unet.config)
-    given = {key: value for key, value in given.items() if value is not None}
-    given = {key: getattr(Conventions.recorded(given), key) for key in given}
-    for key, value in given.items():
-        if recorded.get(key, value) != value:
-            raise ValueError(
-                f"{key} is {value!r} here, but {recorded[key]!r} in the U-ViT's own config (unet/config.json, or "
-                "unet.config); leave it out, or change it there"
-            )
-    unet.register_to_config(**given)
 
 
 def passed_conventions(arguments: Mapping[str, Any]) -> dict[str, Any]:
