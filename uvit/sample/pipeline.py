@@ -83,13 +83,8 @@ class UViTPipeline(DiffusionPipeline):
         latent_std: PerChannel | None = None,
     ):
         super().__init__()
-        given = {
-            "latent_scale": latent_scale,
-            "latent_shift": latent_shift,
-            "latent_std": latent_std,
-            "timestep_labels": timestep_labels,
-            "prediction_type": prediction_type,
-        }
+        given: dict[str, Any] = {"latent_scale": latent_scale, "latent_shift": latent_shift}
+        given |= {"latent_std": latent_std, "timestep_labels": timestep_labels, "prediction_type": prediction_type}
         record_conventions(unet, given)
         check_components(unet, vqvae, text_encoder, tokenizer)
         self.register_modules(
