@@ -154,7 +154,7 @@ def prompts_right(path: str, options: argparse.Namespace) -> str:
         cells = []
         for kind, n in ways:
             latents = draw(solver(kind, plans), n)
-            images = to_pil(decode_latents(pipeline.vqvae, latents, pipeline.config.latent_scale))
+            images = to_pil(decode_latents(pipeline.vqvae, latents, pipeline.conventions))
             read = AttributeReader().extract(np.stack([np.asarray(image) for image in images]), wanted)
             cells.append(f"{accuracies(read['correct'])['prompts']:.1%}")
         lines.append(f"| {scale:g} | {interval[0]:g} to {interval[1]:g} | " + " | ".join(cells) + " |")

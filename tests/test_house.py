@@ -160,7 +160,7 @@ def test_configs_need_the_standard_library_alone_and_the_command_line_no_torch(f
 @pytest.mark.parametrize("name", ["model", "diffusion"])
 def test_the_mathematics_knows_no_files_flags_or_ranks(name: str) -> None:
     tops = {target.split(".")[0] for target in imports(PACKAGE / f"{name}.py")}
-    assert tops <= {"math", "functools", "typing", "collections", "torch", "diffusers"}
+    assert tops <= {"math", "functools", "typing", "collections", "dataclasses", "torch", "diffusers"}
     assert "torch.distributed" not in (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
 
 

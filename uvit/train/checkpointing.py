@@ -1,6 +1,7 @@
 """A run's checkpoints: check and save them, and resume from them."""
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from uvit.checkpoint.folder import Checkpoint, check_command, checkpoint_folders, latest_checkpoint
 from uvit.checkpoint.layout import from_checkpoint_layout, to_checkpoint_layout
 from uvit.checkpoint.saver import Saver, all_gather_channel
+from uvit.diffusion import Conventions
 from uvit.distributed.ops import any_of, differing_replicas, on_main
 from uvit.errors import UserError
 from uvit.train.branch import (
@@ -158,8 +160,8 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
 def check_same_run(run: Run, checkpoint: Checkpoint) -> None:
     """Raises UserError if the checkpoint is of another model or of other features. Prints the flags that differ."""
     check_command(checkpoint, "uvit train")
-    ours, theirs = run.record(), checkpoint.record
-    for key in ("unet_config", "text_encoder_config", "prediction_type", "latent_scale", "timestep_labels"):
+    ours, theirs = ({**each, **asdict(Conventions.recorded(each))} for each in (run.record(), checkpoint.record))
+    for key in ("unet_config", "text_encoder_config", *asdict(run.conventions)):
         if ours[key] != theirs[key]:
             raise UserError(
                 f"{checkpoint.folder}: its {key} is {theirs[key]}, and this run's is {ours[key]}; choose another "
