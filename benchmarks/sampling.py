@@ -19,12 +19,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from uvit.evaluate.prompts import accuracy
+from uvit.evaluate.attributes import AttributeReader, accuracies
+from uvit.evaluate.prompts import Prompt
 from uvit.images import save_png, to_pil
 from uvit.sample.denoise import ALL_TIMESTEPS, denoise
 from uvit.sample.fit import Recorder, SampleLatents, fit_plan, solve
@@ -138,6 +140,7 @@ def prompts_right(path: str, options: argparse.Namespace) -> str:
     pipeline = open_pipeline(path, "cpu")
     asked = [scene for scene in scenes("heldout") if isinstance(scene, Scene)]
     prompts = [scene.captions()[i % 4] for i, scene in enumerate(asked)]
+    wanted = [Prompt(text, "", scene=scene) for text, scene in zip(prompts, asked, strict=True)]
     known = [scene.captions()[i % 4] for i, scene in enumerate(scenes("train")[:NUM_FITTED_TO])]
     ways = [OFFICIAL, ("plain 2M", 50), *(("dpmsolver++", n) for n in (50, 24)), ("fitted", 12), ("fitted", 8)]
     lines = ["| guidance | at timesteps | " + " | ".join(f"{kind}, {n}" for kind, n in ways) + " |"]
@@ -151,8 +154,9 @@ def prompts_right(path: str, options: argparse.Namespace) -> str:
         cells = []
         for kind, n in ways:
             latents = draw(solver(kind, plans), n)
-            images = to_pil(decode_latents(pipeline.vqvae, latents, pipeline.config.latent_scale))
-            cells.append(f"{accuracy(asked, images)['prompts']:.1%}")
+            images = to_pil(decode_latents(pipeline.vqvae, latents, pipeline.conventions))
+            read = AttributeReader().extract(np.stack([np.asarray(image) for image in images]), wanted)
+            cells.append(f"{accuracies(read['correct'])['prompts']:.1%}")
         lines.append(f"| {scale:g} | {interval[0]:g} to {interval[1]:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

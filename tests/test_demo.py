@@ -28,8 +28,9 @@ def test_the_demo_runs_and_runs_again(tmp_path: Path, capsys: pytest.CaptureFixt
         assert title in text
     assert f"Done. The results are in {out}" in text
 
-    results = json.loads((out / "evaluation" / "results.json").read_text())
-    assert results["num_prompts"] == 24 and 0 <= results["prompts"] <= results["attributes"] <= 1
+    report = json.loads((out / "evaluation" / "report.json").read_text())
+    results = {score["name"]: score["value"] for score in report["results"][0]["scores"]}
+    assert report["prompts"]["num_prompts"] == 24 and 0 <= results["prompts"] <= results["attributes"] <= 1
     with Image.open(out / "evaluation" / "contact_sheet.png") as sheet:
         assert sheet.width > 800
     images = sorted((out / "samples").glob("0*.png"))

@@ -97,7 +97,7 @@ EQUAL_MODULES = {
     "model": "config.model is what --uvit_config_file names, and model.py is that model",
 }
 # A command's flags are in the module of config that is called like the command, or like the folder of its commands.
-FLAGS_OF_COMMANDS = {"bench", "convert", "demo", "extract", "sample", "store", "train"}
+FLAGS_OF_COMMANDS = {"bench", "convert", "demo", "evaluate", "extract", "sample", "store", "train"}
 
 
 def test_equal_names_of_modules_have_a_reason() -> None:
@@ -160,7 +160,7 @@ def test_configs_need_the_standard_library_alone_and_the_command_line_no_torch(f
 @pytest.mark.parametrize("name", ["model", "diffusion"])
 def test_the_mathematics_knows_no_files_flags_or_ranks(name: str) -> None:
     tops = {target.split(".")[0] for target in imports(PACKAGE / f"{name}.py")}
-    assert tops <= {"math", "functools", "typing", "collections", "torch", "diffusers"}
+    assert tops <= {"math", "functools", "typing", "collections", "dataclasses", "torch", "diffusers"}
     assert "torch.distributed" not in (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
 
 

@@ -10,6 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from uvit.checkpoint.saver import Saver
 from uvit.checkpoint.tensors import Groups
+from uvit.diffusion import LatentSpace
 from uvit.extract.tokenizer import train_tokenizer
 from uvit.store.types import FeatureBatch
 
@@ -21,8 +22,8 @@ CAPTIONS = [
 ]
 
 
-def tiny_vae_folder(path: Path, factor: int = 4, scaling_factor: float = 0.5, seed: int = 0) -> Path:
-    """An AutoencoderKL with random weights that scales images down by `factor`, a power of two."""
+def tiny_vae_folder(path: Path, factor: int = 4, scaling_factor: float = 0.5, seed: int = 0, **settings: Any) -> Path:
+    """An AutoencoderKL with random weights that scales images down by `factor`, a power of two; more of its config."""
     levels = factor.bit_length()
     torch.manual_seed(seed)
     vae: Any = AutoencoderKL(
@@ -30,11 +31,8 @@ def tiny_vae_folder(path: Path, factor: int = 4, scaling_factor: float = 0.5, se
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=(8,) * levels,
         layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=32,
         scaling_factor=scaling_factor,
-        mid_block_add_attention=False,
+        **{"latent_channels": 4, "norm_num_groups": 4, "sample_size": 32, "mid_block_add_attention": False, **settings},
     )
     vae.save_pretrained(path)
     return path
@@ -69,7 +67,7 @@ class ArrayFeatures:
         self.moments_shape = (8, size, size)
         self.context_shape = (num_tokens, width)
         self.num_tokens = num_tokens
-        self.latent_scale = 0.5
+        self.latent_space = LatentSpace(0.5)
         self.resolution = None
         self.flipped = flipped
         self.empty_context = np.full((num_tokens, width), -1, dtype=np.float32)

@@ -94,8 +94,10 @@ class UViTT2IModel(ModelMixin, ConfigMixin):
         num_layers: blocks without the middle one: num_layers // 2 before it and as many after it.
         clip_dim, num_text_tokens: width and length of the context.
         conv: end with a 3x3 convolution.
+        latent_scale, latent_shift, latent_std, timestep_labels, prediction_type: how to sample with the weights, see
+            `Conventions` of `uvit.diffusion`. They change nothing here, but are saved with the model. None: not known.
 
-    The keys are those of the published JSON configs. Raises ValueError for sizes that do not fit together.
+    The other keys are those of the published JSON configs. Raises ValueError for sizes that do not fit together.
     """
 
     _supports_gradient_checkpointing = True
@@ -115,6 +117,11 @@ class UViTT2IModel(ModelMixin, ConfigMixin):
         clip_dim: int = 768,
         num_text_tokens: int = 77,
         conv: bool = True,
+        latent_scale: float | None = None,
+        latent_shift: float | tuple[float, ...] | None = None,
+        latent_std: float | tuple[float, ...] | None = None,
+        timestep_labels: str | None = None,
+        prediction_type: str | None = None,
     ):
         super().__init__()
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size

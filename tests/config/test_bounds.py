@@ -156,6 +156,9 @@ def test_what_is_out_of_bounds_is_refused_in_a_sentence(
             assert " must " in err, err
 
 
+PAIRS = {"guidance_interval"}  # any number of pairs
+
+
 @pytest.mark.parametrize(("command", "name"), number_flags())
 def test_what_is_at_the_bounds_is_accepted(command: str, name: str, tmp_path: Path) -> None:
     flag, bounds = flags_of(_load(COMMANDS[command].config))[name], bounds_of(command, name)
@@ -169,7 +172,7 @@ def test_what_is_at_the_bounds_is_accepted(command: str, name: str, tmp_path: Pa
     if name in UNSUPPORTED:
         inside = [1]
     for number in map(flag.kind, inside):
-        values = [number] * (flag.count or 1)
+        values = [number] * (2 if name in PAIRS else flag.count or 1)
         for given in ways(tmp_path, name, values):
             value = read(command, name, given)
             assert value == (number if flag.count == 1 else tuple(values)), given

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from uvit.config.model import KINDS, model_config_names, resolve_model_config
+from uvit.config.model import KINDS, SAMPLING_KEYS, model_config_names, resolve_model_config
 from uvit.errors import UserError
 from uvit.model import UViTT2IModel
 
@@ -16,7 +16,7 @@ def write(folder: Path, content: object) -> str:
 
 
 def test_the_keys_are_the_arguments_of_the_model() -> None:
-    assert list(KINDS) == list(inspect.signature(UViTT2IModel).parameters)
+    assert [*KINDS, *SAMPLING_KEYS] == list(inspect.signature(UViTT2IModel).parameters)
 
 
 def test_all_published_names_are_shipped() -> None:

@@ -1,7 +1,7 @@
 import pytest
 
 from uvit.cli.parse import parse
-from uvit.config.sample import EvaluateConfig, SampleConfig
+from uvit.config.sample import SampleConfig
 from uvit.errors import UserError
 
 
@@ -76,15 +76,3 @@ def test_guidance_interval() -> None:
     for wrong in ((0, 10), (10, 5), (1, 1001)):
         with pytest.raises(UserError, match=r"--guidance_interval (0|10 5|1001): "):
             SampleConfig("p", guidance_interval=wrong)
-
-
-@pytest.mark.parametrize(("name", "value"), [("max_prompts", 0), ("num_inference_steps", 0), ("batch_size", 0)])
-def test_an_evaluation_that_cannot_work(name: str, value: object) -> None:
-    with pytest.raises(UserError, match=f"^--{name} {value}: must be "):
-        EvaluateConfig("pipeline", "out", **{name: value})  # type: ignore[arg-type]
-
-
-def test_shapes_have_two_splits() -> None:
-    words = ["--pipeline", "p", "--output_dir", "out", "--split", "test"]
-    with pytest.raises(UserError, match=r"^--split test: must be one of heldout, train$"):
-        parse(EvaluateConfig, words, "uvit evaluate")

@@ -1,55 +1,90 @@
-"""Accuracy counts what the reader reads; the command asks a pipeline and writes what it found."""
+"""The same prompts in the same order, wherever they come from."""
 
+import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from PIL import Image
 
-from tests.sample.parts import tiny_pipeline_folder
-from uvit.config.sample import EvaluateConfig
-from uvit.evaluate.prompts import accuracy, chance, evaluate, sheet
-from uvit.sources.shapes import Scene, render, scenes
-
-SCENES: list[Any] = scenes("heldout")
+from uvit.errors import UserError
+from uvit.evaluate.prompts import list_prompts, prompts_sha256
+from uvit.sources.shapes import scenes
 
 
-def test_perfect_pictures_are_all_right() -> None:
-    assert set(accuracy(SCENES, [render(scene, 32) for scene in SCENES]).values()) == {1.0}
+def coco(path: Path, order: Callable[[list[dict[str, object]]], object] = lambda annotations: None) -> Path:
+    annotations: list[dict[str, object]] = [
+        {"id": 10 * image + k, "image_id": image, "caption": f"caption {k}\nof image {image} "}
+        for image in range(20)
+        for k in range(5)
+    ]
+    order(annotations)
+    content = json.dumps({"images": [], "annotations": annotations}).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
 
 
-def test_pictures_of_other_prompts_are_right_by_chance() -> None:
-    results = accuracy(SCENES, [render(scene, 32) for scene in SCENES[1:] + SCENES[:1]])
-    assert results["prompts"] == 0
-    assert results["attributes"] == pytest.approx(chance()["attributes"], abs=0.1)
+def test_shapes_are_every_scene_in_every_wording() -> None:
+    prompts = list_prompts("shapes", None)
+    heldout = scenes("heldout")
+    assert len(prompts) == 4 * len(heldout)
+    assert [prompt.text for prompt in prompts[:3]] == [scene.captions()[0] for scene in heldout[:3]]
+    assert prompts[len(heldout)].scene == heldout[0] and prompts[len(heldout)].text == heldout[0].captions()[1]
 
 
-def test_one_wrong_attribute_costs_one_fifth_of_a_prompts_attributes_and_the_whole_prompt() -> None:
-    scene = SCENES[0]
-    other = Scene(**{**vars(scene), "colour": "red" if scene.colour != "red" else "blue"})
-    results = accuracy([scene, scene], [render(scene, 32), render(other, 32)])
-    assert results["attributes"] == pytest.approx(0.9) and results["prompts"] == 0.5 and results["colour"] == 0.5
+def test_lists_give_text_and_category(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a cat\n\n  a dog \n")
+    (tmp_path / "a.tsv").write_text("Prompt\tCategory\tNote\na cat\tAnimals\tx\na car, red\tVehicles\t\n")
+    (tmp_path / "a.csv").write_text('text\n"a cat, asleep"\n')
+    (tmp_path / "a.jsonl").write_text('{"tag": "counting", "prompt": "two cats"}\n{"prompt": "a dog"}\n')
+
+    def read(name: str) -> list[tuple[str, str]]:
+        return [(prompt.text, prompt.category) for prompt in list_prompts(str(tmp_path / name), None)]
+
+    assert read("a.txt") == [("a cat", ""), ("a dog", "")]
+    assert read("a.tsv") == [("a cat", "Animals"), ("a car, red", "Vehicles")]
+    assert read("a.csv") == [("a cat, asleep", "")]
+    assert read("a.jsonl") == [("two cats", "counting"), ("a dog", "")]
 
 
-def test_the_sheet_shows_what_was_asked_beside_what_was_drawn() -> None:
-    images = [render(scene, 32) for scene in SCENES[:4]]
-    picture = sheet(SCENES[:4], [scene.captions()[0] for scene in SCENES[:4]], images)
-    assert picture.width > picture.height
+def test_coco_gives_one_caption_of_each_image_whatever_the_order_of_the_file(tmp_path: Path) -> None:
+    prompts = list_prompts(str(coco(tmp_path / "a.json")), None)
+    reversed_file = coco(tmp_path / "b.json.gz", lambda annotations: annotations.reverse())
+    assert list_prompts(str(reversed_file), None) == prompts
+    assert len({prompt.id.split()[1] for prompt in prompts}) == len(prompts) == 20
+    assert [prompt.id for prompt in prompts] != sorted(prompt.id for prompt in prompts)
+    assert prompts_sha256(prompts[1:]) != prompts_sha256(prompts)
+    assert all("\n" not in prompt.text and prompt.text == prompt.text.strip() for prompt in prompts)
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tiny_pipeline_folder(tmp_path / "pipeline", num_tokens=77)
-    evaluate(
-        EvaluateConfig(
-            pipeline=str(folder),
-            output_dir=str(tmp_path / "out"),
-            max_prompts=3,
-            num_inference_steps=2,
-            device="cpu",
-            disable_tqdm=True,
-        )
-    )
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["num_prompts"] == 3 and 0 <= results["attributes"] <= 1
-    assert (tmp_path / "out" / "contact_sheet.png").stat().st_size > 1000
-    assert "chance" in capsys.readouterr().out
+def test_fewer_prompts_of_coco_are_the_first_of_more(tmp_path: Path) -> None:
+    path = str(coco(tmp_path / "a.json"))
+    assert list_prompts(path, None, 5) == list_prompts(path, None)[:5]
+
+
+def test_a_source_gives_the_first_caption_of_each_pair_and_its_row(tmp_path: Path) -> None:
+    for name, caption in (("a", "a red square\na square"), ("b", " "), ("c", "a blue square")):
+        Image.new("RGB", (8, 8), "red").save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(caption)
+    prompts = list_prompts(str(tmp_path), None)
+    assert [prompt.text for prompt in prompts][-1] == "a blue square" and len(prompts) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"\n\n", "has no prompt"),
+        ("a.txt", b"caf\xe9", "not UTF-8"),
+        ("a.tsv", b"Words\nx\n", "row 1 needs prompt or text or caption; it has words"),
+        ("a.jsonl", b"{", "is not JSON in each line"),
+        ("a.jsonl", b"[1]", "row 1 needs"),
+        ("a.json", b"{}", "is not a file of COCO captions"),
+        ("a.json", b"[", "is not a file of COCO captions"),
+        ("a.json.gz", b"no gzip", "is not a file of COCO captions"),
+    ],
+)
+def test_what_is_no_list_of_prompts_is_one_sentence(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"^--prompts .*{message}"):
+        list_prompts(str(tmp_path / name), None)

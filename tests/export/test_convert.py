@@ -19,6 +19,7 @@ from tests.train.conftest import *  # noqa: F403 - the tiny store and runs
 from uvit import UViTPipeline
 from uvit.cli.main import main
 from uvit.config.convert import ConvertConfig
+from uvit.config.model import SAMPLING_KEYS
 from uvit.errors import UserError
 from uvit.export.convert import convert, training_facts, write_folder
 from uvit.model import UViTT2IModel
@@ -238,15 +239,20 @@ def test_fitted_solvers_go_along_or_are_reported(
     index = json.loads((tmp_path / "0" / "model_index.json").read_text())
     port = index | {"timestep_labels": "0..999", "latent_scale": 0.18215}
     (tmp_path / "0" / "model_index.json").write_text(json.dumps(port))
+    with pytest.raises(UserError, match=r"latent_scale is 0\.18215 here, but 0\.7 in the U-ViT's own config"):
+        convert(ConvertConfig(str(tmp_path / "0"), str(tmp_path / "trained"), conventions="trained"))
+    unet = tmp_path / "0" / "unet" / "config.json"
+    own = json.loads(unet.read_text())
+    unet.write_text(json.dumps(own | {key: port[key] for key in SAMPLING_KEYS if key in port}))
     convert(ConvertConfig(str(tmp_path / "0"), str(tmp_path / "trained"), conventions="trained"))
     assert f"dropped: {FITTED_FILE}" in capsys.readouterr().out and not (tmp_path / "trained" / FITTED_FILE).exists()
 
 
 def test_a_graph_has_its_conventions_beside_it(ours: Path, tmp_path: Path) -> None:
     convert(ConvertConfig(str(ours), str(tmp_path / "graph"), "export"))
-    index = json.loads((ours / "model_index.json").read_text())
+    index = json.loads((ours / "unet" / "config.json").read_text())
     said = json.loads((tmp_path / "graph" / "uvit_conventions.json").read_text())
-    assert said == {key: index[key] for key in ("latent_scale", "timestep_labels", "prediction_type")}
+    assert said == {key: index[key] for key in SAMPLING_KEYS}
 
 
 DAMAGE = {"cut": "not complete", "no vqvae": "it has no vqvae", "no json": "not a valid JSON", "nan": "norm.bias holds"}

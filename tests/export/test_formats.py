@@ -115,7 +115,7 @@ def test_what_readers_have_in_their_code_is_reported(tmp_path: Path) -> None:
     for name in ("official", "paddle", "trainer"):
         (tmp_path / name).mkdir()
     components = read_components(PORT_FOLDER)
-    components.conventions = Conventions(0.5, "1..1000", "v_prediction")
+    components.conventions = Conventions(0.5, prediction_type="v_prediction")
     components.scheduler_config = None
     components.report.dropped.clear()
     write_paddlemix(components, tmp_path / "port", "safetensors")

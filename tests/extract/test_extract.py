@@ -122,7 +122,7 @@ def test_the_store_names_its_encoders_so_that_they_load(flags: dict[str, Any]) -
     assert store.vae_name == str(Path(flags["vae_name_or_path"]).resolve())
     assert store.text_encoder_name is not None
     encoders.load_transformers_encoder(store.text_encoder_name)
-    assert store.latent_scale == 0.5
+    assert store.latent_space.latent_scale == 0.5
     vae = encoders.load_diffusers_vae(store.vae_name)
     assert store.manifest["vae"]["sha256"] == encoders.fingerprint(vae)
 
@@ -158,11 +158,11 @@ def test_a_text_encoder_for_later_is_named_beside_token_ids(flags: dict[str, Any
 
 
 def test_latent_scale(flags: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(flags | {"latent_scale": 0.75, "output_dir": str(tmp_path / "a")}).latent_scale == 0.75
+    assert run(flags | {"latent_scale": 0.75, "output_dir": str(tmp_path / "a")}).latent_space.latent_scale == 0.75
     shutil.copytree(flags["vae_name_or_path"], tmp_path / "sd")
     config = json.loads((tmp_path / "sd" / "config.json").read_text()) | {"scaling_factor": 0.18215}
     (tmp_path / "sd" / "config.json").write_text(json.dumps(config))
-    assert run(flags | {"vae_name_or_path": str(tmp_path / "sd")}).latent_scale == LATENT_SCALE
+    assert run(flags | {"vae_name_or_path": str(tmp_path / "sd")}).latent_space.latent_scale == LATENT_SCALE
     assert "0.2301: U-ViT's value" in capsys.readouterr().out
 
 
@@ -530,7 +530,7 @@ def test_a_store_that_an_earlier_version_began_says_so(
     assert "was started by an earlier version" in capsys.readouterr().out
     source = store.manifest["source"]
     assert (source["icc"], source["crop_before_resize"]) == ("ignore", "partly")
-    with pytest.raises(UserError, match="\n  source.crop: was center, now pad$"):
+    with pytest.raises(UserError, match=r"\n  source\.crop: was center, now pad$"):
         run(flags | {"crop": "pad"})
 
 
@@ -619,7 +619,7 @@ def test_real_images(coco_folder: Path, image_tar: Path, flags: dict[str, Any], 
     [
         ({"resolution": 18}, "--resolution 18: must be a multiple of 4"),
         ({"model_max_length": 17}, "--model_max_length 17: the text encoder supports 16 at most"),
-        ({"model_max_length": 2}, "--model_max_length 2: leaves no room for words, .* 2 special tokens .* give 3"),
+        ({"model_max_length": 2}, "--model_max_length 2: must be in 3.."),
         ({"device": "abacus"}, "--device abacus"),
         ({"text_encoder_name_or_path": None}, "--text both: needs --text_encoder_name_or_path"),
         ({"vocab_size": 300}, "--vocab_size 300"),

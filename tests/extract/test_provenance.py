@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from uvit.config.extract import ExtractConfig
+from uvit.diffusion import LatentSpace
 from uvit.errors import UserError
 from uvit.extract.provenance import describe_store, find_tokenizer, scale_reason
 from uvit.extract.tokenizer import save_tokenizer
@@ -31,7 +32,9 @@ def flags(vae_folder: Path, tmp_path: Path) -> dict[str, Any]:
 def described(flags: dict[str, Any]) -> StoreInfo:
     config = ExtractConfig(**flags)
     tokenizer, record = find_tokenizer(config, SOURCE, Path(config.output_dir) / config.split)
-    return describe_store(config, SOURCE, load_diffusers_vae(config.vae_name_or_path), None, tokenizer, record, 0.5)
+    return describe_store(
+        config, SOURCE, load_diffusers_vae(config.vae_name_or_path), None, tokenizer, record, LatentSpace(0.5)
+    )
 
 
 @pytest.mark.parametrize(
@@ -83,6 +86,6 @@ def test_a_tokenizer_is_given_or_that_of_another_split_or_new(flags: dict[str, A
 
 def test_why_a_latent_scale_is_what_it_is(flags: dict[str, Any]) -> None:
     vae = load_diffusers_vae(flags["vae_name_or_path"])
-    assert scale_reason(ExtractConfig(**flags), vae, 0.5) == "stored with the VAE"
-    assert scale_reason(ExtractConfig(**flags, latent_scale=0.7), vae, 0.7) == "from --latent_scale"
-    assert scale_reason(ExtractConfig(**flags), vae, 0.23).startswith("U-ViT's value")
+    assert scale_reason(ExtractConfig(**flags), vae, LatentSpace(0.5)) == "stored with the VAE"
+    assert scale_reason(ExtractConfig(**flags, latent_scale=0.7), vae, LatentSpace(0.7)) == "from --latent_scale"
+    assert scale_reason(ExtractConfig(**flags), vae, LatentSpace(0.23)).startswith("U-ViT's value")

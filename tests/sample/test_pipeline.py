@@ -10,6 +10,7 @@ from torch import Tensor
 
 import uvit
 from tests.sample.parts import tiny_pipeline_folder
+from uvit.diffusion import LatentSpace
 from uvit.errors import UserError
 from uvit.model import UViTT2IModel
 from uvit.sample.pipeline import UViTPipeline
@@ -54,7 +55,7 @@ def test_output_types(pipeline: UViTPipeline) -> None:
 
 def test_latents_are_decoded_with_the_stored_scale(pipeline: UViTPipeline) -> None:
     latents = draw(pipeline, output_type="latent")
-    images = decode_latents(pipeline.vqvae, latents, 0.7)
+    images = decode_latents(pipeline.vqvae, latents, LatentSpace(0.7))
     assert torch.allclose(draw(pipeline), (images + 1) / 2, atol=1e-5)
     pipeline.register_to_config(latent_scale=0.3)
     assert not torch.allclose(draw(pipeline), (images + 1) / 2, atol=1e-2)

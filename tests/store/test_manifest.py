@@ -96,7 +96,7 @@ def test_each_key_must_be_there_and_of_its_type(tmp_path: Path, key: str) -> Non
         (["dtype"], "float64", "dtype is 'float64', but must be one of float16, float32"),
         (["dtype"], "O", "dtype is 'O', but must be one of"),
         (["token_dtype"], "int64", "token_dtype is 'int64', but must be one of uint16, int32, None"),
-        (["latent_scale"], 0, "latent_scale is 0.0, but must be above 0"),
+        (["latent_scale"], 0, "latent_scale is 0, but must be above 0"),
         (["latent_scale"], float("nan"), "latent_scale is nan, but must be above 0"),
         (["latent_scale"], 10**400, "manifest.json is damaged"),
         (["source", "resolution"], "big", "source.resolution is str, but must be int"),

@@ -8,7 +8,7 @@ import pytest
 
 from tests.store.test_reader import NUM_CAPTIONS, NUM_PAIRS, info, write_store
 from uvit.config.store import FeaturesExportConfig, FeaturesImportConfig
-from uvit.diffusion import LATENT_SCALE
+from uvit.diffusion import LatentSpace
 from uvit.errors import UserError
 from uvit.store.npy_convert import check_room, export_npy, import_npy
 from uvit.store.npy_layout import num_captions
@@ -74,11 +74,11 @@ def test_an_import_records_what_it_is_told(
     old: Path, tmp_path: Path, vae_folder: Path, text_encoder_folder: Path
 ) -> None:
     unknown = open_features(run_import(old, tmp_path / "unknown"))
-    assert (unknown.latent_scale, unknown.vae_name, unknown.text_encoder_name) == (LATENT_SCALE, None, None)
+    assert (unknown.latent_space, unknown.vae_name, unknown.text_encoder_name) == (LatentSpace(), None, None)
     assert unknown.captions(0) == ()
     flags = {"vae_name_or_path": str(vae_folder), "text_encoder_name_or_path": str(text_encoder_folder)}
     told = open_features(run_import(old, tmp_path / "told", latent_scale=0.25, dtype="float16", **flags))
-    assert (told.latent_scale, told.vae_name, told.resolution) == (0.25, str(vae_folder), 16)
+    assert (told.latent_space, told.vae_name, told.resolution) == (LatentSpace(0.25), str(vae_folder), 16)
     assert told.text_encoder_name == told.tokenizer_name == str(text_encoder_folder)
     assert told.vae_sha256 is not None
     assert told.read(np.array([0]), np.zeros(1)).moments.dtype == np.float16

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from uvit.diffusion import LatentSpace
 from uvit.errors import UserError
 from uvit.sources.types import Problem
 from uvit.store.reader import FeatureStore, open_features
@@ -178,7 +179,7 @@ def test_a_store_knows_captions_encoders_and_scale(store: Path) -> None:
     features = open_features(store)
     assert features.captions(5) == ("caption 50\u2028", "caption 51\u2028", "caption 52\u2028")
     assert features.captions(10) == ("caption 100\u2028", "caption 101\u2028")
-    assert (features.latent_scale, features.resolution) == (0.5, 16)
+    assert (features.latent_space, features.resolution) == (LatentSpace(0.5), 16)
     assert (features.vae_name, features.text_encoder_name) == ("a/vae", "a/text_encoder")
     assert (features.vae_sha256, features.text_encoder_sha256) == ("1", "2")
     assert features.tokenizer_name == "a/tokenizer"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from uvit.config.store import FeaturesImportConfig
-from uvit.diffusion import LATENT_SCALE
+from uvit.diffusion import LatentSpace
 from uvit.errors import UserError
 from uvit.store.npy_convert import Recorded, recorded_encoders
 from uvit.weights.encoders import fingerprint, load_diffusers_vae
@@ -17,13 +17,16 @@ def test_those_that_are_named_are_recorded(
     vae_folder: Path, text_encoder_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nothing = recorded_encoders(FeaturesImportConfig("old", "new"), MOMENTS, CONTEXT)
-    assert nothing == Recorded(None, None, None, LATENT_SCALE, None)
+    assert nothing == Recorded(None, None, None, LatentSpace(), None)
     monkeypatch.chdir(vae_folder.parent)
     config = FeaturesImportConfig(
         "old", "new", vae_name_or_path=vae_folder.name, tokenizer_name=str(text_encoder_folder)
     )
     named = recorded_encoders(config, MOMENTS, CONTEXT)
-    assert (named.latent_scale, named.resolution) == (0.5, 16)  # the VAE's own; 4 latents a side, each of 4 pixels
+    assert (named.latent_space, named.resolution) == (
+        LatentSpace(0.5),
+        16,
+    )  # the VAE's own; 4 latents a side, each of 4 pixels
     assert named.vae == {"name": str(vae_folder), "sha256": fingerprint(load_diffusers_vae(str(vae_folder)))}
     assert named.text_encoder is None
     assert named.tokenizer is not None

@@ -16,7 +16,7 @@ from tests.sources.pictures import png
 from tests.tiny import save_checkpoint, tiny_vae_folder
 from uvit.config.convert import ConvertConfig
 from uvit.config.extract import AutoencoderConfig
-from uvit.diffusion import draw_latents
+from uvit.diffusion import LatentSpace, draw_latents
 from uvit.errors import UserError
 from uvit.export.convert import convert
 from uvit.images import to_unit
@@ -24,7 +24,7 @@ from uvit.sources.open import open_source, require_random_access
 from uvit.train import autoencoder
 from uvit.train.autoencoder import build_vae_run, train_autoencoder, vae_step
 from uvit.train.vae_model import VaeBatches, build_vae, load_images, measure_vae, split_rows
-from uvit.weights.encoders import encode_images, latent_scale_of, load_diffusers_vae
+from uvit.weights.encoders import encode_images, latent_space_of, load_diffusers_vae
 
 
 @pytest.fixture(autouse=True)
@@ -67,9 +67,9 @@ def test_train_measure_write_open(tmp_path: Path, capsys: pytest.CaptureFixture[
 
     vae = load_diffusers_vae(str(folder))
     assert AutoencoderKL.from_pretrained(folder).config.scaling_factor == facts["latent_scale"]
-    assert latent_scale_of(vae) == facts["latent_scale"]
+    assert latent_space_of(vae) == LatentSpace(facts["latent_scale"])
     moments = encode_images(vae, to_unit(images))
-    latents = draw_latents(moments, torch.randn(moments.shape[0], 4, 4, 4), facts["latent_scale"])
+    latents = latent_space_of(vae).normalize(draw_latents(moments, torch.randn(moments.shape[0], 4, 4, 4)))
     assert latents.std().item() == pytest.approx(1, abs=0.02)  # what the scale is for
 
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}

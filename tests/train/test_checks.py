@@ -11,6 +11,7 @@ import pytest
 
 from tests.tiny import array_features
 from tests.train.conftest import TINY_MODEL
+from uvit.diffusion import LatentSpace
 from uvit.errors import UserError
 from uvit.store.reader import open_features
 from uvit.train.checks import check_latents
@@ -114,9 +115,9 @@ def test_a_pipeline_to_start_from_must_have_the_encoders_of_the_features(
 def test_latents_of_an_unusual_size_are_warned_of(tiny_config: Any, capsys: pytest.CaptureFixture[str]) -> None:
     features = open_features(tiny_config().feature_path)
     means = features.read(np.arange(648), np.zeros(648)).moments[:, :4].astype(np.float64)
-    check_latents(features, 1 / means.std(), "somewhere")
+    check_latents(features, LatentSpace(1 / means.std()), "somewhere")
     assert capsys.readouterr().out == ""
-    check_latents(features, 10 / means.std(), "somewhere")
+    check_latents(features, LatentSpace(10 / means.std()), "somewhere")
     said = capsys.readouterr().out
     found = re.search(
         r"64 samples times the latent scale (\S+) .* deviation of (\S+), .*--latent_scale (\S+) would", said
@@ -129,9 +130,9 @@ def test_latents_of_an_unusual_size_are_warned_of(tiny_config: Any, capsys: pyte
 
 def test_latents_that_are_all_alike_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
     features = array_features(num_samples=1)
-    check_latents(features, 1.0, "somewhere")
+    check_latents(features, LatentSpace(1.0), "somewhere")
     assert "--feature_path somewhere: the latents of 1 samples are all equal" in capsys.readouterr().out
     features = array_features(num_samples=2)
     features.moments = np.where(features.moments > 0, features.moments, np.inf)
-    check_latents(features, 1.0, "somewhere")
+    check_latents(features, LatentSpace(1.0), "somewhere")
     assert "the latents of 2 samples are all equal or not finite" in capsys.readouterr().out

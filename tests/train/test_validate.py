@@ -48,7 +48,7 @@ def test_the_loss_is_what_it_is_said_to_be(prediction_type: Any, config: Any, tm
     assert read.context is not None
     batch, noise = read_batch(run.validation, rows, use_tokens=False)
     assert torch.equal(batch.moments, torch.from_numpy(read.moments)) and noise.shape == (10, 8, 4, 4, 4)
-    x_0 = draw_latents(batch.moments.float(), batch.posterior_noise, run.latent_scale)
+    x_0 = run.conventions.normalize(draw_latents(batch.moments.float(), batch.posterior_noise))
     expected = []
     for i, label in enumerate(TIMESTEPS):
         timesteps = torch.full((10,), label)

@@ -90,11 +90,13 @@ def test_what_the_report_says() -> None:
 
 def test_conventions_that_a_folder_says(tmp_path: Path) -> None:
     components = read_components(PORT_FOLDER)
-    components.conventions = Conventions(0.5, "1..1000", "v_prediction")
+    components.conventions = Conventions(0.5, prediction_type="v_prediction")
     write_paddlemix(components, tmp_path, "safetensors")
     assert read_components(tmp_path).conventions == components.conventions
     (tmp_path / "uvit_conventions.json").write_text('{"latent_scale": 1}')
-    with pytest.raises(UserError, match="must have the keys latent_scale, timestep_labels, prediction_type and no"):
+    with pytest.raises(
+        UserError, match="must have the keys latent_scale, latent_shift, latent_std, timestep_labels, prediction_type"
+    ):
         read_components(tmp_path)
 
 
@@ -313,4 +315,4 @@ def test_the_same_in_two_containers_is_read_once(tmp_path: Path) -> None:
 
 
 def test_ports_conventions_are_what_it_does() -> None:
-    assert Conventions(0.18215, "0..999", "epsilon") == PADDLEMIX
+    assert Conventions(0.18215, timestep_labels="0..999") == PADDLEMIX

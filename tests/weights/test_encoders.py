@@ -20,7 +20,7 @@ from transformers import (
     T5Model,
 )
 
-from uvit.diffusion import LATENT_SCALE
+from uvit.diffusion import LatentSpace
 from uvit.errors import UserError
 from uvit.weights import encoders
 
@@ -157,7 +157,7 @@ def test_moments_and_back(vae_folder: Path) -> None:
     assert moments.shape == (2, 8, 4, 4)
     assert encoders.downsampling_of(vae) == 4
     torch.testing.assert_close(moments[:, :4], vae.encode(pixels).latent_dist.mode())
-    images = encoders.decode_latents(vae, 0.5 * moments[:, :4], 0.5)
+    images = encoders.decode_latents(vae, 0.5 * moments[:, :4], LatentSpace(0.5))
     assert images.shape == pixels.shape
     assert images.abs().max() <= 1
     torch.testing.assert_close(images, vae.decode(moments[:, :4]).sample.clamp(-1, 1))
@@ -170,11 +170,11 @@ def test_the_log_variance_fits_float16(vae_folder: Path) -> None:
 
 
 def test_latent_scale_is_the_vaes_own_but_for_stable_diffusions(tmp_path: Path, vae_folder: Path) -> None:
-    assert encoders.latent_scale_of(encoders.load_diffusers_vae(str(vae_folder))) == 0.5
+    assert encoders.latent_space_of(encoders.load_diffusers_vae(str(vae_folder))) == LatentSpace(0.5)
     shutil.copytree(vae_folder, tmp_path / "sd")
     config = json.loads((tmp_path / "sd" / "config.json").read_text())
     (tmp_path / "sd" / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.18215}))
-    assert encoders.latent_scale_of(encoders.load_diffusers_vae(str(tmp_path / "sd"))) == LATENT_SCALE
+    assert encoders.latent_space_of(encoders.load_diffusers_vae(str(tmp_path / "sd"))) == LatentSpace()
 
 
 # Captions

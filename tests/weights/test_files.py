@@ -77,6 +77,13 @@ class Shell:
         return os.system, ("true",)
 
 
+def test_torchscript_is_refused_as_code(tmp_path: Path) -> None:
+    path = tmp_path / "network.pt"
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
+    with pytest.raises(UserError, match=r"network.pt: is a TorchScript file.*get one that holds only arrays"):
+        read_weights(path)
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_code_in_a_pth_is_refused_by_name(zipped: bool, tmp_path: Path) -> None:
     torch.save({"a": Shell()}, tmp_path / "x", _use_new_zipfile_serialization=zipped)

@@ -137,10 +137,24 @@ COMMANDS = {
     ),
     "evaluate": Command(
         "Use a model",
-        "measure prompt accuracy of a model of the built-in shapes",
-        "uvit.config.sample:EvaluateConfig",
-        "uvit.evaluate.prompts:evaluate",
-        positional=("pipeline",),
+        "measure a model's images, or compare two sets of images",
+        "uvit.config.evaluate:EvaluateConfig",
+        "uvit.evaluate.evaluate:evaluate",
+        positional=("model",),
+    ),
+    "evaluate compare": Command(
+        "Use a model",
+        "say whether two evaluations differ by more than chance",
+        "uvit.config.evaluate:EvaluateCompareConfig",
+        "uvit.evaluate.compare:compare_reports",
+        positional=("reports",),
+    ),
+    "evaluate statistics": Command(
+        "Use a model",
+        "store the statistics of real images for later evaluations",
+        "uvit.config.evaluate:EvaluateStatisticsConfig",
+        "uvit.evaluate.reference:store_statistics",
+        positional=("images",),
     ),
     "bench": Command(
         "Other",
@@ -177,7 +191,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name in ("-V", "--version"):
         print(__version__)
         return 0
-    if any(command.startswith(f"{name} ") for command in COMMANDS):  # a group of commands
+    if arguments and f"{name} {arguments[0]}" in COMMANDS:
+        name = f"{name} {arguments.pop(0)}"
+    elif name not in COMMANDS and any(command.startswith(f"{name} ") for command in COMMANDS):  # a group of commands
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             print(usage(f"{name} "))
             return 0

@@ -24,6 +24,8 @@ KINDS: dict[str, tuple[type, ...]] = {  # the arguments of UViTT2IModel
     "num_text_tokens": (int,),
     "conv": (bool,),
 }
+# How to sample with its weights: what the config.json of trained weights has besides. A new model has none of it.
+SAMPLING_KEYS = ("latent_scale", "latent_shift", "latent_std", "timestep_labels", "prediction_type")
 # What PaddleMIX's configs have besides, and the values at which it changes nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {"norm_type": ("layer_norm",), "qk_scale": (None,)}
 DROPOUT = ("attn_drop_rate", "drop_rate", "pos_drop_rate")  # has no weights
@@ -39,8 +41,8 @@ def resolve_model_config(name_or_path: str) -> dict[str, Any]:
 
     A preset's name may lack its `uvit_` or `uvit_t2i_`, and "giant" stands for "gaint". The file name of a path that
     does not exist is a name too, because older command lines have `config/uvit_t2i_small.json`. Keys that begin with
-    `_`, diffusers' own, are dropped, and so are PaddleMIX's at values that change nothing. Raises UserError for
-    anything else.
+    `_`, diffusers' own, are dropped, and so are SAMPLING_KEYS and PaddleMIX's at values that change nothing. Raises
+    UserError for anything else.
     """
     path = Path(name_or_path)
     if not path.is_file():
@@ -60,7 +62,7 @@ def resolve_model_config(name_or_path: str) -> dict[str, Any]:
     for key in DROPOUT:
         if content.get(key, 0) not in (0, None):
             raise UserError(f"{where}: {key} is {content[key]!r}, and this U-ViT has no dropout; set it to 0")
-    foreign = (*NEUTRAL, *DROPOUT, "out_channels")
+    foreign = (*SAMPLING_KEYS, *NEUTRAL, *DROPOUT, "out_channels")
     config = {key: value for key, value in content.items() if not key.startswith("_") and key not in foreign}
     for key, value in config.items():
         _check(path, key, value)

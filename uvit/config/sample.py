@@ -1,9 +1,9 @@
-"""Flags of `uvit sample` and `uvit evaluate`."""
+"""Flags of `uvit sample`."""
 
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
-from uvit.config.bounds import BatchSize, Bounds, PositiveInt, Seed, check_bounds
+from uvit.config.bounds import BatchSize, Bounds, Seed, check_bounds
 from uvit.config.paths import PathFlag, expand_paths
 from uvit.config.sharding import parse_shard
 from uvit.errors import UserError
@@ -132,41 +132,6 @@ class SampleConfig:
         if self.speed is None:
             return self
         return replace(self, speed=None, scheduler="fitted", num_inference_steps=SPEEDS[self.speed])
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Measure prompt accuracy of a model trained on the built-in shapes, on combinations it has never seen.
-
-    It generates an image for each prompt, and reads shape, colour, size and place from the pixels.
-
-    uvit evaluate output/demo/run/pipeline --output_dir output/demo/evaluation
-    """
-
-    pipeline: PathFlag
-    """The pipeline folder."""
-    output_dir: PathFlag
-    """The folder for the contact sheet and results.json."""
-    split: Literal["heldout", "train"] = "heldout"
-    """heldout: combinations that were not trained on; train: those that were."""
-    max_prompts: PositiveInt | None = None
-    """Number of prompts. Default: every combination in each of the four wordings."""
-    guidance_scale: Guidance = 2.0
-    """Classifier-free guidance; 1 turns it off."""
-    num_inference_steps: InferenceSteps = 25
-    """Sampling steps."""
-    batch_size: BatchSize = 72
-    """Images per batch."""
-    seed: Seed = 0
-    """Seed of the first image; every further image adds 1."""
-    device: str = "auto"
-    """cpu, cuda, or auto: the GPU if there is one."""
-    disable_tqdm: bool = False
-    """Print plain lines instead of a progress bar, on a terminal too."""
-
-    def __post_init__(self) -> None:
-        expand_paths(self)
-        check_bounds(self)
 
 
 def is_text(words: str) -> bool:

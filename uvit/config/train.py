@@ -78,7 +78,8 @@ class TrainConfig:
     resolution: PositiveInt | None = None
     """Side of the images in pixels. Must match the store; only checked."""
     latent_scale: PositiveFloat | None = None
-    """Factor from VAE latents to model latents. Default: the store's; 0.23010 for .npy features."""
+    """Factor from VAE latents to model latents. Default: the store's; for .npy features that of --vae_name_or_path, or
+    0.23010."""
     dataloader_num_workers: NumWorkers = 8
     """Threads that read and prepare batches, at most one per core; 0: in the training loop itself."""
 

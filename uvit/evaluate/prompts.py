@@ -1,85 +1,141 @@
-"""`uvit evaluate`: prompt accuracy on the built-in shapes, without another model.
+"""The prompts of an evaluation: from lists, COCO captions, the built-in shapes, or any source of captioned images.
 
-It generates an image for each scene of a split in each of its four wordings. `shapes_reader` reads colour, shape, size,
-position and background from the pixels. An attribute is correct if it is the one in the prompt.
+The order of the prompts is fixed, so that prompt i has seed + i whoever generates it.
 """
 
-from collections.abc import Sequence
+import csv
+import gzip
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from PIL import Image
+from uvit.errors import UserError
+from uvit.sources.open import open_source, require_random_access
+from uvit.sources.shapes import PairScene, Scene, scenes
+from uvit.sources.types import PairError
 
-from uvit.config.sample import EvaluateConfig
-from uvit.evaluate.shapes_reader import ATTRIBUTES, CHANCE, read_scene
-from uvit.images import SHEET_COLOUR, contact_sheet, save_png
-from uvit.io import write_json
-from uvit.progress import Progress
-from uvit.sample.command import generate
-from uvit.sample.load import open_pipeline
-from uvit.sources.shapes import Scene, render, scenes
-
-NUM_WORDINGS = 4
-MAX_SHEET_PROMPTS = 24
+COCO_SEED = 1234  # part of the protocols: another one would give another list
+PROMPT_COLUMNS = ("prompt", "text", "caption")
+CATEGORY_COLUMNS = ("category", "tag")
 
 
-def evaluate(config: EvaluateConfig) -> None:
-    """Generate an image per prompt of the split, read its attributes, print and write the accuracy."""
-    pipeline = open_pipeline(config.pipeline, config.device)
-    all_scenes = [scene for scene in scenes(config.split) if isinstance(scene, Scene)]
-    pairs = [(scene, wording) for wording in range(NUM_WORDINGS) for scene in all_scenes][: config.max_prompts]
-    prompted, prompts = [scene for scene, _ in pairs], [scene.captions()[wording] for scene, wording in pairs]
-    seeds = [config.seed + i for i in range(len(prompts))]
-    scale, num_steps = config.guidance_scale, config.num_inference_steps
-    with Progress("evaluate", len(prompts), "image", bar=not config.disable_tqdm) as progress:
-        samples = generate(pipeline, prompts, seeds, config.batch_size, scale, num_steps, progress=progress)
-        images = [image for _, _, _, image in samples]
-    results = accuracy(prompted, images)
+@dataclass(frozen=True)
+class Prompt:
+    """A text, where it comes from, and what an image of it must show."""
 
-    output_dir = Path(config.output_dir)
-    save_png(sheet(prompted, prompts, images), output_dir / "contact_sheet.png")
-    facts = {**results, "num_prompts": len(prompts), "split": config.split, "guidance_scale": config.guidance_scale}
-    write_json(output_dir / "results.json", facts)
-    print(accuracy_table(results, len(prompts), config.split))
-    print(f"contact sheet (left: the prompt, rendered; right: the image): {output_dir / 'contact_sheet.png'}")
+    text: str
+    id: str  # of the caption's image, or the line
+    category: str = ""  # for the contact sheets
+    scene: Scene | PairScene | None = None  # for the attributes of the built-in shapes
 
 
-def accuracy(prompted: Sequence[Scene], images: Sequence[Image.Image]) -> dict[str, float]:
-    """The share of correct images for each attribute, their mean (`attributes`), and the share with all five correct.
+def list_prompts(prompts: str, split: str | None, most: int | None = None) -> list[Prompt]:
+    """The first `most` prompts of what --prompts names.
 
-    The last one is `prompts`.
+    Args:
+        split: of shapes and of sources.
+        most: of COCO, whose order is without pattern, the first are a random choice.
+
+    Raises UserError if there is no prompt, or one is not text.
     """
-    correct = [
-        [read[name] == getattr(scene, name) for name in ATTRIBUTES]
-        for scene, read in zip(prompted, map(read_scene, images), strict=True)
+    path = Path(prompts)
+    if prompts in ("shapes", "shapes:two"):
+        found: Iterator[Prompt] = iter(_of_shapes(split or "heldout", 2 if prompts == "shapes:two" else 1))
+    elif path.is_file() and path.suffix == ".txt":
+        lines = enumerate(_read_text(path).splitlines(), start=1)
+        found = (Prompt(line.strip(), f"line {number}") for number, line in lines if line.strip())
+    elif path.is_file() and path.suffix in (".tsv", ".csv", ".jsonl"):
+        found = _of_rows(path)
+    elif path.is_file() and path.name.endswith((".json", ".json.gz")):
+        found = iter(_of_coco(path))
+    else:
+        found = _of_source(prompts, split or "train")
+    chosen = list(islice(found, most))
+    if not chosen:
+        raise UserError(f"--prompts {prompts}: has no prompt")
+    return chosen
+
+
+def prompts_sha256(prompts: Sequence[Prompt]) -> str:
+    """Over the ids and texts, in order."""
+    lines = "".join(json.dumps([prompt.id, prompt.text]) + "\n" for prompt in prompts)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _of_shapes(split: str, num_objects: int) -> list[Prompt]:
+    """Every scene in each of its wordings, wording by wording."""
+    if split not in ("train", "heldout"):
+        raise UserError(f"--split {split}: shapes have the splits train and heldout")
+    found = scenes(split, num_objects)
+    num_wordings = len(found[0].captions())
+    return [
+        Prompt(scene.captions()[wording], f"scene {i} wording {wording}", scene=scene)
+        for wording in range(num_wordings)
+        for i, scene in enumerate(found)
     ]
-    results = {name: sum(row[i] for row in correct) / len(correct) for i, name in enumerate(ATTRIBUTES)}
-    results["attributes"] = sum(results[name] for name in ATTRIBUTES) / len(ATTRIBUTES)
-    results["prompts"] = sum(all(row) for row in correct) / len(correct)
-    return results
 
 
-def chance() -> dict[str, float]:
-    """The accuracy of guessing, by the same names."""
-    whole = 1.0
-    for value in CHANCE.values():
-        whole *= value
-    return {**CHANCE, "attributes": sum(CHANCE.values()) / len(CHANCE), "prompts": whole}
+def _of_rows(path: Path) -> Iterator[Prompt]:
+    """A list with a column for the prompt, and perhaps one for the category. Names of columns in any case."""
+    text = _read_text(path)
+    rows: list[Any]
+    if path.suffix == ".jsonl":
+        try:
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        except ValueError as error:
+            raise UserError(f"--prompts {path}: is not JSON in each line ({error})") from None
+    else:
+        rows = list(csv.DictReader(text.splitlines(), delimiter="\t" if path.suffix == ".tsv" else ","))
+    for number, row in enumerate(rows, start=1):
+        columns = {str(name).lower(): value for name, value in row.items()} if isinstance(row, dict) else {}
+        prompt = next((columns[name] for name in PROMPT_COLUMNS if columns.get(name)), None)
+        if not isinstance(prompt, str) or not prompt.strip():
+            has = ", ".join(columns) or "no columns"
+            raise UserError(f"--prompts {path}: row {number} needs {' or '.join(PROMPT_COLUMNS)}; it has {has}")
+        category = next((str(columns[name]) for name in CATEGORY_COLUMNS if columns.get(name)), "")
+        yield Prompt(prompt.strip(), f"row {number}", category)
 
 
-def accuracy_table(results: dict[str, float], num_prompts: int, split: str) -> str:
-    guess = chance()
-    names = {**{name: name for name in ATTRIBUTES}, "attributes": "all attributes", "prompts": "whole prompts"}
-    rows = [f"  {label:<15} {results[name]:>7.1%}   {guess[name]:>7.1%}" for name, label in names.items()]
-    return "\n".join([f"prompt accuracy on {num_prompts} {split} prompts", f"  {'':<15} correct    chance", *rows])
+def _of_coco(path: Path) -> list[Prompt]:
+    """One caption of each image, in an order that depends on the ids alone.
+
+    The images are sorted by SHA-256 of "1234 image ID", and the caption with the least SHA-256 of "1234 caption ID" is
+    taken. So everyone who has the same annotations gets the same list of (image id, caption id), whatever the file's
+    order.
+    """
+    try:
+        data = path.read_bytes()
+        content = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
+        captions: dict[int, list[tuple[str, str, int]]] = {}
+        for each in content["annotations"]:
+            order = hashlib.sha256(f"{COCO_SEED} caption {each['id']}".encode()).hexdigest()
+            captions.setdefault(each["image_id"], []).append((order, each["caption"], each["id"]))
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--prompts {path}: is not a file of COCO captions, with `annotations` that have `id`, `image_id` and "
+            f"`caption` ({' '.join(str(error).split())[:100]})"
+        ) from None
+    images = sorted(captions, key=lambda image: hashlib.sha256(f"{COCO_SEED} image {image}".encode()).hexdigest())
+    drawn = [(image, min(captions[image])) for image in images]
+    return [Prompt(" ".join(str(text).split()), f"image {image} caption {id}") for image, (_, text, id) in drawn]
 
 
-def sheet(prompted: Sequence[Scene], prompts: Sequence[str], images: Sequence[Image.Image]) -> Image.Image:
-    """The scene of each prompt, rendered, beside the generated image, with the prompt below."""
-    cells = []
-    for scene, image in list(zip(prompted, images, strict=True))[:MAX_SHEET_PROMPTS]:
-        side = image.width
-        cell = Image.new("RGB", (2 * side + 1, side), SHEET_COLOUR)
-        cell.paste(render(scene, side), (0, 0))
-        cell.paste(image, (side + 1, 0))
-        cells.append(cell.resize((cell.width * 4, cell.height * 4), Image.Resampling.NEAREST))
-    return contact_sheet(cells, prompts[:MAX_SHEET_PROMPTS], columns=6, cell=200)
+def _of_source(source: str, split: str) -> Iterator[Prompt]:
+    pairs = require_random_access(open_source(source, split), f"--prompts {source}")
+    for row in range(len(pairs)):
+        try:
+            yield Prompt(pairs.captions(row)[0], str(row))
+        except PairError:  # the report of the source's images names it
+            continue
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"--prompts {path}: cannot be read ({reason})") from None

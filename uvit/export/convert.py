@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from uvit.checkpoint.folder import RECORD, check_command, checkpoint_folders, read_checkpoint
 from uvit.config.convert import ENCODERS, ConvertConfig
 from uvit.config.paths import expand_path
+from uvit.diffusion import Conventions
 from uvit.errors import UserError
 from uvit.export.card import push, run_folder, write_card
 from uvit.export.formats import write_official, write_paddle, write_paddlemix, write_trainer
@@ -27,9 +28,7 @@ from uvit.sample.pipeline import UViTPipeline, check_components
 from uvit.sample.schedulers import build_scheduler, scheduler_from_config
 from uvit.weights.components import (
     CONVENTIONS,
-    TRAINED,
     Components,
-    Conventions,
     as_trained,
     load_text_encoder,
     load_vae,
@@ -122,10 +121,9 @@ def load_components(config: ConvertConfig, source: Path) -> Components:
         if not config.use_ema:
             raise UserError(f"--use_ema False: {source} is a pipeline with one set of weights; give a checkpoint")
         pipeline = open_own_pipeline(source)
-        conventions = Conventions(**{name: pipeline.config[name] for name in asdict(TRAINED)})
         modules = dict(pipeline.components)
         scheduler = modules.pop("scheduler")
-        components = Components(**modules, conventions=conventions, facts=training_facts(source))
+        components = Components(**modules, conventions=pipeline.conventions, facts=training_facts(source))
         components.scheduler_config = {"_class_name": type(scheduler).__name__, **scheduler.config}
         if config.conventions == "trained":
             components.conventions = as_trained(components.conventions)
@@ -187,10 +185,8 @@ def open_checkpoint(
     has_ema = use_ema and bool(found.files("ema"))
     weights = found.load("ema" if has_ema else "weights")
     check_finite(weights, source)
-    components = Components(unet=UViTT2IModel(**record["unet_config"]))
-    components.conventions = Conventions(
-        record["latent_scale"], record.get("timestep_labels", "1..1000"), record["prediction_type"]
-    )
+    conventions = Conventions.recorded(record)
+    components = Components(unet=UViTT2IModel(**record["unet_config"], **asdict(conventions)), conventions=conventions)
     load_network(components.unet, weights, "unet.")
     components.unet.eval().requires_grad_(False)
     if has_ema:
@@ -270,6 +266,13 @@ def check_fit(components: Components, source: Path) -> None:
         raise UserError(f"{source}: the components do not fit together: {error}") from None
 
 
+def build_pipeline(components: Components) -> UViTPipeline:
+    """The pipeline of components that are all there."""
+    modules = {name: getattr(components, name) for name in ("unet", *FLAGS)}
+    scheduler = scheduler_from_config(components.scheduler_config) if components.scheduler_config else build_scheduler()
+    return UViTPipeline(**modules, scheduler=scheduler)
+
+
 # Writing
 
 
@@ -287,6 +290,8 @@ def export_checkpoint(source: Path, dest: Path, use_ema: bool = True, replace: b
 def write_pipeline(components: Components, folder: Path) -> None:
     """Write the folder that `UViTPipeline.from_pretrained` opens; if a component is missing, only its subfolders."""
     modules = {name: getattr(components, name) for name in ("unet", *FLAGS)}
+    if components.unet is not None:
+        components.unet.register_to_config(**asdict(components.conventions))
     missing = [name for name, module in modules.items() if module is None]
     with quiet():
         if missing:
@@ -296,10 +301,7 @@ def write_pipeline(components: Components, folder: Path) -> None:
             flags = ", ".join(f"--{FLAGS[name]}" for name in missing if name in FLAGS)
             components.report.dropped.append(f"{INDEX}: a pipeline also needs {', '.join(missing)}; pass {flags}")
         else:
-            scheduler = (
-                scheduler_from_config(components.scheduler_config) if components.scheduler_config else build_scheduler()
-            )
-            UViTPipeline(**modules, scheduler=scheduler, **asdict(components.conventions)).save_pretrained(folder)
+            build_pipeline(components).save_pretrained(folder)
     for path in folder.glob("*/config.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("_name_or_path", None) is not None:  # a path on this machine

@@ -13,13 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from uvit.diffusion import alphas_cumprod, scheduler_config
+from uvit.config.model import KINDS
+from uvit.diffusion import Conventions, LatentSpace, alphas_cumprod, scheduler_config
 from uvit.errors import UserError
 from uvit.io import write_json
 from uvit.weights import text_encoder as text
 from uvit.weights import unet as uvit
 from uvit.weights import vae
-from uvit.weights.components import CONVENTIONS, PADDLEMIX, TRAINED, Components, Conventions
+from uvit.weights.components import CONVENTIONS, PADDLEMIX, TRAINED, Components
 from uvit.weights.detect import CONFIG, FLAGS, INDEX, Network
 from uvit.weights.pdparams import write_pdparams
 
@@ -126,7 +127,7 @@ def _write_unet(components: Components, folder: Path, container: ExportContainer
     _write_arrays(weights, folder / UNET_FILE[container], "pd")
     write_json(
         folder / CONFIG,
-        {**_ppdiffusers_class("UViTT2IModel"), **_UVIT_EXTRA, **_without_private_keys(components.unet.config)},
+        {**_ppdiffusers_class("UViTT2IModel"), **_UVIT_EXTRA, **{key: components.unet.config[key] for key in KINDS}},
     )
 
 
@@ -227,10 +228,10 @@ def _report_lost_conventions(
 ) -> None:
     """reader: the program that will read the weights, and that assumes these conventions."""
     conventions = components.conventions
-    if conventions.latent_scale != assumed.latent_scale:
+    ours, theirs = (LatentSpace.recorded(asdict(each)) for each in (conventions, assumed))
+    if ours != theirs:
         components.report.dropped.append(
-            f"latent scale {conventions.latent_scale}: {reader} uses {assumed.latent_scale}; change it "
-            "in its source code"
+            f"{ours.describe_latents()}: {reader} uses {theirs.latent_scale}; change it in its source code"
         )
     if conventions.timestep_labels != assumed.timestep_labels:
         components.report.dropped.append(
@@ -251,15 +252,12 @@ def _write_configs(components: Components, folder: Path, names: tuple[Network, .
         if (network := getattr(components, name)) is None:
             continue
         config = network.config if isinstance(network.config, Mapping) else network.config.to_dict()
-        write_json(folder / f"{name}.json", _without_private_keys(config))
+        private = {key for key in config if key.startswith("_")} | set(asdict(TRAINED))  # these are in CONVENTIONS
+        write_json(folder / f"{name}.json", {key: value for key, value in config.items() if key not in private})
         for line in non_default[name](network) if name in non_default else ():
             components.report.dropped.append(
                 f"{name}: {line}: set it in {reader}; only `uvit` reads it from {name}.json"
             )
-
-
-def _without_private_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def _write_tokenizer(tokenizer: Any, folder: Path) -> None:

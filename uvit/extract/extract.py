@@ -17,6 +17,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from uvit.sources.types import PairError, Problem, RandomAccessSource, Source
 from uvit.store.shard import EncodedPairs, ShardWriter
 from uvit.store.writer import StoreWriter, refuse_earlier_layouts
 from uvit.weights.components import load_text_encoder, load_vae
-from uvit.weights.encoders import downsampling_of, highest_token_id, latent_scale_of, num_positions
+from uvit.weights.encoders import downsampling_of, highest_token_id, latent_space_of, num_positions
 
 COMMIT_SECONDS = 2.0  # between two commits, at least: a commit waits for the disk
 
@@ -63,9 +64,12 @@ def extract(config: ExtractConfig) -> None:
         vae, text_encoder = load_encoders(config)
         tokenizer, tokenizer_record = find_tokenizer(config, source, folder)
         check_tokenizer(config, tokenizer, text_encoder)
-        latent_scale = config.latent_scale or latent_scale_of(vae)
-        print(f"Latent scale {latent_scale:g}: {scale_reason(config, vae, latent_scale)}.")
-        info = describe_store(config, source, vae, text_encoder, tokenizer, tokenizer_record, latent_scale)
+        latent_space = latent_space_of(vae)
+        if config.latent_scale is not None:
+            latent_space = replace(latent_space, latent_scale=config.latent_scale)
+        described = latent_space.describe_latents().capitalize()
+        print(f"{described}: {scale_reason(config, vae, latent_space)}.")
+        info = describe_store(config, source, vae, text_encoder, tokenizer, tokenizer_record, latent_space)
         writer = StoreWriter(folder, info)
         if writer.complete:
             print_summary(folder)

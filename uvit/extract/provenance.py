@@ -1,9 +1,11 @@
 """What a feature store records about its origin: the source, the settings and the encoders."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from uvit.config.extract import ExtractConfig
+from uvit.diffusion import LatentSpace
 from uvit.errors import UserError
 from uvit.extract.tokenizer import train_tokenizer
 from uvit.sources.types import RandomAccessSource, Source
@@ -27,7 +29,7 @@ def describe_store(
     text_encoder: Any,
     tokenizer: Any,
     tokenizer_record: dict[str, str],
-    latent_scale: float,
+    latent_space: LatentSpace,
 ) -> StoreInfo:
     """All settings that determine the stored features. Batch size, workers and device may change on resuming."""
     side = config.resolution // downsampling_of(vae)
@@ -41,7 +43,7 @@ def describe_store(
         context_shape=(config.model_max_length, text_encoder.config.hidden_size) if wants_contexts else None,
         num_tokens=config.model_max_length,
         token_dtype=("uint16" if highest_token_id(tokenizer) < 2**16 else "int32") if wants_tokens else None,
-        latent_scale=latent_scale,
+        **asdict(latent_space),
         split=config.split,
         source={
             "source": [_absolute(name) for name in config.source],
@@ -94,11 +96,11 @@ def find_tokenizer(config: ExtractConfig, source: Source, folder: Path) -> tuple
     return tokenizer, _record(f"built from the captions of {sources}", tokenizer)
 
 
-def scale_reason(config: ExtractConfig, vae: Any, latent_scale: float) -> str:
+def scale_reason(config: ExtractConfig, vae: Any, latent_space: LatentSpace) -> str:
     if config.latent_scale:
         return "from --latent_scale"
     stored = vae.config["scaling_factor"]
-    if latent_scale == stored:
+    if latent_space.latent_scale == stored:
         return "stored with the VAE"
     return f"U-ViT's value for a Stable Diffusion VAE, whose own is {stored:g}"
 

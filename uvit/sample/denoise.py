@@ -115,10 +115,14 @@ def denoise(
 def exact_timesteps(scheduler: Any) -> Tensor:
     """The timestep in 1..1000, possibly fractional, at each step of the scheduler: (steps,) float32, on the CPU.
 
+    Raises ValueError for a scheduler of which the timesteps rise.
+
     A scheduler with integer timesteps may use noise levels between them: on Karras' grid, diffusers rounds the
     timesteps. The exact timestep is that of the scheduler's sigma = s_n / a_n.
     """
     timesteps = scheduler.timesteps.cpu()
+    if timesteps[0] < timesteps[-1]:
+        raise ValueError(f"{type(scheduler).__name__} leads from images to noise; choose another scheduler")
     if timesteps.min() < 0:  # rounding in diffusers' "trailing" grid: 61 steps, 103, ...
         raise UserError(
             f"--num_inference_steps {scheduler.num_inference_steps}: {type(scheduler).__name__} cannot space so "

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
+from uvit.diffusion import LatentSpace
 from uvit.images import to_rgb
 from uvit.sample.denoise import at_step
 from uvit.weights.encoders import encode_images
@@ -24,7 +25,7 @@ class Original:
     """The images that sampling begins with."""
 
     pixels: Tensor  # (B, 3, H, W) in [-1, 1]
-    latents: Tensor  # (B, C, h, w) float32, scaled as in training: the posterior mean, so that it uses no noise
+    latents: Tensor  # (B, C, h, w) float32, x_0 as in training: the posterior mean, so that it uses no noise
     mask: Tensor | None  # (B, 1, H, W): 1 is repainted, 0 is kept
 
     def keep(self, scheduler: Any, step: int, latents: Tensor, noise: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ class Original:
 
 
 def read_original(
-    vae: Any, latent_scale: float, image: Any, mask_image: Any, size: tuple[int, int], batch: int, device: Any
+    vae: Any, space: LatentSpace, image: Any, mask_image: Any, size: tuple[int, int], batch: int, device: Any
 ) -> Original:
     """Read images as diffusers does: PIL, arrays (B, H, W, 3) or tensors (B, 3, H, W) in [0, 1], or lists of them.
 
@@ -54,7 +55,7 @@ def read_original(
     """
     pixels = 2 * _processed(image, size, VaeImageProcessor(do_normalize=False)) - 1
     moments = encode_images(vae, pixels.to(device, vae.dtype))
-    latents = moments.chunk(2, dim=1)[0].float() * latent_scale
+    latents = space.normalize(moments.chunk(2, dim=1)[0].float())
     mask = None
     if mask_image is not None:
         processor = VaeImageProcessor(do_normalize=False, do_binarize=True, do_convert_grayscale=True)

@@ -107,6 +107,15 @@ def save_image(
     save_png(image, path, text)
 
 
+def read_image(path: Path) -> Image.Image:
+    """A generated image, RGB."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error}); delete it and run the same command again") from None
+
+
 def save_sheet(
     config: SampleConfig, variants: list[Variant], jobs: list[ImageJob], settings: Mapping[str, str]
 ) -> Path | None:
@@ -123,14 +132,7 @@ def save_sheet(
         across = max(1, (config.columns or 1) // len(variants))
         columns, headings = across * len(variants), [variant.name for variant in variants] * across
         labels = [label if first else "" for label in labels for first in [True, *[False] * (len(variants) - 1)]]
-    images = []
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                images.append(image.convert("RGB"))
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error}); delete it and run again with --skip_existing") from None
-    sheet = contact_sheet(images, labels, columns, headings=headings)
+    sheet = contact_sheet(list(map(read_image, paths)), labels, columns, headings=headings)
     folder = os.open(sheet_path.parent, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)  # two processes may finish at the same time

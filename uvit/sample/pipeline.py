@@ -1,18 +1,27 @@
 """`UViTPipeline`: text to image, image to image and inpainting, as a diffusers pipeline."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.configuration_utils import FrozenDict
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from uvit.diffusion import LATENT_SCALE
+from uvit.diffusion import (
+    TIMESTEP_OFFSETS,
+    Conventions,
+    LatentSpace,
+    PerChannel,
+    record_conventions,
+    recorded_conventions,
+)
 from uvit.images import to_pil
 from uvit.model import UViTT2IModel
 from uvit.sample.arguments import (
@@ -31,23 +40,22 @@ from uvit.sample.denoise import ALL_TIMESTEPS, denoise
 from uvit.sample.edit import STRENGTH, Original, first_step, read_original
 from uvit.sample.schedulers import scheduler_from_config
 from uvit.weights.components import pipeline_components
-from uvit.weights.encoders import decode_latents, downsampling_of, encode_tokens, tokenize
+from uvit.weights.encoders import decode_latents, downsampling_of, encode_tokens, latent_space_of, tokenize
 
 Generators = torch.Generator | list[torch.Generator]
-TIMESTEP_OFFSETS = {"1..1000": 1, "0..999": 0}  # timestep_labels -> `denoise`'s timestep_offset
+_CONVENTIONS = tuple(asdict(Conventions()))
+_INDEXED = ("latent_scale", "prediction_type", "timestep_labels")  # in a model_index.json, a list is a component
 StepCallback = Callable[["UViTPipeline", int, Tensor, dict[str, Any]], dict[str, Any] | None]
 
 
 class UViTPipeline(DiffusionPipeline):
     """Generates images from prompts with a U-ViT.
 
-    The folder has the layout of published ones: `unet/` holds the U-ViT and `vqvae/` the VAE. Its model_index.json
-    stores three settings of the model:
+    The folder has the layout of published ones: `unet/` holds the U-ViT and `vqvae/` the VAE.
 
-    - `latent_scale`: the factor of the latents in training.
-    - `prediction_type`: what the network predicts, whatever the scheduler expects.
-    - `timestep_labels`: the timesteps that the network gets, from the least to the most noise: "1..1000" as trained,
-      or "0..999" as PaddleMIX passes them.
+    How the U-ViT is to be sampled (`Conventions` of `uvit.diffusion`: the latent space, what is predicted, and the
+    timesteps) is in its own config. The arguments here are for a U-ViT whose config lacks them, and are recorded in it.
+    Without both, the latents are those of the VAE's config. The model_index.json repeats three, for older versions.
     """
 
     vqvae: Any  # set by register_modules
@@ -55,7 +63,6 @@ class UViTPipeline(DiffusionPipeline):
     tokenizer: Any
     unet: Any
     scheduler: Any
-    config: Any
     model_cpu_offload_seq = "text_encoder->unet->vqvae"
     _callback_tensor_inputs = CALLBACK_TENSORS  # diffusers' name
     _interrupt = False
@@ -69,20 +76,52 @@ class UViTPipeline(DiffusionPipeline):
         tokenizer: PreTrainedTokenizerBase,
         unet: UViTT2IModel,
         scheduler: SchedulerMixin,
-        latent_scale: float = LATENT_SCALE,
-        prediction_type: str = "epsilon",
-        timestep_labels: str = "1..1000",
+        latent_scale: float | None = None,
+        prediction_type: str | None = None,
+        timestep_labels: str | None = None,
+        latent_shift: PerChannel | None = None,
+        latent_std: PerChannel | None = None,
     ):
         super().__init__()
+        given: dict[str, Any] = {"latent_scale": latent_scale, "latent_shift": latent_shift}
+        given |= {"latent_std": latent_std, "timestep_labels": timestep_labels, "prediction_type": prediction_type}
+        record_conventions(unet, given)
         check_components(unet, vqvae, text_encoder, tokenizer)
         self.register_modules(
             vqvae=vqvae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler
         )
-        if timestep_labels not in TIMESTEP_OFFSETS:
-            raise ValueError(f"timestep_labels {timestep_labels!r} is none of {', '.join(map(repr, TIMESTEP_OFFSETS))}")
-        self.register_to_config(
-            latent_scale=latent_scale, prediction_type=prediction_type, timestep_labels=timestep_labels
-        )
+
+    @property
+    def conventions(self) -> Conventions:
+        """How the U-ViT is to be sampled: what its config says, and for latents that it does not know, the VAE's."""
+        space = asdict(latent_space_of(self.vqvae))
+        return Conventions.recorded(space | recorded_conventions(self.unet.config))
+
+    @property
+    def config(self) -> Any:
+        """The config of diffusers, and the conventions."""
+        parts = self.__dict__.get("unet"), self.__dict__.get("vqvae")
+        conventions = {} if None in parts else asdict(self.conventions)
+        return FrozenDict({**self._internal_dict, **conventions})
+
+    def register_to_config(self, **settings: Any) -> None:
+        """As in diffusers, except that conventions go to the config of the U-ViT."""
+        own = {key: value for key, value in settings.items() if key in _CONVENTIONS}
+        if own:
+            self.unet.register_to_config(**own)
+        super().register_to_config(**{key: value for key, value in settings.items() if key not in _CONVENTIONS})
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers, with the conventions in the U-ViT's config, and those of _INDEXED in model_index.json."""
+        conventions = asdict(self.conventions)
+        self.register_to_config(**conventions)
+        super().register_to_config(**{key: conventions[key] for key in _INDEXED})
+        super().save_pretrained(*args, **kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "UViTPipeline":
+        """As in diffusers. A U-ViT that is passed keeps its conventions."""
+        return super().from_pipe(pipeline, **{**passed_conventions(kwargs), **kwargs})
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "UViTPipeline":
@@ -90,9 +129,11 @@ class UViTPipeline(DiffusionPipeline):
         if (arguments := pipeline_components(pretrained_model_name_or_path, kwargs)) is not None:
             if (config := arguments.pop("scheduler_config", None)) is not None:
                 arguments["scheduler"] = scheduler_from_config(config)
+            arguments |= passed_conventions(kwargs)
             dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
             return cls(**arguments) if dtype is None else cls(**arguments).to(dtype)
-        return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
+        options = {**passed_conventions(kwargs), **kwargs, "use_safetensors": True}
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
 
     def enable_vae_slicing(self) -> None:
         """Decode one image at a time. Saves memory."""
@@ -192,6 +233,8 @@ class UViTPipeline(DiffusionPipeline):
 
         Raises ValueError if arguments do not fit together, and if an image is NaN or infinite.
         """
+        conventions = self.conventions
+        check_components(self.unet, self.vqvae, self.text_encoder, self.tokenizer)  # any may have been replaced
         refuse_unsupported(unsupported, self.__call__)
         check_settings(num_inference_steps, num_images_per_prompt, guidance_scale, guidance_interval, eta, output_type)
         inputs = callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -230,11 +273,11 @@ class UViTPipeline(DiffusionPipeline):
             negative,
             guidance_scale,
             num_inference_steps,
-            self.config.prediction_type,
+            conventions.prediction_type,  # type: ignore[arg-type]
             generator=generator,
             progress=self.progress_bar,
             on_step=steps.after,
-            timestep_offset=TIMESTEP_OFFSETS[self.config.timestep_labels],
+            timestep_offset=TIMESTEP_OFFSETS[conventions.timestep_labels],
             start=start,
             image=None if original is None else original.latents,
             guidance_interval=guidance_interval,
@@ -292,11 +335,10 @@ class UViTPipeline(DiffusionPipeline):
             return None
         factor = downsampling_of(self.vqvae)
         size = shape[2] * factor, shape[3] * factor
-        scale = self.config.latent_scale
-        return read_original(self.vqvae, scale, image, mask_image, size, shape[0], self._execution_device)
+        return read_original(self.vqvae, self.conventions, image, mask_image, size, shape[0], self._execution_device)
 
     def _decode(self, latents: Tensor, original: Original | None, output_type: str, prompt: Any) -> Any:
-        images = decode_latents(self.vqvae, latents.to(self.vqvae.dtype), self.config.latent_scale).float()
+        images = decode_latents(self.vqvae, latents.to(self.vqvae.dtype), self.conventions).float()
         check_images(images, prompt)
         if original is not None:
             images = original.paste(images)
@@ -306,6 +348,11 @@ class UViTPipeline(DiffusionPipeline):
         return images.permute(0, 2, 3, 1).cpu().numpy() if output_type == "np" else images
 
 
+def passed_conventions(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The conventions of a U-ViT that is passed in place of a pipeline's own."""
+    return recorded_conventions(arguments["unet"].config) if arguments.get("unet") is not None else {}
+
+
 def check_components(
     unet: UViTT2IModel,
     vqvae: AutoencoderKL | None,
@@ -313,8 +360,11 @@ def check_components(
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
     """Raises ValueError if components are of different models. Those that are None are not checked."""
-    if vqvae is not None and (channels := vqvae.config.latent_channels) != (own := unet.config.in_channels):
-        raise ValueError(f"the VAE's latents have {channels} channels, but the U-ViT takes {own}")
+    if vqvae is not None:
+        channels, in_channels = vqvae.config.latent_channels, unet.config.in_channels
+        if channels != in_channels:
+            raise ValueError(f"the VAE's latents have {channels} channels, but the U-ViT takes {in_channels}")
+        check_latent_spaces(LatentSpace.recorded(unet.config), latent_space_of(vqvae), in_channels)
     if text_encoder is None:
         return
     if (width := text_encoder.config.hidden_size) != (own := unet.config.clip_dim):
@@ -324,6 +374,20 @@ def check_components(
         raise ValueError(f"the text encoder takes {positions} tokens at most, but the U-ViT takes {own}")
     if tokenizer is not None and len(tokenizer) > (size := text_encoder.config.vocab_size):
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, but the text encoder has {size}")
+
+
+def check_latent_spaces(trained: LatentSpace, own: LatentSpace, channels: int) -> None:
+    """Raises ValueError if a U-ViT was trained with another shift than its VAE has.
+
+    Without any shift it may be a U-ViT of an older version, which was trained without the one of its VAE.
+    """
+    trained.check_channels(channels)
+    shifts = [(space.latent_shift, space.latent_std) for space in (trained, own)]
+    if shifts[0] not in ((0.0, 1.0), shifts[1]):
+        raise ValueError(
+            f"the U-ViT was trained with {trained.describe_latents()} of its VAE's latents, but the config of this VAE "
+            f"says {own.describe_latents()}"
+        )
 
 
 def truncate(text: str, length: int = 120) -> str:

@@ -11,7 +11,7 @@ The default, with damping, is in `uvit.sample.limited`.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import diffusers
 import torch
@@ -118,6 +118,15 @@ def scheduler_from_config(config: Mapping[str, Any]) -> Any:
     return scheduler.from_config({key: value for key, value in config.items() if not key.startswith("_")})
 
 
+# Settings that are for models with another diffusion process, and the values for this one.
+_NEEDED_SETTINGS = {
+    "thresholding": False,  # x_0 is not limited to [-1, 1]
+    "use_flow_sigmas": False,
+    "timestep_type": "discrete",
+    "interpolation_type": "linear",  # otherwise Euler's sigmas are not those of its timesteps
+}
+
+
 def check_scheduler(scheduler: Any) -> None:
     """Raises ValueError if the scheduler has another diffusion process than the network was trained with."""
     abar = getattr(scheduler, "alphas_cumprod", torch.empty(0)).double().cpu()
@@ -129,6 +138,13 @@ def check_scheduler(scheduler: Any) -> None:
         )
     if scheduler.config.get("clip_sample"):
         raise ValueError(f"{name} clips to [-1, 1], but latents exceed that; create it with clip_sample=False")
+    for key, needed in _NEEDED_SETTINGS.items():
+        if (found := scheduler.config.get(key, needed)) != needed:
+            raise ValueError(f"{name} has {key}={found!r}, which is for other models; create it with {key}={needed!r}")
+    if (wanted := scheduler.config.get("prediction_type")) not in get_args(PredictionType):
+        raise ValueError(f"{name} expects prediction type {wanted}, to which no prediction of a U-ViT can be converted")
+    if str(scheduler.config.get("variance_type")).startswith("learned"):
+        raise ValueError(f"{name} expects a variance (variance_type), which a U-ViT does not predict")
 
 
 # Fitted solvers: tables of weights

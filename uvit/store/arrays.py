@@ -139,6 +139,6 @@ def _parse(data: bytes) -> Header:
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     try:
         shape, fortran_order, dtype = read(file)
-    except (SyntaxError, tokenize.TokenError) as error:
+    except (SyntaxError, tokenize.TokenError, SystemError) as error:  # Python 3.11 raises SystemError for odd nesting
         raise ValueError(f"bad header: {error}") from None
     return Header(shape, dtype, fortran_order, file.tell())

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from uvit.config.store import FeaturesInfoConfig
+from uvit.diffusion import LatentSpace
 from uvit.io import format_bytes
 from uvit.store.manifest import with_image_settings
 from uvit.store.npy_layout import load_npy, num_captions
@@ -41,7 +42,8 @@ def describe_split(split: Split) -> dict[str, Any]:
     }
     if split.kind == "npy":
         return common | _describe_npy(split)
-    keys = "dtype moments_shape context_shape num_tokens token_dtype latent_scale source vae text_encoder tokenizer"
+    keys = "dtype moments_shape context_shape num_tokens token_dtype latent_scale latent_shift latent_std source vae"
+    keys += " text_encoder tokenizer"
     common |= {key: split.settings.get(key) for key in keys.split()}
     common["flipped"] = split.settings.get("flipped", False)
     if split.manifest is None:
@@ -91,7 +93,8 @@ def summary_rows(split: dict[str, Any]) -> list[tuple[str, str]]:
         tokens = split["token_dtype"]
         rows.append(("token ids", f"({split['num_tokens']},) {tokens}" if tokens else "not stored"))
         rows += [(key.replace("_", " "), _encoder(split[key])) for key in ("vae", "text_encoder", "tokenizer")]
-        rows.append(("latent scale", f"{split['latent_scale']:g}"))
+        latents = LatentSpace.recorded(split).describe_latents()
+        rows.append(("latent scale", latents.removeprefix("latent scale ")))
         source = with_image_settings(split["source"])
         rows += [(key.replace("_", " "), _value(value)) for key, value in source.items() if value not in (None, [])]
     rows.append(("on disk", f"{format_bytes(split['bytes'])} in {split['num_files']:,} files"))

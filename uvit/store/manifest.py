@@ -4,12 +4,12 @@ A manifest may come from another program or a newer uvit. It may be truncated or
 """
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from uvit.diffusion import LatentSpace
 from uvit.errors import UserError
 
 STORE_FORMAT, VERSION = "uvit features", 2
@@ -30,7 +30,7 @@ class Manifest:
     context_shape: tuple[int, ...] | None  # (T, D)
     num_tokens: int
     token_dtype: str | None
-    latent_scale: float
+    latent_space: LatentSpace
     resolution: int | None
     rows: list[int]  # of each shard
     captions: list[int]  # of each shard
@@ -80,9 +80,13 @@ def _checked(fields: dict[str, Any]) -> Manifest:
         named = _typed(fields, what, dict, type(None))
         for key in named or ():
             _typed(named, key, str, where=f"{what}.")
-    latent_scale = float(_typed(fields, "latent_scale", int, float))
-    if not 0 < latent_scale < math.inf:
-        raise _DamageError(f"latent_scale is {latent_scale}, but must be above 0")
+    _typed(fields, "latent_scale", int, float)
+    moments_shape = _shape(fields, "moments_shape", 3)
+    try:
+        latent_space = LatentSpace.recorded(fields)
+        latent_space.check_channels(moments_shape[0] // 2)
+    except ValueError as error:
+        raise _DamageError(str(error)) from None
     source = _typed(fields, "source", dict)
     shards = _typed(fields, "shards", list)
     num_pairs, num_captions = _count(fields, "num_pairs"), _count(fields, "num_captions")
@@ -97,11 +101,11 @@ def _checked(fields: dict[str, Any]) -> Manifest:
         num_pairs=num_pairs,
         flipped=False if old else _typed(fields, "flipped", bool),
         dtype=_choice(fields, "dtype", ("float16", "float32")),
-        moments_shape=_shape(fields, "moments_shape", 3),
+        moments_shape=moments_shape,
         context_shape=context_shape,
         num_tokens=_count(fields, "num_tokens"),
         token_dtype=token_dtype,
-        latent_scale=latent_scale,
+        latent_space=latent_space,
         resolution=None if source.get("resolution") is None else _count(source, "resolution", "source."),
         rows=[_count(shard, "rows", f"shards[{i}].") for i, shard in enumerate(shards)],
         captions=[_count(shard, "captions", f"shards[{i}].") for i, shard in enumerate(shards)],

@@ -5,6 +5,7 @@ import json
 import shlex
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,8 @@ def _common_settings(manifest: Manifest) -> dict[str, Any]:
     encoders: dict[str, Any] = {
         f"{what} sha256": manifest.encoder(what, "sha256") for what in ("vae", "text_encoder", "tokenizer")
     }
-    keys = "dtype moments_shape flipped context_shape num_tokens token_dtype latent_scale"
-    return encoders | {key: getattr(manifest, key) for key in keys.split()}
+    keys = "dtype moments_shape flipped context_shape num_tokens token_dtype"
+    return encoders | {key: getattr(manifest, key) for key in keys.split()} | asdict(manifest.latent_space)
 
 
 def _info(stores: list[Store], split: str) -> StoreInfo:
@@ -113,7 +114,7 @@ def _info(stores: list[Store], split: str) -> StoreInfo:
         context_shape=first.context_shape,
         num_tokens=first.num_tokens,
         token_dtype=first.token_dtype,
-        latent_scale=first.latent_scale,
+        **asdict(first.latent_space),
         split=split,
         source={
             "merged": [

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 
 from uvit.config.store import FeaturesExportConfig, FeaturesImportConfig
 from uvit.device import pick_device
-from uvit.diffusion import LATENT_SCALE
+from uvit.diffusion import LatentSpace
 from uvit.errors import UserError, differences
 from uvit.io import format_bytes, read_json, write_bytes
 from uvit.lock import LOCK, WriterLock
@@ -31,10 +31,10 @@ from uvit.store.splits import Split, find_splits, find_stores
 from uvit.store.writer import StoreInfo, StoreWriter
 from uvit.weights.components import load_text_encoder, load_vae
 from uvit.weights.encoders import (
+    assume_latent_space,
     downsampling_of,
     encode_tokens,
     fingerprint,
-    latent_scale_of,
     load_tokenizer,
     tokenizer_fingerprint,
 )
@@ -86,7 +86,7 @@ def import_npy(config: FeaturesImportConfig) -> None:
             context_shape=context.shape,
             num_tokens=context.shape[0],
             token_dtype=None,
-            latent_scale=recorded.latent_scale,
+            **asdict(recorded.latent_space),
             split=split.name,
             source={"source": str(root), "split": split.name, "layout": "old", "resolution": recorded.resolution},
             vae=recorded.vae,
@@ -188,6 +188,10 @@ def export_npy(config: FeaturesExportConfig) -> None:
     print(f"{target}: {', '.join(f'{one.num_pairs:,} pairs in {one.name}' for one in exports)}.")
     if any(split.settings.get("flipped") for split in splits):
         print("The mirrored images were not exported: .npy features (U-ViT layout) cannot hold them.")
+    for latents in sorted({LatentSpace.recorded(split.settings).describe_latents() for split in splits}):
+        print(
+            f"Not exported: {latents}. Where the files are trained on or imported, name the VAE (--vae_name_or_path)."
+        )
 
 
 def check_room(needed: int, folder: Path) -> None:
@@ -334,7 +338,7 @@ class Recorded:
     vae: Encoder | None
     text_encoder: Encoder | None
     tokenizer: Encoder | None
-    latent_scale: float
+    latent_space: LatentSpace
     resolution: int | None  # side of the images in pixels; None: not known
 
 
@@ -342,8 +346,7 @@ def recorded_encoders(
     config: FeaturesImportConfig, moments_shape: tuple[int, ...], context_shape: tuple[int, ...]
 ) -> Recorded:
     """The encoders that the flags name, with their fingerprints. Raises UserError if one does not fit the features."""
-    vae = text_encoder = tokenizer = resolution = None
-    latent_scale = LATENT_SCALE
+    vae = text_encoder = tokenizer = resolution = model = None
     if config.vae_name_or_path:
         model = load_vae(config.vae_name_or_path)
         if 2 * model.config["latent_channels"] != moments_shape[0]:
@@ -352,8 +355,8 @@ def recorded_encoders(
                 f" but moments of shape {moments_shape} need {moments_shape[0] // 2}; give the VAE that made them"
             )
         vae = _record(config.vae_name_or_path, fingerprint(model))
-        latent_scale = latent_scale_of(model)
         resolution = moments_shape[1] * downsampling_of(model)
+    latent_space = assume_latent_space(model, config.vae_name_or_path, config.latent_scale)
     if config.text_encoder_name_or_path:
         model = load_text_encoder(config.text_encoder_name_or_path)
         if model.config.hidden_size != context_shape[1]:
@@ -364,7 +367,7 @@ def recorded_encoders(
         text_encoder = _record(config.text_encoder_name_or_path, fingerprint(model))
     if name := config.tokenizer_name or config.text_encoder_name_or_path:
         tokenizer = _record(name, tokenizer_fingerprint(load_tokenizer(name)))
-    return Recorded(vae, text_encoder, tokenizer, config.latent_scale or latent_scale, resolution)
+    return Recorded(vae, text_encoder, tokenizer, latent_space, resolution)
 
 
 def _record(name_or_path: str, sha256: str) -> Encoder:

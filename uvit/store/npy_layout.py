@@ -4,7 +4,7 @@
     train/{i}_{k}.npy    the text embedding of its caption k
     empty_context.npy    the text embedding of the empty caption, beside the folders of the splits
 
-This layout stores neither the captions as text, nor the encoders' names, nor the latent scale, nor mirrored images.
+This layout stores neither the captions as text, nor the encoders' names, nor the latent space, nor mirrored images.
 """
 
 import os
@@ -14,6 +14,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from uvit.diffusion import LatentSpace
 from uvit.errors import UserError
 from uvit.store.types import FeatureBatch
 
@@ -42,7 +43,7 @@ class NpyFeatures:
         self._check_sizes()
         self.empty_token_ids: np.ndarray | None = None
         self.resolution: int | None = None
-        self.latent_scale: float | None = None
+        self.latent_space: LatentSpace | None = None
         self.flipped = False
         self.vae_name: str | None = None
         self.vae_sha256: str | None = None
@@ -105,7 +106,7 @@ def load_npy(path: Path, flag: str = "path") -> np.ndarray:
     try:
         with path.open("rb") as file:  # numpy leaves damaged files open
             array = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
+    except (OSError, ValueError, EOFError, BadZipFile, SystemError) as error:  # SystemError: Python 3.11, odd nesting
         raise UserError(f"--{flag}: {path} cannot be read as an array ({error}); copy it again") from None
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
         what = array.dtype if isinstance(array, np.ndarray) else "several arrays"

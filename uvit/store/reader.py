@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from uvit.diffusion import LatentSpace
 from uvit.errors import UserError
 from uvit.store.arrays import OpenFiles, ReadRequest, ShardedArray, as_bytes, read_all, read_header
 from uvit.store.manifest import read_manifest
@@ -74,7 +75,7 @@ class FeatureStore:
         self.flipped = manifest.flipped
         self.context_shape = manifest.context_shape
         self.num_tokens: int | None = manifest.num_tokens
-        self.latent_scale: float | None = manifest.latent_scale
+        self.latent_space: LatentSpace | None = manifest.latent_space
         self.resolution = manifest.resolution
         self.vae_name, self.vae_sha256 = (manifest.encoder("vae", key) for key in ("name", "sha256"))
         self.text_encoder_name, self.text_encoder_sha256 = (

@@ -8,6 +8,7 @@ from PIL import Image
 
 from uvit.config.store import FeaturesSampleConfig
 from uvit.device import pick_device
+from uvit.diffusion import LatentSpace
 from uvit.errors import UserError
 from uvit.images import contact_sheet, save_png, to_pil
 from uvit.store.reader import open_features
@@ -67,4 +68,4 @@ def decode_pairs(vae: torch.nn.Module, features: Features, rows: list[int], side
     flip_draws = np.full(len(rows), side) if features.flipped else None
     batch = features.read(np.array(rows), np.zeros(len(rows)), flip_draws)
     mean, _ = torch.from_numpy(batch.moments).float().chunk(2, dim=1)
-    return to_pil(decode_latents(vae, mean.to(next(vae.parameters()).device), latent_scale=1.0))
+    return to_pil(decode_latents(vae, mean.to(next(vae.parameters()).device), LatentSpace(1.0)))

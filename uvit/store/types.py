@@ -5,6 +5,8 @@ from typing import Protocol
 
 import numpy as np
 
+from uvit.diffusion import LatentSpace
+
 
 @dataclass(frozen=True)
 class FeatureBatch:
@@ -23,7 +25,7 @@ class Features(Protocol):
     flipped: bool  # the moments of the mirrored images are stored too
     context_shape: tuple[int, ...] | None  # (T, D); None: only token ids are stored
     num_tokens: int | None  # T
-    latent_scale: float | None  # None: not known
+    latent_space: LatentSpace | None  # None: not known
     resolution: int | None  # side of the images in pixels; None: not known
     empty_context: np.ndarray | None  # (T, D), as stored
     empty_token_ids: np.ndarray | None  # (T,)

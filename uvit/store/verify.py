@@ -163,7 +163,7 @@ def _check_content(folder: Path, name: str, manifest: Manifest) -> str | None:
 def _check_array(path: Path, shape: tuple[int, ...], dtype: str | None, finite: bool = True) -> str | None:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, SyntaxError, SystemError) as error:  # whatever a damaged header raises
         return f"cannot be read as an array ({error}); {EXTRACT_AGAIN}"
     if array.shape != shape or array.dtype.name != dtype:
         return f"contains {array.dtype} {array.shape}, but manifest.json says {dtype} {shape}; {EXTRACT_AGAIN}"

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from uvit.diffusion import LatentSpace, PerChannel
 from uvit.errors import UserError, differences
 from uvit.io import write_bytes, write_json, write_json_once
 from uvit.store.manifest import STORE_FORMAT, VERSION, with_image_settings
@@ -41,6 +42,8 @@ class StoreInfo:
     vae: dict[str, str] | None  # {"name": folder or hub id, "sha256": fingerprint}
     text_encoder: dict[str, str] | None
     tokenizer: dict[str, str] | None
+    latent_shift: PerChannel = 0.0  # with latent_scale, a LatentSpace
+    latent_std: PerChannel = 1.0
 
     def arrays(self) -> dict[str, ArrayInfo]:
         """The arrays of a shard, by kind."""
@@ -85,7 +88,8 @@ class StoreWriter:
                     " crop; the remaining images are cropped first, and colour profiles stay ignored. To prepare all"
                     " images alike, extract into another folder."
                 )
-        if changed := differences(before, settings):
+        before |= asdict(LatentSpace.recorded(before))  # an older one has a latent scale alone
+        if changed := differences(before, settings | asdict(LatentSpace.recorded(settings))):
             raise UserError(
                 f"--output_dir {folder}: was started with other settings; give the same settings to resume, or another"
                 " folder",

@@ -1,6 +1,7 @@
 """A run's checkpoints: check and save them, and resume from them."""
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from uvit.checkpoint.folder import Checkpoint, check_command, checkpoint_folders, latest_checkpoint
 from uvit.checkpoint.layout import from_checkpoint_layout, to_checkpoint_layout
 from uvit.checkpoint.saver import Saver, all_gather_channel
+from uvit.diffusion import Conventions
 from uvit.distributed.ops import any_of, differing_replicas, on_main
 from uvit.errors import UserError, differences
 from uvit.train.branch import (
@@ -166,10 +168,10 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
 def check_same_run(run: Run, checkpoint: Checkpoint) -> None:
     """Raises UserError if the checkpoint is of another model or of other features. Prints the flags that differ."""
     check_command(checkpoint, "uvit train")
-    ours, theirs = run.record(), checkpoint.record
+    ours, theirs = ({**each, **asdict(Conventions.recorded(each))} for each in (run.record(), checkpoint.record))
     key_of = {"VAE": "vae_sha256", "text encoder": "text_encoder_sha256", "tokenizer": "tokenizer_sha256"}
     was_made_by, made_by = ({what: record.get(key) for what, key in key_of.items()} for record in (theirs, ours))
-    settings = "unet_config", "text_encoder_config", "prediction_type", "latent_scale", "timestep_labels"
+    settings = "unet_config", "text_encoder_config", *asdict(run.conventions)
     before, now = (
         {key: record[key] for key in settings if record[key] is not None}
         | {"train_text_encoder": record["text_encoder_config"] is not None, "fp16": bool(record["loss_scale"])}

@@ -5,20 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from uvit.config.train import TrainConfig
-from uvit.diffusion import NUM_TIMESTEPS
+from uvit.diffusion import LatentSpace
 from uvit.errors import UserError, differences
 from uvit.export.convert import training_facts
 from uvit.model import UViTT2IModel
 from uvit.sample.pipeline import check_components
 from uvit.store.reader import FeatureStore
 from uvit.store.types import Features
-from uvit.weights.components import load_text_encoder, load_vae
+from uvit.weights.components import TRAINED, load_text_encoder, load_vae
 from uvit.weights.detect import FLAGS, first_that_has
 from uvit.weights.encoders import check_fingerprint, is_local_path, load_tokenizer
 
-TIMESTEP_LABELS = f"1..{NUM_TIMESTEPS}"  # the network's timesteps at the least and the most noise
 NUM_LATENTS = 64  # samples that are read before a run
 USUAL_STD = (0.25, 4.0)  # of scaled latents
 
@@ -115,10 +115,11 @@ def check_pretrained(config: TrainConfig, features: Features) -> None:
     if name is None:
         return
     facts = training_facts(Path(name))
-    if (labels := facts.get("timestep_labels", TIMESTEP_LABELS)) != TIMESTEP_LABELS:
+    trained = TRAINED.timestep_labels
+    if (labels := facts.get("timestep_labels", trained)) != trained:
         raise UserError(
             f"--pretrained_model_name_or_path {name}: was trained with timesteps {labels}, but this training uses "
-            f"{TIMESTEP_LABELS}; start from another pipeline"
+            f"{trained}; start from another pipeline"
         )
     theirs = {"VAE": facts.get("vae_sha256"), "text encoder": facts.get("text_encoder_sha256")}
     ours = fingerprints(features, config.train_text_encoder)
@@ -167,19 +168,19 @@ def check_sizes(
         raise UserError(f"--{flag} {name}: {error}; choose another, or another --uvit_config_file") from None
 
 
-def check_latents(features: Features, latent_scale: float, path: str) -> None:
+def check_latents(features: Features, space: LatentSpace, path: str) -> None:
     """Print a warning if the standard deviation of the scaled latents is far from 1, that of the noise."""
     rows = np.linspace(0, features.num_samples - 1, min(NUM_LATENTS, features.num_samples)).astype(np.int64)
     means = np.split(features.read(rows, np.zeros(len(rows))).moments.astype(np.float64), 2, axis=1)[0]
     with np.errstate(invalid="ignore"):  # of what is not finite
-        std = float(np.std(means))
-    if USUAL_STD[0] <= std * latent_scale <= USUAL_STD[1]:
+        std = float(np.std(space.normalize(torch.from_numpy(means)).numpy()))
+    if USUAL_STD[0] <= std <= USUAL_STD[1]:
         return
     where = f"--feature_path {path}: the latents of {len(rows)} samples"
     if not std > 0:
         print(f"warning: {where} are all equal or not finite; check the features before training on them")
         return
     print(
-        f"warning: {where} times the latent scale {latent_scale:.4g} have a standard deviation of "
-        f"{std * latent_scale:.3g}, but should have about 1; --latent_scale {1 / std:.4g} would give 1"
+        f"warning: {where} times the latent scale {space.latent_scale:.4g} have a standard deviation of "
+        f"{std:.3g}, but should have about 1; --latent_scale {space.latent_scale / std:.4g} would give 1"
     )

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel
 
 import uvit
-from uvit.config.model import resolve_model_config
+from uvit.config.model import KINDS, resolve_model_config
 from uvit.config.train import TrainConfig
-from uvit.diffusion import LATENT_SCALE
+from uvit.diffusion import Conventions, recorded_conventions
 from uvit.distributed.mesh import World, single_process_world
 from uvit.distributed.ops import GradientAverage
 from uvit.distributed.parallelize import check_divisibility, parallelize, shard
@@ -25,7 +25,6 @@ from uvit.model import INIT_STD, UViTT2IModel
 from uvit.store.reader import open_features
 from uvit.store.types import Features
 from uvit.train.checks import (
-    TIMESTEP_LABELS,
     check_features,
     check_named_encoders,
     check_pretrained,
@@ -39,9 +38,9 @@ from uvit.train.guards import Guards, count_steps
 from uvit.train.loader import BatchDataset
 from uvit.train.optimizer import EMA, build_optimizer
 from uvit.train.precision import Precision
-from uvit.weights.components import load_text_encoder, read_network
+from uvit.weights.components import as_trained, load_text_encoder, load_vae, read_network
 from uvit.weights.detect import first_that_has, is_third_party
-from uvit.weights.encoders import check_fingerprint, is_local_path, load_tokenizer
+from uvit.weights.encoders import assume_latent_space, check_fingerprint, is_local_path, load_tokenizer
 
 BATCH_FLAGS = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "dp_degree", "sharding_parallel_degree",
@@ -63,7 +62,7 @@ class Run:
     optimizer: torch.optim.AdamW
     ema: EMA | None
     precision: Precision
-    latent_scale: float
+    conventions: Conventions  # what x_0 is, and what the model predicts
     frozen_text_encoder: Any | None  # encodes token ids, if the features have no text embeddings and it is not trained
     encoders: dict[str, str | None]  # vae, text_encoder, tokenizer: names or paths, for the final pipeline
     text_encoder_sha256: str | None  # of the one that made the text embeddings; None: it is trained, or unknown
@@ -98,9 +97,7 @@ class Run:
             "epochs": [list(astuple(each)) for each in self.batches.epochs],
             "unet_config": model_config(self.master_model["unet"]),
             "text_encoder_config": text_encoder_config(self.master_model),
-            "prediction_type": config.prediction_type,
-            "latent_scale": self.latent_scale,
-            "timestep_labels": TIMESTEP_LABELS,
+            **asdict(self.conventions),
             **self.encoders,
             "vae_sha256": features.vae_sha256,
             "text_encoder_sha256": self.text_encoder_sha256,
@@ -128,8 +125,8 @@ def text_encoder_config(model: nn.ModuleDict) -> dict[str, Any] | None:
 
 
 def model_config(unet: Any) -> dict[str, Any]:
-    """The constructor's arguments, without what diffusers adds."""
-    return {key: value for key, value in unet.config.items() if not key.startswith("_")}
+    """The sizes among the constructor's arguments, without the conventions, and without what diffusers adds."""
+    return {key: unet.config[key] for key in KINDS}
 
 
 def build_run(config: TrainConfig, output_dir: Path, world: World | None = None) -> Run:
@@ -144,6 +141,9 @@ def build_run(config: TrainConfig, output_dir: Path, world: World | None = None)
     check_pretrained(config, features)
     torch.manual_seed(config.seed)
     unet = build_unet(config, device)
+    encoders = encoder_sources(config, features)
+    conventions = training_conventions(config, features, unet, encoders["vae"])
+    unet.register_to_config(**asdict(conventions))
     use_tokens = config.train_text_encoder or features.context_shape is None
     check_features(config, features, unet, use_tokens, "feature_path", config.feature_path)
     check_named_encoders(config, features, unet)
@@ -179,9 +179,9 @@ def build_run(config: TrainConfig, output_dir: Path, world: World | None = None)
         optimizer=optimizer,
         ema=ema,
         precision=precision,
-        latent_scale=config.latent_scale or features.latent_scale or LATENT_SCALE,
+        conventions=conventions,
         frozen_text_encoder=frozen,
-        encoders=encoder_sources(config, features),
+        encoders=encoders,
         text_encoder_sha256=text_encoder_sha256,
         pad_token_id=pad_token_id,
         max_steps=config.max_steps,
@@ -217,6 +217,39 @@ def encoder_sources(config: TrainConfig, features: Features) -> dict[str, str | 
         ),
         "tokenizer": first_that_has("tokenizer", pretrained, config.tokenizer_name, features.tokenizer_name),
     }
+
+
+def training_conventions(
+    config: TrainConfig, features: Features, unet: UViTT2IModel, vae_name: str | None
+) -> Conventions:
+    """What x_0 is: as the features record it, else the model to start from, else the VAE. And what is predicted.
+
+    Prints where a model to start from was trained otherwise.
+    """
+    before: Mapping[str, Any] = unet.config
+    trained = as_trained(Conventions.recorded(before))
+    if features.latent_space is not None:
+        space = features.latent_space
+        if config.latent_scale is not None:
+            space = replace(space, latent_scale=config.latent_scale)
+    elif before["latent_scale"] is not None:
+        space = trained if config.latent_scale is None else replace(trained, latent_scale=config.latent_scale)
+    else:
+        try:
+            vae = load_vae(vae_name) if vae_name else None
+        except UserError:
+            if is_local_path(str(vae_name)) or Path(str(vae_name)).exists():
+                raise
+            vae = None  # a Hub id that cannot be loaded here
+        space = assume_latent_space(vae, vae_name, config.latent_scale)
+    conventions = Conventions.recorded({**asdict(space), "prediction_type": config.prediction_type})
+    for key in recorded_conventions(before):
+        if getattr(trained, key) != (now := getattr(conventions, key)):
+            print(
+                f"warning: --pretrained_model_name_or_path {config.pretrained_model_name_or_path}: was trained with "
+                f"{key} {getattr(trained, key)}, and this run trains it with {now}"
+            )
+    return conventions
 
 
 def parallelize_models(

@@ -38,7 +38,7 @@ def compute_loss(run: Run, model: nn.Module, batch: Batch, snr_gamma: float | No
     """Add noise to the latents, predict, compare: U-ViT's eq. 1 for epsilon. `model`: one of the run's."""
     unet = model["unet"]  # type: ignore[index]
     dtype = next(unet.parameters()).dtype  # float32, or the low precision of a copy at O2
-    x_0 = draw_latents(batch.moments.float(), batch.posterior_noise, run.latent_scale)
+    x_0 = run.conventions.normalize(draw_latents(batch.moments.float(), batch.posterior_noise))
     x_n = add_noise(x_0, batch.noise, batch.timesteps)
     with run.precision.autocast():
         context = batch_context(run, model, batch)

@@ -80,7 +80,7 @@ def run_training(config: TrainConfig, world: World) -> int:
         with hang_watchdog(config.hang_timeout, world):
             run = build_run(config, Path(config.output_dir), world)
             if world.is_main:
-                check_latents(run.features, run.latent_scale, config.feature_path)
+                check_latents(run.features, run.conventions, config.feature_path)
             on_main(lambda: lock_run(run, held), world)
             resume(run)
             if world.is_main:

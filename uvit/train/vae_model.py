@@ -109,7 +109,7 @@ def vae_loss(vae: AutoencoderKL, images: Tensor, noise: Tensor, kl_weight: float
     mean, log_variance = moments.float().chunk(2, dim=1)
     log_variance = log_variance.clamp(-30, 20)
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    error = (vae.decode(draw_latents(moments.float(), noise, 1.0)).sample.float() - images).square().mean()
+    error = (vae.decode(draw_latents(moments.float(), noise)).sample.float() - images).square().mean()
     return error + kl_weight * kl, error
 
 

@@ -165,7 +165,7 @@ def preview_sheet(run: Run, vae: AutoencoderKL) -> Image.Image:
     generator = np.random.Generator(np.random.Philox(key=[run.config.seed, PREVIEW_STREAM]))
     noise = torch.from_numpy(generator.standard_normal(means.shape, dtype=np.float32)).to(run.device)
 
-    images = to_pil(decode_latents(vae, means * run.latent_scale, run.latent_scale))
+    images = to_pil(decode_latents(vae, run.conventions.normalize(means), run.conventions))
     for guidance_scale in GUIDANCE_SCALES:
         latents = denoise(
             unet,
@@ -177,7 +177,7 @@ def preview_sheet(run: Run, vae: AutoencoderKL) -> Image.Image:
             num_inference_steps=run.config.num_inference_steps,
             prediction_type=run.config.prediction_type,
         )
-        images += to_pil(decode_latents(vae, latents, run.latent_scale))
+        images += to_pil(decode_latents(vae, latents, run.conventions))
     captions = [run.features.captions(int(row)) for row in rows]
     labels = [texts[0] if texts else "" for texts in captions]
     labels += [f"guidance {scale}" for scale in GUIDANCE_SCALES for _ in rows]

@@ -20,14 +20,16 @@ from typing import Any, Literal
 from torch import Tensor
 
 from uvit.config.paths import expand_path
-from uvit.diffusion import LATENT_SCALE
+from uvit.diffusion import Conventions, recorded_conventions
 from uvit.errors import UserError
 from uvit.model import UViTT2IModel
 from uvit.weights.detect import (
     COMPONENT_FOLDERS,
+    CONFIG,
     FLAGS,
     INDEX,
     Network,
+    config_beside,
     is_paddlemix_folder,
     is_third_party,
     listed_components,
@@ -49,17 +51,8 @@ from uvit.weights.vae import vae_from_tensors
 CONVENTIONS = "uvit_conventions.json"  # `uvit convert` writes it beside weights in other formats
 
 
-@dataclass(frozen=True)
-class Conventions:
-    """How to sample with a U-ViT: see UViTPipeline."""
-
-    latent_scale: float = LATENT_SCALE
-    timestep_labels: str = "1..1000"
-    prediction_type: str = "epsilon"
-
-
 TRAINED = Conventions()
-PADDLEMIX = Conventions(STABLE_DIFFUSION_SCALE, "0..999")
+PADDLEMIX = Conventions(STABLE_DIFFUSION_SCALE, timestep_labels="0..999")
 ConventionsChoice = Literal["source", "trained"]
 
 
@@ -108,7 +101,7 @@ def read_components(
     report = Report()
     found: dict[str, Any] = {}
     raw_unet = None
-    own_conventions = TRAINED
+    own_conventions, is_assumed = TRAINED, False
     for location in locate(path, overridden):
         if location.saved_by_library:
             found[str(location.component)] = load_saved(location)
@@ -123,18 +116,23 @@ def read_components(
                 raise UserError(f"{weights.path}: is a second {weights.component} in this folder; name one file")
             found[weights.component] = build_network(weights, report)
             if weights.component == "unet":
-                own_conventions = read_conventions(weights.path.parent) or TRAINED
+                recorded = read_conventions(weights.path)
+                own_conventions, is_assumed = recorded or TRAINED, recorded is None
     scheduler_config = None
     if (path / INDEX).is_file():
         scheduler_config, own_conventions = read_pipeline_settings(path, overridden, report)
+        is_assumed = False
     if conventions == "trained":
         own_conventions = as_trained(own_conventions)
     if "unet" in found:
+        found["unet"].register_to_config(**asdict(own_conventions))
         paddlemix = own_conventions.timestep_labels == PADDLEMIX.timestep_labels
         report.defaulted.append(
-            f"latent scale {own_conventions.latent_scale}, timesteps {own_conventions.timestep_labels}, "
+            f"{own_conventions.describe_latents()}, timesteps {own_conventions.timestep_labels}, "
             f"as in {'the PaddleMIX pipeline' if paddlemix else 'training'}; "
             f"prediction type {own_conventions.prediction_type}"
+            + f"; {CONVENTIONS} beside the weights changes them"
+            * is_assumed
         )
     return Components(
         **found, scheduler_config=scheduler_config, conventions=own_conventions, raw_unet=raw_unet, report=report
@@ -175,20 +173,31 @@ def read_pipeline_settings(
         report.dropped.append(shorten(unknown))
     if is_paddlemix_folder(folder):
         prediction_type = scheduler_config.get("prediction_type", "epsilon")
-        return scheduler_config, read_conventions(folder) or replace(PADDLEMIX, prediction_type=prediction_type)
-    index = read_config(folder / INDEX)
-    return scheduler_config, Conventions(**{key: index[key] for key in asdict(TRAINED) if key in index})
+        return scheduler_config, read_conventions(folder / INDEX) or replace(PADDLEMIX, prediction_type=prediction_type)
+    return scheduler_config, _recorded(folder / "unet" / CONFIG) or _recorded(folder / INDEX) or TRAINED
 
 
-def read_conventions(folder: Path) -> Conventions | None:
-    """What `uvit convert` wrote beside weights whose format cannot hold it."""
-    path = folder / CONVENTIONS
+def read_conventions(weights: Path) -> Conventions | None:
+    """The conventions beside weights: what `uvit convert` wrote for a format that cannot hold them, or the config of
+    the U-ViT. None: they are not recorded."""
+    path = weights.with_name(CONVENTIONS)
     if not path.is_file():
-        return None
-    content = read_config(path)
-    if set(content) != set(asdict(TRAINED)):
-        raise UserError(f"{path}: must have the keys {', '.join(asdict(TRAINED))} and no others")
-    return Conventions(**content)
+        config = config_beside(weights, "unet")
+        return None if config is None else _recorded(config)
+    content, keys = read_config(path), list(asdict(TRAINED))
+    older = {"latent_scale", "timestep_labels", "prediction_type"}
+    if not older <= set(content) <= set(keys):
+        raise UserError(f"{path}: must have the keys {', '.join(keys)} and no others")
+    return _recorded(path)
+
+
+def _recorded(path: Path) -> Conventions | None:
+    """Those in a JSON file, or None if it has none of them. Raises UserError where a value is wrong."""
+    content = read_config(path) if path.is_file() else {}
+    try:
+        return Conventions.recorded(content) if recorded_conventions(content) else None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; correct it") from None
 
 
 # One component of a source
@@ -218,11 +227,13 @@ def load_text_encoder(name_or_path: str) -> Any:
 
 
 def read_network(path: Path, component: Network) -> Any:
-    """One network of a source. Raises UserError where it has none of this kind."""
+    """One network of a source. Prints what is assumed of a VAE. Raises UserError where it has none of this kind."""
     components = read_components(path, overridden={"unet", *FLAGS} - {component})
     network = getattr(components, component)
     if network is None:
         raise UserError(f"{path}: has no {component}; it holds: {'; '.join(components.report.read) or 'nothing else'}")
+    for line in components.report.defaulted if component == "vqvae" else ():
+        print(f"{path}: {line}")
     return network
 
 

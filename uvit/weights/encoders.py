@@ -8,6 +8,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, CLIPTextModel
 from transformers import logging as transformers_logging
 
-from uvit.diffusion import LATENT_SCALE
+from uvit.diffusion import LATENT_SCALE, LatentSpace
 from uvit.errors import UserError
 
 STABLE_DIFFUSION_SCALE = 0.18215
@@ -195,14 +196,44 @@ def check_fingerprint(module: Any, expected: str | None, flag: str, name: str) -
 # Images
 
 
-def latent_scale_of(vae: Any) -> float:
-    """The factor from the VAE's latents to those a U-ViT is trained on.
+def latent_space_of(vae: Any) -> LatentSpace:
+    """What a U-ViT is trained on, of this VAE's latents: what its config says, read as by the pipelines of diffusers.
 
-    The VAE stores it as `scaling_factor`. Stable Diffusion's VAE is the exception: it stores 0.18215, the default of
-    AutoencoderKL, and U-ViTs use 0.23010 with it.
+    They use `latents_mean` and `latents_std` where there are both. Stable Diffusion's VAE is an exception: it stores
+    the `scaling_factor` 0.18215, the default of AutoencoderKL, and U-ViTs use 0.23010 with it.
+    Raises UserError where the config contradicts itself.
     """
-    scale = float(vae.config["scaling_factor"])
-    return LATENT_SCALE if scale == STABLE_DIFFUSION_SCALE else scale
+    config = vae.config
+    scale, shift, mean, std = (
+        config.get(key) for key in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+    )
+    has_mean = mean is not None and std is not None
+    if scale == STABLE_DIFFUSION_SCALE and not shift and not has_mean:
+        scale = LATENT_SCALE
+    try:
+        if shift and has_mean:
+            raise ValueError("it has both a shift_factor and latents_mean")
+        space = LatentSpace(scale, mean, std) if has_mean else LatentSpace(scale, shift or 0.0)
+        space.check_channels(config["latent_channels"])
+    except ValueError as error:
+        raise UserError(f"the config.json of the VAE cannot be used: {error}; correct it") from None
+    return space
+
+
+def assume_latent_space(vae: Any | None, name: str | None, latent_scale: float | None) -> LatentSpace:
+    """That of features which do not record it: of the VAE that `name` names, if one does. Prints what is assumed.
+
+    latent_scale: of --latent_scale, in place of the VAE's own.
+    """
+    space = LatentSpace() if vae is None else latent_space_of(vae)
+    sources = [] if vae is None else [f"the VAE {name}"]
+    if latent_scale is not None:
+        space = replace(space, latent_scale=latent_scale)
+        sources.insert(0, "--latent_scale")
+    source = " and ".join(sources) or "U-ViT's value for a Stable Diffusion VAE"
+    described = space.describe_latents().capitalize() + ", no shift" * (space.latent_shift == 0)
+    print(f"{described}: {source}. The features do not record it; --vae_name_or_path and --latent_scale change it.")
+    return space
 
 
 def downsampling_of(vae: Any) -> int:
@@ -219,9 +250,9 @@ def encode_images(vae: Any, pixels: Tensor) -> Tensor:
     return torch.cat([posterior.mean, posterior.logvar], dim=1)  # logvar is clamped by diffusers
 
 
-def decode_latents(vae: Any, latents: Tensor, latent_scale: float) -> Tensor:
-    """Latents (B, C, h, w), scaled as in training -> images (B, 3, H, W) in [-1, 1]."""
-    images = vae.decode(latents / latent_scale).sample
+def decode_latents(vae: Any, latents: Tensor, space: LatentSpace) -> Tensor:
+    """Latents x_0 (B, C, h, w), as in training -> images (B, 3, H, W) in [-1, 1]."""
+    images = vae.decode(space.denormalize(latents)).sample
     return torch.where(images.isinf(), torch.nan, images.clamp(-1, 1))  # clamping must not hide an infinity
 
 

@@ -18,13 +18,16 @@ from uvit.weights.report import Report
 from uvit.weights.unet import fill
 
 NORM_GROUPS = 32
-# Settings that arrays do not tell, and the values that are assumed without a config.
+# The settings of Stable Diffusion's VAE, which other programs assume. Of those that arrays do not tell, the values that
+# are assumed here without a config.
 _ASSUMED = {
     "norm_num_groups": NORM_GROUPS,
     "act_fn": "silu",
     "shift_factor": None,
     "latents_mean": None,
     "latents_std": None,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
 }
 _ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out", "group_norm": "norm"}
 _OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # diffusers before 0.17
@@ -123,7 +126,10 @@ def vae_config(tensors: Mapping[str, Tensor], path: Path, ldm: bool, report: Rep
             f"{path}: is a VAE of widths {channels}, which are not multiples of {NORM_GROUPS}; put its config.json "
             "beside it"
         )
-    report.defaulted.append(f"VAE: norm_num_groups {NORM_GROUPS}, scaling_factor 0.18215")
+    report.defaulted.append(
+        f"VAE: norm_num_groups {NORM_GROUPS}, scaling_factor 0.18215, no shift_factor, as of Stable Diffusion's; its "
+        "config.json beside the weights changes them"
+    )
     return {
         "in_channels": in_channels,
         "out_channels": out_channels,
@@ -140,7 +146,7 @@ def vae_config(tensors: Mapping[str, Tensor], path: Path, ldm: bool, report: Rep
 
 
 def non_default_vae_config(vae: Any) -> list[str]:
-    """The settings that arrays do not tell and that differ from what is assumed: norm_num_groups 8, for example."""
+    """The settings that differ from what other programs assume: norm_num_groups 8, for example."""
     config = vae.config
     other = [key for key, value in _ASSUMED.items() if config.get(key, value) != value]
     lines = [f"{key} {config[key]} (where {_ASSUMED[key]} is assumed)" for key in other]

@@ -1,0 +1,237 @@
+"""The whole command, on tiny real networks: the same report however the work is cut, stopped and shared."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
+
+from tests.sample.parts import tiny_pipeline_folder
+from uvit.config.evaluate import EvaluateConfig, EvaluateStatisticsConfig
+from uvit.errors import UserError
+from uvit.evaluate.evaluate import evaluate
+from uvit.evaluate.reference import store_statistics
+from uvit.sources.shapes import ShapesSource
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny_pipeline_folder(tmp_path_factory.mktemp("pipeline"), num_tokens=77))
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A vision model of random weights, 32 features."""
+    folder = tmp_path_factory.mktemp("networks") / "tiny-vit"
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
+    )
+    ViTModel(config).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """100 PNG files of 40 x 32 pixels."""
+    folder = tmp_path_factory.mktemp("photos")
+    generator = np.random.default_rng(0)
+    for i in range(100):
+        small = Image.fromarray(generator.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+        small.resize((40, 32), Image.Resampling.BICUBIC).save(folder / f"{i:03d}.png")
+    return folder
+
+
+def run(out: Path, model: object, **flags: Any) -> dict[str, Any]:
+    config = EvaluateConfig(model=str(model), output_dir=str(out), device="cpu", disable_tqdm=True, **flags)
+    evaluate(config)
+    return json.loads((out / "report.json").read_text()) if (out / "report.json").is_file() else {}
+
+
+def values(report: dict[str, Any], result: int = 0) -> dict[str, float]:
+    return {score["name"]: score["value"] for score in report["results"][result]["scores"]}
+
+
+SAMPLING: dict[str, Any] = {"prompts": "shapes", "max_prompts": 20, "num_inference_steps": (2,), "batch_size": 4}
+
+
+# A model
+
+
+def test_a_model_alone_is_measured_on_the_shapes(
+    tmp_path: Path, pipeline: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = run(tmp_path, pipeline, max_prompts=3, num_inference_steps=(2,))
+    found = values(report)
+    assert list(found)[:5] == ["colour", "shape", "size", "position", "background"]
+    assert 0 <= found["attributes"] <= 1 and report["prompts"]["num_prompts"] == 3
+    assert report["protocol"] == {"name": "shapes", "changed": {"max_prompts": 3, "num_inference_steps": [2]}}
+    assert (tmp_path / "contact_sheet.png").stat().st_size > 1000
+    assert "chance" in capsys.readouterr().out
+
+
+def test_processes_that_share_the_work_make_the_same_images_features_and_scores(
+    tmp_path: Path, pipeline: str, vit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("uvit.evaluate.generate.CHUNK", 4)
+    flags = {**SAMPLING, "reference": "shapes", "split": "heldout", "feature_extractor": vit, "metrics": ("fd", "kid")}
+    alone = run(tmp_path / "alone", pipeline, **flags)
+    assert run(tmp_path / "shared", pipeline, shard="1/3", **flags) == {}
+    assert run(tmp_path / "shared", pipeline, shard="0/3", **flags) == {}
+    shared = run(tmp_path / "shared", pipeline, shard="2/3", **flags)
+    assert shared["results"] == alone["results"] and shared["reference"] == alone["reference"]
+    names = sorted(path.name for path in (tmp_path / "alone" / "images").glob("*.png"))
+    assert len(names) == 20
+    for name in names:
+        one, other = (Image.open(tmp_path / folder / "images" / name).tobytes() for folder in ("alone", "shared"))
+        assert one == other
+
+
+def test_a_stopped_evaluation_resumes(tmp_path: Path, pipeline: str, vit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images without features, features of some chunks, and nothing: as a kill leaves them."""
+    monkeypatch.setattr("uvit.evaluate.generate.CHUNK", 4)
+    flags = {**SAMPLING, "reference": "shapes", "split": "heldout", "feature_extractor": vit, "metrics": ("fd", "prdc")}
+    whole = run(tmp_path / "a", pipeline, **flags)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for path in [tmp_path / "b" / "report.json", *sorted((tmp_path / "b" / "features" / "tiny-vit").iterdir())[2:]]:
+        path.unlink()
+    for path in sorted((tmp_path / "b" / "images").iterdir())[13:]:
+        path.unlink()
+    assert run(tmp_path / "b", pipeline, **flags)["results"] == whole["results"]
+
+
+def test_other_settings_do_not_mix_with_those_of_a_folder(tmp_path: Path, pipeline: str) -> None:
+    run(tmp_path, pipeline, **SAMPLING, metrics=("attributes",))
+    with pytest.raises(UserError, match=r"was made with other settings \(guidance_scale: 2.0 there, 3.0 here\)"):
+        run(tmp_path, pipeline, **SAMPLING, metrics=("attributes",), guidance_scale=(3.0,))
+
+
+def test_repeats_have_other_seeds_and_give_a_spread(tmp_path: Path, pipeline: str, vit: str) -> None:
+    flags = {**SAMPLING, "reference": "shapes", "split": "heldout", "feature_extractor": vit, "metrics": ("fd",)}
+    report = run(tmp_path, pipeline, repeats=3, **flags)
+    [score] = report["results"][0]["scores"]
+    assert len(set(score["values"])) == 3
+    assert score["value"] == pytest.approx(np.mean(score["values"]))
+    assert score["deviation"] == pytest.approx(np.std(score["values"], ddof=1))
+    assert [images["seed"] for images in report["results"][0]["images"]] == [0, 20, 40]
+    single = run(tmp_path / "single", pipeline, seed=20, **flags)
+    assert values(single)["fd-tiny-vit"] == score["values"][1]
+
+
+def test_a_sweep_gives_a_row_for_each_combination_and_a_best_one(tmp_path: Path, pipeline: str, vit: str) -> None:
+    flags = {**SAMPLING, "num_inference_steps": (2, 3), "guidance_scale": (1.0, 2.0), "feature_extractor": vit}
+    report = run(
+        tmp_path, pipeline, reference="shapes", split="heldout", metrics=("fd", "attributes"), **flags
+    )  # fmt: skip
+    assert [result["label"] for result in report["results"]] == [
+        f"guidance_scale {scale}, num_inference_steps {steps}" for scale in (1.0, 2.0) for steps in (2, 3)
+    ]
+    single = run(
+        tmp_path / "single", pipeline, reference="shapes", split="heldout", metrics=("fd", "attributes"),
+        **{**flags, "num_inference_steps": (3,), "guidance_scale": (1.0,)},
+    )  # fmt: skip
+    assert values(report, 1) == values(single)
+    assert report["best"]["score"] == "fd-tiny-vit" and 0 <= report["best"]["setting"] < 4
+    assert (tmp_path / "pareto.png").is_file()
+
+
+# Images
+
+
+def test_equal_images_have_no_distance(tmp_path: Path, vit: str, photos: Path) -> None:
+    report = run(
+        tmp_path, photos, reference=str(photos), feature_extractor=vit, metrics=("fd", "kid", "prdc")
+    )  # fmt: skip
+    found = values(report)
+    assert 0 <= found["fd-tiny-vit"] < 1e-9
+    assert found["precision-tiny-vit"] == found["recall-tiny-vit"] == found["coverage-tiny-vit"] == 1
+    assert report["images"]["pixels_sha256"] == report["reference"]["pixels_sha256"]
+
+
+def test_stored_statistics_give_the_same_distance_as_the_images(tmp_path: Path, vit: str, photos: Path) -> None:
+    file = tmp_path / "photos.npz"
+    store_statistics(
+        EvaluateStatisticsConfig(
+            str(photos), str(file), metric="fd", resolution=24, feature_extractor=vit, device="cpu", disable_tqdm=True
+        )
+    )
+    flags: dict[str, Any] = {"feature_extractor": vit, "metrics": ("fd",), "resolution": 24}
+    with_images = run(tmp_path / "a", "shapes", reference=str(photos), **flags)
+    with_file = run(tmp_path / "b", "shapes", reference=str(file), **flags)
+    assert values(with_file) == values(with_images)
+    assert with_file["reference"]["pixels_sha256"] == with_images["reference"]["pixels_sha256"]
+    assert with_file["reference"]["num_images"] == 100
+    with pytest.raises(UserError, match=r"^--metrics kid: compares single images.*statistics only"):
+        run(tmp_path / "c", "shapes", reference=str(file), **{**flags, "metrics": ("kid",)})
+
+
+def test_images_of_a_source_are_prepared_as_in_extraction(tmp_path: Path, vit: str) -> None:
+    """The shapes rendered to files and as a source."""
+    source = ShapesSource("heldout", 32)
+    for i in range(len(source)):
+        source[i].image.save(tmp_path / f"{i:05d}.png")
+    report = run(
+        tmp_path / "out", tmp_path, reference="shapes", split="heldout", feature_extractor=vit, metrics=("fd",),
+        resolution=32,
+    )  # fmt: skip
+    assert values(report)["fd-tiny-vit"] < 1e-9
+
+
+def test_images_that_cannot_be_read_are_named_and_counted(tmp_path: Path, vit: str, photos: Path) -> None:
+    bad = tmp_path / "images"
+    shutil.copytree(photos, bad)
+    (bad / "007.png").write_bytes(b"no image")
+    (bad / "050.png").write_bytes((bad / "051.png").read_bytes()[:100])
+    report = run(tmp_path / "out", bad, reference=str(photos), feature_extractor=vit, metrics=("fd",))
+    assert [problem["id"] for problem in report["images"]["problems"]] == ["007.png", "050.png"]
+    assert any("2 of the images could not be read" in note and "007.png" in note for note in report["notes"])
+
+
+def test_retrieval_and_nearest_neighbours(tmp_path: Path, vit: str) -> None:
+    """A source against itself: every image is nearest to the one that its caption names."""
+    report = run(
+        tmp_path, "shapes", prompts="shapes", split="heldout", max_prompts=72, reference="shapes", resolution=32,
+        feature_extractor=vit, metrics=("retrieval",),
+    )  # fmt: skip
+    assert values(report) == {"retrieval_top1-tiny-vit": 1.0, "retrieval_top5-tiny-vit": 1.0}
+    assert (tmp_path / "neighbours.png").is_file()
+
+
+# Bad input
+
+
+def test_bad_input_is_one_sentence_before_any_image(tmp_path: Path, pipeline: str, vit: str, photos: Path) -> None:
+    empty, one, mixed = (tmp_path / name for name in ("empty", "one", "mixed"))
+    for folder in (empty, one, mixed):
+        folder.mkdir()
+    shutil.copy(photos / "000.png", one)
+    shutil.copy(photos / "000.png", mixed)
+    Image.new("RGB", (9, 9)).save(mixed / "001.png")
+    (tmp_path / "other.npz").write_bytes(b"no statistics")
+    own: dict[str, Any] = {"feature_extractor": vit, "metrics": ("fd",)}
+    for model, flags, message in (
+        (photos, {}, "--metrics: names none"),
+        (photos, {"metrics": ("kid",), "feature_extractor": vit}, "--metrics kid: .* give --reference"),
+        (photos, {"metrics": ("clip_score",)}, "--metrics clip_score: needs the --prompts"),
+        (photos, {"metrics": ("attributes",), "prompts": str(tmp_path / "a.txt")}, "needs --prompts shapes"),
+        (photos, {"metrics": ("is",)}, "pt_inception-2015-12-05-6726825d.pth"),
+        (photos, {**own, "reference": pipeline}, "is a model; give images"),
+        (photos, {**own, "reference": str(tmp_path / "other.npz")}, "other.npz: is damaged"),
+        (photos, {**own, "reference": str(tmp_path / "nothing")}, "--reference .*nothing"),
+        (photos, {**own, "reference": str(empty)}, "--reference .*empty"),
+        (empty, {**own, "reference": str(photos)}, "--model .*empty"),
+        (mixed, {**own, "reference": str(photos)}, "give --resolution"),
+        (one, {**own, "reference": str(photos)}, "1 image has no covariance"),
+        (photos, {**own, "reference": str(photos), "prompts": "shapes"}, "288 prompts, and .* 100 images"),
+        (pipeline, {**own, "reference": str(photos)}, "generates images from --prompts"),
+        (pipeline, {**SAMPLING, "metrics": ("attributes",), "ema": ("raw",)}, "has one set of weights"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(tmp_path / "out", model, **flags)
+    assert not (tmp_path / "out" / "report.json").exists()

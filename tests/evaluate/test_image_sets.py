@@ -1,0 +1,85 @@
+"""Folders, sources and stores as sets of images in a fixed order."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from uvit.cli.main import main
+from uvit.config.evaluate import EvaluateConfig
+from uvit.errors import UserError
+from uvit.evaluate.image_sets import FolderImages, ImageSet, LoadedImages, SourceImages, open_images
+from uvit.progress import Progress
+
+
+def opened(name: object, resolution: int | None = None, **flags: object) -> ImageSet:
+    config = EvaluateConfig("model", "out", **flags).resolved()  # type: ignore[arg-type]
+    return open_images(config, str(name), "reference", resolution)
+
+
+def load(images: ImageSet) -> LoadedImages:
+    with Progress("test", None, "image", bar=False, lines=False) as progress:
+        return images.load(0, len(images), progress)
+
+
+def save(path: Path, colour: tuple[int, ...] = (255, 0, 0), size: tuple[int, int] = (8, 8), mode: str = "RGB") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path)
+
+
+def test_a_folder_of_images_is_sorted_by_path_and_needs_no_captions(tmp_path: Path) -> None:
+    for name in ("b.png", "a/2.PNG", "a/10.png", "c.bmp", "contact_sheet.png"):
+        save(tmp_path / name)
+    images = opened(tmp_path)
+    assert isinstance(images, FolderImages)
+    assert load(images).ids == ["a/10.png", "a/2.PNG", "b.png", "c.bmp"]
+    assert images.description["num_images"] == 4 and "lossy_files" not in images.description
+
+
+def test_jpeg_files_are_counted(tmp_path: Path) -> None:
+    for name in ("a.png", "b.JPG", "c.webp"):
+        save(tmp_path / name)
+    assert opened(tmp_path).description["lossy_files"] == 2
+
+
+def test_images_of_every_mode_become_rgb_on_white(tmp_path: Path) -> None:
+    save(tmp_path / "a.png", (255, 0, 0, 0), mode="RGBA")
+    save(tmp_path / "b.png", (255, 255), mode="LA")
+    assert (load(opened(tmp_path)).pixels == 255).all()
+
+
+def test_images_of_several_sizes_need_a_resolution(tmp_path: Path) -> None:
+    save(tmp_path / "a.png", size=(8, 8))
+    save(tmp_path / "b.png", size=(12, 10))
+    with pytest.raises(UserError, match=r"^b.png: has 12 x 10 pixels, and a.png has 8 x 8; give --resolution"):
+        load(opened(tmp_path))
+    assert load(opened(tmp_path, 6)).pixels.shape == (2, 6, 6, 3)
+
+
+def test_captioned_images_are_a_source_and_those_without_captions_are_left_out(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        save(tmp_path / f"{name}.png")
+    for name in ("a", "c"):
+        (tmp_path / f"{name}.txt").write_text("words")
+    images = opened(tmp_path)
+    loaded = load(images)
+    assert isinstance(images, SourceImages)
+    assert loaded.rows == [0, 2] and [problem.kind for problem in loaded.problems] == ["no caption"]
+
+
+def test_a_feature_store_gives_the_images_that_it_was_made_from(tmp_path: Path) -> None:
+    command = "extract --source shapes --resolution 32 --vae_name_or_path shapes --text tokens --model_max_length 18 "
+    command += f"--output_dir {tmp_path / 'store'} --device cpu --num_workers 0"
+    assert main(command.split()) == 0
+    images = opened(tmp_path / "store", 32)
+    assert np.array_equal(load(images).pixels, load(opened("shapes", 32)).pixels)
+    with pytest.raises(UserError, match="was made of images of 32 pixels, and 64 are needed"):
+        opened(tmp_path / "store", 64)
+
+
+@pytest.mark.parametrize("name", ["nothing", "empty"])
+def test_what_has_no_images_is_named_with_its_flag(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=f"^--reference .*{name}"):
+        opened(tmp_path / name)

@@ -1,0 +1,172 @@
+"""The images of a model: opened from a pipeline, a run or a checkpoint; generated, and kept as PNG files."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from uvit import __version__
+from uvit.checkpoint.folder import RECORD, checkpoint_folders
+from uvit.config.evaluate import Scheduler, WeightsChoice
+from uvit.device import own_device
+from uvit.errors import UserError
+from uvit.evaluate.image_sets import CHUNK, LoadedImages
+from uvit.evaluate.prompts import Prompt, prompts_sha256
+from uvit.export.convert import build_pipeline, check_fit, open_checkpoint
+from uvit.progress import Progress
+from uvit.sample.command import sample_batch
+from uvit.sample.files import is_generated, numbered, read_image, save_image
+from uvit.sample.fit import read_plans
+from uvit.sample.jobs import ImageJob
+from uvit.sample.load import open_pipeline
+from uvit.sample.pipeline import UViTPipeline
+from uvit.sample.schedulers import MultistepScheduler, build_scheduler
+from uvit.weights.detect import INDEX
+from uvit.weights.encoders import fingerprint
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to sample. A sweep has several."""
+
+    guidance_scale: float
+    guidance_interval: tuple[float, float]
+    num_inference_steps: int
+    scheduler: Scheduler
+    ema: WeightsChoice
+
+    def label(self, names: Sequence[str]) -> str:
+        """Such as `guidance_scale 2, ema raw`: the fields that differ within the sweep."""
+        values = {**asdict(self), "guidance_interval": "{:g} {:g}".format(*self.guidance_interval)}
+        return ", ".join(f"{name} {values[name]}" for name in names)
+
+
+def is_model(name: str) -> bool:
+    """Whether a path is a pipeline folder, a training run or a checkpoint; everything else holds images."""
+    path = Path(name)
+    holds = any((folder / file).is_file() for folder in (path, path / "pipeline") for file in (INDEX, RECORD))
+    return holds or (path.is_dir() and bool(checkpoint_folders(path)))
+
+
+@dataclass(frozen=True)
+class Model:
+    """A pipeline on its device, and what was opened.
+
+    Attributes:
+        hashes: SHA-256 of the weights of each network.
+    """
+
+    pipeline: UViTPipeline
+    path: Path
+    hashes: dict[str, str]
+
+    def scheduler(self, name: Scheduler) -> Any:
+        """A new solver. Raises UserError if it is the fitted one, and there is none."""
+        return MultistepScheduler(read_plans(self.path)) if name == "fitted" else build_scheduler(name)
+
+
+def open_model(name: str, weights: WeightsChoice, device: str, dtype: str) -> Model:
+    """The model of a path with its EMA weights or its raw ones.
+
+    A run that has a pipeline gives that for its EMA weights; otherwise the last checkpoint is opened. Raises UserError
+    if it does not have the weights.
+    """
+    path = Path(name)
+    opened = next((folder for folder in (path, path / "pipeline") if (folder / INDEX).is_file()), None)
+    if weights == "ema" and opened is not None:
+        pipeline = open_pipeline(str(opened), device, dtype)
+    else:
+        checkpoints = [path] if (path / RECORD).is_file() else checkpoint_folders(path)
+        if not checkpoints:
+            raise UserError(f"--ema raw: {name} has one set of weights; give a run or a checkpoint")
+        opened = checkpoints[-1]
+        components = open_checkpoint(opened, weights == "ema")
+        if weights == "ema" and not components.facts["ema"]:
+            raise UserError(f"--ema ema: {opened} has no EMA weights; give --ema raw")
+        check_fit(components, opened)
+        pipeline = build_pipeline(components).to(own_device(device), getattr(torch, dtype))
+        pipeline.set_progress_bar_config(disable=True)
+    networks = {network: getattr(pipeline, network) for network in ("unet", "vqvae", "text_encoder")}
+    return Model(pipeline, opened, {f"{name}_sha256": fingerprint(network) for name, network in networks.items()})
+
+
+class GeneratedImages:
+    """Image i is generated from prompt i with seed + i, and kept as FOLDER/0000i-the-prompt.png.
+
+    Batches begin at multiples of the batch size, whoever generates them, so that an image is always the same.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        prompts: Sequence[Prompt],
+        setting: Setting,
+        seed: int,
+        batch_size: int,
+        dtype: str,
+        folder: Path,
+    ):
+        self.model, self.prompts, self.setting, self.folder = model, prompts, setting, folder
+        self.scheduler = model.scheduler(setting.scheduler)
+        self.batch_size = batch_size
+        self.chunk = batch_size * max(1, CHUNK // batch_size)
+        self.jobs = [ImageJob(i, prompt.text, seed + i) for i, prompt in enumerate(prompts)]
+        self.description: dict[str, Any] = {
+            "model": str(model.path),
+            **model.hashes,
+            **asdict(setting),
+            "seed": seed,
+            "batch_size": batch_size,
+            "dtype": dtype,
+            "num_images": len(prompts),
+            "prompts_sha256": prompts_sha256(prompts),
+            "resolution": list(model.pipeline.resolution),
+        }
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def load(self, start: int, stop: int, progress: Progress) -> LoadedImages:
+        """Generate what is not yet there of images start..stop - 1; `start` is a multiple of the batch size."""
+        existing = numbered(self.folder)
+        images: list[Image.Image] = []
+        for first in range(start, stop, self.batch_size):
+            images += self._batch(self.jobs[first : min(first + self.batch_size, stop)], existing, progress)
+        rows = list(range(start, stop))
+        return LoadedImages([self.prompts[row].id for row in rows], rows, np.stack([np.asarray(i) for i in images]))
+
+    def _batch(self, jobs: Sequence[ImageJob], existing: dict[int, Path], progress: Progress) -> list[Image.Image]:
+        texts = [self._metadata(job) for job in jobs]
+        paths = [existing.get(job.number) for job in jobs]
+        done = [path for path, text in zip(paths, texts, strict=True) if path and is_generated(path, text, None)]
+        if len(done) == len(jobs):
+            progress.skip(len(jobs))
+            return list(map(read_image, done))
+        self.model.pipeline.scheduler = self.scheduler  # settings share the pipeline
+        images, latents = sample_batch(
+            self.model.pipeline,
+            [job.prompt for job in jobs],
+            [job.seed for job in jobs],
+            progress,
+            guidance_scale=self.setting.guidance_scale,
+            guidance_interval=self.setting.guidance_interval,
+            num_inference_steps=self.setting.num_inference_steps,
+        )
+        for job, image, latent, text in zip(jobs, images, latents, texts, strict=True):
+            save_image(self.folder / job.file_name, image, latent, text, None)
+        return images
+
+    def _metadata(self, job: ImageJob) -> dict[str, str]:
+        names = ("unet_sha256", "vqvae_sha256", "text_encoder_sha256", "dtype", *asdict(self.setting))
+        settings = {name: str(self.description[name]) for name in names}
+        return {"software": f"uvit {__version__}", **settings, "prompt": job.prompt, "seed": str(job.seed)}
+
+
+def folder_name(label: str) -> str:
+    """A setting as the name of a folder."""
+    return re.sub(r"[^\w.]+", "-", label).strip("-")

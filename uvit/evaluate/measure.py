@@ -1,0 +1,224 @@
+"""From features to scores: which extractor a metric needs, and how its score is computed.
+
+Names say what was computed: `fid` is the distance of the published Inception alone; with any other network it is
+`fd-` and the network's name.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from uvit.config.evaluate import NEED_PROMPTS, NEED_REFERENCE, EvaluateConfig
+from uvit.device import own_device
+from uvit.errors import UserError
+from uvit.evaluate.attributes import AttributeReader
+from uvit.evaluate.extractors import (
+    Extractor,
+    clip_extractor,
+    cmmd_extractor,
+    dinov2_extractor,
+    folder_extractor,
+    inception_extractor,
+)
+from uvit.evaluate.features import FeatureSet, PerImage
+from uvit.evaluate.frechet import (
+    FeatureStatistics,
+    RunningStatistics,
+    frechet_distance,
+    frechet_distance_at_infinity,
+)
+from uvit.evaluate.kernel_distances import cmmd, kid_interval, kid_of_subsets
+from uvit.evaluate.neighbours import precision_recall_density_coverage
+from uvit.evaluate.prompts import Prompt
+from uvit.evaluate.retrieval import NEAREST, retrieve
+from uvit.evaluate.scores import clip_score, clip_similarities, inception_score, mean_interval
+
+ROWS_AT_ONCE = 4096
+FRECHET = ("fid", "fd", "fd_dinov2")
+SMALL_SET = 10_000  # images, below which the bias of a Frechet distance is said
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of a report.
+
+    Attributes:
+        low, high: the ends of the 95% bootstrap interval, where there is one.
+        details: other numbers that belong to it.
+    """
+
+    name: str
+    value: float
+    better: str  # "lower" or "higher"
+    low: float | None = None
+    high: float | None = None
+    details: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """A network as the computer of features: see `features.PerImage`. With `texts`, of the prompts as well."""
+
+    extractor: Extractor
+    with_texts: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.extractor.name
+
+    @property
+    def description(self) -> dict[str, Any]:
+        return {"weights_sha256": self.extractor.weights_hash, **self.extractor.recipe}
+
+    def extract(self, pixels: np.ndarray, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
+        inputs = torch.stack([self.extractor.preprocess(image) for image in pixels])
+        parts = [self.extractor.outputs(part) for part in inputs.split(16)]
+        arrays = {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
+        if self.with_texts and self.extractor.texts is not None:
+            arrays["texts"] = self.extractor.texts([prompt.text for prompt in prompts]).numpy()
+        return arrays
+
+
+# Which networks
+
+
+def check_metrics(config: EvaluateConfig) -> None:
+    """Raises UserError if a metric needs what was not given."""
+    if not config.metrics:
+        raise UserError("--metrics: names none; give some, such as --metrics fid, or a --protocol")
+    for metric in config.metrics:
+        if metric in NEED_REFERENCE and config.reference is None:
+            raise UserError(f"--metrics {metric}: compares with real images; give --reference")
+        if metric in NEED_PROMPTS and config.prompts is None:
+            raise UserError(f"--metrics {metric}: needs the --prompts of the images")
+    if "attributes" in config.metrics and config.prompts not in ("shapes", "shapes:two"):
+        raise UserError("--metrics attributes: needs --prompts shapes or shapes:two, whose attributes are known")
+
+
+def build_extractors(config: EvaluateConfig) -> dict[str, PerImage]:
+    """{metric: what computes its features}; metrics share networks. Raises UserError for weights that are missing."""
+    device = own_device(config.device)
+    built: dict[str, PerImage] = {}
+    extractors: dict[str, PerImage] = {}
+    for metric in config.metrics:
+        kind = _kind(metric, config)
+        if kind not in built:
+            if kind == "attributes":
+                built[kind] = AttributeReader()
+            elif kind == "inception":
+                convention = config.inception_input or "pytorch-fid"
+                built[kind] = ImageFeatures(inception_extractor(config.inception_weights, convention, device))
+            elif kind == "clip":
+                built[kind] = ImageFeatures(clip_extractor(config.clip_name_or_path, device), with_texts=True)
+            elif kind == "cmmd":
+                built[kind] = ImageFeatures(cmmd_extractor(config.cmmd_name_or_path, device))
+            elif kind == "dinov2":
+                built[kind] = ImageFeatures(dinov2_extractor(config.dinov2_name_or_path, device))
+            else:
+                built[kind] = ImageFeatures(folder_extractor(str(config.feature_extractor), device))
+        extractors[metric] = built[kind]
+    return extractors
+
+
+def _kind(metric: str, config: EvaluateConfig) -> str:
+    if metric in ("kid", "prdc", "retrieval", "fd") and config.feature_extractor is not None:
+        return "own"
+    fixed = {"fd_dinov2": "dinov2", "cmmd": "cmmd", "clip_score": "clip", "attributes": "attributes"}
+    return fixed.get(metric, "dinov2" if metric == "retrieval" else "inception")
+
+
+# Scores
+
+
+def compute_scores(
+    config: EvaluateConfig,
+    extractors: dict[str, PerImage],
+    generated: dict[str, FeatureSet],
+    reference: dict[str, FeatureSet | FeatureStatistics],
+    half: int | None = None,
+) -> list[Score]:
+    """All scores, in the order of --metrics.
+
+    Args:
+        generated, reference: {name of the extractor: features}.
+        half: 0 or 1: only every second generated image.
+
+    Raises UserError if a score is not finite.
+    """
+    scores: list[Score] = []
+    for metric in config.metrics:
+        writer = extractors[metric]
+        features = generated[writer.name] if half is None else generated[writer.name].half(half)
+        scores += _scores(metric, config, writer, features, reference.get(writer.name))
+    for score in scores:
+        if not math.isfinite(score.value):
+            raise UserError(f"{score.name}: is {score.value}; nothing was written")
+    return scores
+
+
+def _scores(
+    metric: str,
+    config: EvaluateConfig,
+    writer: PerImage,
+    features: FeatureSet,
+    reference: FeatureSet | FeatureStatistics | None,
+) -> list[Score]:
+    if isinstance(writer, AttributeReader):
+        return [Score(name, value, "higher") for name, value in writer.accuracies(features).items()]
+    if metric == "is":
+        splits = min(10, len(features))
+        value, deviation = inception_score(features.tensor("logits"), num_splits=splits)
+        return [Score("is", value, "higher", details={"deviation_of_splits": deviation, "splits": splits})]
+    if metric == "clip_score":
+        similarities = clip_similarities(features.tensor("features"), features.tensor("texts"))
+        low, high = mean_interval(similarities)
+        return [Score(f"clip_score-{writer.name}", clip_score(similarities), "higher", low, high)]
+    if metric in FRECHET:
+        return [_frechet(writer, features, reference)]
+    if isinstance(reference, FeatureStatistics):
+        raise UserError(
+            f"--metrics {metric}: compares single images, and --reference {config.reference} has their statistics only;"
+            " give the images"
+        )
+    assert reference is not None
+    mine, real = features.tensor("features"), reference.tensor("features")
+    suffix = "" if metric == "cmmd" or writer.name.startswith("inception") else f"-{writer.name}"
+    if metric == "kid":
+        size = min(config.kid_subset_size, len(mine), len(real))
+        value, deviation = kid_of_subsets(mine, real, num_subsets=config.kid_subsets, subset_size=size)
+        whole, low, high = kid_interval(mine, real)
+        details = {"deviation_of_subsets": deviation, "subsets": config.kid_subsets, "subset_size": size}
+        return [Score(f"kid{suffix}", value, "lower", low, high, {**details, "whole_sets": whole})]
+    if metric == "cmmd":
+        return [Score("cmmd", cmmd(mine, real), "lower")]
+    if metric == "retrieval":
+        found = retrieve(features, reference)
+        return [
+            Score(f"retrieval_top{k}{suffix}", found.top(k), "higher", details={"chance": min(1, k / len(reference))})
+            for k in (1, NEAREST)
+        ]
+    shares = precision_recall_density_coverage(mine, real, config.nearest_k)
+    return [Score(f"{name}{suffix}", value, "higher") for name, value in vars(shares).items()]
+
+
+def _frechet(writer: PerImage, features: FeatureSet, reference: FeatureSet | FeatureStatistics | None) -> Score:
+    assert isinstance(writer, ImageFeatures) and reference is not None
+    statistics = reference if isinstance(reference, FeatureStatistics) else statistics_of_features(reference)
+    mine = statistics_of_features(features)
+    value = frechet_distance(mine, statistics)
+    details = {}
+    if 4 <= len(features) < SMALL_SET:  # the bias that grows as 1/n is then worth knowing
+        details["for_infinitely_many_images"] = frechet_distance_at_infinity(features.tensor("features"), statistics)
+    return Score(writer.extractor.distance.lower(), value, "lower", details=details)
+
+
+def statistics_of_features(features: FeatureSet) -> FeatureStatistics:
+    """Mean and covariance, in one pass over the disk."""
+    running = RunningStatistics()
+    for rows in features.tensor("features").split(ROWS_AT_ONCE):
+        running.update(rows)
+    return running.result()
