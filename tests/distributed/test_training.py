@@ -25,6 +25,13 @@ ROOT = Path(__file__).parents[2]
 ONE = (1, 1, 1)
 LAYOUTS = {"replicas": (2, 1, 1), "sharded": (1, 2, 1), "tensor_parallel": (1, 1, 2)}
 CHAIN = [ONE, *LAYOUTS.values(), ONE]  # two steps each
+EPOCHS = [  # another batch of a step and another number of processes each time: 8, 6, 10 and 3 samples
+    (ONE, "--num_train_epochs 0.04"),
+    ((2, 1, 1), "--num_train_epochs 0.08 --per_device_train_batch_size 3 --gradient_accumulation_steps 1"),
+    ((1, 2, 1), "--num_train_epochs 0.12 --per_device_train_batch_size 1 --gradient_accumulation_steps 5"),
+    ((1, 1, 2), "--num_train_epochs 0.14 --per_device_train_batch_size 3 --gradient_accumulation_steps 1"),
+]
+EPOCH_STEPS = [(4, 32), (8, 56), (11, 86), (13, 92)]  # (steps, samples) of 26, 52, 78 and 91 samples at least
 FLOAT16 = "--fp16 --feature_path FOLDER/bad/store --max_steps 6 --save_steps 6"
 HALVES = ("replicas", "sharded")  # where the processes read different samples
 
@@ -37,6 +44,10 @@ def worlds() -> list[World]:
     for i, degrees in enumerate(CHAIN[1:], 1):
         found.append(World(f"chain-{i}", degrees, f"--max_steps {2 * i + 2}", before))
         before = f"chain-{i}/run/checkpoint-{2 * i + 2}"
+    before = ""
+    for i, (degrees, flags) in enumerate(EPOCHS):
+        found.append(World(f"epochs-{i}", degrees, flags, before))
+        before = f"epochs-{i}/run/checkpoint-{EPOCH_STEPS[i][0]}"
     found.append(World("one-float16", ONE, FLOAT16))
     return found + [World(f"{name}-float16", LAYOUTS[name], FLOAT16) for name in HALVES]
 
@@ -60,6 +71,19 @@ def tensors(run: Path, step: int) -> dict[str, Tensor]:
 
 def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_epochs_are_counted_in_samples_whatever_the_batch_and_the_processes(folder: Path) -> None:
+    rows: list[tuple[int, ...]] = []
+    for i, (steps, samples) in enumerate(EPOCH_STEPS):
+        logged = lines(folder / f"epochs-{i}" / "run")
+        assert (logged[-1]["step"], logged[-1]["samples"]) == (steps, samples)
+        assert [line["step"] for line in logged] == list(range(1, steps + 1))
+        read = (folder / f"epochs-{i}" / "rows.txt").read_text().splitlines()
+        assert len(read) == (samples - len(rows)) * EPOCHS[i][0][2]  # tensor parallel processes read the same
+        rows += sorted(tuple(map(int, line.split())) for line in set(read))
+    assert [counter for counter, _ in rows] == list(range(92))
+    assert len({row for _, row in rows}) == 92
 
 
 def distances(run: Path, other: Path, step: int) -> dict[str, float]:

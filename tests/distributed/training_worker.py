@@ -1,5 +1,7 @@
 """Runs `uvit train` in one world after another: `python -m tests.distributed.training_worker FOLDER`.
 
+Each process lists the samples that it reads in rows.txt: sample counter and row.
+
 A world costs no import: its processes are forked off this one. FOLDER/worlds.json lists them, see `World`.
 """
 
@@ -9,7 +11,10 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks.soak import TRAIN, make_features, start, wait
+from uvit.train.loader import BatchDataset
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,18 @@ def run(world: World, folder: Path) -> None:
         sys.exit(f"{world.name}: {statuses}\n{(here / 'output.txt').read_text()[-5000:]}")
 
 
+def log_rows() -> None:
+    original = BatchDataset.rows
+
+    def rows(self: BatchDataset, counters: np.ndarray) -> np.ndarray:
+        found = original(self, counters)
+        with Path("rows.txt").open("a") as file:  # in the folder of the world; a short line is written at once
+            file.write("".join(f"{counter} {row}\n" for counter, row in zip(counters, found, strict=True)))
+        return found
+
+    BatchDataset.rows = rows  # type: ignore[method-assign]
+
+
 def write_worlds(worlds: list[World], folder: Path) -> None:
     (folder / "worlds.json").write_text(json.dumps([asdict(world) for world in worlds]))
 
@@ -53,6 +70,7 @@ def write_worlds(worlds: list[World], folder: Path) -> None:
 def main() -> None:
     folder = Path(sys.argv[1])
     make_features(folder)
+    log_rows()
     for fields in json.loads((folder / "worlds.json").read_text()):
         run(World(**fields), folder)
 

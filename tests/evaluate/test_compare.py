@@ -49,7 +49,8 @@ def test_a_better_model_is_said_to_be_better(tmp_path: Path, capsys: pytest.Capt
     reports = (write(tmp_path / "a", REPORT), write(tmp_path / "b", other))
     assert compare_reports(EvaluateCompareConfig(reports)) == 0
     out = capsys.readouterr().out
-    assert "unet_sha256: a and b" in out and "fid: 10 and 9, better in the second; the difference 1 is more than" in out
+    assert "unet_sha256: in the first report a, in the second b\n" in out
+    assert "fid: 10 and 9, better in the second; the difference 1 is more than" in out
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_a_better_model_is_said_to_be_better(tmp_path: Path, capsys: pytest.Capt
 )
 def test_the_line_that_makes_two_protocols_is_named(path: tuple[Any, ...], name: str) -> None:
     [obstacle] = not_comparable(REPORT, changed(*path, to="other"))
-    assert obstacle.startswith(f"{name} is ")
+    assert obstacle.startswith(f"{name}: in the first report ") and obstacle.endswith(", in the second other")
 
 
 def test_reports_that_cannot_be_compared_end_with_status_1(tmp_path: Path) -> None:

@@ -530,7 +530,7 @@ def test_a_store_that_an_earlier_version_began_says_so(
     assert "was started by an earlier version" in capsys.readouterr().out
     source = store.manifest["source"]
     assert (source["icc"], source["crop_before_resize"]) == ("ignore", "partly")
-    with pytest.raises(UserError, match="crop: center before, pad now"):
+    with pytest.raises(UserError, match=r"\n  source\.crop: was center, now pad$"):
         run(flags | {"crop": "pad"})
 
 
@@ -619,7 +619,7 @@ def test_real_images(coco_folder: Path, image_tar: Path, flags: dict[str, Any], 
     [
         ({"resolution": 18}, "--resolution 18: must be a multiple of 4"),
         ({"model_max_length": 17}, "--model_max_length 17: the text encoder supports 16 at most"),
-        ({"model_max_length": 2}, "--model_max_length 2: leaves no room for words, .* 2 special tokens .* give 3"),
+        ({"model_max_length": 2}, "--model_max_length 2: must be in 3.."),
         ({"device": "abacus"}, "--device abacus"),
         ({"text_encoder_name_or_path": None}, "--text both: needs --text_encoder_name_or_path"),
         ({"vocab_size": 300}, "--vocab_size 300"),

@@ -292,9 +292,9 @@ def test_an_interrupted_run_goes_on(folder: Path, tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["x", "b", "--skip_existing"], "prompt: a there, x here"),
-        (["a", "b", "--skip_existing", "--seed=1"], "seed: 0 there, 1 here"),
-        (["a", "b", "--skip_existing", "--negative_prompt=c"], "negative_prompt: nothing there, c here"),
+        (["x", "b", "--skip_existing"], "prompt: was a, now x"),
+        (["a", "b", "--skip_existing", "--seed=1"], "seed: was 0, now 1"),
+        (["a", "b", "--skip_existing", "--negative_prompt=c"], "negative_prompt: was not set, now c"),
         (["a", "b", "--shard=0/2"], "exists already; add --skip_existing"),
     ],
 )

@@ -77,9 +77,9 @@ def test_a_picture_is_known_by_what_made_it(tmp_path: Path) -> None:
     assert is_generated(path, text | {"software": "uvit 2", "pipeline": "./p", "mask": "./m.png"}, None)
     assert not is_generated(path, text, "npy")
     for other, message in [
-        (text | {"seed": "2"}, "seed: 1 there, 2 here"),
-        (text | {"mask_sha256": "abc"}, "mask_sha256: nothing there, abc here"),
-        ({"prompt": text["prompt"]}, "seed: 1 there, nothing here"),
+        (text | {"seed": "2"}, "\n  seed: was 1, now 2"),
+        (text | {"mask_sha256": "abc"}, "\n  mask_sha256: was not set, now abc"),
+        ({"prompt": text["prompt"]}, "\n  seed: was 1, now not set"),
     ]:
         with pytest.raises(UserError, match=message):
             is_generated(path, other, None)

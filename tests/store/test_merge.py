@@ -98,18 +98,20 @@ def test_ids_that_come_twice_are_told_and_kept(
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"vae": {"name": "a/vae", "sha256": "4"}}, r"its vae sha256 is 4, but that of .*one/train is 1"),
-        ({"text_encoder": {"name": "x", "sha256": "4"}}, "its text_encoder sha256 is 4"),
-        ({"dtype": "float32"}, "its dtype is float32, .* is float16"),
-        ({"latent_scale": 0.25}, r"its latent_scale is 0\.25, .* is 0\.5"),
-        ({"flipped": True}, "its flipped is True"),
-        ({"moments_shape": (8, 4, 4)}, r"its moments_shape is \(8, 4, 4\)"),
-        ({"token_dtype": None}, "its token_dtype is None, .* is uint16"),
+        ({"vae": {"name": "a/vae", "sha256": "4"}}, "vae sha256: of the first 1, of this one 4"),
+        ({"text_encoder": {"name": "x", "sha256": "4"}}, "text_encoder sha256: of the first 2, of this one 4"),
+        ({"dtype": "float32"}, "dtype: of the first float16, of this one float32"),
+        ({"latent_scale": 0.25}, r"latent_scale: of the first 0\.5, of this one 0\.25"),
+        ({"flipped": True}, "flipped: of the first False, of this one True"),
+        ({"moments_shape": (8, 4, 4)}, r"moments_shape: of the first \[.*\], of this one \[8, 4, 4\]"),
+        ({"token_dtype": None}, "token_dtype: of the first uint16, of this one not set"),
     ],
 )
 def test_parts_that_were_made_otherwise_are_refused(parts: list[Path], tmp_path: Path, change: dict, says: str) -> None:
     write_store(tmp_path / "else" / "train", info(**change))
-    with pytest.raises(UserError, match=rf"^--paths .*else/train: {says}"):
+    with pytest.raises(
+        UserError, match=rf"^--paths .*else/train: was extracted with other settings than .*one/train;.*\n  {says}"
+    ):
         run(parts[0], tmp_path / "else", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 

@@ -151,9 +151,9 @@ def test_a_stream_ends_where_it_is_found_to_end(tmp_path: Path) -> None:
 
 def test_other_settings_are_refused(tmp_path: Path) -> None:
     StoreWriter(tmp_path, info())
-    with pytest.raises(UserError, match=r"latent_scale: 0\.5 before, 0\.25 now"):
+    with pytest.raises(UserError, match=r"latent_scale: was 0\.5, now 0\.25"):
         StoreWriter(tmp_path, info(latent_scale=0.25))
-    with pytest.raises(UserError, match=r"source: resolution: 16 before, 24 now"):
+    with pytest.raises(UserError, match=r"source\.resolution: was 16, now 24"):
         StoreWriter(tmp_path, info(source={"source": "made up", "resolution": 24}))
 
 

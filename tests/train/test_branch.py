@@ -228,7 +228,7 @@ def test_a_checkpoint_that_will_not_do_is_a_sentence_and_moves_nothing(tiny_conf
         str(run): "is a run folder: name one of its checkpoints, such as .*checkpoint-6",
         str(tmp_path / "empty"): "is not a checkpoint",
         str(tmp_path / "file"): "there is no such checkpoint",
-        str(run / "checkpoint-2"): "its prediction_type is sample",
+        str(run / "checkpoint-2"): "prediction_type: was sample, now epsilon",
     }.items():
         with pytest.raises(UserError, match=message):
             train(tiny_config(save_steps=2, resume_from_checkpoint=name))

@@ -102,7 +102,9 @@ def test_other_timestep_labels_are_refused(tiny_config: Any, tmp_path: Path) -> 
     record = json.loads(path.read_text())
     assert record["timestep_labels"] == "1..1000"
     path.write_text(json.dumps(record | {"timestep_labels": "0..999", "record_sha256": ""}))
-    with pytest.raises(UserError, match=r"its timestep_labels is 0\.\.999, and this run's is 1\.\.1000"):
+    with pytest.raises(
+        UserError, match=r"another model or precision; .*\n  timestep_labels: was 0\.\.999, now 1\.\.1000"
+    ):
         train(tiny_config())
 
 

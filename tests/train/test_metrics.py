@@ -142,6 +142,6 @@ def test_waiting_is_shown_and_much_of_it_warned_of_once(
 def test_advice_is_what_can_be_done(tiny_config: Any) -> None:
     cores = os.cpu_count()
     assert f"more --dataloader_num_workers (now 0 of {cores} cores)" in data_hints(tiny_config(), npy_features=False)
-    assert "num_workers" not in data_hints(tiny_config(dataloader_num_workers=10_000), npy_features=False)
+    assert "num_workers" not in data_hints(tiny_config(dataloader_num_workers=1024), npy_features=False)
     assert "uvit features import" not in data_hints(tiny_config(), npy_features=False)
     assert "uvit features import" in data_hints(tiny_config(), npy_features=True)

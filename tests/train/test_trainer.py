@@ -180,7 +180,7 @@ def test_a_checkpoint_of_another_model_is_refused(tiny_config: Any, tmp_path: Pa
     train(tiny_config())
     other = json.loads(Path(tiny_config().uvit_config_file).read_text()) | {"num_layers": 4}
     (tmp_path / "other.json").write_text(json.dumps(other))
-    with pytest.raises(UserError, match=r"unet_config.*--overwrite_output_dir"):
+    with pytest.raises(UserError, match=r"--overwrite_output_dir .*\n  unet_config\.num_layers: was 2, now 4"):
         train(tiny_config(uvit_config_file=str(tmp_path / "other.json")))
     with pytest.raises(UserError, match="latest: there is no complete checkpoint"):
         train(tiny_config(output_dir=str(tmp_path / "new"), resume_from_checkpoint="latest"))
@@ -194,7 +194,9 @@ def test_going_on_with_features_by_another_encoder_is_refused(
 ) -> None:
     train(tiny_config(max_steps=1))
     other = edited_store(**{field: {"name": "elsewhere", "sha256": "0123456789abcdef"}})
-    message = f"--feature_path {other}: was made by another {what} than .*checkpoint-1 .*and 0123456789ab"
+    message = (
+        rf"checkpoint-1: .* by other encoders than .*{other}; .*\n  fingerprint of the {what}: .*, now 0123456789ab"
+    )
     with pytest.raises(UserError, match=message):
         train(tiny_config(feature_path=other))
     with pytest.raises(UserError, match="checkpoint-1"):

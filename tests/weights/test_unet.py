@@ -80,7 +80,11 @@ def with_one(name: str, value: Any) -> dict[str, Any]:
         (with_one("norm.bias", torch.zeros(3)), TINY, r"norm.bias has shape \(3,\), and the U-ViT needs \(32,\)"),
         (with_one("mid_block.mlp.fc1.weight", torch.zeros(32, 128)), TINY, "mixes layouts: mid_block.mlp.fc1.weight"),
         (without(""), {}, "width 32, and the shapes do not tell its heads; pass its config as --uvit_config_file"),
-        (without(""), TINY | {"clip_dim": 48}, "has clip_dim 32, and the config says 48"),
+        (
+            without(""),
+            TINY | {"clip_dim": 48},
+            "does not fit its config; .*\n  clip_dim: the config says 48, the file has 32",
+        ),
         (without(""), TINY | {"num_attention_heads": 3}, "the config says 3 attention heads of 16"),
         (without(""), TINY | {"num_text_tokens": 9}, "has 24 positions, and not 1 for time, 9 for text"),
         (without(""), TINY | {"sample_size": 4}, "has 24 positions"),

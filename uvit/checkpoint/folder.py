@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uvit.config.paths import expand_recorded
-from uvit.errors import UserError
+from uvit.errors import UserError, differences
 from uvit.io import sync_path, write_json
 
 if TYPE_CHECKING:
@@ -111,11 +111,12 @@ class Checkpoint:
         return [self.folder / name for name in self.record["files"] if pattern.fullmatch(name)]
 
     def changed_flags(self, config: Any) -> dict[str, str]:
-        """The flags whose values changed, without those that change nothing: {flag: "--flag was 1 and is now 2"}."""
+        """The flags whose values changed, without those that change nothing: {flag: "--flag: was 1, now 2"}."""
         before = expand_recorded(type(config), self.record["config"])
         now = json.loads(json.dumps(dataclasses.asdict(config)))  # JSON turns tuples into lists, as in the record
-        changed = [key for key in now if key not in QUIET_FLAGS and key in before and before[key] != now[key]]
-        return {key: f"--{key} was {before[key]} and is now {now[key]}" for key in changed}
+        known = {key: value for key, value in now.items() if key not in QUIET_FLAGS and key in before}
+        found = differences({key: before[key] for key in known}, known)
+        return {key: f"--{line}" for key, line in found.items()}
 
     def load(self, group: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Read all tensors of a group, each whole. Raises UserError if a file is damaged."""

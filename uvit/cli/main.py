@@ -202,8 +202,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(name, arguments)
     except UserError as error:
         # A file's name or a flag's value may hold line breaks; other spaces stay, so that paths can be pasted.
-        sentence = " ".join(line.strip() for line in str(error).splitlines())
-        print(f"uvit {name}: error: {sentence}", file=sys.stderr)
+        lines = (" ".join(part.strip() for part in text.splitlines()) for text in (error.args[0], *error.details))
+        print(f"uvit {name}: error: " + "\n  ".join(lines), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nuvit {name}: stopped", file=sys.stderr)

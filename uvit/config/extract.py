@@ -49,7 +49,7 @@ class AutoencoderConfig:
     factor: Literal[4, 8] = 8
     """Downsampling factor: image side / latent side."""
     max_steps: PositiveInt = 5000
-    """Optimizer steps."""
+    """Optimizer steps in total, from the start of the run."""
     batch_size: BatchSize = 32
     """Images per step."""
     learning_rate: NonNegativeFloat = 1e-3

@@ -56,7 +56,7 @@ class TrainConfig:
     per_device_train_batch_size: BatchSize = 32
     """Samples of one forward pass in each process."""
     max_steps: PositiveInt = 1_000_000
-    """Optimizer steps."""
+    """Optimizer steps in total, from the start of the run, whatever batch they had before a resume."""
     learning_rate: NonNegativeFloat = 2e-4
     """Peak learning rate."""
     warmup_steps: NonNegativeInt = 5000
@@ -123,7 +123,8 @@ class TrainConfig:
     gradient_accumulation_steps: PositiveInt = 1
     """Forward passes per optimizer step. Their losses are averaged."""
     num_train_epochs: Annotated[float, Bounds(above=0, most=1_000_000_000)] | None = None
-    """Train for this many passes over the data instead of --max_steps."""
+    """Train for this many passes over the data instead of --max_steps. They are counted in samples, so a resumed run
+    may have another batch, another number of processes or more data."""
     seed: Seed = 1234
     """Seed of the initial weights, the data order and all random numbers of training."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from uvit.config.evaluate import EvaluateCompareConfig
-from uvit.errors import UserError
+from uvit.errors import UserError, differences
 from uvit.evaluate.write_report import REPORT_FORMAT
 
 PIXELS = ("reference", "pixels_sha256")
@@ -30,6 +30,7 @@ PROTOCOL = (
 )
 COMPARED = ("model", "unet_sha256", "guidance_scale", "guidance_interval", "num_inference_steps", "scheduler", "ema",
             "seed", "dtype", "folder", "source")  # fmt: skip
+IN_BOTH = "in the first report", "in the second"
 SURE = 1.96  # standard errors; of two equal models, one pair in twenty differs by more
 
 
@@ -37,9 +38,9 @@ def compare_reports(config: EvaluateCompareConfig) -> int:
     """The command. Returns 1 if the reports cannot be compared."""
     paths = [path / "report.json" if path.is_dir() else path for path in map(Path, config.reports)]
     first, second = map(read_report, paths)
-    for key, (one, other) in differences(first["results"][0]["images"][0], second["results"][0]["images"][0]).items():
-        if key in COMPARED:
-            print(f"{key}: {one} and {other}")
+    one, other = ({key: report["results"][0]["images"][0].get(key) for key in COMPARED} for report in (first, second))
+    for line in differences(one, other, IN_BOTH).values():
+        print(line)
     obstacles = list(not_comparable(first, second))
     for obstacle in obstacles:
         print(f"cannot be compared: {obstacle}")
@@ -70,25 +71,8 @@ def not_comparable(first: dict[str, Any], second: dict[str, Any]) -> Iterator[st
             continue  # a file of statistics, or the images themselves: the pixels decide
         if path == ("extractors",):  # those of scores that both have
             one, other = ({name: each[name] for name in one if name in other} for each in (one, other))
-        if one != other:
-            name = ".".join(str(key) for key in path if not isinstance(key, int)).removeprefix("results.")
-            if isinstance(one, dict) and isinstance(other, dict):
-                for key, (left, right) in differences(one, other).items():
-                    yield f"{name}.{key} is {left} in the first report and {right} in the second"
-            else:
-                yield f"{name} is {one} in the first report and {other} in the second"
-
-
-def differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """{key: both values}, where they differ. Dictionaries within are compared key by key."""
-    found: dict[str, tuple[Any, Any]] = {}
-    for key in sorted({*one, *other}):
-        left, right = one.get(key, "nothing"), other.get(key, "nothing")
-        if isinstance(left, dict) and isinstance(right, dict):
-            found |= {f"{key}.{inner}": pair for inner, pair in differences(left, right).items()}
-        elif left != right:
-            found[key] = (left, right)
-    return found
+        name = ".".join(str(key) for key in path if not isinstance(key, int)).removeprefix("results.")
+        yield from differences({name: one}, {name: other}, IN_BOTH).values()
 
 
 def verdicts(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> Iterator[str]:

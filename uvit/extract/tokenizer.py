@@ -4,12 +4,13 @@ import json
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from uvit.config.extract import TokenizerConfig
-from uvit.errors import UserError
+from uvit.errors import UserError, differences
 from uvit.io import write_folder_atomically
 from uvit.sources.open import open_source
 
@@ -66,16 +67,20 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
         return
     with tempfile.TemporaryDirectory() as other:
         tokenizer.save_pretrained(other)
-        same = _content(folder) == _content(Path(other))
-    if not same:
+        before, now = _content(folder), _content(Path(other))
+    if before != now:
+        known = (
+            {"tokens": len(tokens.get("model", {}).get("vocab", ())), **settings} for tokens, settings in (before, now)
+        )
         raise UserError(
-            f"--output_dir {folder}: contains another tokenizer; choose another folder, or move this one away"
+            f"--output_dir {folder}: contains another tokenizer; choose another folder, or move this one away",
+            list(differences(next(known), next(known)).values()),
         )
 
 
-def _content(folder: Path) -> list[object]:
+def _content(folder: Path) -> list[dict[str, Any]]:
     files = (folder / "tokenizer.json", folder / "tokenizer_config.json")
-    return [json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None for file in files]
+    return [json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {} for file in files]
 
 
 def build_tokenizer(config: TokenizerConfig) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from uvit import __version__
 from uvit.config.sample import SampleConfig
-from uvit.errors import UserError
+from uvit.errors import UserError, differences
 from uvit.images import contact_sheet, save_png
 from uvit.io import write_atomically
 from uvit.sample.jobs import ImageJob, Variant
@@ -79,13 +79,15 @@ def is_generated(path: Path, text: Mapping[str, str], latents: str | None) -> bo
             found = {str(name): value for name, value in image.info.items() if isinstance(value, str)}
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error}); delete it and run the same command again") from None
-    for name in sorted({*found, *text} - UNCOMPARED_FIELDS):
-        if found.get(name) != text.get(name):
-            there, here = found.get(name, "nothing"), text.get(name, "nothing")
-            raise UserError(
-                f"{path}: was made with other settings ({name}: {there} there, {here} here); --skip_existing resumes "
-                "the same command only; choose another --output_dir"
-            )
+    before, now = (
+        {name: value for name, value in each.items() if name not in UNCOMPARED_FIELDS} for each in (found, text)
+    )
+    if changed := differences(before, now):
+        raise UserError(
+            f"{path}: was made with other settings; --skip_existing resumes the same command only; choose another "
+            "--output_dir",
+            list(changed.values()),
+        )
     return latents is None or path.with_suffix(f".{latents}").is_file()
 
 

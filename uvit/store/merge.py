@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from uvit.config.store import FeaturesMergeConfig
-from uvit.errors import UserError
+from uvit.errors import UserError, differences
 from uvit.io import write_atomically, write_json
 from uvit.lock import WriterLock
 from uvit.progress import Progress
@@ -53,16 +53,16 @@ def merge(config: FeaturesMergeConfig) -> None:
 
 
 def check_compatible(stores: list[Store]) -> None:
-    """Raises UserError if a store cannot be appended to the first. The message names the setting and both values."""
+    """Raises UserError if a store cannot be appended to the first. It lists the settings that differ."""
     first_split, first = stores[0]
     expected = _common_settings(first)
     for split, manifest in stores[1:]:
-        for key, value in _common_settings(manifest).items():
-            if value != expected[key]:
-                raise UserError(
-                    f"--paths {split.folder}: its {key} is {value}, but that of {first_split.folder} is"
-                    f" {expected[key]}; only stores with the same settings can be merged"
-                )
+        if differing := differences(expected, _common_settings(manifest), ("of the first", "of this one")):
+            raise UserError(
+                f"--paths {split.folder}: was extracted with other settings than {first_split.folder}; only stores with"
+                " the same settings can be merged: extract one of them again, or leave it out",
+                list(differing.values()),
+            )
     for key in ("vae", "text_encoder") if first.context_shape else ("vae",):
         if expected[f"{key} sha256"] is None:
             name = key.replace("_", " ")

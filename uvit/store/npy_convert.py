@@ -19,8 +19,8 @@ import torch
 from uvit.config.store import FeaturesExportConfig, FeaturesImportConfig
 from uvit.device import pick_device
 from uvit.diffusion import LatentSpace
-from uvit.errors import UserError
-from uvit.io import format_bytes, write_bytes
+from uvit.errors import UserError, differences
+from uvit.io import format_bytes, read_json, write_bytes
 from uvit.lock import LOCK, WriterLock
 from uvit.progress import Progress
 from uvit.sources.types import Problem
@@ -231,8 +231,10 @@ class _Export:
         if folder.is_dir() and any(folder.iterdir()):
             mark = folder / MARK
             if not mark.is_file() or mark.read_bytes() != self.mark:
+                changed = differences(read_json(mark), json.loads(self.mark)) if mark.is_file() else {}
                 raise UserError(
-                    f"--output_dir {folder}: contains something other than this export; choose another folder"
+                    f"--output_dir {folder}: contains something other than this export; choose another folder",
+                    list(changed.values()),
                 )
 
     def bytes_to_write(self) -> int:

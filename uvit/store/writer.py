@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from uvit.diffusion import LatentSpace, PerChannel
-from uvit.errors import UserError
+from uvit.errors import UserError, differences
 from uvit.io import write_bytes, write_json, write_json_once
 from uvit.store.manifest import STORE_FORMAT, VERSION, with_image_settings
 from uvit.store.shard import ArrayInfo, ShardWriter, committed_row, file_records, read_record, record_name
@@ -89,10 +89,11 @@ class StoreWriter:
                     " images alike, extract into another folder."
                 )
         before |= asdict(LatentSpace.recorded(before))  # an older one has a latent scale alone
-        if difference := first_difference(before, settings | asdict(LatentSpace.recorded(settings))):
+        if changed := differences(before, settings | asdict(LatentSpace.recorded(settings))):
             raise UserError(
-                f"--output_dir {folder}: was started with other settings ({difference}); give the same settings to"
-                " resume, or another folder"
+                f"--output_dir {folder}: was started with other settings; give the same settings to resume, or another"
+                " folder",
+                list(changed.values()),
             )
 
     @property
@@ -222,17 +223,6 @@ def refuse_earlier_layouts(folder: Path) -> None:
             f"--output_dir {root}: contains .npy features (U-ViT layout); choose another folder (training still reads"
             " this one)"
         )
-
-
-def first_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The first setting that differs, with both values. Empty if none does."""
-    for key in sorted(before.keys() | now.keys()):
-        a, b = before.get(key), now.get(key)
-        if a != b:
-            if isinstance(a, dict) and isinstance(b, dict):
-                return f"{key}: {first_difference(a, b)}"
-            return f"{key}: {a} before, {b} now"
-    return ""
 
 
 def _npy(array: np.ndarray) -> bytes:

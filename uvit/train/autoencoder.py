@@ -24,7 +24,7 @@ from uvit.config.extract import AutoencoderConfig
 from uvit.config.paths import expand_recorded
 from uvit.config.train import TrainConfig
 from uvit.distributed.mesh import World, single_process_world
-from uvit.errors import UserError
+from uvit.errors import UserError, differences
 from uvit.images import to_unit
 from uvit.io import move_contents, read_json, read_yaml, write_json, write_yaml
 from uvit.lock import WriterLock
@@ -41,6 +41,7 @@ from uvit.train.process import (
     reset_hang_timer,
     stop_signals,
 )
+from uvit.train.schedule import rate_warnings, slow_ema, small_data, too_late
 from uvit.train.vae_model import (
     VaeBatches,
     build_vae,
@@ -127,6 +128,8 @@ def train_autoencoder(config: AutoencoderConfig) -> int:
         if run.step >= config.max_steps:
             print(f"{output_dir}: all {config.max_steps} steps are done")
         else:
+            for sentence in vae_warnings(run):
+                print(f"warning: {sentence}")
             with stop_signals() as stop, Saver(output_dir, NUM_CHECKPOINTS) as saver:
                 train_vae(run, world, stop, saver)
             if run.step < config.max_steps:
@@ -137,11 +140,12 @@ def train_autoencoder(config: AutoencoderConfig) -> int:
 
 def check_finished(config: AutoencoderConfig, output_dir: Path) -> None:
     """Check that this same command wrote the VAE of a folder without checkpoints. Raises UserError if not."""
-    recorded, ours = read_yaml(output_dir / "config.yaml"), asdict(config)
-    same = isinstance(recorded, dict) and expand_recorded(AutoencoderConfig, recorded) == json.loads(json.dumps(ours))
-    if not same or (written_steps(output_dir) or 0) < config.max_steps:
+    recorded, ours = read_yaml(output_dir / "config.yaml"), json.loads(json.dumps(asdict(config)))
+    changed = differences(expand_recorded(AutoencoderConfig, recorded), ours) if isinstance(recorded, dict) else None
+    if changed != {} or (written_steps(output_dir) or 0) < config.max_steps:
         raise UserError(
-            f"--output_dir {output_dir}: already contains a VAE; choose another folder or pass --overwrite_output_dir"
+            f"--output_dir {output_dir}: already contains a VAE; choose another folder or pass --overwrite_output_dir",
+            [f"--{line}" for line in (changed or {}).values()],
         )
     print(f"{output_dir}: all {config.max_steps} steps are done")
 
@@ -181,12 +185,13 @@ def resume_vae(run: VaeRun, found: Checkpoint) -> None:
     check_command(found, COMMAND)
     changed = found.changed_flags(run.config)
     refused = [changed.pop(flag) for flag in list(changed) if flag in FIXED_FLAGS]
-    if not refused and found.record["num_images"] != run.num_images:
-        refused = [f"the source had {found.record['num_images']:,} images and now has {run.num_images:,}"]
+    images = {"images of the source": found.record["num_images"]}, {"images of the source": run.num_images}
+    refused += differences(*images).values()
     if refused:
         raise UserError(
-            f"{found.folder}: {', '.join(refused)}; choose another --output_dir or pass --overwrite_output_dir to "
-            "start from scratch"
+            f"{found.folder}: was trained with another model or on other images; pass the same again to resume, choose "
+            "another --output_dir, or pass --overwrite_output_dir to start from scratch",
+            refused,
         )
     for sentence in changed.values():
         print(sentence)
@@ -243,6 +248,28 @@ def train_vae(run: VaeRun, world: World, stop: StopSignal, saver: Saver) -> None
         saver.wait()
         if folder := saver.saved():
             write(f"saved {folder}")
+
+
+def vae_warnings(run: VaeRun) -> list[str]:
+    """What the run cannot do. One sentence each."""
+    config, num_steps = run.config, run.config.max_steps
+    consequences = {
+        "save_steps": "no checkpoint before the end, to resume from",
+        "preview_steps": "reconstructions only at the end",
+    }
+    return [
+        *too_late(num_steps, {flag: (getattr(config, flag), what) for flag, what in consequences.items()}),
+        *rate_warnings(
+            lambda step: lr_factor(step, num_steps),
+            run.step,
+            num_steps,
+            NUM_WARMUP_STEPS,
+            config.learning_rate,
+            lower="--max_steps",
+        ),
+        *small_data(len(run.rows), config.batch_size),
+        *slow_ema(config.ema_decay, num_steps),
+    ]
 
 
 def lr_factor(step: int, max_steps: int) -> float:

@@ -11,7 +11,7 @@ from uvit.checkpoint.layout import from_checkpoint_layout, to_checkpoint_layout
 from uvit.checkpoint.saver import Saver, all_gather_channel
 from uvit.diffusion import Conventions
 from uvit.distributed.ops import any_of, differing_replicas, on_main
-from uvit.errors import UserError
+from uvit.errors import UserError, differences
 from uvit.train.branch import (
     Later,
     later_than,
@@ -21,9 +21,11 @@ from uvit.train.branch import (
     read_together,
     set_aside,
 )
-from uvit.train.checks import differing_fingerprint
+from uvit.train.checks import differing_fingerprints
+from uvit.train.epochs import EpochRange, extend_epochs
 from uvit.train.optimizer import checksum, training_state
-from uvit.train.setup import Run
+from uvit.train.schedule import describe_resume
+from uvit.train.setup import Run, plan_steps
 
 MAX_NAMED_TENSORS = 3  # in an error message
 
@@ -142,7 +144,8 @@ def resume(run: Run) -> None:
     restore(run, checkpoint)
     if world.is_main:
         set_aside(run, later)
-    print(f"resumed {checkpoint.folder}: step {run.step} of {run.max_steps}")
+    for sentence in describe_resume(run, checkpoint):
+        print(sentence)
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:
@@ -155,30 +158,36 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     run.precision.scale.load_state_dict(checkpoint.record["loss_scale"])
     run.guards.load_state_dict(checkpoint.record["guards"])
     run.step, run.samples, run.checkpoint = checkpoint.step, checkpoint.record["samples"], checkpoint.folder
+    size = run.features.num_samples
+    # Checkpoints of version 0.1.0 do not have their epochs: they have to be of this data.
+    ranges = [EpochRange(*each) for each in checkpoint.record.get("epochs", [(0, 0, size)])]
+    run.batches.epochs = extend_epochs(ranges, run.samples, size)
+    plan_steps(run)
 
 
 def check_same_run(run: Run, checkpoint: Checkpoint) -> None:
     """Raises UserError if the checkpoint is of another model or of other features. Prints the flags that differ."""
     check_command(checkpoint, "uvit train")
     ours, theirs = ({**each, **asdict(Conventions.recorded(each))} for each in (run.record(), checkpoint.record))
-    for key in ("unet_config", "text_encoder_config", *asdict(run.conventions)):
-        if ours[key] != theirs[key]:
-            raise UserError(
-                f"{checkpoint.folder}: its {key} is {theirs[key]}, and this run's is {ours[key]}; choose another "
-                "--output_dir, or pass --overwrite_output_dir to start from scratch"
-            )
     key_of = {"VAE": "vae_sha256", "text encoder": "text_encoder_sha256", "tokenizer": "tokenizer_sha256"}
-    made_by, was_made_by = ({what: record.get(key) for what, key in key_of.items()} for record in (ours, theirs))
-    if difference := differing_fingerprint(made_by, was_made_by):
-        what, fingerprints = difference
+    was_made_by, made_by = ({what: record.get(key) for what, key in key_of.items()} for record in (theirs, ours))
+    settings = "unet_config", "text_encoder_config", *asdict(run.conventions)
+    before, now = (
+        {key: record[key] for key in settings if record[key] is not None}
+        | {"train_text_encoder": record["text_encoder_config"] is not None, "fp16": bool(record["loss_scale"])}
+        for record in (theirs, ours)
+    )
+    if before["train_text_encoder"] != now["train_text_encoder"]:
+        del (before if before["train_text_encoder"] else now)["text_encoder_config"]
+    features, model = differing_fingerprints(was_made_by, made_by), differences(before, now)
+    if features or model:
+        how = ["with another model or precision"] if model else []
+        if features:
+            how.append(f"on features by other encoders than those of --feature_path {run.config.feature_path}")
         raise UserError(
-            f"--feature_path {run.config.feature_path}: was made by another {what} than the features that "
-            f"{checkpoint.folder} was trained on ({fingerprints}); pass those features, or choose another --output_dir"
-        )
-    if bool(theirs["loss_scale"]) != bool(ours["loss_scale"]):
-        raise UserError(
-            f"{checkpoint.folder}: was{'' if theirs['loss_scale'] else ' not'} trained with --fp16; resume it with the "
-            "same precision, or choose another --output_dir"
+            f"{checkpoint.folder}: was trained {' and '.join(how)}; pass the same again to resume, "
+            "choose another --output_dir, or pass --overwrite_output_dir to start from scratch",
+            [*model.values(), *features],
         )
     for sentence in checkpoint.changed_flags(run.config).values():
         print(sentence)

@@ -1,6 +1,6 @@
 """Checks before the first step: features, model, flags and encoders must fit one another."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 
 from uvit.config.train import TrainConfig
 from uvit.diffusion import LatentSpace
-from uvit.errors import UserError
+from uvit.errors import UserError, differences
 from uvit.export.convert import training_facts
 from uvit.model import UViTT2IModel
 from uvit.sample.pipeline import check_components
@@ -89,23 +89,23 @@ def fingerprints(features: Features, train_text_encoder: bool) -> dict[str, str 
     }
 
 
-def differing_fingerprint(ours: dict[str, str | None], theirs: dict[str, str | None]) -> tuple[str, str] | None:
-    """The first fingerprint that is known on both sides and differs: (what, both of them as text)."""
-    for what, mine in ours.items():
-        other = theirs.get(what)
-        if mine and other and mine != other:
-            return what, f"fingerprints {other[:12]} and {mine[:12]}"
-    return None
+def differing_fingerprints(
+    before: Mapping[str, str | None], now: Mapping[str, str | None], words: tuple[str, str] = ("was", "now")
+) -> list[str]:
+    """A line for each fingerprint that is known on both sides and differs."""
+    known = [what for what, mine in now.items() if mine and before.get(what)]
+    one, other = ({f"fingerprint of the {what}": each[what] for what in known} for each in (before, now))
+    return list(differences(one, other, words).values())
 
 
 def check_validation(config: TrainConfig, features: Features, validation: Features, flag: str, path: str) -> None:
     """Raises UserError if other encoders made the features to validate on than made the features to train on."""
     ours, theirs = (fingerprints(either, config.train_text_encoder) for either in (features, validation))
-    if found := differing_fingerprint(ours, theirs):
-        what, both = found
+    if found := differing_fingerprints(ours, theirs, ("of the training features", "of these")):
         raise UserError(
-            f"--{flag} {path}: its split {config.validation_split} was made by another {what} than the training "
-            f"features ({both}); extract it with the same one"
+            f"--{flag} {path}: its split {config.validation_split} was made by other encoders than the training "
+            "features; extract it with the same ones",
+            found,
         )
 
 
@@ -115,18 +115,19 @@ def check_pretrained(config: TrainConfig, features: Features) -> None:
     if name is None:
         return
     facts = training_facts(Path(name))
-    ours = TRAINED.timestep_labels
-    if (labels := facts.get("timestep_labels", ours)) != ours:
+    trained = TRAINED.timestep_labels
+    if (labels := facts.get("timestep_labels", trained)) != trained:
         raise UserError(
             f"--pretrained_model_name_or_path {name}: was trained with timesteps {labels}, but this training uses "
-            f"{ours}; start from another pipeline"
+            f"{trained}; start from another pipeline"
         )
     theirs = {"VAE": facts.get("vae_sha256"), "text encoder": facts.get("text_encoder_sha256")}
-    if found := differing_fingerprint(fingerprints(features, config.train_text_encoder), theirs):
-        what, both = found
+    ours = fingerprints(features, config.train_text_encoder)
+    if found := differing_fingerprints(theirs, ours, ("of the pipeline", "of the features")):
         raise UserError(
-            f"--pretrained_model_name_or_path {name}: its {what} did not make the features ({both}); "
-            "extract the features with it, or start from another pipeline"
+            f"--pretrained_model_name_or_path {name}: its encoders did not make the features; extract the features "
+            "with them, or start from another pipeline",
+            found,
         )
 
 

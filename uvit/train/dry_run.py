@@ -22,6 +22,7 @@ from uvit.distributed.mesh import Degrees, World
 from uvit.model import Block, UViTT2IModel
 from uvit.train.memory import trace_step
 from uvit.train.profiling import count_flops, meta_unet
+from uvit.train.schedule import run_warnings
 from uvit.train.setup import Run, build_run, model_config
 
 MIB = 2**20
@@ -57,6 +58,7 @@ def describe_plan(config: TrainConfig) -> str:
         *validation_line(run),
         f"run          {run.max_steps:,} steps, {run.max_steps / steps_per_epoch:,.1f} epochs, "
         f"{step_flops * run.max_steps:.2e} FLOP",
+        *(f"warning: {sentence}" for sentence in run_warnings(run)),
     ]
     return "\n".join(lines)
 

@@ -75,6 +75,16 @@ def next_kept_sample(samples: int, samples_per_step: int, skipped_samples: Itera
     return samples
 
 
+def count_steps(samples: int, end: int, samples_per_step: int, skipped_samples: list[SampleRange]) -> int:
+    """How many more steps there are until the sample counter has reached `end`."""
+    num_steps = 0
+    while (samples := next_kept_sample(samples, samples_per_step, skipped_samples)) < end:
+        ahead = [(first - samples) // samples_per_step for first, _ in skipped_samples if first >= samples]
+        count = min([-(-(end - samples) // samples_per_step), *ahead])
+        samples, num_steps = samples + count * samples_per_step, num_steps + count
+    return num_steps
+
+
 def step_ranges(
     samples: int, samples_per_step: int, num_steps: int, skipped_samples: list[SampleRange]
 ) -> Iterator[tuple[int, int]]:

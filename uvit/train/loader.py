@@ -17,6 +17,7 @@ from torch import Tensor
 
 from uvit.diffusion import CONTEXT_DROP_PROBABILITY, NUM_TIMESTEPS
 from uvit.store.types import Features
+from uvit.train.epochs import EpochRange, locate_samples
 
 ORDER, DRAWS, FLIPS = 1, 2, 3  # independent streams of random numbers
 NUM_ROUNDS = 8
@@ -141,15 +142,15 @@ class BatchDataset:
         self.features, self.batch_size, self.seed = features, batch_size, seed
         self.use_tokens, self.noise_offset = use_tokens, noise_offset
         self.first_sample = 0
+        self.epochs = [EpochRange(0, 0, features.num_samples)]
 
     def rows(self, counters: np.ndarray) -> np.ndarray:
         """The row of the features for each sample. An epoch has each row once, in an order of its own."""
-        size = self.features.num_samples
-        epochs = counters // size
+        epochs, positions, sizes = locate_samples(self.epochs, counters)
         rows = np.empty_like(counters)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            rows[here] = permute(counters[here] % size, size, self.seed, int(epoch))
+            rows[here] = permute(positions[here], int(sizes[here][0]), self.seed, int(epoch))
         return rows
 
     def __getitem__(self, index: int) -> Batch:

@@ -67,19 +67,33 @@ def training_state(
 # The learning rate
 
 
-def learning_rate_factor(step: int, config: TrainConfig, max_steps: int) -> float:
+def learning_rate_factor(step: int, config: TrainConfig, max_steps: int, schedule_steps: int | None = None) -> float:
     """The learning rate at optimizer step `step`, counted from 0, as a fraction of the peak learning rate.
 
     With a warm-up, the first update has rate 0. This is a pure function, so resuming needs no scheduler state.
+
+    Args:
+        schedule_steps: how many steps the run would have if all of them had the batch of now. The decay follows what is
+            left of those, so that another batch of a resumed run does not change it. --warmup_steps counts steps of any
+            batch.
     """
     kind = config.lr_scheduler_type
     if kind == "constant":
         return 1.0
-    num_warmup = max(1, config.warmup_steps or math.ceil(config.warmup_ratio * max_steps))
-    if step < num_warmup:
-        return step / num_warmup
+    num_steps = schedule_steps or max_steps
+    position = num_steps - max_steps + step
+    num_warmup = num_warmup_steps(config, num_steps)
+    warmed_up = step if config.warmup_steps else position
+    if warmed_up < num_warmup:
+        return warmed_up / num_warmup
     lowest = config.min_lr / config.learning_rate if config.learning_rate else 0.0
-    return max(lowest, _decay(kind, min(1.0, (step - num_warmup) / max(1, max_steps - num_warmup)), config))
+    progress = (position - num_warmup) / max(1, num_steps - num_warmup)
+    return max(lowest, _decay(kind, min(1.0, max(0.0, progress)), config))
+
+
+def num_warmup_steps(config: TrainConfig, num_steps: int) -> int:
+    """The first step at the peak learning rate, counted from 0."""
+    return max(1, config.warmup_steps or math.ceil(config.warmup_ratio * num_steps))
 
 
 def _decay(kind: str, progress: float, config: TrainConfig) -> float:

@@ -19,7 +19,7 @@ from uvit.train.branch import read_together
 from uvit.train.checkpointing import restore
 from uvit.train.guards import SampleRange
 from uvit.train.metrics import logs_folder
-from uvit.train.setup import Run
+from uvit.train.setup import Run, plan_steps
 
 MAX_ROLLBACKS = 3  # without an update after the step that failed
 MAX_NAMED_SAMPLES = 5  # on the console
@@ -41,6 +41,7 @@ def roll_back(run: Run) -> None:
     guards.skipped_samples = [*skipped_before, sample_range]
     guards.failed_at, guards.num_rollbacks = failed_at, num_rollbacks
     guards.skipped_in_a_row = 0
+    plan_steps(run)
     if run.world.is_main:
         samples = describe_samples(run, sample_range, skipped_before)
         path = skipped_samples_file(run)

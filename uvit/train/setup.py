@@ -1,8 +1,9 @@
 """Build a run from its config: features, model, text encoder, optimizer, EMA; and check that they fit one another."""
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ from uvit.train.checks import (
     fingerprints,
 )
 from uvit.train.clock import Clock
-from uvit.train.guards import Guards
+from uvit.train.epochs import samples_of_epochs
+from uvit.train.guards import Guards, count_steps
 from uvit.train.loader import BatchDataset
 from uvit.train.optimizer import EMA, build_optimizer
 from uvit.train.precision import Precision
@@ -40,6 +42,9 @@ from uvit.weights.components import as_trained, load_text_encoder, load_vae, rea
 from uvit.weights.detect import first_that_has, is_third_party
 from uvit.weights.encoders import assume_latent_space, check_fingerprint, is_local_path, load_tokenizer
 
+BATCH_FLAGS = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "dp_degree", "sharding_parallel_degree",
+)  # fmt: skip
 DEFAULT_SPLIT = TrainConfig.validation_split
 
 
@@ -62,7 +67,8 @@ class Run:
     encoders: dict[str, str | None]  # vae, text_encoder, tokenizer: names or paths, for the final pipeline
     text_encoder_sha256: str | None  # of the one that made the text embeddings; None: it is trained, or unknown
     pad_token_id: int  # of the text encoder that is trained, or frozen
-    max_steps: int
+    max_steps: int  # the last step; see `plan_steps`
+    schedule_steps: int  # how many steps the run would have if all of them had the batch of now
     world: World
     gradients: GradientAverage  # of the model that computes
     guards: Guards
@@ -75,9 +81,7 @@ class Run:
 
     @property
     def samples_per_step(self) -> int:
-        config = self.config
-        num_data_ranks = config.dp_degree * config.sharding_parallel_degree
-        return config.per_device_train_batch_size * config.gradient_accumulation_steps * num_data_ranks
+        return samples_per_step(asdict(self.config))
 
     @property
     def ema_model(self) -> nn.ModuleDict:
@@ -90,6 +94,7 @@ class Run:
         return {
             "samples": self.samples,
             "resumed_from": self.resumed_from,
+            "epochs": [list(astuple(each)) for each in self.batches.epochs],
             "unet_config": model_config(self.master_model["unet"]),
             "text_encoder_config": text_encoder_config(self.master_model),
             **asdict(self.conventions),
@@ -104,6 +109,11 @@ class Run:
             "versions": {"uvit": uvit.__version__, "torch": torch.__version__},
             "num_threads": torch.get_num_threads(),
         }
+
+
+def samples_per_step(config: Mapping[str, Any]) -> int:
+    """Samples of an optimizer step, over all processes. `config`: the fields of a TrainConfig."""
+    return math.prod(config[flag] for flag in BATCH_FLAGS)
 
 
 def text_encoder_config(model: nn.ModuleDict) -> dict[str, Any] | None:
@@ -175,14 +185,26 @@ def build_run(config: TrainConfig, output_dir: Path, world: World | None = None)
         text_encoder_sha256=text_encoder_sha256,
         pad_token_id=pad_token_id,
         max_steps=config.max_steps,
+        schedule_steps=config.max_steps,
         world=world,
         gradients=GradientAverage(precision.compute_model, world),
         guards=Guards(config.spike_factor),
         clock=Clock(device),
     )
-    if config.num_train_epochs:
-        run.max_steps = max(1, round(config.num_train_epochs * features.num_samples / run.samples_per_step))
+    plan_steps(run)
     return run
+
+
+def plan_steps(run: Run) -> None:
+    """Set the last step: --max_steps, or that after which --num_train_epochs passes over the data are complete.
+
+    What is left of the epochs follows from the sample counter. So it does not matter which batches there were before.
+    """
+    config = run.config
+    if config.num_train_epochs:
+        end = samples_of_epochs(run.batches.epochs, config.num_train_epochs)
+        left = count_steps(run.samples, end, run.samples_per_step, run.guards.skipped_samples)
+        run.max_steps, run.schedule_steps = run.step + left, -(-end // run.samples_per_step)
 
 
 def encoder_sources(config: TrainConfig, features: Features) -> dict[str, str | None]:

@@ -68,7 +68,7 @@ def train_step(run: Run, batches: Iterator[Batch]) -> StepResult:
     All processes skip the step if, in one of them, the loss or the gradient is not finite or the gradient is a spike.
     """
     config, precision, optimizer, clock, guards = run.config, run.precision, run.optimizer, run.clock, run.guards
-    lr = set_learning_rate(optimizer, learning_rate_factor(run.step, config, run.max_steps))
+    lr = set_learning_rate(optimizer, learning_rate_factor(run.step, config, run.max_steps, run.schedule_steps))
 
     total_loss = torch.zeros((), device=run.device)
     for i in range(config.gradient_accumulation_steps):

@@ -42,6 +42,7 @@ from uvit.train.process import (
 )
 from uvit.train.profiling import MfuReference, mfu_reference
 from uvit.train.rollback import roll_back, truncate_skipped_samples
+from uvit.train.schedule import describe_samples_done, run_warnings
 from uvit.train.setup import Run, build_run
 from uvit.train.step import StepResult, train_step
 from uvit.train.validate import is_due, load_preview_vae, preview_sheet, validate
@@ -86,8 +87,10 @@ def run_training(config: TrainConfig, world: World) -> int:
                 write_config(run)
                 truncate_skipped_samples(run)
             if run.step >= run.max_steps:
-                print(f"{run.output_dir}: all {run.max_steps} steps are done")
+                print(f"{run.output_dir}: all {run.step} steps are done ({describe_samples_done(run)})")
             else:
+                for sentence in run_warnings(run):
+                    print(f"warning: {sentence}")
                 with stop_signals() as stop:
                     vae = load_preview_vae(run)
                     mfu = mfu_reference(run) if world.is_main else None

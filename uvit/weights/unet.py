@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from uvit.config.model import KINDS, model_config_names, resolve_model_config
-from uvit.errors import UserError
+from uvit.errors import UserError, differences
 from uvit.model import UViTT2IModel
 from uvit.weights.encoders import check_finite
 from uvit.weights.report import Report, shorten
@@ -72,9 +72,9 @@ def unet_config(
         num_tokens = tensors["pos_embed"].shape[1]
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(f"{path}: is not complete, {error} is missing from the U-ViT; get it again") from None
-    for key, value in found.items():
-        if key in config and config[key] != value:
-            raise UserError(f"{path}: has {key} {value}, and the config says {config[key]}")
+    said = {key: config[key] for key in found if key in config}
+    if wrong := differences(said, {key: found[key] for key in said}, ("the config says", "the file has")):
+        raise UserError(f"{path}: does not fit its config; pass its own as --uvit_config_file", list(wrong.values()))
     shipped = [resolve_model_config(name) for name in model_config_names()]
     heads = {(c["num_attention_heads"], c["attention_head_dim"]) for c in shipped if _dim(c) == dim}
     if _dim(config):
