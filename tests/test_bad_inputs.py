@@ -43,7 +43,7 @@ def refused(*words: str) -> str:
     """The one sentence with which a command refuses."""
     status, _, err = run(*words)
     assert status == 2, (words, status, err)
-    name = " ".join(words[:2]) if words[0] == "features" else words[0]
+    name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else words[0]
     assert err.startswith(f"uvit {name}: error: "), err
     assert err.count("\n") == 1, err
     assert err.endswith("\n")
