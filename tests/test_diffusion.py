@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uvit import diffusion
-from uvit.diffusion import NUM_TIMESTEPS, PredictionType
+from uvit.conventions import LatentSpace, PredictionType
+from uvit.diffusion import NUM_TIMESTEPS
 
 KINDS = get_args(PredictionType)
 labels = st.lists(st.integers(1, NUM_TIMESTEPS), min_size=3, max_size=3).map(torch.tensor)
@@ -174,7 +175,7 @@ def test_draws_from_the_posterior_equal_the_fixture(fixture: dict[str, np.ndarra
     mean, std = torch.from_numpy(fixture["mean"]), torch.from_numpy(fixture["std"])
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(
-        diffusion.LatentSpace().normalize(diffusion.draw_latents(moments, noise)), 0.23010 * (mean + std * noise)
+        LatentSpace().normalize(diffusion.draw_latents(moments, noise)), 0.23010 * (mean + std * noise)
     )
 
 

@@ -10,7 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from uvit.checkpoint.saver import Saver
 from uvit.checkpoint.tensors import Groups
-from uvit.diffusion import LatentSpace
+from uvit.conventions import LatentSpace
 from uvit.extract.tokenizer import train_tokenizer
 from uvit.store.types import FeatureBatch
 

@@ -27,7 +27,7 @@ from tests.sources.image_files import SRGB_PRIMARIES, matrix_profile
 from tests.store.test_writer import contents
 from uvit.config.extract import ExtractConfig
 from uvit.config.store import FeaturesInfoConfig, FeaturesMergeConfig
-from uvit.diffusion import LATENT_SCALE
+from uvit.conventions import LATENT_SCALE
 from uvit.errors import UserError
 from uvit.extract import extract as extract_module
 from uvit.extract.extract import extract

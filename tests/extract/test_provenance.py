@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from uvit.config.extract import ExtractConfig
-from uvit.diffusion import LatentSpace
+from uvit.conventions import LatentSpace
 from uvit.errors import UserError
 from uvit.extract.provenance import describe_store, find_tokenizer, scale_reason
 from uvit.extract.tokenizer import save_tokenizer

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tests.tiny import tiny_text_encoder_folder, tiny_vae_folder
-from uvit.diffusion import PredictionType, convert_prediction, log_snr, signal_and_noise
+from uvit.conventions import PredictionType
+from uvit.diffusion import convert_prediction, log_snr, signal_and_noise
 from uvit.model import UViTT2IModel
 from uvit.sample.pipeline import UViTPipeline
 from uvit.sample.schedulers import build_scheduler

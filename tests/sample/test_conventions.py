@@ -17,7 +17,7 @@ from torch import Tensor
 from tests.sample.parts import tiny_pipeline_folder
 from tests.tiny import tiny_vae_folder
 from uvit import UViTPipeline, UViTT2IModel
-from uvit.diffusion import Conventions, recorded_conventions
+from uvit.conventions import Conventions, recorded_conventions
 from uvit.errors import UserError
 from uvit.weights.encoders import load_diffusers_vae
 

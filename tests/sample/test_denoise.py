@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tests.sample.parts import NAMES, PREDICTIONS, gaussian_flow, gaussian_predictor
-from uvit.diffusion import PredictionType
+from uvit.conventions import PredictionType
 from uvit.errors import UserError
 from uvit.sample.denoise import denoise, exact_timesteps
 from uvit.sample.schedulers import build_scheduler

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import uvit
 from tests.sample.parts import tiny_pipeline_folder
-from uvit.diffusion import LatentSpace
+from uvit.conventions import LatentSpace
 from uvit.errors import UserError
 from uvit.model import UViTT2IModel
 from uvit.sample.pipeline import UViTPipeline

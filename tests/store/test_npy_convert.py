@@ -8,7 +8,7 @@ import pytest
 
 from tests.store.test_reader import NUM_CAPTIONS, NUM_PAIRS, info, write_store
 from uvit.config.store import FeaturesExportConfig, FeaturesImportConfig
-from uvit.diffusion import LatentSpace
+from uvit.conventions import LatentSpace
 from uvit.errors import UserError
 from uvit.store.npy_convert import check_room, export_npy, import_npy
 from uvit.store.npy_layout import num_captions

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from uvit.config.store import FeaturesImportConfig
-from uvit.diffusion import LatentSpace
+from uvit.conventions import LatentSpace
 from uvit.errors import UserError
 from uvit.store.npy_convert import Recorded, recorded_encoders
 from uvit.weights.encoders import fingerprint, load_diffusers_vae

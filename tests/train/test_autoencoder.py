@@ -16,7 +16,8 @@ from tests.sources.pictures import png
 from tests.tiny import save_checkpoint, tiny_vae_folder
 from uvit.config.convert import ConvertConfig
 from uvit.config.extract import AutoencoderConfig
-from uvit.diffusion import LatentSpace, draw_latents
+from uvit.conventions import LatentSpace
+from uvit.diffusion import draw_latents
 from uvit.errors import UserError
 from uvit.export.convert import convert
 from uvit.images import to_unit

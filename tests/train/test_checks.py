@@ -11,7 +11,7 @@ import pytest
 
 from tests.tiny import array_features
 from tests.train.conftest import TINY_MODEL
-from uvit.diffusion import LatentSpace
+from uvit.conventions import LatentSpace
 from uvit.errors import UserError
 from uvit.store.reader import open_features
 from uvit.train.checks import check_latents

@@ -14,7 +14,7 @@ from tests.tiny import tiny_vae_folder
 from tests.train.conftest import TINY_MODEL
 from uvit import UViTPipeline, UViTT2IModel
 from uvit.cli.main import main
-from uvit.diffusion import Conventions, LatentSpace
+from uvit.conventions import Conventions, LatentSpace
 from uvit.store.reader import open_features
 from uvit.weights.encoders import latent_space_of
 

@@ -20,7 +20,7 @@ from transformers import (
     T5Model,
 )
 
-from uvit.diffusion import LatentSpace
+from uvit.conventions import LatentSpace
 from uvit.errors import UserError
 from uvit.weights import encoders
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from uvit.diffusion import LATENT_SCALE
+from uvit.conventions import LATENT_SCALE
 from uvit.model import UViTT2IModel
 from uvit.store.shard import EncodedPairs
 from uvit.store.writer import StoreInfo, StoreWriter

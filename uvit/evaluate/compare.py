@@ -8,8 +8,8 @@ from typing import Any
 
 from uvit.config.evaluate import EvaluateCompareConfig
 from uvit.errors import UserError, differences
-from uvit.evaluate.write_report import REPORT_FORMAT
 
+REPORT_FORMAT = "uvit evaluation"  # of report.json
 PIXELS = ("reference", "pixels_sha256")
 # What must be equal for two numbers to mean the same; everything else may be what is compared.
 PROTOCOL = (

@@ -15,10 +15,11 @@ import torch
 from uvit import __version__
 from uvit.config.evaluate import EvaluateConfig
 from uvit.errors import UserError
+from uvit.evaluate.compare import REPORT_FORMAT
 from uvit.evaluate.measure import SMALL_SET, Score
 from uvit.io import write_bytes, write_json
 
-REPORT_FORMAT, REPORT_VERSION = "uvit evaluation", 1
+REPORT_VERSION = 1
 LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "pillow")
 
 

@@ -15,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from uvit.checkpoint.folder import RECORD, check_command, checkpoint_folders, read_checkpoint
 from uvit.config.convert import ENCODERS, ConvertConfig
 from uvit.config.paths import expand_path
-from uvit.diffusion import Conventions
+from uvit.conventions import Conventions
 from uvit.errors import UserError
 from uvit.export.card import push, run_folder, write_card
 from uvit.export.formats import write_official, write_paddle, write_paddlemix, write_trainer

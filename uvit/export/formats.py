@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from uvit.config.model import KINDS
-from uvit.diffusion import Conventions, LatentSpace, alphas_cumprod, scheduler_config
+from uvit.conventions import Conventions, LatentSpace
+from uvit.diffusion import alphas_cumprod, scheduler_config
 from uvit.errors import UserError
 from uvit.io import write_json
 from uvit.weights import text_encoder as text

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from uvit.config.extract import ExtractConfig
-from uvit.diffusion import LatentSpace
+from uvit.conventions import LatentSpace
 from uvit.errors import UserError
 from uvit.extract.tokenizer import train_tokenizer
 from uvit.sources.types import RandomAccessSource, Source

@@ -10,13 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uvit.diffusion import (
-    PredictionType,
-    add_noise,
-    convert_prediction,
-    from_scheduler_timestep,
-    timestep_of_log_snr,
-)
+from uvit.conventions import PredictionType
+from uvit.diffusion import add_noise, convert_prediction, from_scheduler_timestep, timestep_of_log_snr
 from uvit.errors import UserError
 from uvit.sample.schedulers import MultistepScheduler, check_scheduler
 

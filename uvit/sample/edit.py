@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
-from uvit.diffusion import LatentSpace
+from uvit.conventions import LatentSpace
 from uvit.images import to_rgb
 from uvit.sample.denoise import at_step
 from uvit.weights.encoders import encode_images

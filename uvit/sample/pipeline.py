@@ -14,7 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from uvit.diffusion import (
+from uvit.conventions import (
     TIMESTEP_OFFSETS,
     Conventions,
     LatentSpace,

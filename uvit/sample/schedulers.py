@@ -27,7 +27,8 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
-from uvit.diffusion import NUM_TIMESTEPS, PredictionType, alphas_cumprod, log_snr, scheduler_config, timestep_of_log_snr
+from uvit.conventions import PredictionType
+from uvit.diffusion import NUM_TIMESTEPS, alphas_cumprod, log_snr, scheduler_config, timestep_of_log_snr
 from uvit.errors import UserError
 from uvit.sample.limited import LimitedDPMSolverScheduler
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from uvit.config.store import FeaturesInfoConfig
-from uvit.diffusion import LatentSpace
+from uvit.conventions import LatentSpace
 from uvit.io import format_bytes
 from uvit.store.manifest import with_image_settings
 from uvit.store.npy_layout import load_npy, num_captions

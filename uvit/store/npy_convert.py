@@ -17,14 +17,14 @@ import numpy as np
 import torch
 
 from uvit.config.store import FeaturesExportConfig, FeaturesImportConfig
+from uvit.conventions import LatentSpace
 from uvit.device import pick_device
-from uvit.diffusion import LatentSpace
 from uvit.errors import UserError, differences
 from uvit.io import format_bytes, read_json, write_bytes
 from uvit.lock import LOCK, WriterLock
 from uvit.progress import Progress
 from uvit.sources.types import Problem
-from uvit.store.npy_layout import EMPTY_CONTEXT, load_npy, num_captions
+from uvit.store.npy_layout import EMPTY_CONTEXT, MARK, load_npy, num_captions
 from uvit.store.reader import FeatureStore
 from uvit.store.shard import EncodedPairs
 from uvit.store.splits import Split, find_splits, find_stores
@@ -42,7 +42,6 @@ from uvit.weights.encoders import (
 NUM_THREADS = 4  # small files take more time on the disk than in Python
 PAIRS_AT_A_TIME = 64
 DISK_BLOCK = 4096  # bytes; a file takes a multiple of it
-MARK = ".export.json"  # records which store a folder was exported from
 
 
 # Import

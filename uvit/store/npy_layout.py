@@ -14,11 +14,12 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from uvit.diffusion import LatentSpace
+from uvit.conventions import LatentSpace
 from uvit.errors import UserError
 from uvit.store.types import FeatureBatch
 
 NPY_NAME = re.compile(r"(0|[1-9]\d*)(?:_(0|[1-9]\d*))?\.npy", re.ASCII)  # {i}.npy and {i}_{k}.npy
+MARK = ".export.json"  # records which store a folder was exported from
 EMPTY_CONTEXT = "empty_context.npy"
 
 

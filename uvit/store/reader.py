@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from uvit.diffusion import LatentSpace
+from uvit.conventions import LatentSpace
 from uvit.errors import UserError
 from uvit.store.arrays import OpenFiles, ReadRequest, ShardedArray, as_bytes, read_all, read_header
 from uvit.store.manifest import read_manifest

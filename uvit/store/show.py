@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from uvit.config.store import FeaturesSampleConfig
+from uvit.conventions import LatentSpace
 from uvit.device import pick_device
-from uvit.diffusion import LatentSpace
 from uvit.errors import UserError
 from uvit.images import contact_sheet, save_png, to_pil
 from uvit.store.reader import open_features

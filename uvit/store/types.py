@@ -5,7 +5,7 @@ from typing import Protocol
 
 import numpy as np
 
-from uvit.diffusion import LatentSpace
+from uvit.conventions import LatentSpace
 
 
 @dataclass(frozen=True)

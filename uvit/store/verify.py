@@ -16,8 +16,7 @@ from uvit.config.store import FeaturesVerifyConfig
 from uvit.errors import UserError
 from uvit.progress import Progress, write
 from uvit.store.manifest import Manifest
-from uvit.store.npy_convert import MARK
-from uvit.store.npy_layout import NPY_NAME, load_npy, num_captions
+from uvit.store.npy_layout import MARK, NPY_NAME, load_npy, num_captions
 from uvit.store.reader import FeatureStore
 from uvit.store.splits import Split, find_splits
 

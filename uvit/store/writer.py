@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from uvit.diffusion import LatentSpace, PerChannel
+from uvit.conventions import LatentSpace, PerChannel
 from uvit.errors import UserError, differences
 from uvit.io import write_bytes, write_json, write_json_once
 from uvit.store.manifest import STORE_FORMAT, VERSION, with_image_settings

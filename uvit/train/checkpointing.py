@@ -9,7 +9,7 @@ from torch import Tensor
 from uvit.checkpoint.folder import Checkpoint, check_command, checkpoint_folders, latest_checkpoint
 from uvit.checkpoint.layout import from_checkpoint_layout, to_checkpoint_layout
 from uvit.checkpoint.saver import Saver, all_gather_channel
-from uvit.diffusion import Conventions
+from uvit.conventions import Conventions
 from uvit.distributed.ops import any_of, differing_replicas, on_main
 from uvit.errors import UserError, differences
 from uvit.train.branch import (

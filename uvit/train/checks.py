@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from uvit.config.train import TrainConfig
-from uvit.diffusion import LatentSpace
+from uvit.conventions import LatentSpace
 from uvit.errors import UserError, differences
 from uvit.export.convert import training_facts
 from uvit.model import UViTT2IModel

@@ -15,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel
 import uvit
 from uvit.config.model import KINDS, resolve_model_config
 from uvit.config.train import TrainConfig
-from uvit.diffusion import Conventions, recorded_conventions
+from uvit.conventions import Conventions, recorded_conventions
 from uvit.distributed.mesh import World, single_process_world
 from uvit.distributed.ops import GradientAverage
 from uvit.distributed.parallelize import check_divisibility, parallelize, shard

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from uvit.config.paths import expand_path
-from uvit.diffusion import Conventions, recorded_conventions
+from uvit.conventions import Conventions, recorded_conventions
 from uvit.errors import UserError
 from uvit.model import UViTT2IModel
 from uvit.weights.detect import (

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, CLIPTextModel
 from transformers import logging as transformers_logging
 
-from uvit.diffusion import LATENT_SCALE, LatentSpace
+from uvit.conventions import LATENT_SCALE, LatentSpace
 from uvit.errors import UserError
 
 STABLE_DIFFUSION_SCALE = 0.18215

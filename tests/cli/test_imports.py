@@ -1,0 +1,44 @@
+"""What starts at once: commands that compute nothing import neither torch nor diffusers."""
+
+import subprocess
+import sys
+
+import pytest
+
+SLOW = ("torch", "diffusers", "transformers")
+CODE = """
+import sys
+from uvit.cli.main import main
+status = main(sys.argv[1:])
+print(status, *(name for name in {slow} if name in sys.modules), file=sys.stderr)
+"""
+
+
+def imported(*words: str) -> tuple[int, set[str]]:
+    """(exit status, which of the slow packages a command imports)"""
+    code = CODE.format(slow=SLOW)
+    result = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=120)
+    status, *names = result.stderr.splitlines()[-1].split()
+    return int(status), set(names)
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (["--version"], 0),
+        (["--help"], 0),
+        (["train", "--no_such_flag"], 2),
+        (["sample", "a", "--seed", "-1"], 2),
+        (["features", "info", "no-such-folder"], 2),
+        (["features", "verify", "no-such-folder"], 2),
+        (["checkpoints", "list", "no-such-folder"], 2),
+        (["checkpoints", "verify", "no-such-folder"], 2),
+        (["evaluate", "compare", "no-such-folder", "nor-this"], 2),
+    ],
+)
+def test_what_computes_nothing_starts_at_once(words: list[str], status: int) -> None:
+    assert imported(*words) == (status, set())
+
+
+def test_a_config_is_printed_at_once() -> None:
+    assert imported("train", "--feature_path", "x", "--output_dir", "y", "--print_config") == (0, set())
