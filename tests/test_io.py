@@ -1,6 +1,7 @@
 """Files and folders are whole or not there; a config goes through YAML and comes back the same."""
 
 import ast
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -107,3 +108,15 @@ def test_only_io_renames_and_syncs() -> None:
                 if moves or node.func.attr in ("fsync", "link", "symlink"):
                     found.add(path.relative_to(package).as_posix())
     assert found == own
+
+
+def test_a_pipe_or_device_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_bytes(pipe, b"content")
+        assert os.read(reader, 100) == b"content"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo() and [path.name for path in tmp_path.iterdir()] == ["pipe"]

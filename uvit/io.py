@@ -26,6 +26,9 @@ def write_atomically(path: Path, sync: bool = True) -> Iterator[Path]:
     Only one process at a time may write a path. Without `sync`, a kill loses nothing, but a power cut may; use this for
     many files that are cheap to make again. Raises OSError if the disk refuses the content.
     """
+    if path.exists() and not path.is_file():  # a device such as /dev/null, or a pipe: the name must stay its own
+        yield path
+        return
     aside = path.with_name(f".{path.name}.writing")
     try:
         yield aside
