@@ -69,7 +69,7 @@ def test_a_model_alone_is_measured_on_the_shapes(
 ) -> None:
     report = run(tmp_path, pipeline, max_prompts=3, num_inference_steps=(2,))
     found = values(report)
-    assert list(found)[:5] == ["colour", "shape", "size", "position", "background"]
+    assert list(found) == ["prompts", "attributes", "colour", "shape", "size", "position", "background"]
     assert 0 <= found["attributes"] <= 1 and report["prompts"]["num_prompts"] == 3
     assert report["protocol"] == {"name": "shapes", "changed": {"max_prompts": 3, "num_inference_steps": [2]}}
     assert (tmp_path / "contact_sheet.png").stat().st_size > 1000

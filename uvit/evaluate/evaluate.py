@@ -24,7 +24,7 @@ from PIL import Image
 from uvit.config.evaluate import EvaluateConfig
 from uvit.config.sharding import resolve_shard
 from uvit.errors import UserError
-from uvit.evaluate.attributes import accuracy_table, attribute_sheet
+from uvit.evaluate.attributes import accuracy_table, attribute_sheet, scene_kind
 from uvit.evaluate.features import FeatureSet, PerImage, all_done, extract_features, load_features
 from uvit.evaluate.generate import GeneratedImages, folder_name, is_model, open_model
 from uvit.evaluate.image_sets import FolderImages, ImageSet, SourceImages, open_images
@@ -221,7 +221,7 @@ def summary(config: EvaluateConfig, report: dict[str, Any], num_prompts: int) ->
     """What the command prints."""
     if config.metrics == ("attributes",) and len(report["results"]) == 1:
         values = {each["name"]: each["value"] for each in report["results"][0]["scores"]}
-        return [accuracy_table(values, num_prompts, config.split or "heldout")]
+        return [accuracy_table(values, scene_kind(config), num_prompts, config.split or "heldout")]
     return [*score_table(report), *report["notes"]]
 
 

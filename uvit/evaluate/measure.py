@@ -15,7 +15,7 @@ import torch
 from uvit.config.evaluate import NEED_PROMPTS, NEED_REFERENCE, EvaluateConfig
 from uvit.device import own_device
 from uvit.errors import UserError
-from uvit.evaluate.attributes import AttributeReader
+from uvit.evaluate.attributes import AttributeReader, scene_kind
 from uvit.evaluate.extractors import (
     Extractor,
     clip_extractor,
@@ -108,7 +108,7 @@ def build_extractors(config: EvaluateConfig) -> dict[str, PerImage]:
         kind = _kind(metric, config)
         if kind not in built:
             if kind == "attributes":
-                built[kind] = AttributeReader()
+                built[kind] = AttributeReader(scene_kind(config))
             elif kind == "inception":
                 convention = config.inception_input or "pytorch-fid"
                 built[kind] = ImageFeatures(inception_extractor(config.inception_weights, convention, device))
