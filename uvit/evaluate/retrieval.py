@@ -41,8 +41,8 @@ def retrieval_ranks(generated: FeatureSet, reference: FeatureSet, prompts: Seque
     rows = [row for row, position in enumerate(generated.rows) if prompts[position].image in row_of]
     if not rows:
         raise UserError(
-            f"--metrics retrieval: no prompt names an image of --reference ({prompts[0].text!r} does not); give one "
-            "source as --prompts and --reference, or a feature store as both"
+            f"--metrics retrieval: no prompt names an image of --reference ({prompts[0].text!r} does not); give the "
+            "same source or feature store as --prompts and --reference (of COCO the folder, not the captions alone)"
         )
     named = [named_by[prompts[generated.rows[row]].text] for row in rows]
     ranks = []
