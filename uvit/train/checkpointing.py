@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from uvit.checkpoint.folder import BEST, Checkpoint, check_command, checkpoint_folders, latest_checkpoint
+from uvit.checkpoint.folder import BEST, Checkpoint, check_command, checkpoint_folders, keep_latest, latest_checkpoint
 from uvit.checkpoint.layout import from_checkpoint_layout, to_checkpoint_layout
 from uvit.checkpoint.saver import Saver, all_gather_channel
 from uvit.conventions import Conventions
@@ -76,10 +76,11 @@ class Checkpointer:
         before, self.run.best = self.run.best, best
         self.saver.spare.add(best["checkpoint"])
         self.save_and_wait()
-        if self.run.world.is_main:
-            write_json(self.run.output_dir / BEST, best)
         if before and before["checkpoint"] not in (best["checkpoint"], self.run.resumed_from):
             self.saver.spare.discard(before["checkpoint"])
+        if self.run.world.is_main:
+            write_json(self.run.output_dir / BEST, best)
+            keep_latest(self.run.output_dir, self.run.config.save_total_limit, self.saver.spare)
 
     def saved(self) -> Path | None:
         """The checkpoint that has become complete since the last call, if there is one."""

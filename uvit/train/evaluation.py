@@ -24,7 +24,7 @@ from uvit.evaluate.measure import FRECHET, SMALL_SET, build_extractors, compute_
 from uvit.evaluate.prompts import Prompt, list_prompts
 from uvit.evaluate.statistics_file import SavedStatistics
 from uvit.images import to_uint8
-from uvit.progress import Progress
+from uvit.progress import Progress, write
 from uvit.sample.denoise import denoise
 from uvit.sample.schedulers import build_scheduler
 from uvit.sources.shapes import scenes
@@ -141,7 +141,7 @@ class Evaluation:
             found = [score for metric in self.config.metrics for score in self._compute(features, metric)]
             return {f"eval_{score.name}": score.value for score in found}
         except UserError as error:  # such as values that are not finite: training goes on, and may recover
-            print(f"evaluation at step {self.run.step}: {error}")
+            write(f"evaluation at step {self.run.step}: {error}")
             return dict.fromkeys((f"eval_{name}" for name in names), None)
 
     @torch.no_grad()
