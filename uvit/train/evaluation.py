@@ -180,7 +180,7 @@ class Evaluation:
             num_inference_steps=run.config.num_inference_steps,
             prediction_type=run.config.prediction_type,
         )
-        images = decode_latents(self.vae, latents, run.latent_scale)
+        images = decode_latents(self.vae, latents, run.conventions)
         return to_uint8(images).permute(0, 2, 3, 1).cpu().numpy() if bool(images.isfinite().all()) else None
 
 
