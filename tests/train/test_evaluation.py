@@ -196,7 +196,7 @@ def test_it_is_one_sentence_before_the_first_step(
         ({"eval_reference": str(tmp_path / "nothing")}, "^--eval_reference .*nothing"),
         ({"eval_reference": str(tmp_path / "other.npz")}, "other.npz: is damaged"),
         ({"eval_reference": str(tmp_path)}, "kid: needs at least 2 reference images|1 image has no covariance"),
-        ({"eval_prompts": 1}, "1 image has no covariance"),
+        ({"eval_prompts": 1}, "^--eval_metrics fd, --eval_prompts 1: 1 image has no covariance"),
         ({"eval_metrics": ("prdc",), "eval_prompts": 4}, "needs at least"),
         ({"keep_best": "fd-other"}, "^--keep_best fd-other: .* one of val_loss, fd-tiny-vit, kid-tiny-vit"),
         ({"keep_best": "prdc", "eval_metrics": ("prdc",)}, "one of val_loss, precision-tiny-vit, recall-tiny-vit"),

@@ -252,7 +252,9 @@ def read_best(output_dir: Path) -> dict[str, Any] | None:
         best = json.loads((output_dir / BEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return best if isinstance(best, dict) and {"metric", "value", "step", "checkpoint"} <= best.keys() else None
+    kinds = {"metric": str, "value": float, "step": int, "checkpoint": str}
+    is_best = isinstance(best, dict) and all(isinstance(best.get(key), kind) for key, kind in kinds.items())
+    return best if is_best else None
 
 
 def latest_checkpoint(

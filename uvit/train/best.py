@@ -43,7 +43,8 @@ def tracked_score(run: Run, evaluation: Evaluation | None) -> Tracked | None:
     if not matching and len(scores.get(name, {})) == 1:  # fid of other weights is called otherwise
         matching = list(scores[name])
     if len(matching) != 1:
-        raise UserError(f"--keep_best {name}: is not a score of this run; choose one of val_loss, {', '.join(every)}")
+        names = [*(["val_loss"] if run.validation is not None else []), *every]
+        raise UserError(f"--keep_best {name}: is not a score of this run; choose one of {', '.join(names)}")
     return Tracked(f"eval_{matching[0]}", every[matching[0]])
 
 

@@ -20,7 +20,7 @@ from uvit.errors import UserError
 from uvit.evaluate.evaluate import open_reference
 from uvit.evaluate.features import FeatureSet, PerImage, features_in_memory
 from uvit.evaluate.frechet import FeatureStatistics
-from uvit.evaluate.measure import FRECHET, SMALL_SET, build_extractors, compute_scores
+from uvit.evaluate.measure import FRECHET, SMALL_SET, Score, build_extractors, compute_scores
 from uvit.evaluate.prompts import Prompt, list_prompts
 from uvit.evaluate.statistics_file import SavedStatistics
 from uvit.images import to_uint8
@@ -86,9 +86,9 @@ class Evaluation:
             self.extractors = build_extractors(self.config)
             self._open_reference()
             scores: dict[str, dict[str, str]] = {}
+            features = self._rehearsal()
             for metric in self.config.metrics:
-                found = self._compute(self._rehearsal(), metric)
-                scores[metric] = {score.name: score.better for score in found}
+                scores[metric] = {score.name: score.better for score in self._try(metric, features)}
             return scores
         except UserError as error:
             raise UserError(re.sub(r"--(metrics|reference)\b", r"--eval_\1", str(error))) from None
@@ -124,7 +124,15 @@ class Evaluation:
             features[each.name] = _feature_set(arrays, count)
         return features
 
-    def _compute(self, features: dict[str, FeatureSet], metric: str) -> list[Any]:
+    def _try(self, metric: str, features: dict[str, FeatureSet]) -> list[Score]:
+        try:
+            return self._compute(features, metric)
+        except UserError as error:
+            if str(error).startswith("--"):
+                raise
+            raise UserError(f"--metrics {metric}, --eval_prompts {len(self.encoded.prompts)}: {error}") from None
+
+    def _compute(self, features: dict[str, FeatureSet], metric: str) -> list[Score]:
         config = EvaluateConfig(**{**vars(self.config), "metrics": (metric,)})
         scores = compute_scores(config, self.extractors, features, self.reference, extrapolate=False)
         return sorted(scores, key=lambda score: score.name != metric)  # attributes: their mean comes first
