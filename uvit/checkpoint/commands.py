@@ -41,7 +41,12 @@ def list_checkpoints(config: CheckpointsListConfig) -> None:
             datetime.fromisoformat(entry["saved"]).strftime("%Y-%m-%d %H:%M"),
             number(entry.get("loss"), ".4f"),
             number(entry.get("val_loss"), ".4f"),
-            "; ".join([*best_of(entry), *([entry["problem"]] if entry["problem"] else [])]),
+            "; ".join(
+                [
+                    *(f"best {metric}: {value:.4g}" for metric, value in entry.get("best", {}).items()),
+                    *([entry["problem"]] if entry["problem"] else []),
+                ]
+            ),
         )
         for entry in found
     ]
@@ -51,11 +56,6 @@ def list_checkpoints(config: CheckpointsListConfig) -> None:
         print(f"{line}  {problem}".rstrip())
     if writer := current_writer(folders[0].parent / LOCK):
         print(f"in use by {writer}")
-
-
-def best_of(entry: dict[str, Any]) -> list[str]:
-    """Such as `best val_loss: 0.4012`."""
-    return [f"best {metric}: {value:.4g}" for metric, value in entry.get("best", {}).items()]
 
 
 def verify_checkpoints(config: CheckpointsVerifyConfig) -> int:

@@ -73,6 +73,7 @@ class Checkpointer:
 
     def save_best(self, best: dict[str, Any]) -> None:
         """Save this step as the best so far, and wait. best.json names it then; the one before is no longer spared."""
+        self.saver.wait()  # its thread reads what is spared
         before, self.run.best = self.run.best, best
         self.saver.spare.add(best["checkpoint"])
         self.save_and_wait()

@@ -67,10 +67,12 @@ class Evaluation:
             self.resolution = run.features.moments_shape[1] * downsampling_of(self.vae)
             self.scores = on_main(self._open, run.world)
         count = len(self.encoded.prompts)
+        if count < run.config.eval_prompts:
+            print(f"--eval_prompts {run.config.eval_prompts}: there are {count} captions, and each is used")
         if set(run.config.eval_metrics) & set(FRECHET) and count < SMALL_SET:
             print(
-                f"--eval_prompts {count}: a Frechet distance of so few images is too large, by a bias that depends on "
-                "their number; compare it only with distances of as many images"
+                f"each evaluation has {count} images: a Frechet distance of so few is too large, by a bias that depends "
+                "on their number; compare it only with distances of as many images"
             )
 
     def measure(self) -> dict[str, Any]:
