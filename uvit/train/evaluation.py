@@ -71,8 +71,8 @@ class Evaluation:
             print(f"--eval_prompts {run.config.eval_prompts}: there are {count} captions, and each is used")
         if set(run.config.eval_metrics) & set(FRECHET) and count < SMALL_SET:
             print(
-                f"each evaluation has {count} images: a Frechet distance of so few is too large, by a bias that depends "
-                "on their number; compare it only with distances of as many images"
+                f"each evaluation has {count} images: a Frechet distance of so few is too large, by a bias that "
+                "depends on their number; compare it only with distances of as many images"
             )
 
     def measure(self) -> dict[str, Any]:
