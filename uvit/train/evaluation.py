@@ -136,7 +136,9 @@ class Evaluation:
 
     def _compute(self, features: dict[str, FeatureSet], metric: str) -> list[Score]:
         config = EvaluateConfig(**{**vars(self.config), "metrics": (metric,)})
-        scores = compute_scores(config, self.extractors, features, self.reference, extrapolate=False)
+        scores = compute_scores(
+            config, self.extractors, features, self.reference, self.encoded.prompts, extrapolate=False
+        )
         return sorted(scores, key=lambda score: score.name != metric)  # attributes: their mean comes first
 
     def _values(self, pixels: np.ndarray | None) -> dict[str, float | None]:
@@ -210,6 +212,7 @@ def evaluate_config(run: Run) -> EvaluateConfig:
         output_dir=config.output_dir,
         reference=config.eval_reference or path,
         split=None if config.eval_reference else split,
+        prompts=shapes_source(run) if "attributes" in config.eval_metrics else None,
         metrics=config.eval_metrics,
         feature_extractor=config.feature_extractor,
         inception_weights=config.inception_weights,
@@ -218,18 +221,26 @@ def evaluate_config(run: Run) -> EvaluateConfig:
     ).resolved()
 
 
+def shapes_source(run: Run) -> str:
+    """The name of the built-in shapes that the features were made from. Raises UserError if they are of others."""
+    captions = set((run.validation or run.features).captions(0))
+    for name, num_objects in {"shapes": 1, "shapes:two": 2}.items():
+        if any(
+            captions & set(scene.captions()) for split in ("train", "heldout") for scene in scenes(split, num_objects)
+        ):
+            return name
+    raise UserError(
+        f"--eval_metrics attributes: reads the built-in shapes, and --feature_path {run.config.feature_path} was "
+        "not made from them; choose other metrics"
+    )
+
+
 @torch.no_grad()
 def encode_prompts(run: Run) -> EncodedPrompts:
     """Held-out shapes if their attributes are read, or else the captions of the first rows of the features."""
     config, features, use_tokens = run.config, run.validation or run.features, run.batches.use_tokens
     if "attributes" in config.eval_metrics:
-        known = {text for split in ("train", "heldout") for scene in scenes(split) for text in scene.captions()}
-        if not set(features.captions(0)) & known:
-            raise UserError(
-                f"--eval_metrics attributes: reads the built-in shapes, and --feature_path {config.feature_path} was "
-                "not made from them; choose other metrics"
-            )
-        prompts = list_prompts("shapes", "heldout", config.eval_prompts)
+        prompts = list_prompts(shapes_source(run), "heldout", config.eval_prompts)
         texts = [*(prompt.text for prompt in prompts), ""]
         assert features.num_tokens is not None
         token_ids = tokenize(load_features_tokenizer(config, run.features), texts, features.num_tokens)
