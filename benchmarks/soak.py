@@ -44,7 +44,7 @@ MODEL = {
     "num_text_tokens": 18,
 }
 # The fields of metrics.jsonl that are measured, and so differ between two equal runs.
-TIMING_FIELDS = ("seconds", *PART_SECONDS, "samples_per_second", "mfu", "peak_memory_bytes")
+TIMING_FIELDS = ("seconds", *PART_SECONDS, "samples_per_second", "mfu", "peak_memory_bytes", "evaluation_seconds")
 STEPS = 40
 TRAIN = f"""train --feature_path FOLDER/store --uvit_config_file FOLDER/model.json --output_dir run --device cpu
     --per_device_train_batch_size 4 --max_steps {STEPS} --save_steps 4 --save_total_limit 5 --learning_rate 1e-3

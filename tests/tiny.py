@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, ViTConfig, ViTImageProcessorPil, ViTModel
 
 from uvit.checkpoint.saver import Saver
 from uvit.checkpoint.tensors import Groups
@@ -55,6 +55,17 @@ def tiny_text_encoder_folder(path: Path, num_tokens: int = 16, width: int = 32, 
     )
     CLIPTextModel(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
+    return path
+
+
+def tiny_vit_folder(path: Path) -> Path:
+    """A vision model with random weights, 32 features, and its image processor."""
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
+    )
+    ViTModel(config).save_pretrained(path)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(path)
     return path
 
 

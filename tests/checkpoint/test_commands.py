@@ -49,6 +49,21 @@ def test_the_list(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert "\nin use by process " in capsys.readouterr().out
 
 
+def test_the_best_is_marked(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    best = {"metric": "val_loss", "value": 0.51234, "step": 4, "checkpoint": "checkpoint-4"}
+    (run / "checkpoint-4" / "ema.safetensors").unlink()
+    (run / "best.json").write_text(json.dumps(best))
+    assert main(["checkpoints", "list", str(run)]) == 0
+    _, first, second, last = capsys.readouterr().out.splitlines()
+    assert "best val_loss: 0.5123; is not complete" in second and "best" not in first + last
+    main(["checkpoints", "list", str(run), "--json"])
+    assert json.loads(capsys.readouterr().out)["checkpoints"][1]["best"] == {"val_loss": 0.51234}
+    for content in ("", "[]", '{"step": 4}', json.dumps(best | {"value": None})):
+        (run / "best.json").write_text(content)
+        assert main(["checkpoints", "list", str(run)]) == 0
+        assert "best" not in capsys.readouterr().out
+
+
 def test_a_list_without_a_log(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for content in ("", "nonsense\n", '{"loss": 1}\n', None):
         path = run / "logs" / "metrics.jsonl"

@@ -18,6 +18,7 @@ from torch import Tensor
 from benchmarks.soak import contents
 from tests.checkpoint.test_saver import flip_a_bit
 from tests.distributed.training_worker import World, write_worlds
+from tests.tiny import tiny_vit_folder
 from uvit.checkpoint.folder import read_checkpoint
 from uvit.lock import WriterLock
 
@@ -33,6 +34,8 @@ EPOCHS = [  # another batch of a step and another number of processes each time:
 ]
 EPOCH_STEPS = [(4, 32), (8, 56), (11, 86), (13, 92)]  # (steps, samples) of 26, 52, 78 and 91 samples at least
 FLOAT16 = "--fp16 --feature_path FOLDER/bad/store --max_steps 6 --save_steps 6"
+EVALUATED = """--max_steps 4 --save_steps 4 --eval_steps 2 --eval_metrics fd attributes --eval_prompts 5
+    --feature_extractor FOLDER/vit --num_inference_steps 2 --keep_best fd"""
 HALVES = ("replicas", "sharded")  # where the processes read different samples
 
 
@@ -49,6 +52,7 @@ def worlds() -> list[World]:
         found.append(World(f"epochs-{i}", degrees, flags, before))
         before = f"epochs-{i}/run/checkpoint-{EPOCH_STEPS[i][0]}"
     found.append(World("one-float16", ONE, FLOAT16))
+    found += [World(f"{name}-evaluated", degrees, EVALUATED) for name, degrees in {"one": ONE, **LAYOUTS}.items()]
     return found + [World(f"{name}-float16", LAYOUTS[name], FLOAT16) for name in HALVES]
 
 
@@ -57,6 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What all the worlds have left."""
     folder = tmp_path_factory.mktemp("training")
     write_worlds(worlds(), folder)
+    tiny_vit_folder(folder / "vit")
     command = [sys.executable, "-m", "tests.distributed.training_worker", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -102,6 +107,21 @@ def same_but_for_rounding(run: Path, other: Path, step: int, tolerance: float = 
     for key in ("loss", "grad_norm"):
         for line, expected in zip(found, wanted, strict=True):
             assert line[key] == (expected[key] and pytest.approx(expected[key], rel=tolerance)), (key, line["step"])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_two_processes_evaluate_what_one_does(folder: Path, name: str) -> None:
+    """And agree on the best checkpoint."""
+    run, alone = folder / f"{name}-evaluated" / "run", folder / "one-evaluated" / "run"
+    same_but_for_rounding(run, alone, 4)
+    evaluated = [line for line in lines(alone) if "eval_fd-vit" in line]
+    assert [line["step"] for line in evaluated] == [2, 4]
+    for expected in evaluated:
+        line = lines(run)[expected["step"] - 1]
+        scores = {key: value for key, value in expected.items() if key.startswith("eval_")}
+        assert {key: line[key] for key in scores} == pytest.approx(scores, rel=1e-2), expected["step"]
+    best, expected = (json.loads((each / "best.json").read_text()) for each in (run, alone))
+    assert best["checkpoint"] == expected["checkpoint"] and (run / best["checkpoint"]).is_dir()
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
 from tests.sample.parts import tiny_pipeline_folder
+from tests.tiny import tiny_vit_folder
 from uvit.cli.main import main
 from uvit.config.evaluate import EvaluateConfig, EvaluateStatisticsConfig
 from uvit.errors import UserError
@@ -27,15 +26,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A vision model of random weights, 32 features."""
-    folder = tmp_path_factory.mktemp("networks") / "tiny-vit"
-    torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
-    )
-    ViTModel(config).save_pretrained(folder)
-    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
-    return str(folder)
+    return str(tiny_vit_folder(tmp_path_factory.mktemp("networks") / "tiny-vit"))
 
 
 @pytest.fixture(scope="module")

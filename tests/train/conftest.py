@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.tiny import tiny_text_encoder_folder, tiny_vae_folder
+from tests.tiny import tiny_text_encoder_folder, tiny_vae_folder, tiny_vit_folder
 from uvit.config.extract import ExtractConfig
 from uvit.config.train import TrainConfig
 from uvit.extract.extract import extract
@@ -122,3 +122,18 @@ def tiny_config(store: Path, model_file: Path, tmp_path: Path) -> Any:
         return TrainConfig(**(values | flags))
 
     return config
+
+
+@pytest.fixture(scope="session")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny_vit_folder(tmp_path_factory.mktemp("networks") / "tiny-vit"))
+
+
+@pytest.fixture
+def evaluated_config(tiny_config: Any, vit: str) -> Any:
+    """Evaluated after steps 2, 4 and 6."""
+    flags = {
+        "eval_metrics": ("fd", "kid"), "feature_extractor": vit, "eval_prompts": 10, "eval_steps": 2,
+        "num_inference_steps": 2, "validation_split": "heldout", "num_validation_samples": 8,
+    }  # fmt: skip
+    return lambda **more: tiny_config(**(flags | more))

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from uvit.checkpoint.folder import RECORD, checkpoint_folders, read_checkpoint
+from uvit.checkpoint.folder import RECORD, checkpoint_folders, read_best, read_checkpoint
 from uvit.config.checkpoints import CheckpointsListConfig, CheckpointsVerifyConfig
 from uvit.errors import UserError
 from uvit.io import format_bytes
@@ -24,8 +24,11 @@ def list_checkpoints(config: CheckpointsListConfig) -> None:
         with contextlib.suppress(FileNotFoundError):  # --save_total_limit has just deleted it
             found.append(describe_checkpoint(folder))
     losses = logged_losses(folders)
+    best = read_best(folders[0].parent)
     for entry in found:
         entry |= losses.get(entry["step"], {})
+        if best and Path(entry["folder"]).name == best["checkpoint"]:
+            entry["best"] = {best["metric"]: best["value"]}
     if config.json:
         print(json.dumps({"path": str(Path(config.path).absolute()), "checkpoints": found}, indent=1))
         return
@@ -38,7 +41,12 @@ def list_checkpoints(config: CheckpointsListConfig) -> None:
             datetime.fromisoformat(entry["saved"]).strftime("%Y-%m-%d %H:%M"),
             number(entry.get("loss"), ".4f"),
             number(entry.get("val_loss"), ".4f"),
-            entry["problem"] or "",
+            "; ".join(
+                [
+                    *(f"best {metric}: {value:.4g}" for metric, value in entry.get("best", {}).items()),
+                    *([entry["problem"]] if entry["problem"] else []),
+                ]
+            ),
         )
         for entry in found
     ]

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from uvit.checkpoint.tensors import LocalSlices
 
 RECORD = "uvit.json"
+BEST = "best.json"  # in a run's folder: the checkpoint with the best value of --keep_best
 CHECKPOINT_FORMAT = 2
 MAX_HASHING = 4  # files read at a time
 QUIET_FLAGS = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "disable_tqdm"}
@@ -243,6 +244,17 @@ def checkpoint_folders(output_dir: Path) -> list[Path]:
     for path in output_dir.glob("checkpoint-*"):
         found[path.name[len("checkpoint-") :]] = path
     return [found[step] for step in sorted((s for s in found if s.isdigit() and found[s].is_dir()), key=int)]
+
+
+def read_best(output_dir: Path) -> dict[str, Any] | None:
+    """metric, value, step and checkpoint (its name) of best.json; None if there is none that can be read."""
+    try:
+        best = json.loads((output_dir / BEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    kinds = {"metric": str, "value": float, "step": int, "checkpoint": str}
+    is_best = isinstance(best, dict) and all(isinstance(best.get(key), kind) for key, kind in kinds.items())
+    return best if is_best else None
 
 
 def latest_checkpoint(

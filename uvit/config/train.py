@@ -35,6 +35,8 @@ UNSUPPORTED = {
     "sep_parallel_degree": "a sequence of 334 tokens is too short to be worth splitting",
 }
 
+EvalMetric = Literal["fid", "kid", "prdc", "is", "clip_score", "fd", "attributes"]
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -189,6 +191,26 @@ class TrainConfig:
     num_validation_samples: PositiveInt = 256
     """Number of pairs to validate on, at most."""
 
+    # Evaluation
+    eval_metrics: tuple[EvalMetric, ...] = ()
+    """At each validation, also generate images with the EMA weights and measure them as `uvit evaluate` does: fid, kid,
+    prdc, is, clip_score, fd (with a --feature_extractor), attributes (of the built-in shapes). Default: none."""
+    eval_prompts: PositiveInt = 256
+    """How many images to generate: for the first captions of the features to validate on, or else of those to train
+    on; with `attributes`, for held-out shapes. Sampling takes --num_inference_steps steps at guidance 2."""
+    eval_reference: PathFlag | None = None
+    """The real images to compare with: anything that `uvit evaluate --reference` takes. Default: as many of the images
+    that the features were made from."""
+    feature_extractor: PathFlag | None = None
+    """Any vision model of transformers, by folder or Hub id, for fd, kid and prdc. Results bear its name."""
+    inception_weights: PathFlag | None = None
+    """The file of FID's Inception. Default: pt_inception-2015-12-05-6726825d.pth in the cache of torch.hub."""
+    clip_name_or_path: PathFlag = "openai/clip-vit-large-patch14"
+    """CLIP for clip_score: a folder of transformers, or a Hub id."""
+    keep_best: str | None = None
+    """Keep the checkpoint with the best value of this metric too: val_loss, one of --eval_metrics, or one of their
+    scores, such as `recall`. OUTPUT_DIR/best.json names it."""
+
     # Logging
     logging_steps: PositiveInt = 50
     """Steps between lines on the console and points of the trackers. logs/metrics.jsonl has every step."""
@@ -256,6 +278,16 @@ class TrainConfig:
         check_bounds(self)
         if self.eval_steps == -1 and self.validation_feature_path:
             raise UserError(f"--validation_feature_path {self.validation_feature_path}: needs --eval_steps above 0")
+        if self.eval_metrics and self.eval_steps == -1:
+            raise UserError(f"--eval_metrics {' '.join(self.eval_metrics)}: needs --eval_steps above 0")
+        if len(set(self.eval_metrics)) < len(self.eval_metrics):
+            raise UserError(f"--eval_metrics {' '.join(self.eval_metrics)}: names a metric twice")
+        if "fd" in self.eval_metrics and self.feature_extractor is None:
+            raise UserError("--eval_metrics fd: needs a --feature_extractor")
+        if self.keep_best not in (None, "val_loss") and not self.eval_metrics:
+            raise UserError(f"--keep_best {self.keep_best}: needs --eval_metrics that measure it, or must be val_loss")
+        if self.keep_best is not None and self.eval_steps == -1:
+            raise UserError(f"--keep_best {self.keep_best}: needs --eval_steps above 0")
         if self.image_logging_steps > 0 and self.image_logging_steps % self.logging_steps:
             raise UserError(
                 f"--image_logging_steps {self.image_logging_steps}: must be a multiple of --logging_steps "

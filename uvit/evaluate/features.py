@@ -108,8 +108,7 @@ def load_features(images: ImageSet, extractor: PerImage, folder: Path) -> Featur
     ids = [id for header in headers for id in header["ids"]]
     problems = [problem for header in headers for problem in header["problems"]]
     if not ids:
-        what = problems[0]["message"] if problems else "there are none"
-        raise UserError(f"{_name(images)}: none of the {len(images)} images can be read ({what})")
+        raise UserError(_none_readable(images, problems))
     digest = hashlib.sha256("".join(header["pixels_sha256"] for header in headers).encode()).hexdigest()
     rows = np.concatenate([np.array(header["rows"], np.int64) for header in headers])
     sizes = {tuple(header["size"]) for header in headers if header["rows"]}
@@ -121,6 +120,34 @@ def load_features(images: ImageSet, extractor: PerImage, folder: Path) -> Featur
         )
     with_rows = [chunk for chunk, header in zip(chunks, headers, strict=True) if header["rows"]]
     return FeatureSet(_join(with_rows, len(rows), folder / f"{extractor.name}-all"), rows, ids, problems, digest)
+
+
+def features_in_memory(
+    images: ImageSet, total: int, extractors: Sequence[PerImage], progress: Progress
+) -> dict[str, FeatureSet]:
+    """{extractor: the features of the first `total` images}, not on disk. Raises UserError if none can be read."""
+    parts: dict[str, list[dict[str, np.ndarray]]] = {each.name: [] for each in extractors}
+    rows, ids, problems = list[int](), list[str](), list[dict[str, Any]]()
+    for start in range(0, total, images.chunk):
+        loaded = images.load(start, min(start + images.chunk, total), progress)
+        rows, ids = rows + loaded.rows, ids + loaded.ids
+        problems += map(asdict, loaded.problems)
+        for each in extractors if loaded.ids else ():
+            parts[each.name].append(each.extract(loaded.pixels, []))
+    if not ids:
+        raise UserError(_none_readable(images, problems))
+    return {
+        name: FeatureSet(
+            {key: np.concatenate([part[key] for part in its_parts]) for key in its_parts[0]},
+            np.array(rows), ids, problems, "",
+        )
+        for name, its_parts in parts.items()
+    }  # fmt: skip
+
+
+def _none_readable(images: ImageSet, problems: Sequence[dict[str, Any]]) -> str:
+    what = problems[0]["message"] if problems else "there are none"
+    return f"{_name(images)}: none of the {len(images)} images can be read ({what})"
 
 
 def _join(chunks: Sequence[Path], num_rows: int, folder: Path) -> dict[str, np.ndarray]:

@@ -141,6 +141,7 @@ def compute_scores(
     reference: dict[str, FeatureSet | FeatureStatistics],
     prompts: Sequence[Prompt],
     half: int | None = None,
+    extrapolate: bool = True,
 ) -> list[Score]:
     """All scores, in the order of --metrics.
 
@@ -148,6 +149,7 @@ def compute_scores(
         generated, reference: {name of the extractor: features}.
         prompts: of all generated images, if they have any.
         half: 0 or 1: only every second generated image.
+        extrapolate: also the Frechet distances for infinitely many images, which take most of the time.
 
     Raises UserError if a score is not finite.
     """
@@ -155,7 +157,7 @@ def compute_scores(
     for metric in config.metrics:
         writer = extractors[metric]
         features = generated[writer.name] if half is None else generated[writer.name].half(half)
-        scores += _scores(metric, config, writer, features, reference.get(writer.name), prompts)
+        scores += _scores(metric, config, writer, features, reference.get(writer.name), prompts, extrapolate)
     for score in scores:
         if not math.isfinite(score.value):
             raise UserError(f"{score.name}: is {score.value}; nothing was written")
@@ -169,6 +171,7 @@ def _scores(
     features: FeatureSet,
     reference: FeatureSet | FeatureStatistics | None,
     prompts: Sequence[Prompt],
+    extrapolate: bool,
 ) -> list[Score]:
     if isinstance(writer, AttributeReader):
         return [Score(name, value, "higher") for name, value in writer.accuracies(features).items()]
@@ -181,7 +184,7 @@ def _scores(
         low, high = mean_interval(similarities)
         return [Score(f"clip_score-{writer.name}", clip_score(similarities), "higher", low, high)]
     if metric in FRECHET:
-        return [_frechet(writer, features, reference)]
+        return [_frechet(writer, features, reference, extrapolate)]
     if isinstance(reference, FeatureStatistics):
         raise UserError(
             f"--metrics {metric}: compares single images, and --reference {config.reference} has their statistics only;"
@@ -211,13 +214,15 @@ def _scores(
     return [Score(f"{name}{suffix}", value, "higher") for name, value in vars(shares).items()]
 
 
-def _frechet(writer: PerImage, features: FeatureSet, reference: FeatureSet | FeatureStatistics | None) -> Score:
+def _frechet(
+    writer: PerImage, features: FeatureSet, reference: FeatureSet | FeatureStatistics | None, extrapolate: bool
+) -> Score:
     assert isinstance(writer, ImageFeatures) and reference is not None
     statistics = reference if isinstance(reference, FeatureStatistics) else statistics_of_features(reference)
     mine = statistics_of_features(features)
     value = frechet_distance(mine, statistics)
     details = {}
-    if 4 <= len(features) < SMALL_SET:  # the bias that grows as 1/n is then worth knowing
+    if extrapolate and 4 <= len(features) < SMALL_SET:  # the bias that grows as 1/n is then worth knowing
         details["for_infinitely_many_images"] = frechet_distance_at_infinity(features.tensor("features"), statistics)
     return Score(writer.extractor.distance.lower(), value, "lower", details=details)
 

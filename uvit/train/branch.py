@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from uvit.checkpoint.folder import Checkpoint, checkpoint_folders, read_checkpoint
+from uvit.checkpoint.folder import BEST, Checkpoint, checkpoint_folders, read_best, read_checkpoint
 from uvit.distributed.mesh import World
 from uvit.distributed.ops import all_gather, on_main
 from uvit.errors import UserError
@@ -155,6 +155,9 @@ def _set_aside_files(run: Run, later: Later, aside: Path) -> None:
     config = run.output_dir / "config.yaml"
     if config.exists() and not (aside / config.name).exists():
         link_or_copy(config, aside / config.name)
+    best = read_best(run.output_dir)
+    if best and best["step"] > later.step:
+        move_path(run.output_dir / BEST, aside / BEST)
     for path in sorted((run.output_dir / "previews").glob("step-*.png")):
         if int(re.sub(r"\D", "", path.stem)) > later.step:
             (aside / "previews").mkdir(exist_ok=True)

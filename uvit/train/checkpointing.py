@@ -3,15 +3,17 @@
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from uvit.checkpoint.folder import Checkpoint, check_command, checkpoint_folders, latest_checkpoint
+from uvit.checkpoint.folder import BEST, Checkpoint, check_command, checkpoint_folders, keep_latest, latest_checkpoint
 from uvit.checkpoint.layout import from_checkpoint_layout, to_checkpoint_layout
 from uvit.checkpoint.saver import Saver, all_gather_channel
 from uvit.conventions import Conventions
 from uvit.distributed.ops import any_of, differing_replicas, on_main
 from uvit.errors import UserError, differences
+from uvit.io import write_json
 from uvit.train.branch import (
     Later,
     later_than,
@@ -43,6 +45,8 @@ class Checkpointer:
         self.saver = Saver(run.output_dir, limit, run.world.rank, all_gather_channel(run.world))
         if run.resumed_from:
             self.saver.spare.add(run.resumed_from)  # to go back to it again
+        if run.best:
+            self.saver.spare.add(run.best["checkpoint"])
         self.checksums = self._checksums()
         self.started_step: int | None = None  # of the last checkpoint
 
@@ -66,6 +70,18 @@ class Checkpointer:
             self.save()
         self.saver.wait()
         return time.perf_counter() - started
+
+    def save_best(self, best: dict[str, Any]) -> None:
+        """Save this step as the best so far, and wait. best.json names it then; the one before is no longer spared."""
+        self.saver.wait()  # its thread reads what is spared
+        before, self.run.best = self.run.best, best
+        self.saver.spare.add(best["checkpoint"])
+        self.save_and_wait()
+        if before and before["checkpoint"] not in (best["checkpoint"], self.run.resumed_from):
+            self.saver.spare.discard(before["checkpoint"])
+        if self.run.world.is_main:
+            write_json(self.run.output_dir / BEST, best)
+            keep_latest(self.run.output_dir, self.run.config.save_total_limit, self.saver.spare)
 
     def saved(self) -> Path | None:
         """The checkpoint that has become complete since the last call, if there is one."""
@@ -163,6 +179,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     ranges = [EpochRange(*each) for each in checkpoint.record.get("epochs", [(0, 0, size)])]
     run.batches.epochs = extend_epochs(ranges, run.samples, size)
     plan_steps(run)
+    run.best = checkpoint.record.get("best")
 
 
 def check_same_run(run: Run, checkpoint: Checkpoint) -> None:

@@ -56,11 +56,11 @@ class Metrics:
         self.all_times: list[dict[str, float]] = []  # for --benchmark
         self.num_reports, self.warned = 0, False
         self.data_hints = data_hints(config, npy_features)
-        self.last_validation = ""
+        self.last_validation = self.last_evaluation = ""
         self.skipped = 0
 
     def step(self, record: dict[str, Any]) -> None:
-        """One optimizer step: step, samples, loss, grad_norm, lr, skipped, the measured values, and a validation."""
+        """One step: its number, samples, loss, grad_norm, lr, skipped, what was measured, validation, evaluation."""
         record |= {
             "samples_per_second": round(self.samples_per_step / record["seconds"], 3),
             "mfu": _rounded(self.mfu_reference.utilisation(record["seconds"])),
@@ -73,6 +73,8 @@ class Metrics:
             self.all_times.append(self.times[-1])
         if "val_loss" in record:
             self._record_validation(record)
+        if scores := {name.removeprefix("eval_"): record[name] for name in record if name.startswith("eval_")}:
+            self._record_evaluation(scores, record)
         if record["loss"] is not None:  # None: not finite, the update was skipped
             self.losses.append(record["loss"])
         self.progress.update()
@@ -92,7 +94,7 @@ class Metrics:
             line += f", {mfu:.0%} MFU"
         if waiting > SHARE_TO_SHOW:
             line += f", {waiting:.0%} waiting for data"
-        line += self.last_validation
+        line += self.last_validation + self.last_evaluation
         if self.skipped:
             line += f", {self.skipped} skipped"
         self.progress.note(line)
@@ -123,6 +125,15 @@ class Metrics:
         points = {"loss": record["val_loss"], "loss_raw": record["val_loss_raw"]}
         points |= {f"loss_t{timestep}": value for timestep, value in zip(TIMESTEPS, record["val_losses"], strict=True)}
         self._show({f"val/{name}": value for name, value in points.items() if value is not None}, record["step"])
+
+    def _record_evaluation(self, scores: dict[str, float | None], record: dict[str, Any]) -> None:
+        points = {name: value for name, value in scores.items() if value is not None}
+        shown = [f"{name} {value:.4g}" for name, value in points.items()]
+        if shown:
+            self.last_evaluation = f", {shown[0]} at step {record['step']}"
+            seconds = record["evaluation_seconds"]
+            self.write(f"evaluation at step {record['step']}: {', '.join(shown)} ({seconds:.1f} s)")
+        self._show({f"eval/{name}": value for name, value in points.items()}, record["step"])
 
     def _show(self, points: dict[str, float], step: int) -> None:
         for tracker in self.trackers:

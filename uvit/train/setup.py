@@ -78,6 +78,7 @@ class Run:
     samples: int = 0  # the sample counter after the last step, over all processes
     checkpoint: Path | None = None  # the last one that it saved or resumed from
     resumed_from: str | None = None  # the last --resume_from_checkpoint: a name in the run's folder, or a whole path
+    best: dict[str, Any] | None = None  # what best.json says: metric, value, step, checkpoint
     lock: WriterLock | None = None  # of the run's folder, in the main process
 
     @property
@@ -96,6 +97,7 @@ class Run:
             "samples": self.samples,
             "resumed_from": self.resumed_from,
             "epochs": [list(astuple(each)) for each in self.batches.epochs],
+            "best": self.best,
             "unet_config": model_config(self.master_model["unet"]),
             "text_encoder_config": text_encoder_config(self.master_model),
             **asdict(self.conventions),

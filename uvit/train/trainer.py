@@ -8,6 +8,7 @@ import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -23,10 +24,12 @@ from uvit.export.convert import USUAL_ENCODERS, convert_command, export_checkpoi
 from uvit.io import to_yaml, write_yaml
 from uvit.lock import LOCK, WriterLock
 from uvit.store.npy_layout import NpyFeatures
+from uvit.train.best import Tracked, new_best, settle_best, tracked_score
 from uvit.train.checkpointing import Checkpointer, resume
 from uvit.train.checks import check_latents
 from uvit.train.clock import peak_memory_bytes
 from uvit.train.dry_run import describe_plan
+from uvit.train.evaluation import Evaluation, open_evaluation
 from uvit.train.guards import step_ranges
 from uvit.train.loader import Batch, prefetch
 from uvit.train.metrics import Metrics, NullMetrics, check_trackers, logs_folder
@@ -93,10 +96,12 @@ def run_training(config: TrainConfig, world: World) -> int:
                     print(f"warning: {sentence}")
                 with stop_signals() as stop:
                     vae = load_preview_vae(run)
+                    evaluation = open_evaluation(run, vae)
+                    tracked = tracked_score(run, evaluation)
                     mfu = mfu_reference(run) if world.is_main else None
                     if mfu:
                         print(mfu.sentence)
-                    while not training_loop(run, stop, vae, mfu):
+                    while not training_loop(run, stop, vae, evaluation, tracked, mfu):
                         roll_back(run)
                 if run.step < run.max_steps:
                     status = report_stop(stop, run.step, run.max_steps)
@@ -106,13 +111,21 @@ def run_training(config: TrainConfig, world: World) -> int:
     return status
 
 
-def training_loop(run: Run, stop: StopSignal, vae: AutoencoderKL | None, mfu: MfuReference | None) -> bool:
+def training_loop(
+    run: Run,
+    stop: StopSignal,
+    vae: AutoencoderKL | None,
+    evaluation: Evaluation | None,
+    tracked: Tracked | None,
+    mfu: MfuReference | None,
+) -> bool:
     """Train to the last step, or until a signal, and save. Returns False if too many steps in a row were skipped."""
     config, first_step = run.config, run.step
     metrics: Metrics | NullMetrics = NullMetrics()
     if mfu:
         npy_features = isinstance(run.features, NpyFeatures)
         metrics = Metrics(config, run.output_dir, run.step, run.max_steps, run.samples_per_step, mfu, npy_features)
+    settle_best(run, tracked)
     batches = load_batches(run)
     try:
         with profiler(config, run) as profile, Checkpointer(run) as checkpointer:
@@ -125,15 +138,19 @@ def training_loop(run: Run, stop: StopSignal, vae: AutoencoderKL | None, mfu: Mf
                 seconds = time.perf_counter() - started
 
                 record = step_metrics(run, result, seconds)
-                metrics.step(record | (validate(run) if is_due(run) else {}))
+                if is_due(run):
+                    record |= validate(run) if run.validation is not None else {}
+                    record |= evaluation.measure() if evaluation else {}
+                best = new_best(run, tracked, record)
+                metrics.step(record)
                 if run.guards.skipped_in_a_row >= config.max_nonfinite_steps:
                     return False
                 if vae and run.step % config.image_logging_steps == 0:
                     metrics.image("preview", preview_sheet(run, vae), run.step)
-                if run.step % config.save_steps == 0:
+                if best or run.step % config.save_steps == 0:
                     metrics.flush()
                     with run.clock.wait("save"):
-                        checkpointer.save()
+                        checkpointer.save_best(best) if best else checkpointer.save()
                 if folder := checkpointer.saved():
                     metrics.write(f"saved {folder}")
                 profile(run.step - first_step)
@@ -160,7 +177,7 @@ def load_batches(run: Run) -> Iterator[Batch]:
         yield from prefetch(run.batches, items, config.dataloader_num_workers, run.device)
 
 
-def step_metrics(run: Run, result: StepResult, seconds: float) -> dict[str, float | int | None]:
+def step_metrics(run: Run, result: StepResult, seconds: float) -> dict[str, Any]:
     """A line of metrics.jsonl. `save_seconds` are of the save before this step, and not part of `seconds`."""
     return {
         "step": run.step,

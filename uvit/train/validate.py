@@ -43,7 +43,8 @@ PREVIEW_STREAM, VALIDATION_STREAM = 4, 5  # streams of random numbers, beside th
 
 
 def is_due(run: Run) -> bool:
-    return run.validation is not None and (run.step % run.config.eval_steps == 0 or run.step == run.max_steps)
+    """Whether to validate and evaluate after this step."""
+    return run.config.eval_steps != -1 and (run.step % run.config.eval_steps == 0 or run.step == run.max_steps)
 
 
 def validate(run: Run) -> dict[str, Any]:
@@ -133,19 +134,25 @@ def load_preview_vae(run: Run) -> AutoencoderKL | None:
     config = run.config
     if config.image_logging_steps <= 0:
         return None
-    named = first_that_has("vqvae", config.pretrained_model_name_or_path, config.vae_name_or_path)
     try:
-        if not (named or run.features.vae_name):
-            raise UserError("the features do not name the VAE that made them; pass --vae_name_or_path")
-        name = named or run.features.vae_name or ""
-        vae = load_vae(name)
-        check_fingerprint(vae, run.features.vae_sha256, "vae_name_or_path", name)
-        return vae.to(run.device)
+        return load_run_vae(run)
     except UserError as error:
-        if named:
+        if first_that_has("vqvae", config.pretrained_model_name_or_path, config.vae_name_or_path):
             raise
         print(f"no previews: {error}")
         return None
+
+
+def load_run_vae(run: Run) -> AutoencoderKL:
+    """The VAE of the features, on the run's device. Raises UserError if it cannot be loaded or is another one."""
+    config = run.config
+    flags = (config.pretrained_model_name_or_path, config.vae_name_or_path)
+    name = first_that_has("vqvae", *flags, run.features.vae_name)
+    if name is None:
+        raise UserError("the features do not name the VAE that made them; pass --vae_name_or_path")
+    vae = load_vae(name)
+    check_fingerprint(vae, run.features.vae_sha256, "vae_name_or_path", name)
+    return vae.to(run.device)
 
 
 @torch.no_grad()
