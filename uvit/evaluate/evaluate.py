@@ -29,13 +29,22 @@ from uvit.evaluate.features import FeatureSet, PerImage, all_done, extract_featu
 from uvit.evaluate.generate import GeneratedImages, folder_name, is_model, open_model
 from uvit.evaluate.image_sets import FolderImages, ImageSet, SourceImages, open_images
 from uvit.evaluate.measure import FRECHET, ImageFeatures, Score, build_extractors, check_metrics, compute_scores
-from uvit.evaluate.prompts import Prompt, list_prompts, prompts_sha256
+from uvit.evaluate.prompts import Prompt, list_prompts, prompts_lines, prompts_sha256
 from uvit.evaluate.retrieval import retrieve
 from uvit.evaluate.statistics_file import SavedStatistics, check_same_features, read_statistics
 from uvit.evaluate.sweep import best_setting, list_settings, pareto_plot
-from uvit.evaluate.write_report import command_line, environment, notes_on, score_table, summarise, write_report
+from uvit.evaluate.write_report import (
+    UNRECORDED_FLAGS,
+    command_line,
+    environment,
+    notes_on,
+    notes_on_protocol,
+    score_table,
+    summarise,
+    write_report,
+)
 from uvit.images import contact_sheet, save_png
-from uvit.io import write_json
+from uvit.io import write_bytes, write_json
 from uvit.progress import Progress
 from uvit.sample.files import check_writable
 
@@ -60,7 +69,7 @@ def evaluate(config: EvaluateConfig) -> None:
     check_metrics(config)
     part, num_parts = resolve_shard(config.shard)
     folder = Path(config.output_dir)
-    check_writable(folder, f"--output_dir {folder}")
+    check_output(config)
     clock = Stopwatch()
     with clock("start"):
         extractors = build_extractors(config)
@@ -90,21 +99,37 @@ def evaluate(config: EvaluateConfig) -> None:
             return
         with clock("scores"):
             report = score(config, measured, reference, extractors, prompts)
+        report["notes"] += notes_on_protocol(config, measured[0].images.description, prompts)
         report = {
             "command": command_line(given),
             "protocol": {"name": given.protocol, "changed": given.protocol_changes()} if given.protocol else {},
             **report,
-            "settings": asdict(config),
+            "settings": {name: value for name, value in asdict(config).items() if name not in UNRECORDED_FLAGS},
             "environment": environment(),
         }
         write_report(folder, report)
         write_json(folder / "seconds.json", clock.seconds)  # apart, so that equal evaluations write equal reports
+        if prompts:
+            seeds = dict.fromkeys(each.images.description["seed"] for each in measured if is_model(config.model))
+            write_bytes(folder / "prompts.jsonl", prompts_lines(prompts, list(seeds)).encode())
         write_sheets(folder, measured, prompts)
         if "retrieval" in config.metrics and isinstance(reference, (FolderImages, SourceImages)):
             write_neighbours(folder, measured[0], reference, extractors["retrieval"])
     print("\n".join(summary(config, report, len(prompts))))
     print("seconds: " + ", ".join(f"{name} {seconds:g}" for name, seconds in clock.seconds.items()))
     print(f"report: {folder / 'report.md'}; contact sheet: {folder / 'contact_sheet.png'}")
+
+
+def check_output(config: EvaluateConfig) -> None:
+    """Raises UserError if --output_dir cannot be written, or lies among the images, of which it would become one."""
+    folder = Path(config.output_dir)
+    check_writable(folder, f"--output_dir {folder}")
+    for images in (config.model, config.reference):
+        place = Path(images or "nothing").resolve()
+        if images is None or not place.is_dir() or is_model(images):
+            continue
+        if place in (folder.resolve(), *folder.resolve().parents):
+            raise UserError(f"--output_dir {folder}: lies in {images}, whose images are read; choose another folder")
 
 
 def list_measured(config: EvaluateConfig, prompts: Sequence[Prompt], clock: "Stopwatch") -> Iterator[Measured]:
@@ -237,9 +262,9 @@ def write_sheets(folder: Path, measured: Sequence[Measured], prompts: Sequence[P
         return
     _save_sheet(images, list(range(len(images))), prompts, folder / "contact_sheet.png")
     categories = list(dict.fromkeys(prompt.category for prompt in prompts if prompt.category))
-    for category in categories:
+    for number, category in enumerate(categories):  # numbered: names of folders may be equal, or empty
         rows = [row for row, prompt in enumerate(prompts) if prompt.category == category]
-        _save_sheet(images, rows, prompts, folder / "sheets" / f"{folder_name(category)}.png")
+        _save_sheet(images, rows, prompts, folder / "sheets" / f"{number:02d}-{folder_name(category)[:60]}.png")
 
 
 def write_neighbours(folder: Path, measured: Measured, reference: ImageSet, extractor: PerImage) -> None:

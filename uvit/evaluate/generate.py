@@ -1,6 +1,7 @@
 """The images of a model: opened from a pipeline, a run or a checkpoint; generated, and kept as PNG files."""
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -65,6 +66,11 @@ class Model:
     path: Path
     hashes: dict[str, str]
 
+    def num_truncated(self, prompts: Sequence[Prompt]) -> int:
+        """How many prompts have more tokens than the model reads."""
+        ids = self.pipeline.tokenizer([prompt.text for prompt in prompts], verbose=False).input_ids
+        return sum(len(each) > self.pipeline.unet.config.num_text_tokens for each in ids)
+
     def scheduler(self, name: Scheduler) -> Any:
         """A new solver. Raises UserError if it is the fitted one, and there is none."""
         return MultistepScheduler(read_plans(self.path)) if name == "fitted" else build_scheduler(name)
@@ -127,6 +133,8 @@ class GeneratedImages:
             "prompts_sha256": prompts_sha256(prompts),
             "resolution": list(model.pipeline.resolution),
         }
+        if num_truncated := model.num_truncated(prompts):
+            self.description["num_truncated_prompts"] = num_truncated
 
     def __len__(self) -> int:
         return len(self.jobs)
@@ -148,15 +156,17 @@ class GeneratedImages:
             progress.skip(len(jobs))
             return list(map(read_image, done))
         self.model.pipeline.scheduler = self.scheduler  # settings share the pipeline
-        images, latents = sample_batch(
-            self.model.pipeline,
-            [job.prompt for job in jobs],
-            [job.seed for job in jobs],
-            progress,
-            guidance_scale=self.setting.guidance_scale,
-            guidance_interval=self.setting.guidance_interval,
-            num_inference_steps=self.setting.num_inference_steps,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="the model reads")  # the report counts them
+            images, latents = sample_batch(
+                self.model.pipeline,
+                [job.prompt for job in jobs],
+                [job.seed for job in jobs],
+                progress,
+                guidance_scale=self.setting.guidance_scale,
+                guidance_interval=self.setting.guidance_interval,
+                num_inference_steps=self.setting.num_inference_steps,
+            )
         for job, image, latent, text in zip(jobs, images, latents, texts, strict=True):
             save_image(self.folder / job.file_name, image, latent, text, None)
         return images

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from uvit.config.evaluate import NEED_PROMPTS, NEED_REFERENCE, EvaluateConfig
+from uvit.config.evaluate import NEED_PROMPTS, NEED_REFERENCE, PROTOCOL_PROMPTS, EvaluateConfig
 from uvit.device import own_device
 from uvit.errors import UserError
 from uvit.evaluate.attributes import AttributeReader
@@ -89,7 +89,11 @@ class ImageFeatures:
 def check_metrics(config: EvaluateConfig) -> None:
     """Raises UserError if a metric needs what was not given."""
     if not config.metrics:
-        raise UserError("--metrics: names none; give some, such as --metrics fid, or a --protocol")
+        raise UserError(
+            f"--metrics: names none, and {config.model} is no model, which needs none; give some, such as --metrics fid"
+        )
+    if config.protocol is not None and config.prompts is None:
+        raise UserError(f"--protocol {config.protocol}: needs --prompts, {PROTOCOL_PROMPTS[config.protocol]}")
     for metric in config.metrics:
         if metric in NEED_REFERENCE and config.reference is None:
             raise UserError(f"--metrics {metric}: compares with real images; give --reference")
@@ -175,7 +179,7 @@ def _scores(
         return [Score("is", value, "higher", details={"deviation_of_splits": deviation, "splits": splits})]
     if metric == "clip_score":
         similarities = clip_similarities(features.tensor("features"), features.tensor("texts"))
-        low, high = mean_interval(similarities)
+        low, high = (max(0.0, end) for end in mean_interval(similarities))  # as the score
         return [Score(f"clip_score-{writer.name}", clip_score(similarities), "higher", low, high)]
     if metric in FRECHET:
         return [_frechet(writer, features, reference)]
