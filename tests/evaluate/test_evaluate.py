@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
+from tests.evaluate.networks import tiny_clip_folder
 from tests.sample.parts import tiny_pipeline_folder
 from uvit.config.evaluate import EvaluateConfig, EvaluateStatisticsConfig
 from uvit.errors import UserError
@@ -182,10 +183,8 @@ def test_images_of_a_source_are_prepared_as_in_extraction(tmp_path: Path, vit: s
     (tmp_path / "images").mkdir()
     for i in range(len(source)):
         source[i].image.save(tmp_path / "images" / f"{i:05d}.png")
-    report = run(
-        tmp_path / "out", tmp_path / "images", reference="shapes", split="heldout", feature_extractor=vit, metrics=("fd",),
-        resolution=32,
-    )  # fmt: skip
+    flags: dict[str, Any] = {"reference": "shapes", "split": "heldout", "feature_extractor": vit, "metrics": ("fd",)}
+    report = run(tmp_path / "out", tmp_path / "images", resolution=32, **flags)
     assert values(report)["fd-tiny-vit"] < 1e-9
 
 
@@ -223,6 +222,25 @@ def test_prompts_and_sheets_of_categories_whatever_these_are_called(tmp_path: Pa
     assert values(again) == values(report) and again["prompts"]["sha256"] == report["prompts"]["sha256"]
 
 
+def test_a_clip_score_beside_distances_that_need_real_images(tmp_path: Path, pipeline: str, photos: Path) -> None:
+    """The real images have no prompts. And one CLIP gives the score, and features of its own for a distance."""
+    clip = str(tiny_clip_folder(tmp_path / "my-clip"))
+    flags = {**SAMPLING, "reference": str(photos), "feature_extractor": clip, "clip_name_or_path": clip}
+    both = run(tmp_path / "both", pipeline, **flags, metrics=("clip_score", "fd"))
+    del flags["reference"]
+    alone = run(tmp_path / "alone", pipeline, **flags, metrics=("clip_score",))
+    assert list(values(both)) == ["clip_score-my-clip", "fd-my-clip"]
+    assert values(both)["clip_score-my-clip"] == values(alone)["clip_score-my-clip"]
+    [low, high] = both["results"][0]["scores"][0]["interval"]
+    assert 0 <= low <= values(both)["clip_score-my-clip"] <= high
+    with pytest.raises(UserError, match=r"^--metrics cmmd fd: two networks are called cmmd-x"):
+        run(
+            tmp_path / "equal", pipeline, **SAMPLING, reference=str(photos), metrics=("cmmd", "fd"),
+            cmmd_name_or_path=str(shutil.copytree(clip, tmp_path / "x")),
+            feature_extractor=str(shutil.copytree(clip, tmp_path / "cmmd-x")),
+        )  # fmt: skip
+
+
 @pytest.mark.filterwarnings("error:the model reads")
 def test_prompts_that_are_too_long_are_counted_and_not_named_one_by_one(
     tmp_path: Path, pipeline: str, vit: str
@@ -251,6 +269,7 @@ def test_bad_input_is_one_sentence_before_any_image(tmp_path: Path, pipeline: st
         (photos, {"metrics": ("clip_score",)}, "--metrics clip_score: needs the --prompts"),
         (photos, {"metrics": ("attributes",), "prompts": str(tmp_path / "a.txt")}, "needs --prompts shapes"),
         (photos, {"metrics": ("is",)}, "pt_inception-2015-12-05-6726825d.pth"),
+        ("shapes", {"metrics": ("is",), "reference": str(photos)}, "--reference .*compares with no real images"),
         (photos, {**own, "reference": pipeline}, "is a model; give images"),
         (photos, {**own, "reference": str(tmp_path / "other.npz")}, "other.npz: is damaged"),
         (photos, {**own, "reference": str(tmp_path / "nothing")}, "--reference .*nothing"),

@@ -28,7 +28,15 @@ from uvit.evaluate.attributes import accuracy_table, attribute_sheet
 from uvit.evaluate.features import FeatureSet, PerImage, all_done, extract_features, load_features
 from uvit.evaluate.generate import GeneratedImages, folder_name, is_model, open_model
 from uvit.evaluate.image_sets import FolderImages, ImageSet, SourceImages, open_images
-from uvit.evaluate.measure import FRECHET, ImageFeatures, Score, build_extractors, check_metrics, compute_scores
+from uvit.evaluate.measure import (
+    FRECHET,
+    ImageFeatures,
+    Score,
+    build_extractors,
+    check_metrics,
+    comparing,
+    compute_scores,
+)
 from uvit.evaluate.prompts import Prompt, list_prompts, prompts_lines, prompts_sha256
 from uvit.evaluate.retrieval import retrieve
 from uvit.evaluate.statistics_file import SavedStatistics, check_same_features, read_statistics
@@ -81,7 +89,7 @@ def evaluate(config: EvaluateConfig) -> None:
     reference = open_reference(config, extractors, config.resolution or (resolution[0] if resolution else None))
 
     unique = {extractor.name: extractor for extractor in extractors.values()}
-    shared = [each for each in unique.values() if each.name != "attributes"] if reference is not None else []
+    shared = list({extractors[metric].name: extractors[metric] for metric in comparing(config)}.values())
     silent = int(os.environ.get("RANK", "0")) > 0
     jobs = [(each.images, prompts, list(unique.values()), each.folder / "features") for each in measured]
     if reference is not None and not isinstance(reference, SavedStatistics):
@@ -202,7 +210,8 @@ def score(
         }
     elif reference is not None:
         folder = Path(config.output_dir) / "reference"
-        real = {name: load_features(reference, each, folder) for name, each in unique.items() if name != "attributes"}
+        shared = {extractors[metric].name: extractors[metric] for metric in comparing(config)}
+        real = {name: load_features(reference, each, folder) for name, each in shared.items()}
         described = _described(reference, next(iter(real.values())))
     results: dict[str, dict[str, Any]] = {}
     halves: dict[str, tuple[list[Score], list[Score]]] = {}
