@@ -75,6 +75,8 @@ def test_written_prompts_are_the_same_when_read(tmp_path: Path) -> None:
 
 def test_coco_gives_one_caption_of_each_image_whatever_the_order_of_the_file(tmp_path: Path) -> None:
     prompts = list_prompts(str(coco(tmp_path / "a.json")), None)
+    # The rule is part of the protocols: a published list must not change.
+    assert prompts_sha256(prompts) == "a02dc07c064a99f4ed494b771b1f94c73ff454fd6fa6ca26c4299e4f8f5ec555"
     reversed_file = coco(tmp_path / "b.json.gz", lambda annotations: annotations.reverse())
     assert list_prompts(str(reversed_file), None) == prompts
     assert len({prompt.id.split()[1] for prompt in prompts}) == len(prompts) == 20

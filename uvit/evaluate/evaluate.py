@@ -42,7 +42,7 @@ from uvit.evaluate.retrieval import retrieve
 from uvit.evaluate.statistics_file import SavedStatistics, check_same_features, read_statistics
 from uvit.evaluate.sweep import best_setting, list_settings, pareto_plot
 from uvit.evaluate.write_report import (
-    UNRECORDED_FLAGS,
+    FLAGS_WITHOUT_EFFECT,
     command_line,
     environment,
     notes_on,
@@ -112,7 +112,7 @@ def evaluate(config: EvaluateConfig) -> None:
             "command": command_line(given),
             "protocol": {"name": given.protocol, "changed": given.protocol_changes()} if given.protocol else {},
             **report,
-            "settings": {name: value for name, value in asdict(config).items() if name not in UNRECORDED_FLAGS},
+            "settings": {name: value for name, value in asdict(config).items() if name not in FLAGS_WITHOUT_EFFECT},
             "environment": environment(),
         }
         write_report(folder, report)

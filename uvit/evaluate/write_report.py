@@ -21,7 +21,7 @@ from uvit.evaluate.prompts import Prompt, prompts_sha256
 from uvit.io import write_bytes, write_json
 
 REPORT_VERSION = 1
-UNRECORDED_FLAGS = ("shard", "disable_tqdm")  # they change nothing, so that shared work gives the same report
+FLAGS_WITHOUT_EFFECT = ("shard", "disable_tqdm")  # so that shared work gives the same report
 SHOWN_PROBLEMS = 10  # in report.md; report.json has all
 LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "pillow")
 
@@ -38,7 +38,7 @@ def command_line(config: EvaluateConfig) -> str:
     words = ["uvit", "evaluate", config.model]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name not in ("model", *UNRECORDED_FLAGS) and value != field.default:
+        if field.name not in ("model", *FLAGS_WITHOUT_EFFECT) and value != field.default:
             words += [f"--{field.name}", *map(str, value if isinstance(value, tuple) else (value,))]
     return shlex.join(words)
 
