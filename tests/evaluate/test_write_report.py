@@ -60,6 +60,9 @@ def test_notes_name_small_sets_lossy_files_and_what_was_left_out() -> None:
     notes = notes_on({"lossy_files": 3}, {"problems": [problem]}, 100, ["fid", "kid"])
     assert len(notes) == 3
     assert notes[0].startswith("fid of 100 images is too large") and "JPEG" in notes[1] and "a.png" in notes[2]
+    assert notes_on({"pixels_sha256": "a"}, {"pixels_sha256": "a"}, 100, ["kid"]) != []
+    assert notes_on({"pixels_sha256": "a"}, {"pixels_sha256": "b"}, 100, ["kid"]) == []
+    assert notes_on({"pixels_sha256": "a"}, {}, 100, ["kid"]) == []
     assert notes_on({}, {}, 30_000, ["fid"]) == notes_on({}, {}, 100, ["kid"]) == []
 
 

@@ -137,6 +137,8 @@ def notes_on(images: dict[str, Any], reference: dict[str, Any], num_images: int,
             f"{' and '.join(distances)} of {num_images:,} images {are} too large by a bias that falls as 1/n. Compare "
             "only with as many images, or use `for_infinitely_many_images` in report.json."
         )
+    if reference and images.get("pixels_sha256") == reference.get("pixels_sha256", "none"):
+        notes.append("The images and the reference are the same images.")
     if images.get("num_truncated_prompts"):
         notes.append(
             f"{images['num_truncated_prompts']:,} prompts have more tokens than the model reads, and are cut off."
