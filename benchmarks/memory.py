@@ -114,7 +114,11 @@ def measured(kind: str, flags: list[str], size: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         processes = []
         for rank in range(size):
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**16)}
+            environment = os.environ | {
+                "OMP_NUM_THREADS": "1",
+                "MALLOC_MMAP_THRESHOLD_": str(2**16),
+                "UVIT_ALLOCATOR": "system",
+            }
             if size > 1:
                 environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
                 environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}

@@ -156,7 +156,7 @@ def prompts_right(path: str, options: argparse.Namespace) -> str:
             latents = draw(solver(kind, plans), n)
             images = to_pil(decode_latents(pipeline.vqvae, latents, pipeline.conventions))
             read = AttributeReader().extract(np.stack([np.asarray(image) for image in images]), wanted)
-            cells.append(f"{accuracies(read['correct'])['prompts']:.1%}")
+            cells.append(f"{accuracies(read['correct'], Scene)['prompts']:.1%}")
         lines.append(f"| {scale:g} | {interval[0]:g} to {interval[1]:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -13,6 +13,7 @@ from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
 from tests.evaluate.networks import tiny_clip_folder
 from tests.sample.parts import tiny_pipeline_folder
+from uvit.cli.main import main
 from uvit.config.evaluate import EvaluateConfig, EvaluateStatisticsConfig
 from uvit.errors import UserError
 from uvit.evaluate.evaluate import evaluate
@@ -70,11 +71,34 @@ def test_a_model_alone_is_measured_on_the_shapes(
 ) -> None:
     report = run(tmp_path, pipeline, max_prompts=3, num_inference_steps=(2,))
     found = values(report)
-    assert list(found)[:5] == ["colour", "shape", "size", "position", "background"]
+    assert list(found) == ["prompts", "attributes", "colour", "shape", "size", "position", "background"]
     assert 0 <= found["attributes"] <= 1 and report["prompts"]["num_prompts"] == 3
     assert report["protocol"] == {"name": "shapes", "changed": {"max_prompts": 3, "num_inference_steps": [2]}}
     assert (tmp_path / "contact_sheet.png").stat().st_size > 1000
     assert "chance" in capsys.readouterr().out
+
+
+def test_a_model_is_measured_on_two_shapes(tmp_path: Path, pipeline: str, capsys: pytest.CaptureFixture[str]) -> None:
+    report = run(tmp_path, pipeline, **{**SAMPLING, "prompts": "shapes:two", "metrics": ("attributes",)})
+    found = values(report)
+    assert list(found)[:4] == ["prompts", "attributes", "related_objects", "objects"]
+    assert list(found)[4:] == ["colour", "shape", "relation", "other_colour", "other_shape", "background"]
+    with Image.open(tmp_path / "contact_sheet.png") as sheet:
+        assert sheet.width > 1000
+    printed = capsys.readouterr().out
+    assert "both objects" in printed and "relation" in printed and "whole prompts" in printed
+
+
+def test_rendered_pairs_are_all_right(tmp_path: Path) -> None:
+    scenes = ShapesSource("heldout", 32, 2)
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(30):
+        scenes[i].image.save(images / f"{i:02d}.png")
+    report = run(tmp_path / "out", images, prompts="shapes:two", max_prompts=30, metrics=("attributes",))
+    assert set(values(report).values()) == {1.0}
+    other = run(tmp_path / "one", images, prompts="shapes", max_prompts=30, metrics=("attributes",))
+    assert values(other)["prompts"] == 0
 
 
 def test_processes_that_share_the_work_make_the_same_images_features_and_scores(
@@ -170,6 +194,7 @@ def test_stored_statistics_give_the_same_distance_as_the_images(tmp_path: Path, 
     flags: dict[str, Any] = {"feature_extractor": vit, "metrics": ("fd",), "resolution": 24}
     with_images = run(tmp_path / "a", "shapes", reference=str(photos), **flags)
     with_file = run(tmp_path / "b", "shapes", reference=str(file), **flags)
+    assert [(tmp_path / name / "neighbours.png").exists() for name in "ab"] == [True, False]
     assert values(with_file) == values(with_images)
     assert with_file["reference"]["pixels_sha256"] == with_images["reference"]["pixels_sha256"]
     assert with_file["reference"]["num_images"] == 100
@@ -249,6 +274,66 @@ def test_prompts_that_are_too_long_are_counted_and_not_named_one_by_one(
     flags: dict[str, Any] = {"num_inference_steps": (1,), "metrics": ("fd",), "reference": "shapes", "split": "heldout"}
     report = run(tmp_path / "out", pipeline, prompts=str(tmp_path / "a.txt"), feature_extractor=vit, **flags)
     assert any(note.startswith("3 prompts have more tokens than the model reads") for note in report["notes"])
+
+
+def test_images_of_a_model_and_of_a_folder_are_matched_by_their_prompts(
+    tmp_path: Path, pipeline: str, vit: str
+) -> None:
+    """File names and wordings name no image of the source; the positions of the prompts do."""
+    flags: dict[str, Any] = {"feature_extractor": vit, "metrics": ("retrieval",), "reference": "shapes"}
+    report = run(tmp_path / "model", pipeline, **SAMPLING, split="heldout", **flags)
+    [score, _] = report["results"][0]["scores"]
+    assert score["details"] == {"chance": 1 / 72, "num_images": 20}
+    source = ShapesSource("heldout", 32)
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(72 + 10):  # the first ten again, in the second wording
+        source[i % 72].image.save(images / f"b{i:03d}.png")
+    flags |= {"prompts": "shapes", "max_prompts": 82, "resolution": 32}
+    report = run(tmp_path / "folder", images, split="heldout", **flags)
+    assert values(report)["retrieval_top1-tiny-vit"] == 1.0
+    with pytest.raises(UserError, match=r"no prompt names an image of --reference \('a .*background'"):
+        run(tmp_path / "train", images, **flags)  # the prompts are heldout, the real images train
+
+
+def test_parts_of_a_source_are_matched_by_their_place_in_the_whole(tmp_path: Path, vit: str) -> None:
+    """Every fourth pair is val. Pair 1 has a broken image, and pair 6 an empty caption."""
+    source, images = tmp_path / "source", tmp_path / "images"
+    for folder in (source, images):
+        folder.mkdir()
+    shapes = ShapesSource("train", 32)
+    for i in range(24):
+        shapes[i].image.save(source / f"{i:02d}.png")
+        (source / f"{i:02d}.txt").write_text(shapes.captions(i)[0])
+        if i != 6:
+            shutil.copy(source / f"{i:02d}.png", images / f"{i:02d}.png")
+    (source / "01.png").write_bytes(b"no image")
+    (source / "06.txt").write_text("")
+    store = tmp_path / "store"
+    for split in ("train", "val"):
+        command = f"extract --source {source} --split {split} --val_every 4 --resolution 32 --vae_name_or_path shapes "
+        command += f"--text tokens --model_max_length 18 --output_dir {store} --device cpu --num_workers 0"
+        assert main(command.split()) == 0
+    flags: dict[str, Any] = {"feature_extractor": vit, "metrics": ("retrieval",)}
+    for number, (model, prompts, split, expected) in enumerate(
+        [
+            (images, source, "train", 23 - 6 - 1),  # the prompts of everything, the images of train
+            (store, store, "val", 6),
+        ]
+    ):
+        report = run(
+            tmp_path / f"out-{number}", model, prompts=str(prompts), reference=str(store), split=split, **flags
+        )  # fmt: skip
+        [first, _] = report["results"][0]["scores"]
+        assert first["value"] == 1.0 and first["details"]["num_images"] == expected
+
+
+def test_nearest_images_are_shown_wherever_single_images_are_compared(tmp_path: Path, vit: str, photos: Path) -> None:
+    run(tmp_path / "fd", "shapes", reference=str(photos), resolution=24, feature_extractor=vit, metrics=("fd",))
+    with Image.open(tmp_path / "fd" / "neighbours.png") as sheet:
+        assert sheet.height > 3 * sheet.width  # 24 rows of 6 images
+    run(tmp_path / "shapes", "shapes", split="heldout", prompts="shapes", max_prompts=72, metrics=("attributes",))
+    assert not (tmp_path / "shapes" / "neighbours.png").exists()
 
 
 # Bad input

@@ -18,6 +18,7 @@ from uvit.bench.random_store import write_random_store
 from uvit.config.bench import BenchConfig
 from uvit.config.model import resolve_model_config
 from uvit.config.train import TrainConfig
+from uvit.device import keep_freed_memory
 from uvit.model import UViTT2IModel
 from uvit.progress import Progress
 from uvit.train.loader import BatchDataset
@@ -131,6 +132,7 @@ def loader_rate(run: Run) -> float:
 def describe_run(config: BenchConfig, run: Run) -> str:
     cuda, num_threads = run.device.type == "cuda", torch.get_num_threads()
     hardware = torch.cuda.get_device_name(run.device) if cuda else f"{num_threads} thread{'s'[: num_threads > 1]}"
+    hardware += "" if cuda else f", allocator: {keep_freed_memory()}"
     options = [config.precision, *(name for name in ("compile", "recompute") if getattr(config, name))]
     num_parameters, size = sum(p.numel() for p in run.master_model.parameters()), config.matmul_size
     return (

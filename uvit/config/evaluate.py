@@ -94,7 +94,8 @@ class EvaluateConfig:
     """The real images to compare with: images as for the model, or an .npz file of their statistics."""
     prompts: PathFlag | None = None
     """The prompts: a .txt file with one per line, a .tsv, .csv or .jsonl file with a column `prompt`, COCO captions
-    (.json), `shapes`, `shapes:two`, or a source of `uvit extract`, of which each pair gives its first caption."""
+    (.json), `shapes`, `shapes:two`, or a source of `uvit extract` or a feature store, of which each pair gives its
+    first caption."""
     metrics: tuple[Metric, ...] = ()
     """fid, kid, prdc (precision, recall, density, coverage) and is (Inception score) need the weights of FID's
     Inception; fd_dinov2 DINOv2; cmmd and clip_score CLIP; fd, kid, prdc and retrieval take any --feature_extractor;

@@ -24,10 +24,10 @@ from PIL import Image
 from uvit.config.evaluate import EvaluateConfig
 from uvit.config.sharding import resolve_shard
 from uvit.errors import UserError
-from uvit.evaluate.attributes import accuracy_table, attribute_sheet
+from uvit.evaluate.attributes import accuracy_table, attribute_sheet, scene_kind
 from uvit.evaluate.features import FeatureSet, PerImage, all_done, extract_features, load_features
 from uvit.evaluate.generate import GeneratedImages, folder_name, is_model, open_model
-from uvit.evaluate.image_sets import FolderImages, ImageSet, SourceImages, open_images
+from uvit.evaluate.image_sets import ImageSet, open_images
 from uvit.evaluate.measure import (
     FRECHET,
     ImageFeatures,
@@ -38,7 +38,7 @@ from uvit.evaluate.measure import (
     compute_scores,
 )
 from uvit.evaluate.prompts import Prompt, list_prompts, prompts_lines, prompts_sha256
-from uvit.evaluate.retrieval import retrieve
+from uvit.evaluate.retrieval import nearest_images
 from uvit.evaluate.statistics_file import SavedStatistics, check_same_features, read_statistics
 from uvit.evaluate.sweep import best_setting, list_settings, pareto_plot
 from uvit.evaluate.write_report import (
@@ -121,8 +121,9 @@ def evaluate(config: EvaluateConfig) -> None:
             seeds = dict.fromkeys(each.images.description["seed"] for each in measured if is_model(config.model))
             write_bytes(folder / "prompts.jsonl", prompts_lines(prompts, list(seeds)).encode())
         write_sheets(folder, measured, prompts)
-        if "retrieval" in config.metrics and isinstance(reference, (FolderImages, SourceImages)):
-            write_neighbours(folder, measured[0], reference, extractors["retrieval"])
+        compared = comparing(config)
+        if compared and reference is not None and not isinstance(reference, SavedStatistics):
+            write_neighbours(folder, measured[0], reference, extractors.get("retrieval", extractors[compared[0]]))
     print("\n".join(summary(config, report, len(prompts))))
     print("seconds: " + ", ".join(f"{name} {seconds:g}" for name, seconds in clock.seconds.items()))
     print(f"report: {folder / 'report.md'}; contact sheet: {folder / 'contact_sheet.png'}")
@@ -218,10 +219,10 @@ def score(
     for each in measured:
         features = {name: load_features(each.images, unique[name], each.folder / "features") for name in unique}
         result = results.setdefault(each.label, {"repeats": [], "images": []})
-        result["repeats"].append(compute_scores(config, extractors, features, real))
+        result["repeats"].append(compute_scores(config, extractors, features, real, prompts))
         result["images"].append(_described(each.images, next(iter(features.values()))))
         if len({one.label for one in measured}) > 1 and each.label not in halves:
-            first, second = (compute_scores(config, extractors, features, real, half=half) for half in (0, 1))
+            first, second = (compute_scores(config, extractors, features, real, prompts, half) for half in (0, 1))
             halves[each.label] = (first, second)
     rows = [
         {"label": label, "scores": summarise(result["repeats"]), "images": result["images"]}
@@ -255,7 +256,7 @@ def summary(config: EvaluateConfig, report: dict[str, Any], num_prompts: int) ->
     """What the command prints."""
     if config.metrics == ("attributes",) and len(report["results"]) == 1:
         values = {each["name"]: each["value"] for each in report["results"][0]["scores"]}
-        return [accuracy_table(values, num_prompts, config.split or "heldout")]
+        return [accuracy_table(values, scene_kind(config), num_prompts, config.split or "heldout")]
     return [*score_table(report), *report["notes"]]
 
 
@@ -277,15 +278,15 @@ def write_sheets(folder: Path, measured: Sequence[Measured], prompts: Sequence[P
 
 
 def write_neighbours(folder: Path, measured: Measured, reference: ImageSet, extractor: PerImage) -> None:
-    """Generated images, each with the real ones nearest to it: copies show what was memorised."""
+    """The first generated images, each with the real ones nearest to it: copies show what was memorised."""
     mine = load_features(measured.images, extractor, measured.folder / "features")
     real = load_features(reference, extractor, folder / "reference")
-    found = retrieve(mine, real)
+    nearest, cosines = nearest_images(mine.tensor("features")[:MAX_NEIGHBOUR_ROWS], real.tensor("features"))
     shown, labels = list[Image.Image](), list[str]()
-    for row, nearest, cosines in list(zip(found.rows, found.nearest, found.cosines, strict=True))[:MAX_NEIGHBOUR_ROWS]:
-        shown += _load(measured.images, [int(mine.rows[row])]) + _load(reference, [int(real.rows[i]) for i in nearest])
-        labels += ["generated", *(f"cosine {cosine:.3f}" for cosine in cosines)]
-    save_png(contact_sheet(shown, labels, columns=1 + found.nearest.shape[1]), folder / "neighbours.png")
+    for row, its_nearest, its_cosines in zip(mine.rows, nearest.tolist(), cosines.tolist(), strict=False):
+        shown += _load(measured.images, [int(row)]) + _load(reference, [int(real.rows[i]) for i in its_nearest])
+        labels += ["generated", *(f"cosine {cosine:.3f}" for cosine in its_cosines)]
+    save_png(contact_sheet(shown, labels, columns=1 + nearest.shape[1]), folder / "neighbours.png")
 
 
 def _save_sheet(images: ImageSet, rows: Sequence[int], prompts: Sequence[Prompt], path: Path) -> None:

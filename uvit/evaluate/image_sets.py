@@ -18,6 +18,7 @@ from uvit.errors import UserError
 from uvit.images import to_pixels, to_rgb
 from uvit.progress import Progress
 from uvit.sample.files import SHEET
+from uvit.sources.combine import SplitSource
 from uvit.sources.decode import decode_image
 from uvit.sources.names import is_image, list_files, say_not_read, suffix_of
 from uvit.sources.open import open_source, require_random_access
@@ -83,7 +84,7 @@ def open_images(config: EvaluateConfig, name: str, flag: str, resolution: int | 
     if (path / "report.json").is_file() and (path / "images").is_dir():
         raise UserError(f"--{flag} {name}: is the folder of an evaluation; give its images, {path / 'images'}")
     preparation = Preparation(resolution, str(config.crop), str(config.resize), str(config.icc))
-    if (path / "manifest.json").is_file() or (path / (config.split or "train") / "manifest.json").is_file():
+    if is_store(name, config.split or "train"):
         return _of_store(name, config.split or "train", flag, resolution)
     try:
         source = open_source(name, config.split or "train", config.image_folder, resolution or 256)
@@ -108,17 +109,17 @@ def _image_files(folder: Path) -> list[str]:
     return files
 
 
-def _of_store(name: str, split: str, flag: str, resolution: int | None) -> "SourceImages":
-    """The images that a feature store was made from, prepared as they were for it."""
+def is_store(name: str, split: str) -> bool:
+    """Whether this is a feature store, or a folder of its splits with this one."""
+    return any((folder / "manifest.json").is_file() for folder in (Path(name), Path(name) / split))
+
+
+def open_stored_source(name: str, split: str, flag: str) -> tuple[RandomAccessSource, dict[str, Any]]:
+    """(the source that a feature store was made from, what the store records of it)"""
     store = open_features(name, split, flag)
     if not isinstance(store, FeatureStore):
         raise UserError(f"--{flag} {name}: .npy features do not record their images; give the images")
     record = store.manifest["source"]
-    if resolution not in (None, record["resolution"]):
-        raise UserError(
-            f"--{flag} {name}: was made of images of {record['resolution']} pixels, and {resolution} are needed; give "
-            "the images themselves"
-        )
     try:
         source = open_source(
             record["source"],
@@ -131,11 +132,32 @@ def _of_store(name: str, split: str, flag: str, resolution: int | None) -> "Sour
         )
     except (UserError, KeyError) as error:
         raise UserError(f"--{flag} {name}: the images that it was made from cannot be opened ({error})") from None
+    return require_random_access(source, f"--{flag} {name}"), record
+
+
+def _of_store(name: str, split: str, flag: str, resolution: int | None) -> "SourceImages":
+    """The images that a feature store was made from, prepared as they were for it."""
+    source, record = open_stored_source(name, split, flag)
+    if resolution not in (None, record["resolution"]):
+        raise UserError(
+            f"--{flag} {name}: was made of images of {record['resolution']} pixels, and {resolution} are needed; give "
+            "the images themselves"
+        )
     return SourceImages(
-        require_random_access(source, f"--{flag} {name}"),
+        source,
         {"feature_store": name, "source": record["source"], "split": record["split"]},
         Preparation(record["resolution"], record["crop"], record["resize"], record.get("icc", "ignore")),
     )
+
+
+def image_id(source: RandomAccessSource, split: str, row: int) -> str:
+    """What names an image of a source: the same in a source and in the parts that --val_every makes of it.
+
+    Other sources have other ids, unless they have as many images.
+    """
+    if isinstance(source, SplitSource):
+        return image_id(source.source, "train", source.rows.row(row))
+    return f"{split} {row} of {len(source)}"
 
 
 class FolderImages:
@@ -179,7 +201,7 @@ class FolderImages:
 
 
 class SourceImages:
-    """The images of captioned pairs. Their ids are the rows of the source."""
+    """The images of captioned pairs, with ids of `image_id`."""
 
     chunk = CHUNK
 
@@ -203,7 +225,7 @@ class SourceImages:
             except PairError as error:
                 problems.append(error.problem)
                 continue
-            ids.append(str(row))
+            ids.append(image_id(self.source, self.description["split"], row))
             rows.append(row)
             pixels.append(self.preparation.apply(pair.image, pair.id))
         return LoadedImages(ids, rows, stack(ids, pixels), tuple(problems))

@@ -15,7 +15,7 @@ import torch
 from uvit.config.evaluate import NEED_PROMPTS, NEED_REFERENCE, PROTOCOL_PROMPTS, EvaluateConfig
 from uvit.device import own_device
 from uvit.errors import UserError
-from uvit.evaluate.attributes import AttributeReader
+from uvit.evaluate.attributes import AttributeReader, scene_kind
 from uvit.evaluate.extractors import (
     Extractor,
     clip_extractor,
@@ -34,7 +34,7 @@ from uvit.evaluate.frechet import (
 from uvit.evaluate.kernel_distances import cmmd, kid_interval, kid_of_subsets
 from uvit.evaluate.neighbours import precision_recall_density_coverage
 from uvit.evaluate.prompts import Prompt
-from uvit.evaluate.retrieval import NEAREST, retrieve
+from uvit.evaluate.retrieval import NEAREST, retrieval_ranks
 from uvit.evaluate.scores import clip_score, clip_similarities, inception_score, mean_interval
 
 ROWS_AT_ONCE = 4096
@@ -122,7 +122,7 @@ def build_extractors(config: EvaluateConfig) -> dict[str, PerImage]:
         kind = _kind(metric, config)
         if kind not in built:
             if kind == "attributes":
-                built[kind] = AttributeReader()
+                built[kind] = AttributeReader(scene_kind(config))
             elif kind == "inception":
                 convention = config.inception_input or "pytorch-fid"
                 built[kind] = ImageFeatures(inception_extractor(config.inception_weights, convention, device))
@@ -160,12 +160,14 @@ def compute_scores(
     extractors: dict[str, PerImage],
     generated: dict[str, FeatureSet],
     reference: dict[str, FeatureSet | FeatureStatistics],
+    prompts: Sequence[Prompt],
     half: int | None = None,
 ) -> list[Score]:
     """All scores, in the order of --metrics.
 
     Args:
         generated, reference: {name of the extractor: features}.
+        prompts: of all generated images, if they have any.
         half: 0 or 1: only every second generated image.
 
     Raises UserError if a score is not finite.
@@ -174,7 +176,7 @@ def compute_scores(
     for metric in config.metrics:
         writer = extractors[metric]
         features = generated[writer.name] if half is None else generated[writer.name].half(half)
-        scores += _scores(metric, config, writer, features, reference.get(writer.name))
+        scores += _scores(metric, config, writer, features, reference.get(writer.name), prompts)
     for score in scores:
         if not math.isfinite(score.value):
             raise UserError(f"{score.name}: is {score.value}; nothing was written")
@@ -187,6 +189,7 @@ def _scores(
     writer: PerImage,
     features: FeatureSet,
     reference: FeatureSet | FeatureStatistics | None,
+    prompts: Sequence[Prompt],
 ) -> list[Score]:
     if isinstance(writer, AttributeReader):
         return [Score(name, value, "higher") for name, value in writer.accuracies(features).items()]
@@ -218,11 +221,14 @@ def _scores(
     if metric == "cmmd":
         return [Score("cmmd", cmmd(mine, real), "lower")]
     if metric == "retrieval":
-        found = retrieve(features, reference)
+        ranks = retrieval_ranks(features, reference, prompts)
         return [
-            Score(f"retrieval_top{k}{suffix}", found.top(k), "higher", details={"chance": min(1, k / len(reference))})
+            Score(
+                f"retrieval_top{k}{suffix}", float((ranks < k).mean()), "higher",
+                details={"chance": min(1, k / len(reference)), "num_images": len(ranks)},
+            )
             for k in (1, NEAREST)
-        ]
+        ]  # fmt: skip
     shares = precision_recall_density_coverage(mine, real, config.nearest_k)
     return [Score(f"{name}{suffix}", value, "higher") for name, value in vars(shares).items()]
 

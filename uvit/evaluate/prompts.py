@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from uvit.errors import UserError
+from uvit.evaluate.image_sets import image_id, is_store, open_stored_source
 from uvit.sources.open import open_source, require_random_access
-from uvit.sources.shapes import PairScene, Scene, scenes
+from uvit.sources.shapes import PairScene, Scene, ShapesSource, scenes
 from uvit.sources.types import PairError
 
 COCO_SEED = 1234  # part of the protocols: another one would give another list
@@ -33,6 +34,7 @@ class Prompt:
     id: str  # of the caption's image, or the line
     category: str = ""  # for the contact sheets
     scene: Scene | PairScene | None = None  # for the attributes of the built-in shapes
+    image: str = ""  # the id of the image that it is a caption of, as in the set of a source's images
 
 
 def list_prompts(prompts: str, split: str | None, most: int | None = None) -> list[Prompt]:
@@ -72,10 +74,10 @@ def _of_shapes(split: str, num_objects: int) -> list[Prompt]:
     """Every scene in each of its wordings, wording by wording."""
     if split not in ("train", "heldout"):
         raise UserError(f"--split {split}: shapes have the splits train and heldout")
-    found = scenes(split, num_objects)
+    found, source = scenes(split, num_objects), ShapesSource(split, 32, num_objects)
     num_wordings = len(found[0].captions())
     return [
-        Prompt(scene.captions()[wording], f"scene {i} wording {wording}", scene=scene)
+        Prompt(scene.captions()[wording], f"scene {i} wording {wording}", scene=scene, image=image_id(source, split, i))
         for wording in range(num_wordings)
         for i, scene in enumerate(found)
     ]
@@ -162,12 +164,16 @@ def _of_coco(path: Path) -> list[Prompt]:
 
 def _of_source(source: str, split: str) -> Iterator[Prompt]:
     try:
-        pairs = require_random_access(open_source(source, split), f"--prompts {source}")
+        if is_store(source, split):
+            pairs, record = open_stored_source(source, split, "prompts")
+            split = record["split"]
+        else:
+            pairs = require_random_access(open_source(source, split), f"--prompts {source}")
     except UserError as error:
         raise UserError(str(error).replace("--source", "--prompts")) from None
     for row in range(len(pairs)):
         try:
-            yield Prompt(pairs.captions(row)[0], str(row))
+            yield Prompt(pairs.captions(row)[0], str(row), image=image_id(pairs, split, row))
         except PairError:  # the report of the source's images names it
             continue
 

@@ -1,67 +1,75 @@
-"""Whether an image is the one that its caption names: the nearest real images of a generated one.
+"""The nearest real images of generated ones: what was memorised, and whether an image is the one that its prompt names.
 
-For data whose captions name single images. Nearness is the cosine of the features.
+Nearness is the cosine of the features.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from uvit.errors import UserError
 from uvit.evaluate.feature_sets import check_sets, tiles
 from uvit.evaluate.features import FeatureSet
+from uvit.evaluate.prompts import Prompt
 
 NEAREST = 5
-QUERIES_AT_ONCE = 256
-ROUNDING = 1e-9  # of a cosine in float64
+ROUNDING = 1e-7  # of the cosine of features in float32
+SIMILARITIES, FEWEST_QUERIES = 2**23, 64  # at once: 64 MiB in float64, unless there are very many real images
 
 
-@dataclass(frozen=True)
-class Retrieved:
-    """For M generated images whose prompts name a real one.
+def retrieval_ranks(generated: FeatureSet, reference: FeatureSet, prompts: Sequence[Prompt]) -> np.ndarray:
+    """How many real images are nearer than the one that the prompt names, for each generated image whose prompt names
+    one; 0 is right.
 
-    Attributes:
-        rows: (M,), their rows among the generated features.
-        ranks: (M,), how many real images are nearer than the one that the prompt names; 0 is right. Images of one
-            distance (copies of one another) count as half nearer.
-        nearest: (M, NEAREST), the rows of the nearest real features.
-        cosines: (M, NEAREST), their similarity to the generated image.
+    A prompt names its own image, and those of equal prompts; the nearest of these counts. A copy of it is not nearer.
+
+    Args:
+        prompts: of all images of the generated set.
+
+    Raises UserError if no prompt names an image of the reference.
     """
-
-    rows: np.ndarray
-    ranks: np.ndarray
-    nearest: np.ndarray
-    cosines: np.ndarray
-
-    def top(self, k: int) -> float:
-        """The share of images whose named image is among the k nearest."""
-        return float((self.ranks < k).mean())
-
-
-def retrieve(generated: FeatureSet, reference: FeatureSet) -> Retrieved:
-    """Compare each generated image with all real ones. Raises UserError if no prompt names one of these."""
     mine, real = generated.tensor("features"), reference.tensor("features")
     check_sets(mine, real, 1, "retrieval")
     row_of = {id: row for row, id in enumerate(reference.ids)}
-    rows = np.array([row for row, id in enumerate(generated.ids) if id in row_of], np.int64)
-    if not len(rows):
+    named_by: dict[str, list[int]] = {}
+    for prompt in prompts:
+        if prompt.image in row_of:
+            named_by.setdefault(prompt.text, []).append(row_of[prompt.image])
+    rows = [row for row, position in enumerate(generated.rows) if prompts[position].image in row_of]
+    if not rows:
         raise UserError(
-            f"--metrics retrieval: no prompt names an image of --reference ({generated.ids[0]} is none); give the same "
-            "source as --prompts and --reference"
+            f"--metrics retrieval: no prompt names an image of --reference ({prompts[0].text!r} does not); give the "
+            "same source or feature store as --prompts and --reference (of COCO the folder, not the captions alone)"
         )
-    named = torch.tensor([row_of[generated.ids[row]] for row in rows])
-    ranks, nearest, cosines = [], [], []
-    for part, its_named in zip(
-        torch.from_numpy(rows).split(QUERIES_AT_ONCE), named.split(QUERIES_AT_ONCE), strict=True
-    ):
-        query = F.normalize(mine[part].double(), dim=1)
-        similar = torch.cat([query @ F.normalize(tile, dim=1).T for _, tile in tiles(real)], dim=1)
-        own = similar.gather(1, its_named[:, None])
-        nearer, as_near = similar > own + ROUNDING, (similar - own).abs() <= ROUNDING
-        ranks.append(nearer.sum(1) + (as_near.sum(1) - 1) / 2)
-        best = similar.topk(min(NEAREST, len(real)), dim=1)
-        nearest.append(best.indices)
-        cosines.append(best.values)
-    return Retrieved(rows, torch.cat(ranks).numpy(), torch.cat(nearest).numpy(), torch.cat(cosines).numpy())
+    named = [named_by[prompts[generated.rows[row]].text] for row in rows]
+    ranks = []
+    for part in torch.arange(len(rows)).split(max(FEWEST_QUERIES, SIMILARITIES // len(real))):
+        similar = torch.cat([similarities for _, similarities in _similarities(mine[[rows[i] for i in part]], real)], 1)
+        own = torch.zeros_like(similar, dtype=torch.bool)
+        for row, i in enumerate(part):
+            own[row, named[i]] = True
+        nearest_own = similar.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
+        ranks.append((similar > nearest_own + ROUNDING).sum(1))
+    return torch.cat(ranks).numpy()
+
+
+def nearest_images(generated: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """(M, D) and (N, D) -> rows of the real images that are nearest, the nearest first, and cosines: (M, NEAREST)."""
+    rows = torch.empty(len(generated), 0, dtype=torch.int64)
+    cosines = torch.empty(len(generated), 0, dtype=torch.float64)
+    for start, similar in _similarities(generated, reference):
+        numbers = torch.arange(start, start + similar.shape[1]).expand_as(similar)
+        rows, cosines = torch.cat([rows, numbers], 1), torch.cat([cosines, similar], 1)
+        cosines, order = cosines.topk(min(NEAREST, cosines.shape[1]))
+        rows = rows.gather(1, order)
+    return rows, cosines
+
+
+def _similarities(generated: Tensor, reference: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The cosines (M, n) of all generated images and some real ones, with the row of the first of these."""
+    query = F.normalize(generated.double(), dim=1)
+    for start, tile in tiles(reference):
+        yield start, query @ F.normalize(tile, dim=1).T

@@ -16,6 +16,7 @@ import uvit
 from uvit.config.model import KINDS, resolve_model_config
 from uvit.config.train import TrainConfig
 from uvit.conventions import Conventions, recorded_conventions
+from uvit.device import keep_freed_memory
 from uvit.distributed.mesh import World, single_process_world
 from uvit.distributed.ops import GradientAverage
 from uvit.distributed.parallelize import check_divisibility, parallelize, shard
@@ -108,6 +109,7 @@ class Run:
             "config": asdict(config),
             "versions": {"uvit": uvit.__version__, "torch": torch.__version__},
             "num_threads": torch.get_num_threads(),
+            "allocator": keep_freed_memory() if self.world.device.type == "cpu" else "system",
         }
 
 
