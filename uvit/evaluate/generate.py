@@ -28,7 +28,7 @@ from uvit.sample.load import open_pipeline
 from uvit.sample.pipeline import UViTPipeline
 from uvit.sample.schedulers import MultistepScheduler, build_scheduler
 from uvit.weights.detect import INDEX
-from uvit.weights.encoders import fingerprint
+from uvit.weights.encoders import fingerprint, quiet
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ def open_model(name: str, weights: WeightsChoice, device: str, dtype: str) -> Mo
         if weights == "ema" and not components.facts["ema"]:
             raise UserError(f"--ema ema: {opened} has no EMA weights; give --ema raw")
         check_fit(components, opened)
-        pipeline = build_pipeline(components).to(own_device(device), getattr(torch, dtype))
+        with quiet():
+            pipeline = build_pipeline(components).to(own_device(device), getattr(torch, dtype))
         pipeline.set_progress_bar_config(disable=True)
     networks = {network: getattr(pipeline, network) for network in ("unet", "vqvae", "text_encoder")}
     return Model(pipeline, opened, {f"{name}_sha256": fingerprint(network) for name, network in networks.items()})
