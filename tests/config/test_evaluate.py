@@ -2,7 +2,15 @@
 
 import pytest
 
-from uvit.config.evaluate import DEFAULTS, PROTOCOLS, EvaluateCompareConfig, EvaluateConfig, EvaluateStatisticsConfig
+from uvit.config.evaluate import (
+    DEFAULTS,
+    PROTOCOL_PROMPTS,
+    PROTOCOL_PROMPTS_SHA256,
+    PROTOCOLS,
+    EvaluateCompareConfig,
+    EvaluateConfig,
+    EvaluateStatisticsConfig,
+)
 from uvit.errors import UserError
 
 
@@ -16,6 +24,7 @@ from uvit.errors import UserError
         ({"guidance_scale": (2.0, 2.0)}, "--guidance_scale 2.0 2.0: names a value twice"),
         ({"guidance_interval": (1.0,)}, "--guidance_interval 1: must be pairs"),
         ({"guidance_interval": (1.0, 10.0, 20.0, 10.0)}, "--guidance_interval 1 10 20 10: must be pairs"),
+        ({"guidance_interval": (1, 9, 5, 9, 1, 9)}, "--guidance_interval 1 9 5 9 1 9: names an interval twice"),
         ({"metrics": ("fd",)}, "--metrics fd: needs a --feature_extractor"),
         ({"shard": "2/2"}, "--shard 2/2"),
     ],
@@ -43,6 +52,11 @@ def test_without_a_protocol_the_defaults_hold() -> None:
 def test_every_protocol_is_valid(protocol: str) -> None:
     config = EvaluateConfig("model", "out", protocol=protocol)  # type: ignore[arg-type]
     assert EvaluateConfig(**vars(config.resolved())).protocol_changes() == {}
+
+
+def test_protocols_name_their_prompts() -> None:
+    assert set(PROTOCOL_PROMPTS) == {name for name, preset in PROTOCOLS.items() if "prompts" not in preset}
+    assert set(PROTOCOL_PROMPTS_SHA256) < set(PROTOCOL_PROMPTS)
 
 
 def test_statistics_and_comparisons() -> None:

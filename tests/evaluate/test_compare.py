@@ -101,3 +101,9 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     for other in ("b.json", "nothing"):
         with pytest.raises(UserError, match=r"is not the report.json of an evaluation"):
             compare_reports(EvaluateCompareConfig((report, str(tmp_path / other))))
+
+
+def test_of_a_sweep_the_first_setting_is_compared_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = changed("results", to=[{**REPORT["results"][0], "label": f"guidance_scale {scale}"} for scale in (2, 3)])
+    compare_reports(EvaluateCompareConfig((write(tmp_path / "a", REPORT), write(tmp_path / "b", sweep))))
+    assert "b/report.json: has 2 settings; the first one is compared: guidance_scale 2\n" in capsys.readouterr().out

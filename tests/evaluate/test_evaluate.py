@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.evaluate.networks import tiny_clip_folder
 from tests.sample.parts import tiny_pipeline_folder
 from tests.tiny import tiny_vit_folder
 from uvit.cli.main import main
@@ -100,7 +101,11 @@ def test_processes_that_share_the_work_make_the_same_images_features_and_scores(
     assert run(tmp_path / "shared", pipeline, shard="1/3", **flags) == {}
     assert run(tmp_path / "shared", pipeline, shard="0/3", **flags) == {}
     shared = run(tmp_path / "shared", pipeline, shard="2/3", **flags)
-    assert shared["results"] == alone["results"] and shared["reference"] == alone["reference"]
+    for report in (alone, shared):
+        assert "--shard" not in report.pop("command")
+        report["settings"].pop("output_dir")
+    assert shared == alone
+    assert (tmp_path / "shared" / "prompts.jsonl").read_text() == (tmp_path / "alone" / "prompts.jsonl").read_text()
     names = sorted(path.name for path in (tmp_path / "alone" / "images").glob("*.png"))
     assert len(names) == 20
     for name in names:
@@ -135,6 +140,7 @@ def test_repeats_have_other_seeds_and_give_a_spread(tmp_path: Path, pipeline: st
     assert score["value"] == pytest.approx(np.mean(score["values"]))
     assert score["deviation"] == pytest.approx(np.std(score["values"], ddof=1))
     assert [images["seed"] for images in report["results"][0]["images"]] == [0, 20, 40]
+    assert json.loads((tmp_path / "prompts.jsonl").read_text().splitlines()[3])["seeds"] == [3, 23, 43]
     single = run(tmp_path / "single", pipeline, seed=20, **flags)
     assert values(single)["fd-tiny-vit"] == score["values"][1]
 
@@ -190,12 +196,11 @@ def test_stored_statistics_give_the_same_distance_as_the_images(tmp_path: Path, 
 def test_images_of_a_source_are_prepared_as_in_extraction(tmp_path: Path, vit: str) -> None:
     """The shapes rendered to files and as a source."""
     source = ShapesSource("heldout", 32)
+    (tmp_path / "images").mkdir()
     for i in range(len(source)):
-        source[i].image.save(tmp_path / f"{i:05d}.png")
-    report = run(
-        tmp_path / "out", tmp_path, reference="shapes", split="heldout", feature_extractor=vit, metrics=("fd",),
-        resolution=32,
-    )  # fmt: skip
+        source[i].image.save(tmp_path / "images" / f"{i:05d}.png")
+    flags: dict[str, Any] = {"reference": "shapes", "split": "heldout", "feature_extractor": vit, "metrics": ("fd",)}
+    report = run(tmp_path / "out", tmp_path / "images", resolution=32, **flags)
     assert values(report)["fd-tiny-vit"] < 1e-9
 
 
@@ -217,6 +222,49 @@ def test_retrieval_and_nearest_neighbours(tmp_path: Path, vit: str) -> None:
     )  # fmt: skip
     assert values(report) == {"retrieval_top1-tiny-vit": 1.0, "retrieval_top5-tiny-vit": 1.0}
     assert (tmp_path / "neighbours.png").is_file()
+
+
+def test_prompts_and_sheets_of_categories_whatever_these_are_called(tmp_path: Path, pipeline: str, vit: str) -> None:
+    categories = ["a/b", "a-b", "../../c", "???", "", "猫", "x" * 300]
+    rows = [json.dumps({"prompt": f"a cat {i}", "category": category}) for i, category in enumerate(categories)]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    flags: dict[str, Any] = {"num_inference_steps": (1,), "metrics": ("fd",), "reference": "shapes", "split": "heldout"}
+    report = run(tmp_path / "out", pipeline, prompts=str(tmp_path / "a.jsonl"), feature_extractor=vit, **flags)
+    sheets = sorted(path.name for path in (tmp_path / "out" / "sheets").iterdir())
+    assert sheets == ["00-a-b.png", "01-a-b.png", "02-..-..-c.png", "03-.png", "04-猫.png", f"05-{'x' * 60}.png"]
+    again = run(
+        tmp_path / "again", pipeline, prompts=str(tmp_path / "out" / "prompts.jsonl"), feature_extractor=vit, **flags
+    )  # fmt: skip
+    assert values(again) == values(report) and again["prompts"]["sha256"] == report["prompts"]["sha256"]
+
+
+def test_a_clip_score_beside_distances_that_need_real_images(tmp_path: Path, pipeline: str, photos: Path) -> None:
+    """The real images have no prompts. And one CLIP gives the score, and features of its own for a distance."""
+    clip = str(tiny_clip_folder(tmp_path / "my-clip"))
+    flags = {**SAMPLING, "reference": str(photos), "feature_extractor": clip, "clip_name_or_path": clip}
+    both = run(tmp_path / "both", pipeline, **flags, metrics=("clip_score", "fd"))
+    del flags["reference"]
+    alone = run(tmp_path / "alone", pipeline, **flags, metrics=("clip_score",))
+    assert list(values(both)) == ["clip_score-my-clip", "fd-my-clip"]
+    assert values(both)["clip_score-my-clip"] == values(alone)["clip_score-my-clip"]
+    [low, high] = both["results"][0]["scores"][0]["interval"]
+    assert 0 <= low <= values(both)["clip_score-my-clip"] <= high
+    with pytest.raises(UserError, match=r"^--metrics cmmd fd: two networks are called cmmd-x"):
+        run(
+            tmp_path / "equal", pipeline, **SAMPLING, reference=str(photos), metrics=("cmmd", "fd"),
+            cmmd_name_or_path=str(shutil.copytree(clip, tmp_path / "x")),
+            feature_extractor=str(shutil.copytree(clip, tmp_path / "cmmd-x")),
+        )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("error:the model reads")
+def test_prompts_that_are_too_long_are_counted_and_not_named_one_by_one(
+    tmp_path: Path, pipeline: str, vit: str
+) -> None:
+    (tmp_path / "a.txt").write_text("a cat\n" + "\n".join("a very long cat " * 30 + str(i) for i in range(3)))
+    flags: dict[str, Any] = {"num_inference_steps": (1,), "metrics": ("fd",), "reference": "shapes", "split": "heldout"}
+    report = run(tmp_path / "out", pipeline, prompts=str(tmp_path / "a.txt"), feature_extractor=vit, **flags)
+    assert any(note.startswith("3 prompts have more tokens than the model reads") for note in report["notes"])
 
 
 def test_images_of_a_model_and_of_a_folder_are_matched_by_their_prompts(
@@ -297,6 +345,7 @@ def test_bad_input_is_one_sentence_before_any_image(tmp_path: Path, pipeline: st
         (photos, {"metrics": ("clip_score",)}, "--metrics clip_score: needs the --prompts"),
         (photos, {"metrics": ("attributes",), "prompts": str(tmp_path / "a.txt")}, "needs --prompts shapes"),
         (photos, {"metrics": ("is",)}, "pt_inception-2015-12-05-6726825d.pth"),
+        ("shapes", {"metrics": ("is",), "reference": str(photos)}, "--reference .*compares with no real images"),
         (photos, {**own, "reference": pipeline}, "is a model; give images"),
         (photos, {**own, "reference": str(tmp_path / "other.npz")}, "other.npz: is damaged"),
         (photos, {**own, "reference": str(tmp_path / "nothing")}, "--reference .*nothing"),
@@ -305,6 +354,10 @@ def test_bad_input_is_one_sentence_before_any_image(tmp_path: Path, pipeline: st
         (mixed, {**own, "reference": str(photos)}, "give --resolution"),
         (one, {**own, "reference": str(photos)}, "1 image has no covariance"),
         (photos, {**own, "reference": str(photos), "prompts": "shapes"}, "288 prompts, and .* 100 images"),
+        (pipeline, {"protocol": "parti"}, "--protocol parti: needs --prompts, PartiPrompts.tsv"),
+        (pipeline, {"protocol": "uvit-coco", "reference": str(photos)}, "needs --prompts, captions_val2014.json"),
+        (tmp_path, {**own, "reference": str(photos)}, "--output_dir .*: lies in .*, whose images are read"),
+        ("shapes", {**own, "reference": str(tmp_path)}, "--output_dir .*: lies in .*, whose images are read"),
         (pipeline, {**own, "reference": str(photos)}, "generates images from --prompts"),
         (pipeline, {**SAMPLING, "metrics": ("attributes",), "ema": ("raw",)}, "has one set of weights"),
     ):

@@ -11,7 +11,6 @@ import transformers
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
-    CLIPConfig,
     CLIPModel,
     ConvNextConfig,
     ConvNextModel,
@@ -21,6 +20,7 @@ from transformers import (
     ViTModel,
 )
 
+from tests.evaluate.networks import CLIP_PROCESSOR, TINY, tiny_clip_folder
 from tests.evaluate.reference import formula_weights, synthetic_image
 from tests.tiny import CAPTIONS
 from uvit.errors import UserError
@@ -35,15 +35,8 @@ from uvit.evaluate.extractors import (
     inception_extractor,
 )
 from uvit.evaluate.inception import FIDInception
-from uvit.extract.tokenizer import train_tokenizer
 from uvit.io import write_json
 
-TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-CLIP_PROCESSOR = {
-    "image_processor_type": "CLIPImageProcessor",
-    "size": {"shortest_edge": 32},
-    "crop_size": {"height": 32, "width": 32},
-}
 VIT_PROCESSOR = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
 IMAGES = [synthetic_image(40, 60, 1), synthetic_image(181, 90, 2), synthetic_image(5, 7, 3)]
 
@@ -57,15 +50,7 @@ def save(path: Path, model: Any, processor: dict[str, Any] | None = None) -> str
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("extractors") / "my-clip"
-    tokenizer = train_tokenizer(CAPTIONS * 2, 320, 16)
-    torch.manual_seed(0)
-    tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    text = {**TINY, "vocab_size": len(tokenizer), "max_position_embeddings": 16, "projection_dim": 12, **tokens}
-    vision = {**TINY, "image_size": 32, "patch_size": 8, "projection_dim": 12}
-    save(path, CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)), CLIP_PROCESSOR)
-    tokenizer.save_pretrained(path)
-    return path
+    return tiny_clip_folder(tmp_path_factory.mktemp("extractors") / "my-clip")
 
 
 def vit(pooler: bool = True) -> Any:

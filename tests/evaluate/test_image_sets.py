@@ -83,3 +83,22 @@ def test_what_has_no_images_is_named_with_its_flag(tmp_path: Path, name: str) ->
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=f"^--reference .*{name}"):
         opened(tmp_path / name)
+
+
+def test_files_of_other_sizes_are_other_images(tmp_path: Path) -> None:
+    """So that features of images that were replaced are not used."""
+    save(tmp_path / "a.png")
+    before = opened(tmp_path).description
+    assert opened(tmp_path).description == before
+    save(tmp_path / "a.png", size=(9, 99))
+    after = opened(tmp_path).description
+    assert {key for key in before if before[key] != after[key]} == {"names_and_sizes_sha256"}
+
+
+def test_what_holds_no_images_of_its_own(tmp_path: Path) -> None:
+    save(tmp_path / "images" / "a.png")
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(UserError, match=r"^--reference .*: is the folder of an evaluation; give its images, .*images$"):
+        opened(tmp_path)
+    with pytest.raises(UserError, match=r"^--reference a.npz: holds statistics"):
+        opened("a.npz")

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from uvit.errors import UserError
-from uvit.evaluate.prompts import list_prompts, prompts_sha256
+from uvit.evaluate.prompts import list_prompts, prompts_lines, prompts_sha256
 from uvit.sources.shapes import scenes
 
 
@@ -48,8 +48,35 @@ def test_lists_give_text_and_category(tmp_path: Path) -> None:
     assert read("a.jsonl") == [("two cats", "counting"), ("a dog", "")]
 
 
+def test_quotes_and_line_breaks_of_lists(tmp_path: Path) -> None:
+    """A .tsv whose prompts begin with a quote, as in PartiPrompts; and both as spreadsheets write them."""
+    (tmp_path / "a.tsv").write_text('Prompt\tNote\n"GIGGLE" on a wall\t"\n"""STOP"" on a sign"\tx\n"open\n')
+    (tmp_path / "a.csv").write_bytes('prompt\n"""STOP"" on\r\na sign"\na\u2028cat\n'.encode())
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a\u2028cat\\n"}\r\n')
+
+    def read(name: str) -> list[str]:
+        return [prompt.text for prompt in list_prompts(str(tmp_path / name), None)]
+
+    assert read("a.tsv") == ['"GIGGLE" on a wall', '"STOP" on a sign', '"open']
+    assert read("a.csv") == ['"STOP" on a sign', "a cat"]
+    assert read("a.jsonl") == ["a cat"]
+
+
+def test_written_prompts_are_the_same_when_read(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text('Prompt\tCategory\n"a" café\tA/B\na dog\t\n', encoding="utf-8")
+    for name in (str(tmp_path / "a.tsv"), str(coco(tmp_path / "a.json"))):
+        prompts = list_prompts(name, None)
+        (tmp_path / "prompts.jsonl").write_text(prompts_lines(prompts, [7, 27]), encoding="utf-8")
+        again = list_prompts(str(tmp_path / "prompts.jsonl"), None)
+        assert again == prompts and prompts_sha256(again) == prompts_sha256(prompts)
+        rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+        assert [row["seeds"] for row in rows[:2]] == [[7, 27], [8, 28]]
+
+
 def test_coco_gives_one_caption_of_each_image_whatever_the_order_of_the_file(tmp_path: Path) -> None:
     prompts = list_prompts(str(coco(tmp_path / "a.json")), None)
+    # The rule is part of the protocols: a published list must not change.
+    assert prompts_sha256(prompts) == "a02dc07c064a99f4ed494b771b1f94c73ff454fd6fa6ca26c4299e4f8f5ec555"
     reversed_file = coco(tmp_path / "b.json.gz", lambda annotations: annotations.reverse())
     assert list_prompts(str(reversed_file), None) == prompts
     assert len({prompt.id.split()[1] for prompt in prompts}) == len(prompts) == 20
@@ -79,6 +106,15 @@ def test_a_source_gives_the_first_caption_of_each_pair_and_its_row(tmp_path: Pat
         ("a.tsv", b"Words\nx\n", "row 1 needs prompt or text or caption; it has words"),
         ("a.jsonl", b"{", "is not JSON in each line"),
         ("a.jsonl", b"[1]", "row 1 needs"),
+        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": 5}', "prompt of row 2 is 5, and must be a text"),
+        ("a.jsonl", b'{"prompt": null}', "prompt of row 1 is None"),
+        ("a.jsonl", b'{"prompt": ["a"]}', "prompt of row 1 is"),
+        ("a.csv", b"prompt,note\n,x\n", "prompt of row 1 is ''"),
+        ("a.csv", b'prompt\n"a\nb\n', "line 3 cannot be read"),
+        ("a.csv", b'prompt\n"a" b\n', "line 2 cannot be read"),
+        ("a.csv", b"prompt\n", "has no prompt"),
+        ("a.tsv", b"", "has no prompt"),
+        ("a.doc", b"a", "is a .doc file"),
         ("a.json", b"{}", "is not a file of COCO captions"),
         ("a.json", b"[", "is not a file of COCO captions"),
         ("a.json.gz", b"no gzip", "is not a file of COCO captions"),

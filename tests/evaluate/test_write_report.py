@@ -11,7 +11,8 @@ from uvit.cli.parse import parse
 from uvit.config.evaluate import EvaluateConfig
 from uvit.errors import UserError
 from uvit.evaluate.measure import Score
-from uvit.evaluate.write_report import command_line, notes_on, summarise, write_report
+from uvit.evaluate.prompts import Prompt
+from uvit.evaluate.write_report import command_line, markdown, notes_on, notes_on_protocol, summarise, write_report
 
 REPORT: dict[str, Any] = {
     "command": "uvit evaluate x",
@@ -58,5 +59,34 @@ def test_notes_name_small_sets_lossy_files_and_what_was_left_out() -> None:
     problem = {"id": "a", "message": "a.png: the image of a cannot be decoded"}
     notes = notes_on({"lossy_files": 3}, {"problems": [problem]}, 100, ["fid", "kid"])
     assert len(notes) == 3
-    assert notes[0].startswith("fid of 100 images") and "JPEG" in notes[1] and "a.png" in notes[2]
+    assert notes[0].startswith("fid of 100 images is too large") and "JPEG" in notes[1] and "a.png" in notes[2]
+    assert notes_on({"pixels_sha256": "a"}, {"pixels_sha256": "a"}, 100, ["kid"]) != []
+    assert notes_on({"pixels_sha256": "a"}, {"pixels_sha256": "b"}, 100, ["kid"]) == []
+    assert notes_on({"pixels_sha256": "a"}, {}, 100, ["kid"]) == []
     assert notes_on({}, {}, 30_000, ["fid"]) == notes_on({}, {}, 100, ["kid"]) == []
+
+
+def test_notes_say_where_a_protocol_is_not_kept() -> None:
+    def notes(protocol: str | None, number: int, side: int) -> list[str]:
+        config = EvaluateConfig("model", "out", protocol=protocol)  # type: ignore[arg-type]
+        return notes_on_protocol(config.resolved(), {"resolution": [side, side]}, [Prompt("a cat", "1")] * number)
+
+    assert notes("uvit-coco", 30_000, 256) == notes("geneval", 3, 256) == notes("shapes", 3, 32) == []
+    [note] = notes("uvit-coco", 3, 256)
+    assert note.startswith("These 3 prompts are not those of the protocol uvit-coco, which has 30,000.")
+    [note] = notes("coco-5k", 5000, 256)
+    assert "coco-5k (SHA-256 328d84af...)" in note and "captions_val2017.json" in note
+    assert notes("geneval", 3, 32) == ["The model generates 32 x 32 pixels; the protocol is one of 256."]
+    assert notes(None, 3, 32) == []
+
+
+def test_problems_are_listed_but_not_by_the_thousand() -> None:
+    problems = [{"id": str(i), "message": f"{i}.png: is broken"} for i in range(1234)]
+    report = {
+        "command": "uvit",
+        "results": [{"label": "", "scores": []}],
+        "notes": [],
+        "images": {"problems": problems},
+    }
+    text = markdown(report)
+    assert "  - 9.png: is broken\n  - and 1,224 more\n" in text and "10.png" not in text

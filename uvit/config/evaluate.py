@@ -47,6 +47,17 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "batch_size": 72,
     },
 }
+# The prompts of the protocols, for messages; and their SHA-256, as the report has it, where it is known.
+PROTOCOL_PROMPTS = {
+    "uvit-coco": "captions_val2014.json of COCO",
+    "coco-5k": "captions_val2017.json of COCO",
+    "parti": "PartiPrompts.tsv",
+    "geneval": "evaluation_metadata.jsonl of GenEval",
+}
+PROTOCOL_PROMPTS_SHA256 = {
+    "coco-5k": "328d84afb1e1f4404c4e4984259dc8f1712ae9f20d59b0ea8a718b1fa5b7489b",
+    "parti": "93997a678f3fe32f7cda2f433dbbe03506f94b1a34bfc98448e3164d8c6c50a3",
+}
 # For flags that neither the command line nor the protocol sets.
 DEFAULTS: dict[str, Any] = {
     "guidance_scale": (2.0,),
@@ -76,11 +87,11 @@ class EvaluateConfig:
     # Most used
     model: PathFlag
     """What to evaluate: a pipeline folder, a training run or one of its checkpoints; or images: a folder of images, a
-    source of `uvit extract`, a feature store (the images that it was made from), or an .npz file of statistics."""
+    source of `uvit extract`, or a feature store (the images that it was made from)."""
     output_dir: PathFlag
     """The folder for the report, the images and their features."""
     reference: PathFlag | None = None
-    """The real images to compare with: anything that may stand for the model."""
+    """The real images to compare with: images as for the model, or an .npz file of their statistics."""
     prompts: PathFlag | None = None
     """The prompts: a .txt file with one per line, a .tsv, .csv or .jsonl file with a column `prompt`, COCO captions
     (.json), `shapes`, `shapes:two`, or a source of `uvit extract` or a feature store, of which each pair gives its
@@ -165,9 +176,11 @@ class EvaluateConfig:
         check_bounds(self)
         parse_shard(self.shard)
         pairs = list(zip(self.guidance_interval[::2], self.guidance_interval[1::2], strict=False))
+        given = " ".join(f"{value:g}" for value in self.guidance_interval)
         if len(self.guidance_interval) % 2 or not all(1 <= low <= high <= 1000 for low, high in pairs):
-            given = " ".join(f"{value:g}" for value in self.guidance_interval)
             raise UserError(f"--guidance_interval {given}: must be pairs of timesteps in 1..1000, the lower one first")
+        if len(set(pairs)) < len(pairs):
+            raise UserError(f"--guidance_interval {given}: names an interval twice")
         for name in ("metrics", "guidance_scale", "num_inference_steps", "scheduler", "ema"):
             values = getattr(self, name)
             if len(set(values)) < len(values):

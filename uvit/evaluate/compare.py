@@ -38,6 +38,10 @@ def compare_reports(config: EvaluateCompareConfig) -> int:
     """The command. Returns 1 if the reports cannot be compared."""
     paths = [path / "report.json" if path.is_dir() else path for path in map(Path, config.reports)]
     first, second = map(read_report, paths)
+    for path, report in zip(paths, (first, second), strict=True):
+        if len(report["results"]) > 1:
+            label = report["results"][0]["label"]
+            print(f"{path}: has {len(report['results'])} settings; the first one is compared: {label}")
     one, other = ({key: report["results"][0]["images"][0].get(key) for key in COMPARED} for report in (first, second))
     for line in differences(one, other, IN_BOTH).values():
         print(line)

@@ -28,14 +28,31 @@ from uvit.evaluate.attributes import accuracy_table, attribute_sheet, scene_kind
 from uvit.evaluate.features import FeatureSet, PerImage, all_done, extract_features, load_features
 from uvit.evaluate.generate import GeneratedImages, folder_name, is_model, open_model
 from uvit.evaluate.image_sets import ImageSet, open_images
-from uvit.evaluate.measure import FRECHET, ImageFeatures, Score, build_extractors, check_metrics, compute_scores
-from uvit.evaluate.prompts import Prompt, list_prompts, prompts_sha256
+from uvit.evaluate.measure import (
+    FRECHET,
+    ImageFeatures,
+    Score,
+    build_extractors,
+    check_metrics,
+    comparing,
+    compute_scores,
+)
+from uvit.evaluate.prompts import Prompt, list_prompts, prompts_lines, prompts_sha256
 from uvit.evaluate.retrieval import nearest_images
 from uvit.evaluate.statistics_file import SavedStatistics, check_same_features, read_statistics
 from uvit.evaluate.sweep import best_setting, list_settings, pareto_plot
-from uvit.evaluate.write_report import command_line, environment, notes_on, score_table, summarise, write_report
+from uvit.evaluate.write_report import (
+    FLAGS_WITHOUT_EFFECT,
+    command_line,
+    environment,
+    notes_on,
+    notes_on_protocol,
+    score_table,
+    summarise,
+    write_report,
+)
 from uvit.images import contact_sheet, save_png
-from uvit.io import write_json
+from uvit.io import write_bytes, write_json
 from uvit.progress import Progress
 from uvit.sample.files import check_writable
 
@@ -60,7 +77,7 @@ def evaluate(config: EvaluateConfig) -> None:
     check_metrics(config)
     part, num_parts = resolve_shard(config.shard)
     folder = Path(config.output_dir)
-    check_writable(folder, f"--output_dir {folder}")
+    check_output(config)
     clock = Stopwatch()
     with clock("start"):
         extractors = build_extractors(config)
@@ -72,7 +89,7 @@ def evaluate(config: EvaluateConfig) -> None:
     reference = open_reference(config, extractors, config.resolution or (resolution[0] if resolution else None))
 
     unique = {extractor.name: extractor for extractor in extractors.values()}
-    shared = [each for each in unique.values() if each.name != "attributes"] if reference is not None else []
+    shared = list({extractors[metric].name: extractors[metric] for metric in comparing(config)}.values())
     silent = int(os.environ.get("RANK", "0")) > 0
     jobs = [(each.images, prompts, list(unique.values()), each.folder / "features") for each in measured]
     if reference is not None and not isinstance(reference, SavedStatistics):
@@ -90,22 +107,38 @@ def evaluate(config: EvaluateConfig) -> None:
             return
         with clock("scores"):
             report = score(config, measured, reference, extractors, prompts)
+        report["notes"] += notes_on_protocol(config, measured[0].images.description, prompts)
         report = {
             "command": command_line(given),
             "protocol": {"name": given.protocol, "changed": given.protocol_changes()} if given.protocol else {},
             **report,
-            "settings": asdict(config),
+            "settings": {name: value for name, value in asdict(config).items() if name not in FLAGS_WITHOUT_EFFECT},
             "environment": environment(),
         }
         write_report(folder, report)
         write_json(folder / "seconds.json", clock.seconds)  # apart, so that equal evaluations write equal reports
+        if prompts:
+            seeds = dict.fromkeys(each.images.description["seed"] for each in measured if is_model(config.model))
+            write_bytes(folder / "prompts.jsonl", prompts_lines(prompts, list(seeds)).encode())
         write_sheets(folder, measured, prompts)
-        by_network = [extractors[each] for each in config.metrics if isinstance(extractors[each], ImageFeatures)]
-        if by_network and reference is not None and not isinstance(reference, SavedStatistics):
-            write_neighbours(folder, measured[0], reference, extractors.get("retrieval", by_network[0]))
+        compared = comparing(config)
+        if compared and reference is not None and not isinstance(reference, SavedStatistics):
+            write_neighbours(folder, measured[0], reference, extractors.get("retrieval", extractors[compared[0]]))
     print("\n".join(summary(config, report, len(prompts))))
     print("seconds: " + ", ".join(f"{name} {seconds:g}" for name, seconds in clock.seconds.items()))
     print(f"report: {folder / 'report.md'}; contact sheet: {folder / 'contact_sheet.png'}")
+
+
+def check_output(config: EvaluateConfig) -> None:
+    """Raises UserError if --output_dir cannot be written, or lies among the images, of which it would become one."""
+    folder = Path(config.output_dir)
+    check_writable(folder, f"--output_dir {folder}")
+    for images in (config.model, config.reference):
+        place = Path(images or "nothing").resolve()
+        if images is None or not place.is_dir() or is_model(images):
+            continue
+        if place in (folder.resolve(), *folder.resolve().parents):
+            raise UserError(f"--output_dir {folder}: lies in {images}, whose images are read; choose another folder")
 
 
 def list_measured(config: EvaluateConfig, prompts: Sequence[Prompt], clock: "Stopwatch") -> Iterator[Measured]:
@@ -178,7 +211,8 @@ def score(
         }
     elif reference is not None:
         folder = Path(config.output_dir) / "reference"
-        real = {name: load_features(reference, each, folder) for name, each in unique.items() if name != "attributes"}
+        shared = {extractors[metric].name: extractors[metric] for metric in comparing(config)}
+        real = {name: load_features(reference, each, folder) for name, each in shared.items()}
         described = _described(reference, next(iter(real.values())))
     results: dict[str, dict[str, Any]] = {}
     halves: dict[str, tuple[list[Score], list[Score]]] = {}
@@ -238,9 +272,9 @@ def write_sheets(folder: Path, measured: Sequence[Measured], prompts: Sequence[P
         return
     _save_sheet(images, list(range(len(images))), prompts, folder / "contact_sheet.png")
     categories = list(dict.fromkeys(prompt.category for prompt in prompts if prompt.category))
-    for category in categories:
+    for number, category in enumerate(categories):  # numbered: names of folders may be equal, or empty
         rows = [row for row, prompt in enumerate(prompts) if prompt.category == category]
-        _save_sheet(images, rows, prompts, folder / "sheets" / f"{folder_name(category)}.png")
+        _save_sheet(images, rows, prompts, folder / "sheets" / f"{number:02d}-{folder_name(category)[:60]}.png")
 
 
 def write_neighbours(folder: Path, measured: Measured, reference: ImageSet, extractor: PerImage) -> None:

@@ -1,6 +1,7 @@
 """The images of a model: opened from a pipeline, a run or a checkpoint; generated, and kept as PNG files."""
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from uvit.sample.load import open_pipeline
 from uvit.sample.pipeline import UViTPipeline
 from uvit.sample.schedulers import MultistepScheduler, build_scheduler
 from uvit.weights.detect import INDEX
-from uvit.weights.encoders import fingerprint
+from uvit.weights.encoders import fingerprint, quiet
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ class Model:
     path: Path
     hashes: dict[str, str]
 
+    def num_truncated(self, prompts: Sequence[Prompt]) -> int:
+        """How many prompts have more tokens than the model reads."""
+        ids = self.pipeline.tokenizer([prompt.text for prompt in prompts], verbose=False).input_ids
+        return sum(len(each) > self.pipeline.unet.config.num_text_tokens for each in ids)
+
     def scheduler(self, name: Scheduler) -> Any:
         """A new solver. Raises UserError if it is the fitted one, and there is none."""
         return MultistepScheduler(read_plans(self.path)) if name == "fitted" else build_scheduler(name)
@@ -89,7 +95,8 @@ def open_model(name: str, weights: WeightsChoice, device: str, dtype: str) -> Mo
         if weights == "ema" and not components.facts["ema"]:
             raise UserError(f"--ema ema: {opened} has no EMA weights; give --ema raw")
         check_fit(components, opened)
-        pipeline = build_pipeline(components).to(own_device(device), getattr(torch, dtype))
+        with quiet():
+            pipeline = build_pipeline(components).to(own_device(device), getattr(torch, dtype))
         pipeline.set_progress_bar_config(disable=True)
     networks = {network: getattr(pipeline, network) for network in ("unet", "vqvae", "text_encoder")}
     return Model(pipeline, opened, {f"{name}_sha256": fingerprint(network) for name, network in networks.items()})
@@ -127,6 +134,8 @@ class GeneratedImages:
             "prompts_sha256": prompts_sha256(prompts),
             "resolution": list(model.pipeline.resolution),
         }
+        if num_truncated := model.num_truncated(prompts):
+            self.description["num_truncated_prompts"] = num_truncated
 
     def __len__(self) -> int:
         return len(self.jobs)
@@ -148,15 +157,17 @@ class GeneratedImages:
             progress.skip(len(jobs))
             return list(map(read_image, done))
         self.model.pipeline.scheduler = self.scheduler  # settings share the pipeline
-        images, latents = sample_batch(
-            self.model.pipeline,
-            [job.prompt for job in jobs],
-            [job.seed for job in jobs],
-            progress,
-            guidance_scale=self.setting.guidance_scale,
-            guidance_interval=self.setting.guidance_interval,
-            num_inference_steps=self.setting.num_inference_steps,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="the model reads")  # the report counts them
+            images, latents = sample_batch(
+                self.model.pipeline,
+                [job.prompt for job in jobs],
+                [job.seed for job in jobs],
+                progress,
+                guidance_scale=self.setting.guidance_scale,
+                guidance_interval=self.setting.guidance_interval,
+                num_inference_steps=self.setting.num_inference_steps,
+            )
         for job, image, latent, text in zip(jobs, images, latents, texts, strict=True):
             save_image(self.folder / job.file_name, image, latent, text, None)
         return images

@@ -4,6 +4,7 @@
 number, and in a fixed order, whoever reads them.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,10 @@ def open_images(config: EvaluateConfig, name: str, flag: str, resolution: int | 
     Raises UserError if there are none.
     """
     path = Path(name)
+    if path.suffix == ".npz":
+        raise UserError(f"--{flag} {name}: holds statistics, and the images themselves are needed")
+    if (path / "report.json").is_file() and (path / "images").is_dir():
+        raise UserError(f"--{flag} {name}: is the folder of an evaluation; give its images, {path / 'images'}")
     preparation = Preparation(resolution, str(config.crop), str(config.resize), str(config.icc))
     if is_store(name, config.split or "train"):
         return _of_store(name, config.split or "train", flag, resolution)
@@ -163,7 +168,13 @@ class FolderImages:
     def __init__(self, folder: Path, files: Sequence[str], preparation: Preparation):
         self.folder, self.files, self.preparation = folder, files, preparation
         lossy = sum(suffix_of(file) in LOSSY_SUFFIXES for file in files)
-        self.description = {"folder": str(folder), "num_images": len(files), "preparation": str(preparation)}
+        sizes = "".join(f"{file} {(folder / file).stat().st_size}\n" for file in files)
+        self.description = {
+            "folder": str(folder),
+            "num_images": len(files),
+            "names_and_sizes_sha256": hashlib.sha256(sizes.encode()).hexdigest(),  # other files are other images
+            "preparation": str(preparation),
+        }
         if lossy:
             self.description["lossy_files"] = lossy
 

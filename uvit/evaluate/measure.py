@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from uvit.config.evaluate import NEED_PROMPTS, NEED_REFERENCE, EvaluateConfig
+from uvit.config.evaluate import NEED_PROMPTS, NEED_REFERENCE, PROTOCOL_PROMPTS, EvaluateConfig
 from uvit.device import own_device
 from uvit.errors import UserError
 from uvit.evaluate.attributes import AttributeReader, scene_kind
@@ -68,7 +68,7 @@ class ImageFeatures:
 
     @property
     def name(self) -> str:
-        return self.extractor.name
+        return self.extractor.name + ("-with-texts" if self.with_texts else "")
 
     @property
     def description(self) -> dict[str, Any]:
@@ -89,7 +89,16 @@ class ImageFeatures:
 def check_metrics(config: EvaluateConfig) -> None:
     """Raises UserError if a metric needs what was not given."""
     if not config.metrics:
-        raise UserError("--metrics: names none; give some, such as --metrics fid, or a --protocol")
+        raise UserError(
+            f"--metrics: names none, and {config.model} is no model, which needs none; give some, such as --metrics fid"
+        )
+    if config.protocol is not None and config.prompts is None:
+        raise UserError(f"--protocol {config.protocol}: needs --prompts, {PROTOCOL_PROMPTS[config.protocol]}")
+    if config.reference is not None and not comparing(config):
+        raise UserError(
+            f"--reference {config.reference}: --metrics {' '.join(config.metrics)} compares with no real images; leave "
+            "the reference out, or add a metric such as fid"
+        )
     for metric in config.metrics:
         if metric in NEED_REFERENCE and config.reference is None:
             raise UserError(f"--metrics {metric}: compares with real images; give --reference")
@@ -97,6 +106,11 @@ def check_metrics(config: EvaluateConfig) -> None:
             raise UserError(f"--metrics {metric}: needs the --prompts of the images")
     if "attributes" in config.metrics and config.prompts not in ("shapes", "shapes:two"):
         raise UserError("--metrics attributes: needs --prompts shapes or shapes:two, whose attributes are known")
+
+
+def comparing(config: EvaluateConfig) -> list[str]:
+    """The metrics that compare with --reference."""
+    return [metric for metric in config.metrics if metric in NEED_REFERENCE]
 
 
 def build_extractors(config: EvaluateConfig) -> dict[str, PerImage]:
@@ -121,6 +135,13 @@ def build_extractors(config: EvaluateConfig) -> dict[str, PerImage]:
             else:
                 built[kind] = ImageFeatures(folder_extractor(str(config.feature_extractor), device))
         extractors[metric] = built[kind]
+    names = [each.name for each in built.values()]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(
+                f"--metrics {' '.join(config.metrics)}: two networks are called {name}; evaluate them in "
+                "two runs, or give a --feature_extractor of another name"
+            )
     return extractors
 
 
@@ -181,8 +202,9 @@ def _scores(
         return [Score("is", value, "higher", details={"deviation_of_splits": deviation, "splits": splits})]
     if metric == "clip_score":
         similarities = clip_similarities(features.tensor("features"), features.tensor("texts"))
-        low, high = mean_interval(similarities)
-        return [Score(f"clip_score-{writer.name}", clip_score(similarities), "higher", low, high)]
+        low, high = (max(0.0, end) for end in mean_interval(similarities))  # as the score
+        assert isinstance(writer, ImageFeatures)
+        return [Score(f"clip_score-{writer.extractor.name}", clip_score(similarities), "higher", low, high)]
     if metric in FRECHET:
         return [_frechet(writer, features, reference, extrapolate)]
     if isinstance(reference, FeatureStatistics):

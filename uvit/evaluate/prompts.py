@@ -6,7 +6,9 @@ The order of the prompts is fixed, so that prompt i has seed + i whoever generat
 import csv
 import gzip
 import hashlib
+import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -81,25 +83,59 @@ def _of_shapes(split: str, num_objects: int) -> list[Prompt]:
     ]
 
 
+def prompts_lines(prompts: Sequence[Prompt], seeds: Sequence[int]) -> str:
+    """The prompts as .jsonl, which `list_prompts` reads: the id, the text, and the seed of each repeat's image.
+
+    Args:
+        seeds: of the first image of each repeat.
+    """
+    rows = (
+        {"id": prompt.id, "prompt": prompt.text}
+        | ({"category": prompt.category} if prompt.category else {})
+        | ({"seeds": [seed + i for seed in seeds]} if seeds else {})
+        for i, prompt in enumerate(prompts)
+    )
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def _of_rows(path: Path) -> Iterator[Prompt]:
-    """A list with a column for the prompt, and perhaps one for the category. Names of columns in any case."""
+    """A list with a column for the prompt, perhaps one for the category, and one for the id. Names in any case."""
     text = _read_text(path)
     rows: list[Any]
     if path.suffix == ".jsonl":
         try:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         except ValueError as error:
             raise UserError(f"--prompts {path}: is not JSON in each line ({error})") from None
+    elif path.suffix == ".tsv":
+        header, *lines = [line.split("\t") for line in text.split("\n") if line.strip()] or [[]]
+        rows = [dict(zip(map(_unquoted, header), map(_unquoted, fields), strict=False)) for fields in lines]
     else:
-        rows = list(csv.DictReader(text.splitlines(), delimiter="\t" if path.suffix == ".tsv" else ","))
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        try:
+            rows = list(reader)
+        except csv.Error as error:
+            line = f"line {reader.reader.line_num} cannot be read ({error})"
+            raise UserError(
+                f"--prompts {path}: {line}; put a text with commas or quotes in quotes, and double its own"
+            ) from None
     for number, row in enumerate(rows, start=1):
         columns = {str(name).lower(): value for name, value in row.items()} if isinstance(row, dict) else {}
-        prompt = next((columns[name] for name in PROMPT_COLUMNS if columns.get(name)), None)
-        if not isinstance(prompt, str) or not prompt.strip():
+        name = next((name for name in PROMPT_COLUMNS if name in columns), None)
+        if name is None:
             has = ", ".join(columns) or "no columns"
             raise UserError(f"--prompts {path}: row {number} needs {' or '.join(PROMPT_COLUMNS)}; it has {has}")
+        prompt = columns[name]
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise UserError(f"--prompts {path}: {name} of row {number} is {prompt!r}, and must be a text")
         category = next((str(columns[name]) for name in CATEGORY_COLUMNS if columns.get(name)), "")
-        yield Prompt(prompt.strip(), f"row {number}", category)
+        yield Prompt(" ".join(prompt.split()), str(columns.get("id") or f"row {number}"), category)
+
+
+def _unquoted(field: str) -> str:
+    """A field of a .tsv: spreadsheets put some in quotes, and double its own; others' prompts merely begin with one."""
+    quoted = re.fullmatch(r'"((?:[^"]|"")*)"', field.strip())
+    return quoted[1].replace('""', '"') if quoted else field
 
 
 def _of_coco(path: Path) -> list[Prompt]:
@@ -127,11 +163,14 @@ def _of_coco(path: Path) -> list[Prompt]:
 
 
 def _of_source(source: str, split: str) -> Iterator[Prompt]:
-    if is_store(source, split):
-        pairs, record = open_stored_source(source, split, "prompts")
-        split = record["split"]
-    else:
-        pairs = require_random_access(open_source(source, split), f"--prompts {source}")
+    try:
+        if is_store(source, split):
+            pairs, record = open_stored_source(source, split, "prompts")
+            split = record["split"]
+        else:
+            pairs = require_random_access(open_source(source, split), f"--prompts {source}")
+    except UserError as error:
+        raise UserError(str(error).replace("--source", "--prompts")) from None
     for row in range(len(pairs)):
         try:
             yield Prompt(pairs.captions(row)[0], str(row), image=image_id(pairs, split, row))

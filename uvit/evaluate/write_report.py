@@ -13,13 +13,16 @@ from typing import Any
 import torch
 
 from uvit import __version__
-from uvit.config.evaluate import EvaluateConfig
+from uvit.config.evaluate import PROTOCOL_PROMPTS, PROTOCOL_PROMPTS_SHA256, PROTOCOLS, EvaluateConfig
 from uvit.errors import UserError
 from uvit.evaluate.compare import REPORT_FORMAT
 from uvit.evaluate.measure import SMALL_SET, Score
+from uvit.evaluate.prompts import Prompt, prompts_sha256
 from uvit.io import write_bytes, write_json
 
 REPORT_VERSION = 1
+FLAGS_WITHOUT_EFFECT = ("shard", "disable_tqdm")  # so that shared work gives the same report
+SHOWN_PROBLEMS = 10  # in report.md; report.json has all
 LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "pillow")
 
 
@@ -35,7 +38,7 @@ def command_line(config: EvaluateConfig) -> str:
     words = ["uvit", "evaluate", config.model]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name != "model" and value != field.default:
+        if field.name not in ("model", *FLAGS_WITHOUT_EFFECT) and value != field.default:
             words += [f"--{field.name}", *map(str, value if isinstance(value, tuple) else (value,))]
     return shlex.join(words)
 
@@ -113,7 +116,11 @@ def score_table(report: dict[str, Any]) -> list[str]:
 def _rows(content: dict[str, Any], indent: str = "") -> list[str]:
     lines = []
     for key, value in content.items():
-        if isinstance(value, dict) and value:
+        if key == "problems":
+            shown = [problem["message"] for problem in value[:SHOWN_PROBLEMS]]
+            shown += [f"and {len(value) - len(shown):,} more"] * (len(value) > len(shown))
+            lines += [f"{indent}- {key}:", *(f"{indent}  - {message}" for message in shown)]
+        elif isinstance(value, dict) and value:
             lines += [f"{indent}- {key}:", *_rows(value, indent + "  ")]
         else:
             lines.append(f"{indent}- {key}: {value if not isinstance(value, float) else format(value, '.6g')}")
@@ -125,17 +132,42 @@ def notes_on(images: dict[str, Any], reference: dict[str, Any], num_images: int,
     notes = []
     distances = [name for name in names if name.startswith(("fid", "fd-"))]
     if distances and num_images < SMALL_SET:
+        are = "is" if len(distances) == 1 else "are"
         notes.append(
-            f"{' and '.join(distances)} of {num_images:,} images are too large by a bias that falls as 1/n. Compare "
-            "them only with those of as many images, or use `for_infinitely_many_images` in report.json."
+            f"{' and '.join(distances)} of {num_images:,} images {are} too large by a bias that falls as 1/n. Compare "
+            "only with as many images, or use `for_infinitely_many_images` in report.json."
+        )
+    if reference and images.get("pixels_sha256") == reference.get("pixels_sha256", "none"):
+        notes.append("The images and the reference are the same images.")
+    if images.get("num_truncated_prompts"):
+        notes.append(
+            f"{images['num_truncated_prompts']:,} prompts have more tokens than the model reads, and are cut off."
+        )
+    if images.get("lossy_files"):
+        notes.append(
+            f"{images['lossy_files']:,} files of the images are JPEG or WebP, whose compression moves features; save "
+            "images as PNG."
         )
     for what, described in (("images", images), ("reference", reference)):
-        if described.get("lossy_files"):
-            notes.append(
-                f"{described['lossy_files']:,} files of the {what} are JPEG or WebP, whose compression moves features; "
-                "save images as PNG."
-            )
         if described.get("problems"):
             first = described["problems"][0]["message"]
             notes.append(f"{len(described['problems']):,} of the {what} could not be read and are left out: {first}")
+    return notes
+
+
+def notes_on_protocol(config: EvaluateConfig, images: dict[str, Any], prompts: Sequence[Prompt]) -> list[str]:
+    """Where the prompts or the model are not those of the protocol."""
+    if config.protocol is None:
+        return []
+    notes, (height, width) = [], images.get("resolution", (config.resolution, config.resolution))
+    wanted = PROTOCOL_PROMPTS_SHA256.get(config.protocol)
+    number = PROTOCOLS[config.protocol]["max_prompts"]
+    if (wanted is not None and prompts_sha256(prompts) != wanted) or (number is not None and number != len(prompts)):
+        notes.append(
+            f"These {len(prompts):,} prompts are not those of the protocol {config.protocol}"
+            f"{f' (SHA-256 {wanted[:8]}...)' if wanted else f', which has {number:,}'}. Numbers of others cannot be "
+            f"compared with these. It takes {PROTOCOL_PROMPTS[config.protocol]}."
+        )
+    if config.resolution is not None and (height, width) != (config.resolution, config.resolution):
+        notes.append(f"The model generates {width} x {height} pixels; the protocol is one of {config.resolution}.")
     return notes
