@@ -193,6 +193,28 @@ def test_stored_statistics_give_the_same_distance_as_the_images(tmp_path: Path, 
         run(tmp_path / "c", "shapes", reference=str(file), **{**flags, "metrics": ("kid",)})
 
 
+def test_two_files_of_statistics_are_compared_without_a_network(tmp_path: Path, vit: str, photos: Path) -> None:
+    flags: dict[str, Any] = {"feature_extractor": vit, "resolution": 24}
+    files = {}
+    for name in (str(photos), "shapes"):
+        files[name] = tmp_path / f"{Path(name).name}.npz"
+        store_statistics(
+            EvaluateStatisticsConfig(
+                name, str(files[name]), metric="fd", device="cpu", disable_tqdm=True, **flags
+            )
+        )  # fmt: skip
+    with_images = run(tmp_path / "a", "shapes", reference=str(photos), metrics=("fd",), **flags)
+    with_files = run(tmp_path / "b", files["shapes"], reference=str(files[str(photos)]), metrics=("fid",))
+    assert values(with_files) == values(with_images)
+    assert with_files["reference"]["pixels_sha256"] == with_images["reference"]["pixels_sha256"]
+    same = run(tmp_path / "c", files["shapes"], reference=str(files["shapes"]), metrics=("fid",))
+    assert values(same) == {"fd-tiny-vit": 0.0}
+    with pytest.raises(UserError, match="give the images as the model"):
+        run(tmp_path / "d", files["shapes"], reference=str(photos), metrics=("fid",))
+    with pytest.raises(UserError, match="holds statistics; give one of --metrics"):
+        run(tmp_path / "d", files["shapes"], reference=str(files["shapes"]), metrics=("kid",))
+
+
 def test_images_of_a_source_are_prepared_as_in_extraction(tmp_path: Path, vit: str) -> None:
     """The shapes rendered to files and as a source."""
     source = ShapesSource("heldout", 32)

@@ -91,7 +91,8 @@ class EvaluateConfig:
     output_dir: PathFlag
     """The folder for the report, the images and their features."""
     reference: PathFlag | None = None
-    """The real images to compare with: images as for the model, or an .npz file of their statistics."""
+    """The real images to compare with: images as for the model, or an .npz file of their statistics. Two .npz files are
+    compared without a network."""
     prompts: PathFlag | None = None
     """The prompts: a .txt file with one per line, a .tsv, .csv or .jsonl file with a column `prompt`, COCO captions
     (.json), `shapes`, `shapes:two`, or a source of `uvit extract` or a feature store, of which each pair gives its

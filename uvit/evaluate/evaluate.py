@@ -10,7 +10,6 @@ Every stage resumes: images and features are files that are complete or not ther
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -38,6 +37,7 @@ from uvit.evaluate.measure import (
     compute_scores,
 )
 from uvit.evaluate.prompts import Prompt, list_prompts, prompts_lines, prompts_sha256
+from uvit.evaluate.reference import describe_statistics, score_statistics
 from uvit.evaluate.retrieval import nearest_images
 from uvit.evaluate.statistics_file import SavedStatistics, check_same_features, read_statistics
 from uvit.evaluate.sweep import best_setting, list_settings, pareto_plot
@@ -75,6 +75,9 @@ def evaluate(config: EvaluateConfig) -> None:
         config = EvaluateConfig(**{**vars(config), "protocol": "shapes"})
     given, config = config, config.resolved()
     check_metrics(config)
+    if config.model.endswith(".npz"):
+        evaluate_statistics(config)
+        return
     part, num_parts = resolve_shard(config.shard)
     folder = Path(config.output_dir)
     check_output(config)
@@ -127,6 +130,23 @@ def evaluate(config: EvaluateConfig) -> None:
     print("\n".join(summary(config, report, len(prompts))))
     print("seconds: " + ", ".join(f"{name} {seconds:g}" for name, seconds in clock.seconds.items()))
     print(f"report: {folder / 'report.md'}; contact sheet: {folder / 'contact_sheet.png'}")
+
+
+def evaluate_statistics(config: EvaluateConfig) -> None:
+    """Compare two files of statistics, and write the report."""
+    check_output(config)
+    result, first, second = score_statistics(config)
+    report = {
+        "command": command_line(config),
+        "results": [{"label": "", "scores": summarise([[result]]), "images": [first]}],
+        "images": first,
+        "reference": second,
+        "notes": [] if result.name != "fid" or "pixels_sha256" in first else ["The files do not say what made them."],
+        "environment": environment(),
+    }
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    write_report(Path(config.output_dir), report)
+    print("\n".join([*score_table(report), f"report: {Path(config.output_dir) / 'report.md'}"]))
 
 
 def check_output(config: EvaluateConfig) -> None:
@@ -203,12 +223,7 @@ def score(
     described: dict[str, Any] = {}
     if isinstance(reference, SavedStatistics):
         real = dict.fromkeys(unique, reference.statistics)
-        described = {
-            "statistics": config.reference,
-            "sha256": hashlib.sha256(Path(str(config.reference)).read_bytes()).hexdigest(),
-            "num_images": reference.statistics.num_images,
-            **(reference.images or {}),
-        }
+        described = describe_statistics(reference)
     elif reference is not None:
         folder = Path(config.output_dir) / "reference"
         shared = {extractors[metric].name: extractors[metric] for metric in comparing(config)}

@@ -1,13 +1,17 @@
-"""`uvit evaluate statistics`: the mean and the covariance of the features of real images, as one file."""
+"""Files of statistics: `uvit evaluate statistics` writes one, and `uvit evaluate A.npz --reference B.npz` compares two."""
 
+import hashlib
 from pathlib import Path
+from typing import Any
 
 from uvit.config.evaluate import EvaluateConfig, EvaluateStatisticsConfig
 from uvit.errors import UserError
 from uvit.evaluate.features import extract_features, load_features
+from uvit.evaluate.frechet import frechet_distance
 from uvit.evaluate.image_sets import open_images
-from uvit.evaluate.measure import ImageFeatures, build_extractors, statistics_of_features
-from uvit.evaluate.statistics_file import write_statistics
+from uvit.evaluate.inception import WEIGHTS_SHA256_PREFIX
+from uvit.evaluate.measure import FRECHET, ImageFeatures, Score, build_extractors, statistics_of_features
+from uvit.evaluate.statistics_file import SavedStatistics, check_same_origin, read_statistics, write_statistics
 from uvit.progress import Progress
 from uvit.sample.files import check_writable
 
@@ -35,3 +39,41 @@ def store_statistics(config: EvaluateStatisticsConfig) -> None:
     write_statistics(output, statistics_of_features(features), writer.extractor, described)
     print(f"{output}: {len(features):,} images, {writer.extractor.distance}; left out: {len(features.problems):,}")
     print(f"{folder} can be deleted: it holds the features of single images")
+
+
+def score_statistics(config: EvaluateConfig) -> tuple[Score, dict[str, Any], dict[str, Any]]:
+    """(the distance of two files of statistics, what is known of the first one, and of the second one).
+
+    No network is needed. Raises UserError if they cannot be compared.
+    """
+    if not str(config.reference).endswith(".npz"):
+        raise UserError(
+            f"{config.model}: holds statistics; give --reference another .npz file, or give the images as the model and "
+            "this file as --reference: the distance is the same"
+        )
+    if len(config.metrics) != 1 or config.metrics[0] not in FRECHET:
+        raise UserError(f"{config.model}: holds statistics; give one of --metrics {', '.join(FRECHET)}")
+    first, second = (read_statistics(Path(str(name))) for name in (config.model, config.reference))
+    check_same_origin(first, second)
+    name = _distance_name(first) or _distance_name(second) or config.metrics[0]
+    score = Score(name, frechet_distance(first.statistics, second.statistics), "lower")
+    return score, describe_statistics(first), describe_statistics(second)
+
+
+def describe_statistics(saved: SavedStatistics) -> dict[str, Any]:
+    """What a report says of a file of statistics."""
+    return {
+        "statistics": str(saved.path),
+        "sha256": hashlib.sha256(saved.path.read_bytes()).hexdigest(),
+        "num_images": saved.statistics.num_images,
+        **(saved.images or {}),
+    }
+
+
+def _distance_name(saved: SavedStatistics) -> str | None:
+    """As of the extractor that made the features, if the file says which."""
+    if saved.extractor is None:
+        return None
+    if not saved.extractor.startswith("inception-"):
+        return f"fd-{saved.extractor}".lower()
+    return "fid" if str(saved.weights_hash).startswith(WEIGHTS_SHA256_PREFIX) else "fd-inception"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from uvit.errors import UserError
+from uvit.errors import UserError, differences
 from uvit.evaluate.extractors import Extractor
 from uvit.evaluate.frechet import FeatureStatistics, statistics_of
 from uvit.io import write_atomically
@@ -93,6 +93,17 @@ def check_same_features(saved: SavedStatistics, extractor: Extractor) -> None:
     else:
         return
     raise UserError(f"{saved.path}: {problem}; use one extractor for both")
+
+
+def check_same_origin(first: SavedStatistics, second: SavedStatistics) -> None:
+    """Raises UserError where two files are of other features, as far as they say."""
+    for what in ("extractor", "weights_hash", "recipe"):
+        one, other = getattr(first, what), getattr(second, what)
+        if None not in (one, other) and one != other:
+            raise UserError(
+                f"{second.path}: was made with another network or input than {first.path}; use one extractor for both",
+                differences({what: one}, {what: other}),
+            )
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
