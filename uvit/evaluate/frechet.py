@@ -140,7 +140,7 @@ def statistics_of(features: Tensor) -> FeatureStatistics:
 
 
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)); equal statistics give 0 up to rounding, and nothing is below 0.
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)); equal statistics give 0, and nothing is below 0.
 
     With S = R R^T, the trace of the root of S1 S2 is the sum of the singular values of R1^T R2. No root is taken of a
     rounding error, so covariances without full rank (fewer images than features) lose no digits either. Raises
@@ -151,6 +151,8 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
             f"statistics of {len(first.mean)} and of {len(second.mean)} features cannot be compared; make both with "
             "one feature extractor"
         )
+    if torch.equal(first.mean, second.mean) and torch.equal(first.covariance, second.covariance):
+        return 0.0
     return _distance(first.mean, _root(first.covariance), second.mean, _root(second.covariance))
 
 

@@ -1,4 +1,4 @@
-"""Files of statistics: `uvit evaluate statistics` writes one, and `uvit evaluate A.npz --reference B.npz` compares two."""
+"""Files of statistics: `uvit evaluate statistics` writes one, `uvit evaluate A.npz --reference B.npz` compares two."""
 
 import hashlib
 from pathlib import Path
@@ -48,8 +48,8 @@ def score_statistics(config: EvaluateConfig) -> tuple[Score, dict[str, Any], dic
     """
     if not str(config.reference).endswith(".npz"):
         raise UserError(
-            f"{config.model}: holds statistics; give --reference another .npz file, or give the images as the model and "
-            "this file as --reference: the distance is the same"
+            f"{config.model}: holds statistics; give --reference another .npz file, or give the images as the model "
+            "and this file as --reference: the distance is the same"
         )
     if len(config.metrics) != 1 or config.metrics[0] not in FRECHET:
         raise UserError(f"{config.model}: holds statistics; give one of --metrics {', '.join(FRECHET)}")

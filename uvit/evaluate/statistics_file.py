@@ -102,7 +102,7 @@ def check_same_origin(first: SavedStatistics, second: SavedStatistics) -> None:
         if None not in (one, other) and one != other:
             raise UserError(
                 f"{second.path}: was made with another network or input than {first.path}; use one extractor for both",
-                differences({what: one}, {what: other}),
+                list(differences({what: one}, {what: other}, ("in the first", "in the second")).values()),
             )
 
 
