@@ -5,6 +5,7 @@ Exit status: 0 success, 2 a mistake of the user (one sentence on stderr), 130 st
 
 import difflib
 import errno
+import gc
 import importlib
 import os
 import re
@@ -241,7 +242,22 @@ def _run(name: str, arguments: list[str]) -> int:
     if print_config:
         print(to_yaml(config), end="")
         return 0
-    return _load(command.run)(config) or 0
+    return _load_once(command.run)(config) or 0
+
+
+def _load_once(path: str):  # type: ignore[no-untyped-def]
+    """`_load` without garbage collection, if it is the process's first: imports make a million objects that all stay.
+
+    It takes a third off the time until a command computes. Later collections leave these objects out.
+    """
+    if gc.get_freeze_count():
+        return _load(path)
+    gc.disable()
+    try:
+        return _load(path)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def _load(path: str):  # type: ignore[no-untyped-def]  # whatever the path names
