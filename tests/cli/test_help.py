@@ -102,7 +102,7 @@ def test_the_groups_of_train() -> None:
     groups = list(dict.fromkeys(group for group, _ in read_source(TrainConfig).values()))
     assert groups == [
         "Most used", "Data", "Model", "Objective", "Text encoder", "Batches", "Optimizer", "Precision and speed",
-        "Validation", "Logging", "Checkpoints", "Parallelism", "Accepted for PaddleMIX command lines",
+        "Validation", "Evaluation", "Logging", "Checkpoints", "Parallelism", "Accepted for PaddleMIX command lines",
     ]  # fmt: skip
 
 
