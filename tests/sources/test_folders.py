@@ -86,3 +86,12 @@ def test_a_folder_counts_when_one_image_has_a_caption(tmp_path: Path) -> None:
     write(tmp_path / "deep", a_txt="red")
     assert open_folder(tmp_path).is_captioned()
     assert not open_folder(tmp_path / "gone").is_captioned()
+
+
+def test_captions_in_other_common_names(tmp_path: Path) -> None:
+    write(tmp_path, a_jpg=png("red", format="JPEG"), a_jpg_txt="full name", b_png=png("red"), b_caption="b")
+    write(tmp_path, c_png=png("red"), c_txt="c", c_caption="other", c_png_txt="another", lost_caption="x")
+    source = open_folder(tmp_path)
+    assert [source.captions(row) for row in range(3)] == [("full name",), ("b",), ("c",)]
+    assert [problem.id for problem in source.problems()] == ["lost.caption"]
+    assert source.unread == ["c.caption", "c.png.txt"]

@@ -4,7 +4,6 @@ Opening a source reads only its index. Images are decoded when a pair is read. A
 open files, so worker processes can share them.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +19,7 @@ from uvit.sources.combine import ConcatSource, ConcatStream, SplitRule, SplitSou
 from uvit.sources.files import NUM_CHECKED, FileSource
 from uvit.sources.folders import FolderSource, open_folder
 from uvit.sources.lists import LIST_SUFFIXES, lists_paths, names_images, open_list
-from uvit.sources.names import Listing, list_files, say_not_read, some_of, stem_of
+from uvit.sources.names import Listing, list_files, say_not_read, some_of, stem_of, suffix_of
 from uvit.sources.shapes import ShapesSource
 from uvit.sources.types import RandomAccessSource, Source
 
@@ -176,15 +175,16 @@ def _detect(
         return _detect_folder(name, path, [*bases, (path, None)], columns)
     if not path.is_file():
         raise UserError(f"--source {name}: no such file or folder; give {SOURCE_KINDS}")
-    if re.search(r"\.(tar|tar\.\w+|tgz)$", path.name):
+    suffix = suffix_of(path.name)
+    if tars.is_tar(path.name):
         return _Input(name, "tars", (str(path),))
-    if path.name.endswith((".json", ".json.gz")):
+    if path.name.lower().endswith((".json", ".json.gz")):
         return _Input(name, "coco", (str(path),))
-    if path.suffix == ".parquet" and not lists_paths(path, image_column, caption_column):
+    if suffix == "parquet" and not lists_paths(path, image_column, caption_column):
         return _Input(name, "dataset", (str(path),))
-    if path.suffix in LIST_SUFFIXES:
+    if suffix in LIST_SUFFIXES:
         return _Input(name, "list", (str(path),))
-    if path.suffix == ".tfrecord":
+    if suffix == "tfrecord":
         raise _tfrecord(name)
     raise UserError(f"--source {name}: is a {path.suffix or 'nameless'} file; give {SOURCE_KINDS}")
 
@@ -212,7 +212,7 @@ def _detect_folder(
         return _Input(name, "dataset", (str(path),), splits="its own")
     tables = columns is not None and any(_contains_images(file, *columns) for file in _tables(path))
     for listing, splits in listings:
-        found = [file for file in listing.files if file.endswith(".tar")]
+        found = [file for file in listing.files if suffix_of(file) == "tar"]
         if listing.folder == path:  # those of other splits do not count
             found = [file for file in found if file.partition("/")[0] not in huggingface.SPLITS]
         if found:
@@ -230,7 +230,7 @@ def _detect_folder(
         if lists := [file for file in others if _holds(listing.folder / file, columns)]:
             return _Input(name, "list", (_only(name, listing, lists),), splits=splits, listing=listing)
     # Nothing holds images. What could be meant says best what it lacks.
-    if any(file.endswith(".tfrecord") for listing, _ in listings for file in listing.files):
+    if any(suffix_of(file) == "tfrecord" for listing, _ in listings for file in listing.files):
         raise _tfrecord(name)
     for listing, splits in listings:
         for file in METADATA:
@@ -241,6 +241,8 @@ def _detect_folder(
             return _Input(name, "list", (str(listing.folder / lists[0]),), splits=splits, listing=listing)
     if huggingface.is_dataset(path):
         return _Input(name, "dataset", (str(path),), splits="its own")
+    if compressed := [listing.folder / file for listing, _ in listings for file in listing.files if tars.is_tar(file)]:
+        return _Input(name, "tars", (str(compressed[0]),))
     inside = sorted(entry.name for entry in path.iterdir())
     raise UserError(
         f"--source {name}: contains {some_of(inside) or 'nothing'}; it needs annotations/ of COCO captions,"
