@@ -296,6 +296,31 @@ def test_names_of_columns_and_suffixes_in_any_case(header: tuple[str, str], tmp_
     assert captions_in(opened(tmp_path / "tars")) == [("a",)]
 
 
+def test_each_folder_has_metadata_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("x", "y", "val/z"):
+        inner = image_folder(tmp_path / folder, texts=False)
+        write_lines(inner / "metadata.jsonl", [{"file_name": "a.png", "text": folder}])
+    source = opened(tmp_path)
+    assert [(source[row].id, source.captions(row)) for row in range(len(source))] == [
+        ("x/a.png", ("x",)),
+        ("y/a.png", ("y",)),
+    ]
+    assert "Not read in" in (said := capsys.readouterr().out) and "x/b.png, y/b.png" in said
+    assert [opened(tmp_path, split="val")[0].id] == ["z/a.png"]
+    write_table(tmp_path / "y" / "metadata.csv", [("a.png", "again")], ("file_name", "text"))
+    with pytest.raises(UserError, match=r"both y/metadata\.csv and y/metadata\.jsonl"):
+        open_source(str(tmp_path))
+
+
+def test_coco_captions_beside_the_images_say_what_to_give(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path, texts=False)
+    (folder / "coco.json").write_text("{}")
+    with pytest.raises(
+        UserError, match=r"if coco\.json holds COCO captions, give --source .*coco\.json --image_folder"
+    ):
+        open_source(str(folder))
+
+
 def test_the_usual_case_of_a_column_goes_before_another(tmp_path: Path) -> None:
     folder = image_folder(tmp_path, texts=False)
     write_table(folder / "list.csv", [("a.png", "no", "yes")], ("image", "Text", "caption"))

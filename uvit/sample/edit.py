@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
 from uvit.conventions import LatentSpace
+from uvit.errors import UserError
 from uvit.images import to_rgb
 from uvit.sample.denoise import at_step
 from uvit.weights.encoders import encode_images
@@ -68,13 +69,13 @@ def read_original(
 def first_step(strength: float, num_inference_steps: int, order: int) -> int:
     """The index of the scheduler's step to begin with, so that the last `strength` of all steps are run.
 
-    Raises ValueError if that is no step.
+    Raises UserError if that is no step.
     """
     if not 0 < strength <= 1:
-        raise ValueError(f"strength {strength} must be above 0 and at most 1")
+        raise UserError(f"strength {strength} must be above 0 and at most 1")
     steps = int(num_inference_steps * strength + 1e-9)  # 0.29 of 100 is 28.999999999999996
     if steps == 0:
-        raise ValueError(f"strength {strength} of {num_inference_steps} steps is less than one step")
+        raise UserError(f"strength {strength} of {num_inference_steps} steps is less than one step; raise one of them")
     return (num_inference_steps - steps) * order
 
 

@@ -6,6 +6,7 @@ of the columns are missing, or where a quote is never closed, UserError says so 
 
 import csv
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -32,11 +33,27 @@ Rows = Iterator[ListRow | Problem]
 
 
 def open_list(
-    path: Path, image_folder: Path | None = None, image_column: str | None = None, caption_column: str | None = None
+    path: Path,
+    image_folder: Path | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    base: Path | None = None,
 ) -> FileSource:
-    """Open a list. Its paths are relative to `image_folder`, or else to the list's folder. Raises UserError."""
+    """Open a list. Its paths are relative to `image_folder`, or else to the list's folder. Raises UserError.
+
+    Args:
+        base: a folder that contains the list's: the ids of its images are then their paths from there.
+    """
     rows: Iterable[ListRow | Problem] = _rows(path, image_column, caption_column)
+    if image_folder is None and base is not None and path.parent != base:
+        rows, image_folder = _below(path.parent.relative_to(base), rows), base
     return build_source(path, image_folder or path.parent, rows if suffix_of(path.name) == "jsonl" else _by_image(rows))
+
+
+def _below(folder: Path, rows: Iterable[ListRow | Problem]) -> Iterator[ListRow | Problem]:
+    for row in rows:
+        name = str(folder / row.name) if isinstance(row, ListRow) else ""
+        yield replace(row, id=safe_name(name), name=name) if isinstance(row, ListRow) else row
 
 
 def names_images(path: Path, image_column: str | None, caption_column: str | None) -> bool:

@@ -98,7 +98,7 @@ def open_source(
             elif kind == "coco":  # files with the same folder describe the same images
                 opened.append(open_coco([Path(file) for file in files], cast(Path, folder)))
             elif kind == "list":
-                opened += [open_list(Path(file), folder, image_column, caption_column) for file in files]
+                opened += [_open_lists(each, image_column, caption_column) for each in entries]
             elif kind == "images":
                 opened += [cast(FolderSource, each.images) for each in entries]
             else:
@@ -141,6 +141,12 @@ def _shapes(name: str, split: str, resolution: int) -> Source:
     if split not in ("train", "heldout"):
         raise UserError(f"--split {split}: shapes have the splits train and heldout")
     return ShapesSource(split, resolution, 2 if name == "shapes:two" else 1)
+
+
+def _open_lists(entry: _Input, image_column: str | None, caption_column: str | None) -> Source:
+    base = entry.listing.folder if entry.listing else None
+    lists = [open_list(Path(file), entry.folder, image_column, caption_column, base) for file in entry.files]
+    return lists[0] if len(lists) == 1 else ConcatSource(list(lists))
 
 
 # Detecting the kind
@@ -229,6 +235,10 @@ def _detect_folder(
         others = [file for file in listing.top("jsonl", "csv", "tsv") if file not in METADATA]
         if lists := [file for file in others if _holds(listing.folder / file, columns)]:
             return _Input(name, "list", (_only(name, listing, lists),), splits=splits, listing=listing)
+    for listing, splits in listings:
+        if columns is not None and (inner := _metadata_of_folders(listing, columns, listing.folder == path)):
+            paths = tuple(_only(name, listing, found) for found in inner)
+            return _Input(name, "list", paths, splits=splits, listing=listing)
     # Nothing holds images. What could be meant says best what it lacks.
     if any(suffix_of(file) == "tfrecord" for listing, _ in listings for file in listing.files):
         raise _tfrecord(name)
@@ -244,14 +254,29 @@ def _detect_folder(
     if compressed := [listing.folder / file for listing, _ in listings for file in listing.files if tars.is_tar(file)]:
         return _Input(name, "tars", (str(compressed[0]),))
     inside = sorted(entry.name for entry in path.iterdir())
+    coco = [listing.folder / file for listing, _ in listings for file in listing.top("json")]
+    hint = f"; if {coco[0].name} holds COCO captions, give --source {coco[0]} --image_folder {path}" if coco else ""
     raise UserError(
         f"--source {name}: contains {some_of(inside) or 'nothing'}; it needs annotations/ of COCO captions,"
-        f" {METADATA[0]}, {METADATA[1]}, a data set, .tar files, or images each with a .txt"
+        f" {METADATA[0]}, {METADATA[1]}, a data set, .tar files, or images each with a .txt{hint}"
     )
 
 
 def _holds(path: Path, columns: tuple[str | None, str | None] | None) -> bool:
     return columns is None or names_images(path, *columns)
+
+
+def _metadata_of_folders(listing: Listing, columns: tuple[str | None, str | None], has_splits: bool) -> list[list[str]]:
+    """The metadata files of each inner folder that has some, but of folders within these."""
+    found = dict[str, list[str]]()
+    for file in listing.files:
+        folder, _, base = file.rpartition("/")
+        inner = folder.partition("/")[0]
+        if folder and base in METADATA and not (has_splits and inner in huggingface.SPLITS):
+            found.setdefault(folder, []).append(file)
+    outer = [folder for folder in found if not any(folder.startswith(f"{other}/") for other in found)]
+    holding = ([file for file in found[folder] if _holds(listing.folder / file, columns)] for folder in outer)
+    return [files for files in holding if files]
 
 
 def _tables(folder: Path) -> list[Path]:
@@ -291,10 +316,12 @@ def _say_unread(entry: _Input, source: Source | None) -> None:
     elif entry.listing:
         base = entry.listing.folder
         used = {str(Path(file).relative_to(base)) for file in entry.files}
-        if isinstance(source, FileSource):
-            if Path(source.folder) != base:
+        lists = source.sources if isinstance(source, ConcatSource) else [source]
+        if source:
+            files = [each for each in lists if isinstance(each, FileSource)]
+            if any(Path(each.folder) != base for each in files):
                 return
-            used |= {normpath(name) for _, name, _ in source.entries}
+            used |= {normpath(name) for each in files for _, name, _ in each.entries}
         else:
             used |= {stem_of(file) + ".parquet" for file in used}
         say_not_read(entry.name, entry.listing.unread(used))
