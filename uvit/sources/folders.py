@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from unicodedata import normalize
 
 from uvit.sources.decode import (
     CAPTION_COLUMNS,
@@ -89,9 +90,11 @@ def open_folder(folder: Path, listing: Listing | None = None) -> FolderSource:
     names = [name for name in listing.files if is_image(name)]
     captions = {name: suffix_of(name) for name in listing.files if suffix_of(name) in CAPTION_SUFFIXES}
     by_stem = {stem_of(name): name for each in CAPTION_SUFFIXES for name, suffix in captions.items() if suffix == each}
+    composed = {normalize("NFC", stem): name for stem, name in by_stem.items()}  # an accented letter is one character
     caption_files, problem_of, used = dict[int, str](), dict[int, Problem](), set(names)
     for row, name in enumerate(names):
         caption = by_stem.get(stem_of(name)) or by_stem.get(name)  # photo.txt, or photo.jpg.txt
+        caption = caption or composed.get(normalize("NFC", stem_of(name)))
         if caption is None:
             message = f"{safe_name(folder / name)}: has no .txt or .json of the same name that contains its caption"
             problem_of[row] = Problem(safe_name(name), "no caption", message)
@@ -104,6 +107,8 @@ def open_folder(folder: Path, listing: Listing | None = None) -> FolderSource:
     rest = list[Problem]()
     for name, suffix in captions.items():
         stem = stem_of(name)
+        if name in used:
+            continue
         if suffix == "json" and stem in of_images:  # what is known of the image beside its .txt
             used.add(name)
         elif suffix != "json" and stem not in of_images and stem.rpartition("/")[2].lower() not in DOCUMENTS:

@@ -22,7 +22,7 @@ from uvit.sources.decode import (
 )
 from uvit.sources.files import NUM_CHECKED, FileSource, ListRow, build_source
 from uvit.sources.img2dataset import hint_of_urls
-from uvit.sources.names import is_image, safe_name, suffix_of
+from uvit.sources.names import is_image, name_on_disk, safe_name, suffix_of
 from uvit.sources.tables import choose_columns
 from uvit.sources.types import PairError, Problem
 
@@ -62,7 +62,8 @@ def names_images(path: Path, image_column: str | None, caption_column: str | Non
         rows = list(islice(_rows(path, image_column, caption_column), NUM_CHECKED))
     except (UserError, OSError):
         return False
-    return any(isinstance(row, ListRow) and (path.parent / row.name).is_file() for row in rows)
+    names = [name_on_disk(path.parent, row.name) for row in rows if isinstance(row, ListRow)]
+    return any((path.parent / name).is_file() for name in names)
 
 
 def _rows(path: Path, image_column: str | None, caption_column: str | None) -> Rows:

@@ -274,7 +274,7 @@ def _metadata_of_folders(listing: Listing, columns: tuple[str | None, str | None
         inner = folder.partition("/")[0]
         if folder and base in METADATA and not (has_splits and inner in huggingface.SPLITS):
             found.setdefault(folder, []).append(file)
-    outer = [folder for folder in found if not any(folder.startswith(f"{other}/") for other in found)]
+    outer = [folder for folder in found if not any(str(each) in found for each in Path(folder).parents)]
     holding = ([file for file in found[folder] if _holds(listing.folder / file, columns)] for folder in outer)
     return [files for files in holding if files]
 
