@@ -142,6 +142,16 @@ def test_a_place_that_cannot_be_written_is_one_sentence(
     assert capsys.readouterr().err == f"uvit bench: error: {message}\n"
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that takes no files")
+def test_a_folder_that_takes_no_files_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (
+        ["tokenizer", "--source", "shapes"],
+        ["autoencoder", "--source", "shapes", "--resolution", "32", "--factor", "4"],
+    ):
+        assert main([*command, "--output_dir", "/proc/uvit"]) == 2
+        assert "/proc/" in (err := capsys.readouterr().err) and err.count("\n") == 1
+
+
 def test_a_file_that_is_not_there_and_no_mistake_of_a_person_keeps_its_traceback(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

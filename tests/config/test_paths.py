@@ -84,6 +84,7 @@ def test_every_path_is_expanded_however_it_is_given(command: str, name: str, hom
         ("${DATA:-x}", "DATA:-x is not set"),
         ("$EMPTY/x", "EMPTY is not set"),
         ("", "is no path"),
+        (" ", "is no path"),
     ],
 )
 def test_what_is_no_path_is_named_with_its_flag(

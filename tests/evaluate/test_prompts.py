@@ -42,6 +42,9 @@ def test_lists_give_text_and_category(tmp_path: Path) -> None:
     def read(name: str) -> list[tuple[str, str]]:
         return [(prompt.text, prompt.category) for prompt in list_prompts(str(tmp_path / name), None)]
 
+    for suffix in ("txt", "tsv", "csv", "jsonl"):
+        (tmp_path / f"b.{suffix.upper()}").write_bytes((tmp_path / f"a.{suffix}").read_bytes())
+        assert read(f"b.{suffix.upper()}") == read(f"a.{suffix}")
     assert read("a.txt") == [("a cat", ""), ("a dog", "")]
     assert read("a.tsv") == [("a cat", "Animals"), ("a car, red", "Vehicles")]
     assert read("a.csv") == [("a cat, asleep", "")]

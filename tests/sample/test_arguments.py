@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from PIL import Image
 
 from tests.sample.parts import tiny_pipeline_folder
 from uvit.errors import UserError
@@ -14,6 +15,7 @@ from uvit.sample.pipeline import UViTPipeline
 
 PROMPT = "a red circle"
 EMBEDS = torch.zeros(1, 16, 32)
+PIXELS = torch.zeros(1, 3, 32, 32)
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,20 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> UViTPipeline:
         ({"latents": torch.zeros(1, 4, 8, 8).long()}, "latents must be a tensor .*, and are torch.int64"),
         ({"latents": torch.zeros(4, 8, 8)}, r"latents have shape \(4, 8, 8\); \(1, 4, 8, 8\) is needed"),
         ({"image": torch.zeros(1, 3, 32, 32), "strength": "x"}, "strength 'x' must be a finite number"),
+        ({"latents": torch.full((1, 4, 8, 8), torch.nan)}, "latents hold NaN or infinity"),
+        ({"prompt": "a\ud800"}, "prompt 'a.ud800': is not Unicode text"),
+        ({"image": "a.png"}, "image str must be a PIL image"),
+        ({"image": []}, "image is an empty list"),
+        ({"image": [None]}, "image NoneType must be a PIL image"),
+        ({"image": Image.new("RGB", (0, 0))}, "must be a PIL image with pixels"),
+        ({"image": np.full((32, 32, 3), 200, np.uint8)}, r"must be in \[0, 1\], and goes from 200 to 200; divide"),
+        ({"image": torch.full((1, 3, 32, 32), torch.nan)}, r"image must be in \[0, 1\], and goes from nan to nan"),
+        ({"image": np.zeros((32, 32))}, r"image has shape \(32, 32\); an array is \(B, H, W, 3\)"),
+        ({"image": np.zeros((32, 32, 4))}, r"image has shape \(32, 32, 4\)"),
+        ({"image": torch.zeros(1, 4, 8, 8)}, r"image has shape \(1, 4, 8, 8\)"),
+        ({"image": np.zeros((32, 32, 3), complex)}, r"image of complex128 and shape \(32, 32, 3\) is no image"),
+        ({"image": PIXELS, "mask_image": torch.zeros(1, 4, 8, 8)}, r"mask_image has shape \(1, 4, 8, 8\); .* 1, H, W"),
+        ({"image": PIXELS, "mask_image": Path("a.png")}, "mask_image PosixPath must be a PIL image"),
         ({"output_type": None}, "output_type None is none of 'pil', 'np', 'pt', 'latent'"),
         ({"eta": 0.5}, "eta 0.5: LimitedDPMSolverScheduler has none; leave it out, or use DDIM"),
         ({"eta": "x"}, "eta 'x' must be a finite number"),

@@ -217,6 +217,13 @@ def test_a_mask_is_of_the_image_s_size(folder: Path, tmp_path: Path, photo: Path
         sample(config)
 
 
+def test_too_few_steps_for_the_default_strength(
+    folder: Path, tmp_path: Path, photo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(folder, tmp_path / "out", f"--init_image={photo}", "--num_inference_steps=1", "a")) == 2
+    assert "strength 0.8 of 1 steps is less than one step; raise one of them" in capsys.readouterr().err
+
+
 def test_an_image_that_fits_is_taken_as_it_is(photo: Path) -> None:
     image = opened(photo)
     assert np.array_equal(np.asarray(center_crop(image, (48, 32))), np.asarray(image))

@@ -185,6 +185,14 @@ def test_pictures_come_as_they_go(pipeline: UViTPipeline, kind: str) -> None:
     assert torch.allclose(draw(pipeline, image=image, mask_image=whole[kind]), wanted, atol=1e-5)
 
 
+def test_a_mask_of_booleans(pipeline: UViTPipeline) -> None:
+    mask = np.zeros((32, 32), bool)
+    mask[:, 8:] = True
+    wanted = draw(pipeline, image=picture(), mask_image=Image.fromarray(mask))
+    for kind in (mask, mask.astype(np.uint8), torch.from_numpy(mask)[None]):
+        assert torch.equal(draw(pipeline, image=picture(), mask_image=kind), wanted)
+
+
 def test_other_sizes_are_scaled_and_transparency_is_white(pipeline: UViTPipeline) -> None:
     plain, large = (Image.new("RGB", size, (200, 100, 50)) for size in ((32, 32), (50, 41)))
     assert torch.allclose(draw(pipeline, image=plain), draw(pipeline, image=large), atol=1e-5)

@@ -1,11 +1,14 @@
 """Images with a .txt beside them."""
 
+import unicodedata
 from pathlib import Path
 
 import pytest
 
 from tests.sources.pictures import png
+from uvit.sources.files import FileSource
 from uvit.sources.folders import open_folder
+from uvit.sources.open import open_source
 from uvit.sources.types import PairError
 
 
@@ -86,3 +89,29 @@ def test_a_folder_counts_when_one_image_has_a_caption(tmp_path: Path) -> None:
     write(tmp_path / "deep", a_txt="red")
     assert open_folder(tmp_path).is_captioned()
     assert not open_folder(tmp_path / "gone").is_captioned()
+
+
+def test_captions_in_other_common_names(tmp_path: Path) -> None:
+    write(tmp_path, a_jpg=png("red", format="JPEG"), a_jpg_txt="full name", b_png=png("red"), b_caption="b")
+    write(tmp_path, c_png=png("red"), c_txt="c", c_caption="other", c_png_txt="another", lost_caption="x")
+    source = open_folder(tmp_path)
+    assert [source.captions(row) for row in range(3)] == [("full name",), ("b",), ("c",)]
+    assert [problem.id for problem in source.problems()] == ["lost.caption"]
+    assert source.unread == ["c.caption", "c.png.txt"]
+
+
+def test_accents_of_one_character_and_of_two(tmp_path: Path) -> None:
+    short, long = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
+    for image, caption in (("a", "a"), (f"{short}1", f"{long}1"), (f"{long}2", f"{short}2")):
+        (tmp_path / f"{image}.png").write_bytes(png("red"))
+        (tmp_path / f"{caption}.txt").write_text(image)
+    source = open_folder(tmp_path)
+    assert source.problems() == [] == source.unread
+    assert sorted(source.captions(row)[0] for row in range(3)) == sorted(["a", f"{short}1", f"{long}2"])
+    (tmp_path / "metadata.csv").write_text(f"file_name,text\n{long}1.png,x\n{short}2.png,y\n", encoding="utf-8")
+    listed = open_source(str(tmp_path))
+    assert isinstance(listed, FileSource)
+    assert [(listed[row].id, listed.captions(row)) for row in range(2)] == [
+        (f"{long}1.png", ("x",)),
+        (f"{short}2.png", ("y",)),
+    ]

@@ -284,6 +284,59 @@ def test_what_holds_no_images_is_passed_over_and_named(tmp_path: Path, capsys: p
     assert f"Not read in {folder}: 0_stats.json, README.md, dataset_info.json, " in said
 
 
+@pytest.mark.parametrize("header", [("Image", "Caption"), ("FILE_NAME", "TEXT"), ("filename", "Prompt")])
+def test_names_of_columns_and_suffixes_in_any_case(header: tuple[str, str], tmp_path: Path) -> None:
+    folder = image_folder(tmp_path, texts=False)
+    write_table(folder / "LIST.CSV", [("a.png", "one")], header)
+    (tmp_path / "lists").mkdir()
+    write_lines(tmp_path / "lists" / "ROWS.JSONL", [{header[0]: str(folder / "a.png"), header[1]: "one"}])
+    for place in (folder, folder / "LIST.CSV", tmp_path / "lists" / "ROWS.JSONL"):
+        assert captions_in(opened(place)) == [("one",)]
+    assert captions_in(opened(tar_of(tmp_path / "tars" / "A.TAR", "a"))) == [("a",)]
+    assert captions_in(opened(tmp_path / "tars")) == [("a",)]
+
+
+def test_each_folder_has_metadata_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("x", "y", "val/z"):
+        inner = image_folder(tmp_path / folder, texts=False)
+        write_lines(inner / "metadata.jsonl", [{"file_name": "a.png", "text": folder}])
+    source = opened(tmp_path)
+    assert [(source[row].id, source.captions(row)) for row in range(len(source))] == [
+        ("x/a.png", ("x",)),
+        ("y/a.png", ("y",)),
+    ]
+    assert "Not read in" in (said := capsys.readouterr().out) and "x/b.png, y/b.png" in said
+    assert [opened(tmp_path, split="val")[0].id] == ["z/a.png"]
+    write_table(tmp_path / "y" / "metadata.csv", [("a.png", "again")], ("file_name", "text"))
+    with pytest.raises(UserError, match=r"both y/metadata\.csv and y/metadata\.jsonl"):
+        open_source(str(tmp_path))
+
+
+def test_coco_captions_beside_the_images_say_what_to_give(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path, texts=False)
+    (folder / "coco.json").write_text("{}")
+    with pytest.raises(
+        UserError, match=r"if coco\.json holds COCO captions, give --source .*coco\.json --image_folder"
+    ):
+        open_source(str(folder))
+
+
+def test_the_usual_case_of_a_column_goes_before_another(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path, texts=False)
+    write_table(folder / "list.csv", [("a.png", "no", "yes")], ("image", "Text", "caption"))
+    assert captions_in(opened(folder)) == [("yes",)]
+
+
+def test_a_list_of_urls_and_compressed_tars_say_what_to_do(tmp_path: Path) -> None:
+    write_table(tmp_path / "urls.csv", [("http://x/a.png", "x")], ("URL", "TEXT"))
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars" / "a.TGZ").write_bytes(b"\x1f\x8b" + bytes(1000))
+    with pytest.raises(UserError, match="'URL', 'TEXT'; URL contains URLs, so download the images"):
+        open_source(str(tmp_path / "urls.csv"))
+    with pytest.raises(UserError, match=r"a\.TGZ: is compressed"):
+        open_source(str(tmp_path / "tars"))
+
+
 def test_a_list_beside_the_images_of_any_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = image_folder(tmp_path, texts=False)
     write_table(folder / "captions.csv", [("a.png", "one")])

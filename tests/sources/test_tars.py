@@ -204,6 +204,11 @@ def test_every_image_of_a_tar_is_a_pair_or_a_problem(names: str, kinds: list[str
     assert sorted(got.problem.kind if isinstance(got, PairError) else "good" for got in found) == sorted(kinds)
 
 
+def test_members_below_the_present_folder(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "a.tar", [(f"././/{name}", data) for name, data in GOOD])
+    assert opened(tar)[0].id == opened(write_tar(tmp_path / "b.tar", GOOD))[0].id
+
+
 def test_links_in_a_tar_are_named(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, kind in [("a.txt", tarfile.REGTYPE), ("a.png", tarfile.LNKTYPE)]:

@@ -87,3 +87,10 @@ def test_a_torchscript_program_is_refused(tmp_path: Path) -> None:
             file.writestr(f"x/{name}", b"")
     with pytest.raises(UserError, match="is a TorchScript file"):
         read_pth(tmp_path / "x")
+
+
+def test_an_npz_by_another_name_is_told_from_damage(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", weight=np.zeros(3))
+    (tmp_path / "x.npz").rename(tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"x\.pt: is an archive of weight\.npy, such as a NumPy \.npz"):
+        read_pth(tmp_path / "x.pt")

@@ -12,12 +12,13 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from uvit import __version__
 from uvit.cli.help import show_help
 from uvit.cli.parse import parse
 from uvit.errors import UserError
-from uvit.io import to_yaml
+from uvit.io import takes_files, to_yaml
 
 # Errors of a path that the user chose, or of its disk.
 PATH_ERRORS = {
@@ -213,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        if error.errno not in PATH_ERRORS:
+        if error.errno not in PATH_ERRORS and not _is_refused(error):
             raise
         where = f"{error.filename}: " if error.filename else ""
         print(f"uvit {name}: error: {where}{error.strerror}; fix that, or choose another path", file=sys.stderr)
@@ -227,6 +228,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+
+
+def _is_refused(error: OSError) -> bool:
+    """Whether a file was not found because its folder takes no new ones, such as /proc."""
+    if error.errno != errno.ENOENT or not isinstance(error.filename, str):
+        return False
+    folder = Path(error.filename).absolute().parent
+    return folder.is_dir() and not takes_files(folder)
 
 
 def _run(name: str, arguments: list[str]) -> int:

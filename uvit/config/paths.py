@@ -27,7 +27,7 @@ def expand_path(path: str, where: str) -> str:
 
     A relative path stays relative. URLs, ids on the Hub (`hf:...`) and names of presets stay as they are.
 
-    Raises UserError where the path is empty, or a variable is not set.
+    Raises UserError where the path is empty or blank, or a variable is not set.
     """
 
     def value_of(match: re.Match[str]) -> str:
@@ -40,7 +40,7 @@ def expand_path(path: str, where: str) -> str:
             f"{where} {path}: the environment variable {name} is not set; set it, or write the path without it"
         )
 
-    if not path or "\0" in path:
+    if not path.strip() or "\0" in path:
         raise UserError(f"{where} {path!r}: is no path; give one, or leave the flag out")
     expanded = path if _NO_PATH.match(path) else _VARIABLE.sub(value_of, path)
     if _NO_PATH.match(expanded):

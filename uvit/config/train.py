@@ -17,6 +17,7 @@ from uvit.config.bounds import (
     check_bounds,
 )
 from uvit.config.paths import PathFlag, expand_paths
+from uvit.config.sample import InferenceSteps
 from uvit.errors import UserError
 
 IGNORED_FLAGS = {
@@ -221,7 +222,7 @@ class TrainConfig:
     installed."""
     enable_tensorboard: bool = True
     """False: no TensorBoard, whatever --report_to says."""
-    num_inference_steps: PositiveInt = 50
+    num_inference_steps: InferenceSteps = 50
     """Sampling steps of the preview images."""
     disable_tqdm: bool = False
     """Print plain lines instead of a progress bar, on a terminal too: one every --logging_steps."""

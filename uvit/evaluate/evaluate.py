@@ -196,7 +196,7 @@ def open_reference(
     """Real images at the resolution of the generated ones, or their statistics."""
     if config.reference is None:
         return None
-    if config.reference.endswith(".npz"):
+    if config.reference.lower().endswith(".npz"):
         saved = read_statistics(Path(config.reference))
         for metric, writer in extractors.items():
             if metric in FRECHET and isinstance(writer, ImageFeatures):

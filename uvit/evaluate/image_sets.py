@@ -79,7 +79,7 @@ def open_images(config: EvaluateConfig, name: str, flag: str, resolution: int | 
     Raises UserError if there are none.
     """
     path = Path(name)
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         raise UserError(f"--{flag} {name}: holds statistics, and the images themselves are needed")
     if (path / "report.json").is_file() and (path / "images").is_dir():
         raise UserError(f"--{flag} {name}: is the folder of an evaluation; give its images, {path / 'images'}")

@@ -49,12 +49,12 @@ def list_prompts(prompts: str, split: str | None, most: int | None = None) -> li
     path = Path(prompts)
     if prompts in ("shapes", "shapes:two"):
         found: Iterator[Prompt] = iter(_of_shapes(split or "heldout", 2 if prompts == "shapes:two" else 1))
-    elif path.is_file() and path.suffix == ".txt":
+    elif path.is_file() and path.suffix.lower() == ".txt":
         lines = enumerate(_read_text(path).splitlines(), start=1)
         found = (Prompt(line.strip(), f"line {number}") for number, line in lines if line.strip())
-    elif path.is_file() and path.suffix in (".tsv", ".csv", ".jsonl"):
+    elif path.is_file() and path.suffix.lower() in (".tsv", ".csv", ".jsonl"):
         found = _of_rows(path)
-    elif path.is_file() and path.name.endswith((".json", ".json.gz")):
+    elif path.is_file() and path.name.lower().endswith((".json", ".json.gz")):
         found = iter(_of_coco(path))
     else:
         found = _of_source(prompts, split or "train")
@@ -102,12 +102,12 @@ def _of_rows(path: Path) -> Iterator[Prompt]:
     """A list with a column for the prompt, perhaps one for the category, and one for the id. Names in any case."""
     text = _read_text(path)
     rows: list[Any]
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         try:
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         except ValueError as error:
             raise UserError(f"--prompts {path}: is not JSON in each line ({error})") from None
-    elif path.suffix == ".tsv":
+    elif path.suffix.lower() == ".tsv":
         header, *lines = [line.split("\t") for line in text.split("\n") if line.strip()] or [[]]
         rows = [dict(zip(map(_unquoted, header), map(_unquoted, fields), strict=False)) for fields in lines]
     else:
@@ -147,7 +147,7 @@ def _of_coco(path: Path) -> list[Prompt]:
     """
     try:
         data = path.read_bytes()
-        content = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
+        content = json.loads(gzip.decompress(data) if path.suffix.lower() == ".gz" else data)
         captions: dict[int, list[tuple[str, str, int]]] = {}
         for each in content["annotations"]:
             order = hashlib.sha256(f"{COCO_SEED} caption {each['id']}".encode()).hexdigest()

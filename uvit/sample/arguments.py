@@ -81,6 +81,11 @@ def as_prompts(name: str, prompt: Any) -> list[str]:
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, (list, tuple)) or not all(isinstance(text, str) for text in prompts):
         raise ValueError(f"{name} {prompt!r} must be a text, or a list of texts")
+    for text in prompts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{name} {text!r}: is not Unicode text; write it as UTF-8") from None
     return list(prompts)
 
 
@@ -111,6 +116,8 @@ def check_noise(latents: Any, shape: tuple[int, ...]) -> None:
         raise ValueError(f"latents must be a tensor of floating-point numbers, and are {found}")
     if latents.shape != shape:
         raise ValueError(f"latents have shape {tuple(latents.shape)}; {shape} is needed")
+    if not latents.isfinite().all():
+        raise ValueError("latents hold NaN or infinity")
 
 
 def check_images(values: Tensor, prompt: Any) -> None:

@@ -6,6 +6,7 @@ Shapes: B images, (H, W) pixels, C latent channels, (h, w) latent size.
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
@@ -13,11 +14,13 @@ from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
 from uvit.conventions import LatentSpace
+from uvit.errors import UserError
 from uvit.images import to_rgb
 from uvit.sample.denoise import at_step
 from uvit.weights.encoders import encode_images
 
 STRENGTH = 0.8  # the default without a mask, as in diffusers
+HALF_LEVEL = 0.5 / 255  # that pixels may exceed [0, 1] by rounding
 
 
 @dataclass(frozen=True)
@@ -51,36 +54,64 @@ def read_original(
         size: (H, W); images of another size are scaled.
         batch: B. n images are repeated B / n times each, in order.
 
-    Raises ValueError if B is not a multiple of the number of images or masks.
+    Raises ValueError if B is not a multiple of the number of images or masks, or if one of them is no image.
     """
-    pixels = 2 * _processed(image, size, VaeImageProcessor(do_normalize=False)) - 1
+    pixels = 2 * _processed("image", image, size, VaeImageProcessor(do_normalize=False)) - 1
     moments = encode_images(vae, pixels.to(device, vae.dtype))
     latents = space.normalize(moments.chunk(2, dim=1)[0].float())
     mask = None
     if mask_image is not None:
         processor = VaeImageProcessor(do_normalize=False, do_binarize=True, do_convert_grayscale=True)
-        mask = _for_each(_processed(mask_image, size, processor)[:, :1], batch, "masks").to(device)
+        mask = _for_each(_processed("mask_image", mask_image, size, processor), batch, "masks").to(device)
     return Original(_for_each(pixels, batch, "images").to(device), _for_each(latents, batch, "images"), mask)
 
 
 def first_step(strength: float, num_inference_steps: int, order: int) -> int:
     """The index of the scheduler's step to begin with, so that the last `strength` of all steps are run.
 
-    Raises ValueError if that is no step.
+    Raises UserError if that is no step.
     """
     if not 0 < strength <= 1:
-        raise ValueError(f"strength {strength} must be above 0 and at most 1")
+        raise UserError(f"strength {strength} must be above 0 and at most 1")
     steps = int(num_inference_steps * strength + 1e-9)  # 0.29 of 100 is 28.999999999999996
     if steps == 0:
-        raise ValueError(f"strength {strength} of {num_inference_steps} steps is less than one step")
+        raise UserError(f"strength {strength} of {num_inference_steps} steps is less than one step; raise one of them")
     return (num_inference_steps - steps) * order
 
 
-def _processed(image: Any, size: tuple[int, int], processor: Any) -> Tensor:
-    """(n, channels, H, W) float32 in [0, 1], on the CPU."""
-    images = image if isinstance(image, list) else [image]
-    images = [to_rgb(item) if isinstance(item, Image.Image) else item for item in images]
-    return processor.preprocess(images, height=size[0], width=size[1]).float().cpu()
+def _processed(name: str, image: Any, size: tuple[int, int], processor: VaeImageProcessor) -> Tensor:
+    """(n, channels, H, W) float32 in [0, 1], on the CPU: 3 channels, or 1 of a mask. `name` is for messages."""
+    images = [_checked(name, item) for item in (image if isinstance(image, list) else [image])]
+    if not images:
+        raise ValueError(f"{name} is an empty list; leave it out, or give an image")
+    pixels = processor.preprocess(images, height=size[0], width=size[1]).float().cpu()
+    channels = 1 if processor.config["do_convert_grayscale"] else 3
+    if pixels.shape[1] < channels or pixels.shape[2:] != size or (channels == 3 < pixels.shape[1]):
+        found = " and ".join(sorted({str(tuple(item.shape)) for item in images}))
+        raise ValueError(
+            f"{name} has shape {found}; an array is (B, H, W, {channels}) and a tensor (B, {channels}, H, W)"
+        )
+    return pixels[:, :channels]
+
+
+def _checked(name: str, image: Any) -> Any:
+    """An image as its processor reads it. Raises ValueError, which begins with `name`, if it is none."""
+    if isinstance(image, Image.Image) and min(image.size) > 0:
+        return to_rgb(image)
+    if not isinstance(image, np.ndarray | Tensor):
+        what = f"{name} {type(image).__name__}"
+        raise ValueError(f"{what} must be a PIL image with pixels, an array, a tensor, or a list of them")
+    if isinstance(image, np.ndarray) and image.dtype.kind in "biu":  # as masks may be
+        image = image.astype(np.float32)
+    values = torch.from_numpy(image) if isinstance(image, np.ndarray) and image.dtype.kind == "f" else image
+    if not isinstance(values, Tensor) or values.is_complex() or values.ndim not in (2, 3, 4) or not values.numel():
+        raise ValueError(f"{name} of {image.dtype} and shape {tuple(image.shape)} is no image")
+    if not (values.min() >= -HALF_LEVEL and values.max() <= 1 + HALF_LEVEL):  # NaN too
+        raise ValueError(
+            f"{name} must be in [0, 1], and goes from {values.min():g} to {values.max():g}; divide levels of 0..255 by "
+            "255, or give a PIL image"
+        )
+    return image.float() if isinstance(image, Tensor) else image
 
 
 def _for_each(values: Tensor, batch: int, what: str) -> Tensor:

@@ -17,7 +17,7 @@ from uvit import __version__
 from uvit.config.sample import SampleConfig
 from uvit.errors import UserError, differences
 from uvit.images import contact_sheet, save_png
-from uvit.io import write_atomically
+from uvit.io import takes_files, write_atomically
 from uvit.sample.jobs import ImageJob, Variant
 
 SHEET = "contact_sheet.png"
@@ -56,7 +56,7 @@ def check_writable(folder: Path, flag: str) -> None:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise UserError(f"{flag}: {existing} is not a folder; choose another")
-    if not os.access(existing, os.W_OK):
+    if not takes_files(existing):
         raise UserError(f"{flag}: {existing} is not writable; choose another, or change its permissions")
 
 

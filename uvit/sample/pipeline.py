@@ -240,6 +240,8 @@ class UViTPipeline(DiffusionPipeline):
         inputs = callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         if negative_prompt is None and negative_prompt_embeds is None:
             negative_prompt = ""
+        if isinstance(generator, tuple):
+            generator = list(generator)
         context = negative = self._context("prompt", prompt, prompt_embeds)
         if guidance_scale != 1:
             negative = self._context("negative_prompt", negative_prompt, negative_prompt_embeds)

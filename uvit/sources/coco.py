@@ -52,7 +52,7 @@ def _read(file: Path) -> tuple[list[Any], list[Any]]:
     """(images, annotations)"""
     try:
         data = file.read_bytes()
-        content = json.loads(gzip.decompress(data) if file.suffix == ".gz" else data)
+        content = json.loads(gzip.decompress(data) if file.suffix.lower() == ".gz" else data)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"--source {file}: is not a complete gzip file ({error})") from None
     except UnicodeDecodeError as error:

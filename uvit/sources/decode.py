@@ -3,7 +3,7 @@
 import io
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,17 @@ from uvit.images import DEEP_GREY, to_channels
 from uvit.sources.types import PairError, Problem
 
 CAPTION_COLUMNS = ("text", "caption", "captions", "sentences", "sentence", "txt", "prompt")
-IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "file_name", "image_path", "path", "filepath", "file")
+IMAGE_COLUMNS = (
+    "image", "img", "jpg", "jpeg", "png", "webp", "file_name", "image_path", "path", "filepath", "file", "filename",
+)  # fmt: skip
+
+
+def usual_name(names: Collection[str], usual: Collection[str]) -> str | None:
+    """The first of the usual names that is among `names`; else the first that is in another case, such as `Image`."""
+    for known in ({name: name for name in names}, {name.lower(): name for name in names}):
+        if found := next((known[name] for name in usual if name in known), None):
+            return found
+    return None
 
 
 def decode_image(data: bytes, id: str, where: object) -> Image.Image:
@@ -94,9 +104,10 @@ def decode_object(text: str, id: str, where: object) -> dict[str, Any]:
     return content
 
 
-def caption_values(row: Mapping[str, Any], keys: Iterable[str], id: str, where: object) -> list[str]:
+def caption_values(row: Mapping[str, Any], keys: Collection[str], id: str, where: object) -> list[str]:
     """The captions under the first of `keys` that is present and not null: one string, or a list of strings."""
-    value = next((row[key] for key in keys if row.get(key) is not None), None)
+    key = usual_name([name for name in row if row[name] is not None], keys)
+    value = None if key is None else row[key]
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(caption, str) for caption in values):
         found = ", ".join(map(str, row)) or "nothing"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from uvit.errors import UserError
 from uvit.sources.decode import clean_captions, decode_image
-from uvit.sources.names import safe_name
+from uvit.sources.names import name_on_disk, safe_name
 from uvit.sources.types import Pair, PairError, Problem, RandomAccessSource
 
 NUM_CHECKED = 100  # images that must include an existing one, or else the folder is wrong
@@ -75,7 +75,7 @@ def build_source(index: Path, folder: Path, rows: Iterable[ListRow | Problem]) -
         captions, problems = _cleaned(row)
         if problems:
             problems_of[len(entries)] = problems
-        entries.append((row.id, row.name if isinstance(row, ListRow) else "", captions))
+        entries.append((row.id, name_on_disk(folder, row.name) if isinstance(row, ListRow) else "", captions))
     source = FileSource(str(index), str(folder), entries, problems_of)
     usable = [row for row, entry in enumerate(entries) if entry[2]]
     if not entries:

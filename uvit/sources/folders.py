@@ -1,7 +1,8 @@
-"""A folder of images, each with a `.txt` (or a `.json`) of the same name that contains its caption."""
+"""A folder of images, each with a `.txt` (or a `.caption` or `.json`) of the same name that contains its caption."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from unicodedata import normalize
 
 from uvit.sources.decode import (
     CAPTION_COLUMNS,
@@ -16,6 +17,7 @@ from uvit.sources.img2dataset import failed_rows
 from uvit.sources.names import Listing, is_image, list_files, safe_name, stem_of, suffix_of
 from uvit.sources.types import Pair, PairError, Problem, RandomAccessSource
 
+CAPTION_SUFFIXES = ("json", "caption", "txt")  # the last of them that an image has counts
 DOCUMENTS = {"readme", "license", "licence", "notice", "copying", "changelog", "citation"}  # .txt, but no captions
 
 
@@ -86,24 +88,32 @@ def open_folder(folder: Path, listing: Listing | None = None) -> FolderSource:
     """Open the images at any depth. Hidden files, and those that are neither images nor captions, are `unread`."""
     listing = listing or list_files(folder)
     names = [name for name in listing.files if is_image(name)]
-    captions = {name: suffix_of(name) for name in listing.files if suffix_of(name) in ("txt", "json")}
-    by_stem = {stem_of(name): name for name, suffix in captions.items() if suffix == "json"}
-    by_stem |= {stem_of(name): name for name, suffix in captions.items() if suffix == "txt"}
-    caption_files, problem_of = dict[int, str](), dict[int, Problem]()
+    captions = {name: suffix_of(name) for name in listing.files if suffix_of(name) in CAPTION_SUFFIXES}
+    by_stem = {stem_of(name): name for each in CAPTION_SUFFIXES for name, suffix in captions.items() if suffix == each}
+    composed = {normalize("NFC", stem): name for stem, name in by_stem.items()}  # an accented letter is one character
+    caption_files, problem_of, used = dict[int, str](), dict[int, Problem](), set(names)
     for row, name in enumerate(names):
-        caption = by_stem.get(stem_of(name))
+        caption = by_stem.get(stem_of(name)) or by_stem.get(name)  # photo.txt, or photo.jpg.txt
+        caption = caption or composed.get(normalize("NFC", stem_of(name)))
         if caption is None:
             message = f"{safe_name(folder / name)}: has no .txt or .json of the same name that contains its caption"
             problem_of[row] = Problem(safe_name(name), "no caption", message)
-        elif caption != stem_of(name) + ".txt":
+            continue
+        used.add(caption)
+        if caption != stem_of(name) + ".txt":
             caption_files[row] = caption
-    stems = set(map(stem_of, names))
+    of_images = {*names, *map(stem_of, names)}
     others = {stem_of(name): name for name in listing.files if name not in captions and not is_image(name)}
-    rest, named = list[Problem](), set[str]()
+    rest = list[Problem]()
     for name, suffix in captions.items():
-        if suffix == "txt" and stem_of(name) not in stems and stem_of(name).rpartition("/")[2].lower() not in DOCUMENTS:
-            beside = others.get(stem_of(name))
-            named.add(beside or "")
+        stem = stem_of(name)
+        if name in used:
+            continue
+        if suffix == "json" and stem in of_images:  # what is known of the image beside its .txt
+            used.add(name)
+        elif suffix != "json" and stem not in of_images and stem.rpartition("/")[2].lower() not in DOCUMENTS:
+            beside = others.get(stem)
+            used |= {name, beside or name}
             but = f"; {safe_name(beside)} is not in an image format that is read" if beside else ""
             message = f"{safe_name(folder / name)}: there is no image of this name for the caption{but}"
             rest.append(Problem(safe_name(name), "missing image", message))
@@ -112,7 +122,6 @@ def open_folder(folder: Path, listing: Listing | None = None) -> FolderSource:
     beside_folder = failed_rows(folder.parent / f"{folder.name}.parquet")  # of one shard of img2dataset
     rest += [problem for problems in (*tables.values(), beside_folder) for problem in problems or ()]
     problem_of |= dict(enumerate(rest, start=len(names)))
-    used = {name for name in captions if stem_of(name) in stems} | {problem.id for problem in rest} | named
     used |= {name for name, problems in tables.items() if problems is not None}
-    unread = listing.unread(used | set(names))
-    return FolderSource(str(folder), names + [problem.id for problem in rest], caption_files, problem_of, unread)
+    rows = names + [problem.id for problem in rest]
+    return FolderSource(str(folder), rows, caption_files, problem_of, listing.unread(used))

@@ -23,7 +23,7 @@ STREAM_BATCH = 32  # rows read at a time
 def is_dataset(path: Path) -> bool:
     """Whether this is a folder that `save_to_disk` wrote, a folder with parquet files, or a parquet file."""
     if path.is_file():
-        return path.suffix == ".parquet"
+        return path.suffix.lower() == ".parquet"
     return is_saved(path) or any(
         next(path.glob(pattern), None) for pattern in ("*.parquet", "*/*.parquet", "*/*/*.parquet")
     )

@@ -5,30 +5,55 @@ of the columns are missing, or where a quote is never closed, UserError says so 
 """
 
 import csv
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
 from uvit.errors import UserError
-from uvit.sources.decode import CAPTION_COLUMNS, IMAGE_COLUMNS, caption_values, decode_object, decode_text
+from uvit.sources.decode import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    caption_values,
+    decode_object,
+    decode_text,
+    usual_name,
+)
 from uvit.sources.files import NUM_CHECKED, FileSource, ListRow, build_source
-from uvit.sources.names import is_image, safe_name
+from uvit.sources.img2dataset import hint_of_urls
+from uvit.sources.names import is_image, name_on_disk, safe_name, suffix_of
 from uvit.sources.tables import choose_columns
 from uvit.sources.types import PairError, Problem
 
-LIST_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
+LIST_SUFFIXES = ("jsonl", "csv", "tsv", "parquet")
 SEPARATORS = (",", "\t", ";", "|")
 
 Rows = Iterator[ListRow | Problem]
 
 
 def open_list(
-    path: Path, image_folder: Path | None = None, image_column: str | None = None, caption_column: str | None = None
+    path: Path,
+    image_folder: Path | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    base: Path | None = None,
 ) -> FileSource:
-    """Open a list. Its paths are relative to `image_folder`, or else to the list's folder. Raises UserError."""
+    """Open a list. Its paths are relative to `image_folder`, or else to the list's folder. Raises UserError.
+
+    Args:
+        base: a folder that contains the list's: the ids of its images are then their paths from there.
+    """
     rows: Iterable[ListRow | Problem] = _rows(path, image_column, caption_column)
-    return build_source(path, image_folder or path.parent, rows if path.suffix == ".jsonl" else _by_image(rows))
+    if image_folder is None and base is not None and path.parent != base:
+        rows, image_folder = _below(path.parent.relative_to(base), rows), base
+    return build_source(path, image_folder or path.parent, rows if suffix_of(path.name) == "jsonl" else _by_image(rows))
+
+
+def _below(folder: Path, rows: Iterable[ListRow | Problem]) -> Iterator[ListRow | Problem]:
+    for row in rows:
+        name = str(folder / row.name) if isinstance(row, ListRow) else ""
+        yield replace(row, id=safe_name(name), name=name) if isinstance(row, ListRow) else row
 
 
 def names_images(path: Path, image_column: str | None, caption_column: str | None) -> bool:
@@ -37,13 +62,14 @@ def names_images(path: Path, image_column: str | None, caption_column: str | Non
         rows = list(islice(_rows(path, image_column, caption_column), NUM_CHECKED))
     except (UserError, OSError):
         return False
-    return any(isinstance(row, ListRow) and (path.parent / row.name).is_file() for row in rows)
+    names = [name_on_disk(path.parent, row.name) for row in rows if isinstance(row, ListRow)]
+    return any((path.parent / name).is_file() for name in names)
 
 
 def _rows(path: Path, image_column: str | None, caption_column: str | None) -> Rows:
-    if path.suffix == ".parquet":
+    if suffix_of(path.name) == "parquet":
         return _parquet_rows(path, image_column, caption_column)
-    rows = _json_rows if path.suffix == ".jsonl" else _text_rows
+    rows = _json_rows if suffix_of(path.name) == "jsonl" else _text_rows
     return _one_encoding(path, rows(path, image_column, caption_column))
 
 
@@ -128,8 +154,8 @@ def _json_rows(path: Path, image_column: str | None, caption_column: str | None)
             where, id = f"{path}, line {number}", f"{path.name}:{number}"
             try:
                 content = decode_object(decode_text(line, id, where), id, where)
-                name = next((content[key] for key in images if isinstance(content.get(key), str)), None)
-                if not name:
+                key = usual_name([key for key in content if isinstance(content[key], str)], images)
+                if key is None or not (name := content[key]):
                     keys = ", ".join(map(repr, content)) or "nothing"
                     message = f"{where}: has no {' or '.join(images)}; found {keys}"
                     raise PairError(Problem(id, "broken line", message))
@@ -206,9 +232,9 @@ def _holds_a_row(lines: list[str], separator: str, num_fields: int, image: int) 
     return any(len(fields) == num_fields and is_image(fields[image]) for fields in rows)
 
 
-def _header(path: Path, line: str, flags: Iterable[tuple[str, str | None, Iterable[str]]]) -> tuple[str, list[str]]:
+def _header(path: Path, line: str, flags: Iterable[tuple[str, str | None, Sequence[str]]]) -> tuple[str, list[str]]:
     """-> (separator, names of the columns). It is the usual separator, unless another one gives both columns."""
-    usual = "\t" if path.suffix == ".tsv" else ","
+    usual = "\t" if suffix_of(path.name) == "tsv" else ","
     found = {
         separator: [name.strip() for name in next(csv.reader([line], delimiter=separator), [])]
         for separator in (usual, *SEPARATORS)
@@ -216,7 +242,7 @@ def _header(path: Path, line: str, flags: Iterable[tuple[str, str | None, Iterab
     complete = [
         separator
         for separator, names in found.items()
-        if all(any(name in names for name in ([given] if given else known)) for _, given, known in flags)
+        if all(usual_name(names, [given] if given else known) for _, given, known in flags)
     ]
     separator = next(iter(complete), max(found, key=lambda each: len(found[each])))
     if not complete and any(map(is_image, found[separator])):
@@ -243,15 +269,16 @@ def _parquet_rows(path: Path, image_column: str | None, caption_column: str | No
             yield error.problem
 
 
-def _find_column(path: Path, header: list[str], flag: str, given: str | None, usual: Iterable[str]) -> int:
+def _find_column(path: Path, header: list[str], flag: str, given: str | None, usual: Sequence[str]) -> int:
     """The index of the column that a flag names, or of the first column with a usual name."""
     columns = ", ".join(map(repr, header)) or "none"
     if given is not None and given not in header:
         raise UserError(f"--{flag} {given}: {path} has no such column; it has {columns}")
-    names = [given] if given is not None else [name for name in usual if name in header]
-    if not names:
-        raise UserError(f"--source {path}: its columns are {columns}; name the one to use with --{flag}")
-    return header.index(names[0])
+    name = given if given is not None else usual_name(header, usual)
+    if name is None:
+        hint = (hint_of_urls(header) if flag == "image_column" else None) or f"name the one to use with --{flag}"
+        raise UserError(f"--source {path}: its columns are {columns}; {hint}")
+    return header.index(name)
 
 
 def lists_paths(path: Path, image_column: str | None, caption_column: str | None) -> bool:

@@ -1,6 +1,7 @@
 """What the names of files say: which are images, which are clutter; and files of a folder at any depth."""
 
 import os
+import unicodedata
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -48,6 +49,14 @@ def is_clutter(name: str) -> bool:
 def safe_name(name: object) -> str:
     """A form of a name that can be printed and stored as UTF-8, whatever its bytes."""
     return str(name).encode(errors="backslashreplace").decode()
+
+
+def name_on_disk(folder: Path, name: str) -> str:
+    """The name of a file in `folder`: an accented letter may be one character there, or two (NFC, NFD)."""
+    forms = {unicodedata.normalize(form, name) for form in ("NFC", "NFD")} - {name}
+    if not forms or (folder / name).is_file():
+        return name
+    return next((form for form in sorted(forms) if (folder / form).is_file()), name)
 
 
 def some_of(names: Collection[str]) -> str:

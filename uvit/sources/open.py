@@ -4,7 +4,6 @@ Opening a source reads only its index. Images are decoded when a pair is read. A
 open files, so worker processes can share them.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +19,7 @@ from uvit.sources.combine import ConcatSource, ConcatStream, SplitRule, SplitSou
 from uvit.sources.files import NUM_CHECKED, FileSource
 from uvit.sources.folders import FolderSource, open_folder
 from uvit.sources.lists import LIST_SUFFIXES, lists_paths, names_images, open_list
-from uvit.sources.names import Listing, list_files, say_not_read, some_of, stem_of
+from uvit.sources.names import Listing, list_files, say_not_read, some_of, stem_of, suffix_of
 from uvit.sources.shapes import ShapesSource
 from uvit.sources.types import RandomAccessSource, Source
 
@@ -99,7 +98,7 @@ def open_source(
             elif kind == "coco":  # files with the same folder describe the same images
                 opened.append(open_coco([Path(file) for file in files], cast(Path, folder)))
             elif kind == "list":
-                opened += [open_list(Path(file), folder, image_column, caption_column) for file in files]
+                opened += [_open_lists(each, image_column, caption_column) for each in entries]
             elif kind == "images":
                 opened += [cast(FolderSource, each.images) for each in entries]
             else:
@@ -144,6 +143,12 @@ def _shapes(name: str, split: str, resolution: int) -> Source:
     return ShapesSource(split, resolution, 2 if name == "shapes:two" else 1)
 
 
+def _open_lists(entry: _Input, image_column: str | None, caption_column: str | None) -> Source:
+    base = entry.listing.folder if entry.listing else None
+    lists = [open_list(Path(file), entry.folder, image_column, caption_column, base) for file in entry.files]
+    return lists[0] if len(lists) == 1 else ConcatSource(list(lists))
+
+
 # Detecting the kind
 
 
@@ -176,15 +181,16 @@ def _detect(
         return _detect_folder(name, path, [*bases, (path, None)], columns)
     if not path.is_file():
         raise UserError(f"--source {name}: no such file or folder; give {SOURCE_KINDS}")
-    if re.search(r"\.(tar|tar\.\w+|tgz)$", path.name):
+    suffix = suffix_of(path.name)
+    if tars.is_tar(path.name):
         return _Input(name, "tars", (str(path),))
-    if path.name.endswith((".json", ".json.gz")):
+    if path.name.lower().endswith((".json", ".json.gz")):
         return _Input(name, "coco", (str(path),))
-    if path.suffix == ".parquet" and not lists_paths(path, image_column, caption_column):
+    if suffix == "parquet" and not lists_paths(path, image_column, caption_column):
         return _Input(name, "dataset", (str(path),))
-    if path.suffix in LIST_SUFFIXES:
+    if suffix in LIST_SUFFIXES:
         return _Input(name, "list", (str(path),))
-    if path.suffix == ".tfrecord":
+    if suffix == "tfrecord":
         raise _tfrecord(name)
     raise UserError(f"--source {name}: is a {path.suffix or 'nameless'} file; give {SOURCE_KINDS}")
 
@@ -212,7 +218,7 @@ def _detect_folder(
         return _Input(name, "dataset", (str(path),), splits="its own")
     tables = columns is not None and any(_contains_images(file, *columns) for file in _tables(path))
     for listing, splits in listings:
-        found = [file for file in listing.files if file.endswith(".tar")]
+        found = [file for file in listing.files if suffix_of(file) == "tar"]
         if listing.folder == path:  # those of other splits do not count
             found = [file for file in found if file.partition("/")[0] not in huggingface.SPLITS]
         if found:
@@ -229,8 +235,12 @@ def _detect_folder(
         others = [file for file in listing.top("jsonl", "csv", "tsv") if file not in METADATA]
         if lists := [file for file in others if _holds(listing.folder / file, columns)]:
             return _Input(name, "list", (_only(name, listing, lists),), splits=splits, listing=listing)
+    for listing, splits in listings:
+        if columns is not None and (inner := _metadata_of_folders(listing, columns, listing.folder == path)):
+            paths = tuple(_only(name, listing, found) for found in inner)
+            return _Input(name, "list", paths, splits=splits, listing=listing)
     # Nothing holds images. What could be meant says best what it lacks.
-    if any(file.endswith(".tfrecord") for listing, _ in listings for file in listing.files):
+    if any(suffix_of(file) == "tfrecord" for listing, _ in listings for file in listing.files):
         raise _tfrecord(name)
     for listing, splits in listings:
         for file in METADATA:
@@ -241,15 +251,32 @@ def _detect_folder(
             return _Input(name, "list", (str(listing.folder / lists[0]),), splits=splits, listing=listing)
     if huggingface.is_dataset(path):
         return _Input(name, "dataset", (str(path),), splits="its own")
+    if compressed := [listing.folder / file for listing, _ in listings for file in listing.files if tars.is_tar(file)]:
+        return _Input(name, "tars", (str(compressed[0]),))
     inside = sorted(entry.name for entry in path.iterdir())
+    coco = [listing.folder / file for listing, _ in listings for file in listing.top("json")]
+    hint = f"; if {coco[0].name} holds COCO captions, give --source {coco[0]} --image_folder {path}" if coco else ""
     raise UserError(
         f"--source {name}: contains {some_of(inside) or 'nothing'}; it needs annotations/ of COCO captions,"
-        f" {METADATA[0]}, {METADATA[1]}, a data set, .tar files, or images each with a .txt"
+        f" {METADATA[0]}, {METADATA[1]}, a data set, .tar files, or images each with a .txt{hint}"
     )
 
 
 def _holds(path: Path, columns: tuple[str | None, str | None] | None) -> bool:
     return columns is None or names_images(path, *columns)
+
+
+def _metadata_of_folders(listing: Listing, columns: tuple[str | None, str | None], has_splits: bool) -> list[list[str]]:
+    """The metadata files of each inner folder that has some, but of folders within these."""
+    found = dict[str, list[str]]()
+    for file in listing.files:
+        folder, _, base = file.rpartition("/")
+        inner = folder.partition("/")[0]
+        if folder and base in METADATA and not (has_splits and inner in huggingface.SPLITS):
+            found.setdefault(folder, []).append(file)
+    outer = [folder for folder in found if not any(str(each) in found for each in Path(folder).parents)]
+    holding = ([file for file in found[folder] if _holds(listing.folder / file, columns)] for folder in outer)
+    return [files for files in holding if files]
 
 
 def _tables(folder: Path) -> list[Path]:
@@ -289,10 +316,12 @@ def _say_unread(entry: _Input, source: Source | None) -> None:
     elif entry.listing:
         base = entry.listing.folder
         used = {str(Path(file).relative_to(base)) for file in entry.files}
-        if isinstance(source, FileSource):
-            if Path(source.folder) != base:
+        lists = source.sources if isinstance(source, ConcatSource) else [source]
+        if source:
+            files = [each for each in lists if isinstance(each, FileSource)]
+            if any(Path(each.folder) != base for each in files):
                 return
-            used |= {normpath(name) for _, name, _ in source.entries}
+            used |= {normpath(name) for each in files for _, name, _ in each.entries}
         else:
             used |= {stem_of(file) + ".parquet" for file in used}
         say_not_read(entry.name, entry.listing.unread(used))

@@ -8,8 +8,15 @@ from typing import Any, Protocol
 from PIL import Image
 
 from uvit.errors import UserError
-from uvit.sources.decode import CAPTION_COLUMNS, IMAGE_COLUMNS, caption_values, clean_captions, decode_image
-from uvit.sources.img2dataset import REASONS, reason
+from uvit.sources.decode import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    caption_values,
+    clean_captions,
+    decode_image,
+    usual_name,
+)
+from uvit.sources.img2dataset import REASONS, hint_of_urls, reason
 from uvit.sources.types import Pair, PairError, Problem, RandomAccessSource, Source
 
 # Not image_id: an image may have several rows, each with one caption.
@@ -34,19 +41,19 @@ def choose_columns(schema: Any, place: str, image: str | None, caption: str | No
         if name is not None and name not in kinds:
             raise UserError(f"--{flag} {name}: --source {place} has no such column; it has {columns}")
     if image is None:
-        usual = [name for name in IMAGE_COLUMNS if kinds.get(name) == "image"]
-        others = [name for name in schema.names if kinds[name] == "image"]
-        paths = [name for name in IMAGE_COLUMNS if kinds.get(name) == "text"]
-        image = next(iter(usual + others + paths), None)
+        images = [name for name in schema.names if kinds[name] == "image"]
+        paths = [name for name in schema.names if kinds[name] == "text"]
+        image = usual_name(images, IMAGE_COLUMNS) or next(iter(images), None) or usual_name(paths, IMAGE_COLUMNS)
     if caption is None:
-        caption = next((name for name in CAPTION_COLUMNS if kinds.get(name) in ("text", "texts")), None)
+        caption = usual_name([name for name in schema.names if kinds[name] in ("text", "texts")], CAPTION_COLUMNS)
     if image is None:
         if {"key", "status"} <= kinds.keys():
             raise UserError(
                 f"--source {place}: is img2dataset's table of results, without the images; give its folder, or the .tar"
                 " files in it"
             )
-        raise UserError(f"--source {place}: no column contains images; name one with --image_column; it has {columns}")
+        hint = hint_of_urls(schema.names) or "name one with --image_column"
+        raise UserError(f"--source {place}: no column contains images; {hint}; it has {columns}")
     if caption is None:
         raise UserError(
             f"--source {place}: no column contains captions; name one with --caption_column; it has {columns}"

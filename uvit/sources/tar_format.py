@@ -1,5 +1,6 @@
 """Find the members of a tar file, and their offsets."""
 
+import re
 import zlib
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
@@ -71,7 +72,7 @@ def members(file: Bytes, place: object) -> Iterator[Member]:
         named = {}
         if kind not in FILES + LINKS:
             continue
-        path = name.decode(errors="backslashreplace").removeprefix("./")
+        path = re.sub(r"^(\./+)+", "", name.decode(errors="backslashreplace"))
         folder, _, base = path.rpartition("/")
         stem, dot, suffix = base.partition(".")
         if not stem or not dot or any(map(is_clutter, path.split("/"))):

@@ -49,6 +49,11 @@ def open_tars(places: list[str]) -> Source:
     return TarStream(places)
 
 
+def is_tar(name: str) -> bool:
+    """Whether a name is that of a tar, perhaps a compressed one."""
+    return re.search(r"\.(tar|tar\.\w+|tgz|tbz2?|txz|tzst)$", name, re.IGNORECASE) is not None
+
+
 def expand(place: str) -> list[str]:
     """Expand braces, {000..099} or {a,b}, and the wildcards * ? []. In URLs, only braces are expanded."""
     if Path(place).exists():

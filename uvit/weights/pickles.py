@@ -42,7 +42,13 @@ def read_pth(path: Path) -> Any:
         zipped = file.read(2) == b"PK"  # files of PyTorch before 1.6 cannot be memory-mapped
 
     def load() -> Any:
-        if zipped and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+        names = zipfile.ZipFile(path).namelist() if zipped else []
+        if names and not any(name.endswith("data.pkl") for name in names):
+            raise UserError(
+                f"{path}: is an archive of {names[0]}, such as a NumPy .npz, not weights; save the arrays by name with "
+                "torch.save or safetensors"
+            )
+        if any(name.endswith("/constants.pkl") for name in names):
             raise UserError(
                 f"{path}: is a TorchScript file. Such a file can run code and is refused; get one that holds only "
                 "arrays"
