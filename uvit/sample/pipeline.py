@@ -53,7 +53,7 @@ class UViTPipeline(DiffusionPipeline):
 
     The folder has the layout of published ones: `unet/` holds the U-ViT and `vqvae/` the VAE.
 
-    How the U-ViT is to be sampled (`Conventions` of `uvit.diffusion`: the latent space, what is predicted, and the
+    How the U-ViT is to be sampled (`Conventions` of `uvit.conventions`: the latent space, what is predicted, and the
     timesteps) is in its own config. The arguments here are for a U-ViT whose config lacks them, and are recorded in it.
     Without both, the latents are those of the VAE's config. The model_index.json repeats three, for older versions.
     """
