@@ -6,7 +6,7 @@ The data ranks share the work of sampling; the main process measures. Nothing us
 
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,13 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from uvit.config.evaluate import NEED_REFERENCE, EvaluateConfig
+from uvit.config.evaluate import EvaluateConfig, Metric
 from uvit.distributed.ops import all_gather, broadcast, on_main
 from uvit.errors import UserError
 from uvit.evaluate.evaluate import open_reference
 from uvit.evaluate.features import FeatureSet, PerImage, features_in_memory
 from uvit.evaluate.frechet import FeatureStatistics
-from uvit.evaluate.measure import FRECHET, SMALL_SET, Score, build_extractors, compute_scores
+from uvit.evaluate.measure import FRECHET, SMALL_SET, Score, build_extractors, by_name, comparing, compute_scores
 from uvit.evaluate.prompts import Prompt, list_prompts
 from uvit.evaluate.statistics_file import SavedStatistics
 from uvit.images import to_uint8
@@ -96,9 +96,7 @@ class Evaluation:
             raise UserError(re.sub(r"--(metrics|reference)\b", r"--eval_\1", str(error))) from None
 
     def _open_reference(self) -> None:
-        compared = {
-            each.name: each for metric, each in self.extractors.items() if metric in NEED_REFERENCE
-        }  # fmt: skip
+        compared = by_name(self.extractors, comparing(self.config))
         if not compared:
             return
         reference = open_reference(self.config, self.extractors, self.resolution)
@@ -117,7 +115,7 @@ class Evaluation:
         count, rng = len(self.encoded.prompts), np.random.default_rng(0)
         grey = np.full((1, self.resolution, self.resolution, 3), 128, np.uint8)
         features = {}
-        for each in self.extractors.values():
+        for each in by_name(self.extractors, self.config.metrics).values():
             arrays = {}
             for name, array in each.extract(grey, self.encoded.prompts[:1]).items():
                 many = np.repeat(array, count, axis=0)
@@ -126,7 +124,7 @@ class Evaluation:
             features[each.name] = _feature_set(arrays, count)
         return features
 
-    def _try(self, metric: str, features: dict[str, FeatureSet]) -> list[Score]:
+    def _try(self, metric: Metric, features: dict[str, FeatureSet]) -> list[Score]:
         try:
             return self._compute(features, metric)
         except UserError as error:
@@ -134,8 +132,8 @@ class Evaluation:
                 raise
             raise UserError(f"--metrics {metric}, --eval_prompts {len(self.encoded.prompts)}: {error}") from None
 
-    def _compute(self, features: dict[str, FeatureSet], metric: str) -> list[Score]:
-        config = EvaluateConfig(**{**vars(self.config), "metrics": (metric,)})
+    def _compute(self, features: dict[str, FeatureSet], metric: Metric) -> list[Score]:
+        config = replace(self.config, metrics=(metric,))
         scores = compute_scores(
             config, self.extractors, features, self.reference, self.encoded.prompts, extrapolate=False
         )
@@ -148,7 +146,7 @@ class Evaluation:
                 raise UserError("the images have values that are NaN or infinite")
             features = {
                 each.name: _feature_set(each.extract(pixels, self.encoded.prompts), len(pixels))
-                for each in {each.name: each for each in self.extractors.values()}.values()
+                for each in by_name(self.extractors, self.config.metrics).values()
             }
             found = [score for metric in self.config.metrics for score in self._compute(features, metric)]
             return {f"eval_{score.name}": score.value for score in found}
