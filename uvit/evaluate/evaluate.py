@@ -1,7 +1,7 @@
 """`uvit evaluate`: images of a model, or any images, measured and compared with real ones.
 
     list_prompts, list_measured, open_reference   what is measured, and what it is compared with
-    run_jobs                                      images -> features on disk, in chunks that processes share
+    run_tasks                                     images -> features on disk, in chunks that processes share
     score                                         features -> scores, and what they depend on
     write_report, write_sheets, write_neighbours  report.json, report.md, contact sheets
 
@@ -66,7 +66,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Job:
+class Task:
     """Images, and the features to compute of them."""
 
     images: ImageSet
@@ -97,15 +97,15 @@ def evaluate(config: EvaluateConfig) -> None:
     reference = open_reference(config, extractors, config.resolution or (resolution[0] if resolution else None))
 
     every = list(by_name(extractors, config.metrics).values())
-    jobs = [Job(each.images, prompts, every, each.folder / "features") for each in measured]
+    tasks = [Task(each.images, prompts, every, each.folder / "features") for each in measured]
     real_images = None if isinstance(reference, SavedStatistics) else reference
     if real_images is not None:
         compared = list(by_name(extractors, comparing(config)).values())
-        jobs.append(Job(real_images, [], compared, folder / "reference"))
+        tasks.append(Task(real_images, [], compared, folder / "reference"))
     with clock("images and features"):
-        run_jobs(config, jobs, part, num_parts)
+        run_tasks(config, tasks, part, num_parts)
     with only_one(folder):
-        if not all(all_done(job.images, job.extractors, job.folder) for job in jobs):
+        if not all(all_done(each.images, each.extractors, each.folder) for each in tasks):
             print(f"part {part} of {num_parts} is done; the process that finishes last writes the report")
             return
         with clock("scores"):
@@ -125,8 +125,8 @@ def evaluate(config: EvaluateConfig) -> None:
             write_bytes(folder / "prompts.jsonl", prompts_lines(prompts, list(seeds)).encode())
         write_sheets(folder, measured[0].images, prompts)
         if real_images is not None:
-            extractor = extractors.get("retrieval", jobs[-1].extractors[0])
-            features, real = (load_features(job.images, extractor, job.folder) for job in (jobs[0], jobs[-1]))
+            extractor = extractors.get("retrieval", tasks[-1].extractors[0])
+            features, real = (load_features(each.images, extractor, each.folder) for each in (tasks[0], tasks[-1]))
             write_neighbours(folder, measured[0].images, features, real_images, real)
     print("\n".join(summary(config, report, len(prompts))))
     print("seconds: " + ", ".join(f"{name} {seconds:g}" for name, seconds in clock.seconds.items()))
@@ -208,14 +208,14 @@ def open_reference(
     return open_images(config, config.reference, "reference", resolution)
 
 
-def run_jobs(config: EvaluateConfig, jobs: Sequence[Job], part: int, num_parts: int) -> None:
+def run_tasks(config: EvaluateConfig, tasks: Sequence[Task], part: int, num_parts: int) -> None:
     """Generate or load this process's part of the images, and compute their features."""
     silent = int(os.environ.get("RANK", "0")) > 0
-    total = sum(len(job.images) for job in jobs) // num_parts
+    total = sum(len(each.images) for each in tasks) // num_parts
     bar = not (config.disable_tqdm or silent)
     with Progress("evaluate", total, "image", bar=bar, lines=not silent) as progress:
-        for job in jobs:
-            extract_features(job.images, job.prompts, job.extractors, job.folder, part, num_parts, progress)
+        for each in tasks:
+            extract_features(each.images, each.prompts, each.extractors, each.folder, part, num_parts, progress)
 
 
 # Scores
