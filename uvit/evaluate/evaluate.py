@@ -175,7 +175,7 @@ def list_measured(config: EvaluateConfig, prompts: Sequence[Prompt], clock: "Sto
         yield Measured("", folder, images)
         return
     if not prompts:
-        raise UserError(f"{config.model}: is a model, and generates images from --prompts")
+        raise UserError(f"{config.model}: is a model, which generates an image for each prompt; give --prompts")
     settings, varied = list_settings(config)
     with clock("start"):
         models = {ema: open_model(config.model, ema, config.device, config.dtype) for ema in config.ema}
@@ -204,7 +204,9 @@ def open_reference(
                 check_same_features(saved, extractor.network)
         return saved
     if is_model(config.reference):
-        raise UserError(f"--reference {config.reference}: is a model; give images, or a folder that it generated")
+        raise UserError(
+            f"--reference {config.reference}: is a model; give images, such as the folder of those that it generated"
+        )
     return open_images(config, config.reference, "reference", resolution)
 
 

@@ -89,7 +89,8 @@ def check_metrics(config: EvaluateConfig) -> None:
     """Raises UserError if a metric needs what was not given."""
     if not config.metrics:
         raise UserError(
-            f"--metrics: names none, and {config.model} is no model, which needs none; give some, such as --metrics fid"
+            "--metrics: names no metric; give some, such as --metrics fid. Only a model without --prompts and "
+            "--reference needs none: it is measured on the built-in shapes"
         )
     if config.protocol is not None and config.prompts is None:
         raise UserError(f"--protocol {config.protocol}: needs --prompts, {PROTOCOL_PROMPTS[config.protocol]}")
