@@ -12,9 +12,9 @@ from uvit.errors import UserError
 from uvit.evaluate.scores import clip_score, clip_similarities, inception_score, mean_interval
 
 
-@pytest.mark.parametrize("case", EXPECTED["inception_score"])
+@pytest.mark.parametrize("case", [case for case in EXPECTED["inception_score"] if case["shuffle"]])
 def test_the_inception_score_equals_torch_fidelity(case: dict[str, Any]) -> None:
-    settings = {name: case[name] for name in ("num_splits", "shuffle", "seed")}
+    settings = {name: case[name] for name in ("num_splits", "seed")}
     assert inception_score(tensor("logits"), **settings) == pytest.approx(case["mean_std"], rel=1e-12, abs=1e-12)
 
 

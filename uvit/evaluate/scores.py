@@ -8,9 +8,7 @@ from uvit.errors import UserError
 from uvit.evaluate.feature_sets import check_finite_features
 
 
-def inception_score(
-    logits: Tensor, *, num_splits: int = 10, shuffle: bool = True, seed: int = 2020
-) -> tuple[float, float]:
+def inception_score(logits: Tensor, *, num_splits: int = 10, seed: int = 2020) -> tuple[float, float]:
     """exp of the mean KL(p(y|x) || p(y)): mean and standard deviation over splits, as torch-fidelity computes them.
 
     Logits (N, classes): with FID's Inception, those without the bias.
@@ -19,7 +17,7 @@ def inception_score(
     if not 1 <= num_splits <= total:
         raise UserError(f"an Inception Score with {num_splits} splits needs as many images, and there are {total}")
     check_finite_features(logits, "Inception Score: of the images")
-    order = np.random.RandomState(seed).permutation(total) if shuffle else np.arange(total)
+    order = np.random.RandomState(seed).permutation(total)
     scores = []
     for i in range(num_splits):
         rows = torch.from_numpy(order[i * total // num_splits : (i + 1) * total // num_splits]).to(logits.device)
