@@ -12,6 +12,7 @@ from uvit.cli.main import main
 from uvit.config.sample import SampleConfig
 from uvit.errors import UserError
 from uvit.images import center_crop
+from uvit.progress import Progress
 from uvit.sample.command import read_prompts, sample, sample_batch
 from uvit.sample.pipeline import UViTPipeline
 from uvit.sample.schedulers import build_scheduler
@@ -53,10 +54,10 @@ def test_an_image_is_its_seed_whatever_the_batch(pipeline: UViTPipeline, schedul
 
     def images_of(numbers: range, batch_size: int) -> np.ndarray:
         """(N, H, W, 3), of prompts of these numbers and their seeds."""
-        images = []
+        images, progress = [], Progress("images", len(numbers), "image", bar=False, lines=False)
         for batch in (numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)):
             prompts, seeds = [PROMPTS[i] for i in batch], [10 + i for i in batch]
-            images += sample_batch(pipeline, prompts, seeds, guidance_scale=2.0, num_inference_steps=4)[0]
+            images += sample_batch(pipeline, prompts, seeds, progress, guidance_scale=2.0, num_inference_steps=4)[0]
         return np.stack([np.asarray(image) for image in images]).astype(int)
 
     arrays = [images_of(range(5), batch_size) for batch_size in (1, 2, 5)]

@@ -58,7 +58,7 @@ class SampleResult:
 
 
 def sample_batch(
-    pipeline: UViTPipeline, prompts: list[str], seeds: list[int], progress: Progress | None = None, **options: Any
+    pipeline: UViTPipeline, prompts: list[str], seeds: list[int], progress: Progress, **options: Any
 ) -> tuple[list[Image.Image], Tensor]:
     """Generate one batch: its images, and the latents (B, C, h, w) that the VAE decoded.
 
@@ -68,20 +68,18 @@ def sample_batch(
     progress: counts the images, in fractions while they are denoised.
     """
     last: dict[str, Tensor] = {}
-    done_before = 0.0 if progress is None else progress.done
+    done_before = progress.done
 
     def remember(_: UViTPipeline, step: int, timestep: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
         last.update(values)
-        if progress is not None:
-            progress.update(len(prompts) / (len(pipeline.scheduler.timesteps) + 1))  # the VAE is one more
+        progress.update(len(prompts) / (len(pipeline.scheduler.timesteps) + 1))  # the VAE is one more
         return values
 
     generator = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     images = pipeline(
         prompts, generator=generator, callback_on_step_end=remember, return_dict=False, **options
     )[0]  # fmt: skip
-    if progress is not None:  # an image that starts from another one took fewer steps
-        progress.update(done_before + len(prompts) - progress.done)
+    progress.update(done_before + len(prompts) - progress.done)  # an image that starts from another took fewer steps
     return images, last["latents"]
 
 
