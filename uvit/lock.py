@@ -1,7 +1,7 @@
 """One writer at a time: a lock file that names the process which writes a folder.
 
 The lock file is in the folder (or beside it), so it is the same file under every spelling of the path and on every
-machine that shares the disk. It is removed when the writer ends. What a killed writer leaves does not hold:
+machine that shares the disk. It is removed when the writer ends. What a killed writer leaves behind does not count:
 
 - A writer on this machine is known by its pid and start time. If that process is gone, the lock is free at once.
 - Of a writer on another machine, or in another container, only the file is known. The writer touches it every

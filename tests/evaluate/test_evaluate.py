@@ -362,7 +362,8 @@ def test_bad_input_is_one_sentence_before_any_image(tmp_path: Path, pipeline: st
     (tmp_path / "other.npz").write_bytes(b"no statistics")
     own: dict[str, Any] = {"feature_extractor": vit, "metrics": ("fd",)}
     for model, flags, message in (
-        (photos, {}, "--metrics: names none"),
+        (photos, {}, "--metrics: names no metric"),
+        (pipeline, {"prompts": "shapes"}, "--metrics: names no metric"),
         (photos, {"metrics": ("kid",), "feature_extractor": vit}, "--metrics kid: .* give --reference"),
         (photos, {"metrics": ("clip_score",)}, "--metrics clip_score: needs the --prompts"),
         (photos, {"metrics": ("attributes",), "prompts": str(tmp_path / "a.txt")}, "needs --prompts shapes"),
@@ -380,7 +381,7 @@ def test_bad_input_is_one_sentence_before_any_image(tmp_path: Path, pipeline: st
         (pipeline, {"protocol": "uvit-coco", "reference": str(photos)}, "needs --prompts, captions_val2014.json"),
         (tmp_path, {**own, "reference": str(photos)}, "--output_dir .*: lies in .*, whose images are read"),
         ("shapes", {**own, "reference": str(tmp_path)}, "--output_dir .*: lies in .*, whose images are read"),
-        (pipeline, {**own, "reference": str(photos)}, "generates images from --prompts"),
+        (pipeline, {**own, "reference": str(photos)}, "for each prompt; give --prompts"),
         (pipeline, {**SAMPLING, "metrics": ("attributes",), "ema": ("raw",)}, "has one set of weights"),
     ):
         with pytest.raises(UserError, match=message):

@@ -1,4 +1,4 @@
-"""The distance equals the reference, also without full rank; statistics do not depend on batches or processes."""
+"""The distance equals the reference, also without full rank; statistics are those of torch."""
 
 import math
 
@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from tests.evaluate.reference import EXPECTED, GAUSSIANS, feature_sets
 from uvit.errors import UserError
 from uvit.evaluate.frechet import (
-    ROWS_PER_UPDATE,
+    ROWS_AT_ONCE,
     FeatureStatistics,
-    RunningStatistics,
     frechet_distance,
     frechet_distance_at_infinity,
     statistics_of,
@@ -42,39 +41,14 @@ def test_equal_sets_are_at_zero_and_nothing_is_below(n: int, width: int, scale: 
     assert 0 <= frechet_distance(statistics, statistics) <= 1e-13 * trace
 
 
-def test_batches_do_not_change_a_bit() -> None:
-    features = torch.randn(2 * ROWS_PER_UPDATE + 77, 12) + 1000
-    whole = statistics_of(features)
-    for size in (1, 3, 64, ROWS_PER_UPDATE, ROWS_PER_UPDATE + 1):
-        running = RunningStatistics()
-        for batch in features.split(size):
-            running.update(batch)
-        assert torch.equal(running.result().mean, whole.mean)
-        assert torch.equal(running.result().covariance, whole.covariance)
-
-
-@pytest.mark.parametrize("sizes", [(0, 5), (5, 0), (1, 1), (1, 1500), (1024, 1025), (7, 0, 9)])
-def test_processes_merge_to_the_whole(sizes: tuple[int, ...]) -> None:
-    features = torch.randn(sum(sizes), 7, dtype=torch.float64) * torch.logspace(-1, 1, 7) + 10
-    total = RunningStatistics()
-    for part in features.split(sizes):
-        running = RunningStatistics()
-        running.update(part)
-        total.merge(running)
-    result = total.result()
-    assert result.num_images == len(features)
+@pytest.mark.parametrize("num_rows", [2, 5, ROWS_AT_ONCE, ROWS_AT_ONCE + 1, 2 * ROWS_AT_ONCE + 77])
+def test_statistics_are_the_mean_and_the_covariance(num_rows: int) -> None:
+    features = torch.randn(num_rows, 7, dtype=torch.float64) * torch.logspace(-1, 1, 7) + 10
+    given = features.clone()
+    result = statistics_of(features)
+    assert torch.equal(features, given) and result.num_images == num_rows
     torch.testing.assert_close(result.mean, features.mean(0), rtol=1e-14, atol=0)
     torch.testing.assert_close(result.covariance, features.T.cov(), rtol=1e-11, atol=1e-13)
-
-
-def test_a_result_is_not_changed_by_later_batches_nor_by_the_caller() -> None:
-    running, batch = RunningStatistics(), torch.randn(4, 3)
-    running.update(batch)
-    before = running.result()
-    mean = before.mean.clone()
-    batch += 1
-    running.update(torch.randn(4, 3))
-    assert torch.equal(before.mean, mean)
 
 
 def test_a_large_mean_costs_no_digits() -> None:
@@ -85,15 +59,13 @@ def test_a_large_mean_costs_no_digits() -> None:
 
 def test_mistakes_are_named() -> None:
     with pytest.raises(UserError, match=r"^no images have no covariance"):
-        RunningStatistics().result()
+        statistics_of(torch.zeros(0, 3))
     with pytest.raises(UserError, match=r"^1 image has no covariance.*at least 2"):
         statistics_of(torch.zeros(1, 3))
-    features = torch.zeros(5, 3)
-    features[3, 1] = math.nan
-    running = RunningStatistics()
-    running.update(torch.zeros(10, 3))
+    features = torch.zeros(15, 3)
+    features[13, 1] = math.nan
     with pytest.raises(UserError, match=r"number 13 has features that are NaN"):
-        running.update(features)
+        statistics_of(features)
     with pytest.raises(UserError, match=r"statistics of 3 and of 4 features"):
         frechet_distance(statistics_of(torch.zeros(2, 3)), statistics_of(torch.zeros(2, 4)))
 

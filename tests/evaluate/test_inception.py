@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 from tests.evaluate.reference import INCEPTION, formula_weights, synthetic_image
+from uvit.config.evaluate import InceptionInput
 from uvit.errors import UserError
 from uvit.evaluate.inception import (
     WEIGHTS_NAMES,
     FIDInception,
-    InputConvention,
     find_inception_weights,
     inception_input,
     load_inception,
@@ -20,7 +20,7 @@ from uvit.evaluate.inception import (
 )
 
 IMAGES = [synthetic_image(96, 96, 1), synthetic_image(400, 310, 2)]
-REFERENCES: list[tuple[InputConvention, str]] = [
+REFERENCES: list[tuple[InceptionInput, str]] = [
     ("pytorch-fid", "pytorch_fid/2048"),
     ("torch-fidelity", "torch_fidelity/2048"),
     ("clean-fid", "clean/2048"),
@@ -42,7 +42,7 @@ def relative(found: torch.Tensor, expected: np.ndarray) -> float:
 
 @pytest.mark.xdist_group("inception")
 @pytest.mark.parametrize(("convention", "reference"), REFERENCES)
-def test_features_equal_the_reference(convention: InputConvention, reference: str, weights: Path) -> None:
+def test_features_equal_the_reference(convention: InceptionInput, reference: str, weights: Path) -> None:
     network, _ = load_inception(weights)
     with torch.inference_mode():
         features, logits = network(torch.stack([inception_input(image, convention) for image in IMAGES]))
@@ -62,7 +62,7 @@ def test_resizes_equal_the_reference() -> None:
 
 @pytest.mark.parametrize("convention", ["pytorch-fid", "torch-fidelity", "clean-fid"])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 500), (299, 299), (640, 3), (256, 256)])
-def test_images_of_any_shape_become_inputs(shape: tuple[int, int], convention: InputConvention) -> None:
+def test_images_of_any_shape_become_inputs(shape: tuple[int, int], convention: InceptionInput) -> None:
     image = synthetic_image(*shape, 4)
     before = image.copy()
     pixels = inception_input(image, convention)

@@ -16,6 +16,10 @@ WeightsChoice = Literal["ema", "raw"]
 Scheduler = Literal["dpmsolver++", "ddim", "unipc", "euler", "heun", "ddpm", "official", "fitted"]
 InceptionInput = Literal["pytorch-fid", "torch-fidelity", "clean-fid"]
 
+CLIP_SCORE_MODEL = "openai/clip-vit-large-patch14"
+CMMD_MODEL = "openai/clip-vit-large-patch14-336"
+DINOV2_MODEL = "facebook/dinov2-large"
+
 NEED_REFERENCE = {"fid", "kid", "prdc", "fd_dinov2", "cmmd", "fd", "retrieval"}
 NEED_PROMPTS = {"clip_score", "attributes", "retrieval"}
 
@@ -146,11 +150,11 @@ class EvaluateConfig:
     pytorch-fid, the default."""
     inception_weights: PathFlag | None = None
     """The file of FID's Inception. Default: pt_inception-2015-12-05-6726825d.pth in the cache of torch.hub."""
-    clip_name_or_path: PathFlag = "openai/clip-vit-large-patch14"
+    clip_name_or_path: PathFlag = CLIP_SCORE_MODEL
     """CLIP for clip_score: a folder of transformers, or a Hub id."""
-    cmmd_name_or_path: PathFlag = "openai/clip-vit-large-patch14-336"
+    cmmd_name_or_path: PathFlag = CMMD_MODEL
     """CLIP for cmmd."""
-    dinov2_name_or_path: PathFlag = "facebook/dinov2-large"
+    dinov2_name_or_path: PathFlag = DINOV2_MODEL
     """DINOv2 for fd_dinov2."""
     feature_extractor: PathFlag | None = None
     """Any vision model of transformers, by folder or Hub id, for fd, kid, prdc and retrieval. Results bear its name."""
@@ -240,7 +244,7 @@ class EvaluateStatisticsConfig:
     """How images become the input of FID's Inception, as in `uvit evaluate`."""
     inception_weights: PathFlag | None = None
     """The file of FID's Inception. Default: pt_inception-2015-12-05-6726825d.pth in the cache of torch.hub."""
-    dinov2_name_or_path: PathFlag = "facebook/dinov2-large"
+    dinov2_name_or_path: PathFlag = DINOV2_MODEL
     """DINOv2 for fd_dinov2."""
 
     # Device

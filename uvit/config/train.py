@@ -16,6 +16,7 @@ from uvit.config.bounds import (
     Seed,
     check_bounds,
 )
+from uvit.config.evaluate import CLIP_SCORE_MODEL
 from uvit.config.paths import PathFlag, expand_paths
 from uvit.config.sample import InferenceSteps
 from uvit.errors import UserError
@@ -206,7 +207,7 @@ class TrainConfig:
     """Any vision model of transformers, by folder or Hub id, for fd, kid and prdc. Results bear its name."""
     inception_weights: PathFlag | None = None
     """The file of FID's Inception. Default: pt_inception-2015-12-05-6726825d.pth in the cache of torch.hub."""
-    clip_name_or_path: PathFlag = "openai/clip-vit-large-patch14"
+    clip_name_or_path: PathFlag = CLIP_SCORE_MODEL
     """CLIP for clip_score: a folder of transformers, or a Hub id."""
     keep_best: str | None = None
     """Keep the checkpoint with the best value of this metric too: val_loss, one of --eval_metrics, or one of their

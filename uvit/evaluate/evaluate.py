@@ -1,9 +1,9 @@
 """`uvit evaluate`: images of a model, or any images, measured and compared with real ones.
 
-    list_prompts, open_images, GeneratedImages    what is measured, and what with
-    extract_features                              images -> features on disk, in chunks that processes share
-    compute_scores                                features -> scores
-    write_report                                  report.json, report.md, contact sheets
+    list_prompts, list_measured, open_reference   what is measured, and what it is compared with
+    run_tasks                                     images -> features on disk, in chunks that processes share
+    score                                         features -> scores, and what they depend on
+    write_report, write_sheets, write_neighbours  report.json, report.md, contact sheets
 
 Every stage resumes: images and features are files that are complete or not there.
 """
@@ -13,18 +13,16 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from PIL import Image
 
 from uvit.config.evaluate import EvaluateConfig
 from uvit.config.sharding import resolve_shard
 from uvit.errors import UserError
-from uvit.evaluate.attributes import accuracy_table, attribute_sheet, scene_kind
-from uvit.evaluate.features import FeatureSet, PerImage, all_done, extract_features, load_features
+from uvit.evaluate.attributes import accuracy_table, scene_kind
+from uvit.evaluate.features import FeatureSet, PerImage, all_done, describe_images, extract_features, load_features
+from uvit.evaluate.frechet import FeatureStatistics
 from uvit.evaluate.generate import GeneratedImages, folder_name, is_model, open_model
 from uvit.evaluate.image_sets import ImageSet, open_images
 from uvit.evaluate.measure import (
@@ -32,13 +30,14 @@ from uvit.evaluate.measure import (
     ImageFeatures,
     Score,
     build_extractors,
+    by_name,
     check_metrics,
     comparing,
     compute_scores,
 )
 from uvit.evaluate.prompts import Prompt, list_prompts, prompts_lines, prompts_sha256
 from uvit.evaluate.reference import describe_statistics, score_statistics
-from uvit.evaluate.retrieval import nearest_images
+from uvit.evaluate.sheets import write_neighbours, write_sheets
 from uvit.evaluate.statistics_file import SavedStatistics, check_same_features, read_statistics
 from uvit.evaluate.sweep import best_setting, list_settings, pareto_plot
 from uvit.evaluate.write_report import (
@@ -51,13 +50,10 @@ from uvit.evaluate.write_report import (
     summarise,
     write_report,
 )
-from uvit.images import contact_sheet, save_png
+from uvit.images import save_png
 from uvit.io import write_bytes, write_json
 from uvit.progress import Progress
 from uvit.sample.files import check_writable
-
-SHEET_IMAGES = 64
-MAX_NEIGHBOUR_ROWS = 24
 
 
 @dataclass(frozen=True)
@@ -69,10 +65,20 @@ class Measured:
     images: ImageSet
 
 
+@dataclass(frozen=True)
+class Task:
+    """Images, and the features to compute of them."""
+
+    images: ImageSet
+    prompts: Sequence[Prompt]
+    extractors: Sequence[PerImage]
+    folder: Path
+
+
 def evaluate(config: EvaluateConfig) -> None:
     """The command. Raises UserError if something is missing, cannot be read, or gives no finite score."""
     if is_model(config.model) and not (config.protocol or config.prompts or config.reference or config.metrics):
-        config = EvaluateConfig(**{**vars(config), "protocol": "shapes"})
+        config = replace(config, protocol="shapes")
     given, config = config, config.resolved()
     check_metrics(config)
     if config.model.endswith(".npz"):
@@ -82,30 +88,24 @@ def evaluate(config: EvaluateConfig) -> None:
     folder = Path(config.output_dir)
     check_output(config)
     clock = Stopwatch()
+
     with clock("start"):
         extractors = build_extractors(config)
-        prompts = [] if config.prompts is None else list_prompts(
-            config.prompts, config.split, config.max_prompts
-        )  # fmt: skip
+        prompts = list_prompts(config.prompts, config.split, config.max_prompts) if config.prompts else []
     measured = list(list_measured(config, prompts, clock))
     resolution = measured[0].images.description.get("resolution")
     reference = open_reference(config, extractors, config.resolution or (resolution[0] if resolution else None))
 
-    unique = {extractor.name: extractor for extractor in extractors.values()}
-    shared = list({extractors[metric].name: extractors[metric] for metric in comparing(config)}.values())
-    silent = int(os.environ.get("RANK", "0")) > 0
-    jobs = [(each.images, prompts, list(unique.values()), each.folder / "features") for each in measured]
-    if reference is not None and not isinstance(reference, SavedStatistics):
-        jobs.append((reference, [], shared, folder / "reference"))
-    total = sum(len(images) for images, *_ in jobs) // num_parts
-    with (
-        Progress("evaluate", total, "image", bar=not (config.disable_tqdm or silent), lines=not silent) as progress,
-        clock("images and features"),
-    ):
-        for images, its_prompts, its_extractors, its_folder in jobs:
-            extract_features(images, its_prompts, its_extractors, its_folder, part, num_parts, progress)
+    every = list(by_name(extractors, config.metrics).values())
+    tasks = [Task(each.images, prompts, every, each.folder / "features") for each in measured]
+    real_images = None if isinstance(reference, SavedStatistics) else reference
+    if real_images is not None:
+        compared = list(by_name(extractors, comparing(config)).values())
+        tasks.append(Task(real_images, [], compared, folder / "reference"))
+    with clock("images and features"):
+        run_tasks(config, tasks, part, num_parts)
     with only_one(folder):
-        if not all(all_done(images, its_extractors, its_folder) for images, _, its_extractors, its_folder in jobs):
+        if not all(all_done(each.images, each.extractors, each.folder) for each in tasks):
             print(f"part {part} of {num_parts} is done; the process that finishes last writes the report")
             return
         with clock("scores"):
@@ -123,10 +123,11 @@ def evaluate(config: EvaluateConfig) -> None:
         if prompts:
             seeds = dict.fromkeys(each.images.description["seed"] for each in measured if is_model(config.model))
             write_bytes(folder / "prompts.jsonl", prompts_lines(prompts, list(seeds)).encode())
-        write_sheets(folder, measured, prompts)
-        compared = comparing(config)
-        if compared and reference is not None and not isinstance(reference, SavedStatistics):
-            write_neighbours(folder, measured[0], reference, extractors.get("retrieval", extractors[compared[0]]))
+        write_sheets(folder, measured[0].images, prompts)
+        if real_images is not None:
+            extractor = extractors.get("retrieval", tasks[-1].extractors[0])
+            features, real = (load_features(each.images, extractor, each.folder) for each in (tasks[0], tasks[-1]))
+            write_neighbours(folder, measured[0].images, features, real_images, real)
     print("\n".join(summary(config, report, len(prompts))))
     print("seconds: " + ", ".join(f"{name} {seconds:g}" for name, seconds in clock.seconds.items()))
     print(f"report: {folder / 'report.md'}; contact sheet: {folder / 'contact_sheet.png'}")
@@ -174,7 +175,7 @@ def list_measured(config: EvaluateConfig, prompts: Sequence[Prompt], clock: "Sto
         yield Measured("", folder, images)
         return
     if not prompts:
-        raise UserError(f"{config.model}: is a model, and generates images from --prompts")
+        raise UserError(f"{config.model}: is a model, which generates an image for each prompt; give --prompts")
     settings, varied = list_settings(config)
     with clock("start"):
         models = {ema: open_model(config.model, ema, config.device, config.dtype) for ema in config.ema}
@@ -198,13 +199,25 @@ def open_reference(
         return None
     if config.reference.lower().endswith(".npz"):
         saved = read_statistics(Path(config.reference))
-        for metric, writer in extractors.items():
-            if metric in FRECHET and isinstance(writer, ImageFeatures):
-                check_same_features(saved, writer.extractor)
+        for metric, extractor in extractors.items():
+            if metric in FRECHET and isinstance(extractor, ImageFeatures):
+                check_same_features(saved, extractor.network)
         return saved
     if is_model(config.reference):
-        raise UserError(f"--reference {config.reference}: is a model; give images, or a folder that it generated")
+        raise UserError(
+            f"--reference {config.reference}: is a model; give images, such as the folder of those that it generated"
+        )
     return open_images(config, config.reference, "reference", resolution)
+
+
+def run_tasks(config: EvaluateConfig, tasks: Sequence[Task], part: int, num_parts: int) -> None:
+    """Generate or load this process's part of the images, and compute their features."""
+    silent = int(os.environ.get("RANK", "0")) > 0
+    total = sum(len(each.images) for each in tasks) // num_parts
+    bar = not (config.disable_tqdm or silent)
+    with Progress("evaluate", total, "image", bar=bar, lines=not silent) as progress:
+        for each in tasks:
+            extract_features(each.images, each.prompts, each.extractors, each.folder, part, num_parts, progress)
 
 
 # Scores
@@ -218,25 +231,17 @@ def score(
     prompts: Sequence[Prompt],
 ) -> dict[str, Any]:
     """The scores of everything measured, and what they depend on, as the report has them."""
-    unique = {extractor.name: extractor for extractor in extractors.values()}
-    real: dict[str, Any] = {}
-    described: dict[str, Any] = {}
-    if isinstance(reference, SavedStatistics):
-        real = dict.fromkeys(unique, reference.statistics)
-        described = describe_statistics(reference)
-    elif reference is not None:
-        folder = Path(config.output_dir) / "reference"
-        shared = {extractors[metric].name: extractors[metric] for metric in comparing(config)}
-        real = {name: load_features(reference, each, folder) for name, each in shared.items()}
-        described = _described(reference, next(iter(real.values())))
+    unique = by_name(extractors, config.metrics)
+    real, described = load_reference(config, reference, extractors)
+    is_sweep = len({each.label for each in measured}) > 1
     results: dict[str, dict[str, Any]] = {}
     halves: dict[str, tuple[list[Score], list[Score]]] = {}
     for each in measured:
         features = {name: load_features(each.images, unique[name], each.folder / "features") for name in unique}
         result = results.setdefault(each.label, {"repeats": [], "images": []})
         result["repeats"].append(compute_scores(config, extractors, features, real, prompts))
-        result["images"].append(_described(each.images, next(iter(features.values()))))
-        if len({one.label for one in measured}) > 1 and each.label not in halves:
+        result["images"].append(describe_images(each.images, next(iter(features.values()))))
+        if is_sweep and each.label not in halves:
             first, second = (compute_scores(config, extractors, features, real, prompts, half) for half in (0, 1))
             halves[each.label] = (first, second)
     rows = [
@@ -244,7 +249,7 @@ def score(
         for label, result in results.items()
     ]
     report: dict[str, Any] = {"results": rows, "images": rows[0]["images"][0], "reference": described}
-    if halves:
+    if is_sweep:
         report["best"] = best_setting(
             [first for first, _ in halves.values()], [second for _, second in halves.values()]
         )
@@ -262,9 +267,19 @@ def score(
     return report
 
 
-def _described(images: ImageSet, features: FeatureSet) -> dict[str, Any]:
-    problems = {"problems": features.problems} if features.problems else {}
-    return {**images.description, "pixels_sha256": features.pixels_sha256, **problems}
+def load_reference(
+    config: EvaluateConfig, reference: ImageSet | SavedStatistics | None, extractors: dict[str, PerImage]
+) -> tuple[dict[str, FeatureSet | FeatureStatistics], dict[str, Any]]:
+    """({name of the extractor: features of the real images, or their statistics}, what the report says of them)"""
+    compared = by_name(extractors, comparing(config))
+    if reference is None:
+        return {}, {}
+    if isinstance(reference, SavedStatistics):
+        return dict.fromkeys(compared, reference.statistics), describe_statistics(reference)
+    real = {
+        name: load_features(reference, each, Path(config.output_dir) / "reference") for name, each in compared.items()
+    }
+    return dict(real), describe_images(reference, next(iter(real.values())))
 
 
 def summary(config: EvaluateConfig, report: dict[str, Any], num_prompts: int) -> list[str]:
@@ -273,54 +288,6 @@ def summary(config: EvaluateConfig, report: dict[str, Any], num_prompts: int) ->
         values = {each["name"]: each["value"] for each in report["results"][0]["scores"]}
         return [accuracy_table(values, scene_kind(config), num_prompts, config.split or "heldout")]
     return [*score_table(report), *report["notes"]]
-
-
-# Contact sheets
-
-
-def write_sheets(folder: Path, measured: Sequence[Measured], prompts: Sequence[Prompt]) -> None:
-    """The first images of the first setting; and for prompts with categories, a sheet for each."""
-    images = measured[0].images
-    if prompts and prompts[0].scene is not None:
-        shown = _load(images, range(min(len(images), SHEET_IMAGES)))
-        save_png(attribute_sheet(prompts[: len(shown)], shown), folder / "contact_sheet.png")
-        return
-    _save_sheet(images, list(range(len(images))), prompts, folder / "contact_sheet.png")
-    categories = list(dict.fromkeys(prompt.category for prompt in prompts if prompt.category))
-    for number, category in enumerate(categories):  # numbered: names of folders may be equal, or empty
-        rows = [row for row, prompt in enumerate(prompts) if prompt.category == category]
-        _save_sheet(images, rows, prompts, folder / "sheets" / f"{number:02d}-{folder_name(category)[:60]}.png")
-
-
-def write_neighbours(folder: Path, measured: Measured, reference: ImageSet, extractor: PerImage) -> None:
-    """The first generated images, each with the real ones nearest to it: copies show what was memorised."""
-    mine = load_features(measured.images, extractor, measured.folder / "features")
-    real = load_features(reference, extractor, folder / "reference")
-    nearest, cosines = nearest_images(mine.tensor("features")[:MAX_NEIGHBOUR_ROWS], real.tensor("features"))
-    shown, labels = list[Image.Image](), list[str]()
-    for row, its_nearest, its_cosines in zip(mine.rows, nearest.tolist(), cosines.tolist(), strict=False):
-        shown += _load(measured.images, [int(row)]) + _load(reference, [int(real.rows[i]) for i in its_nearest])
-        labels += ["generated", *(f"cosine {cosine:.3f}" for cosine in its_cosines)]
-    save_png(contact_sheet(shown, labels, columns=1 + nearest.shape[1]), folder / "neighbours.png")
-
-
-def _save_sheet(images: ImageSet, rows: Sequence[int], prompts: Sequence[Prompt], path: Path) -> None:
-    rows = rows[:SHEET_IMAGES]
-    labels = [prompts[row].text for row in rows] if prompts else None
-    if shown := _load(images, rows):
-        save_png(contact_sheet(shown, labels), path)
-
-
-def _load(images: ImageSet, rows: Sequence[int]) -> list[Image.Image]:
-    """Images by their positions; those that cannot be read are grey."""
-    found = []
-    with Progress("sheet", len(rows), "image", bar=False, lines=False) as progress:
-        for row in rows:
-            loaded = images.load(row, row + 1, progress)
-            found.append(
-                Image.fromarray(np.asarray(loaded.pixels[0])) if loaded.ids else Image.new("RGB", (64, 64), "grey")
-            )
-    return found
 
 
 # Time and locks

@@ -26,19 +26,16 @@ from transformers import (
     Dinov2Model,
 )
 
+from uvit.config.evaluate import CLIP_SCORE_MODEL, CMMD_MODEL, DINOV2_MODEL, InceptionInput
 from uvit.errors import UserError
 from uvit.evaluate.inception import (
     WEIGHTS_SHA256_PREFIX,
-    InputConvention,
     find_inception_weights,
     inception_input,
     load_inception,
 )
 from uvit.weights.encoders import check_finite, fingerprint, is_local_path, quiet
 
-CLIP_SCORE_MODEL = "openai/clip-vit-large-patch14"
-CMMD_MODEL = "openai/clip-vit-large-patch14-336"
-DINOV2_MODEL = "facebook/dinov2-large"
 WEIGHTS_SIZES = {CLIP_SCORE_MODEL: "1.7 GB", CMMD_MODEL: "1.7 GB", DINOV2_MODEL: "1.2 GB"}  # of model.safetensors
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -90,7 +87,7 @@ class Extractor:
 
 
 def inception_extractor(
-    weights: str | None = None, convention: InputConvention = "pytorch-fid", device: str | torch.device = "cpu"
+    weights: str | None = None, convention: InceptionInput = "pytorch-fid", device: str | torch.device = "cpu"
 ) -> Extractor:
     """FID's Inception v3, with the preprocessing of one of three implementations (see `inception_input`).
 

@@ -46,7 +46,7 @@ class PerImage(Protocol):
 class FeatureSet:
     """What an extractor computed for the images that could be read."""
 
-    arrays: dict[str, np.ndarray]  # (N, ...), mapped from the disk
+    arrays: dict[str, np.ndarray]  # (N, ...); those of `load_features` are mapped from the disk
     rows: np.ndarray  # (N,), the positions of the images in their set
     ids: list[str]  # N
     problems: list[dict[str, Any]]  # of the images that could not be read
@@ -56,7 +56,7 @@ class FeatureSet:
         return len(self.rows)
 
     def tensor(self, name: str) -> Tensor:
-        """An array as a tensor on the CPU, mapped as well."""
+        """An array as a tensor on the CPU, without a copy."""
         return torch.from_numpy(self.arrays[name])
 
     def half(self, which: int) -> "FeatureSet":
@@ -120,6 +120,12 @@ def load_features(images: ImageSet, extractor: PerImage, folder: Path) -> Featur
         )
     with_rows = [chunk for chunk, header in zip(chunks, headers, strict=True) if header["rows"]]
     return FeatureSet(_join(with_rows, len(rows), folder / f"{extractor.name}-all"), rows, ids, problems, digest)
+
+
+def describe_images(images: ImageSet, features: FeatureSet) -> dict[str, Any]:
+    """What a report and a file of statistics say of images: which, the hash of their pixels, and which are left out."""
+    problems = {"problems": features.problems} if features.problems else {}
+    return {**images.description, "pixels_sha256": features.pixels_sha256, **problems}
 
 
 def features_in_memory(

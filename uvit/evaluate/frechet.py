@@ -13,7 +13,7 @@ from torch import Tensor
 from uvit.errors import UserError
 from uvit.evaluate.feature_sets import check_finite_features
 
-ROWS_PER_UPDATE = 1024  # a product of matrices reads and writes the (D, D) sum once, so take many rows at a time
+ROWS_AT_ONCE = 1024  # a product of matrices reads and writes the (D, D) sum once, so take many rows at a time
 EPS = torch.finfo(torch.float64).eps
 CLEAR_RANK = 1e-5  # of the diagonal of a Cholesky factor; without full rank it is about 1e-8
 ROOT_TOLERANCE = 1e-10  # relative
@@ -32,88 +32,30 @@ class FeatureStatistics:
     num_images: int | None = None
 
 
-class RunningStatistics:
-    """Mean and covariance of features that arrive in batches, in memory that does not depend on their number.
+@torch.no_grad()
+def statistics_of(features: Tensor) -> FeatureStatistics:
+    """Mean and covariance of features (N, D) of any float type; a file that is mapped into memory is read once.
 
-        statistics = RunningStatistics()
-        for batch in batches:
-            statistics.update(batch)
-        statistics.result()
-
-    Squares are summed around the running mean (Chan, Golub and LeVeque 1983), so that a large mean costs no digits. The
-    result does not depend on how the rows are divided into batches, bit for bit.
-
-    Attributes:
-        num_images: rows seen.
-        mean: (D,) of the rows that are summed.
-        scatter: (D, D), the sum of (x - mean)(x - mean)^T over them.
+    Squares are summed around the running mean (Chan, Golub and LeVeque 1983), so that a large mean costs no digits.
+    Raises UserError where N < 2 or a value is not finite.
     """
-
-    def __init__(self) -> None:
-        self.num_images = 0
-        self.num_summed = 0
-        self.mean = torch.zeros(0, dtype=torch.float64)
-        self.scatter = torch.zeros(0, 0, dtype=torch.float64)
-        self.waiting: list[Tensor] = []  # rows that are not summed yet, fewer than ROWS_PER_UPDATE together
-
-    @torch.no_grad()
-    def update(self, features: Tensor) -> None:
-        """Add a batch (B, D) of any float type. Raises UserError if a value is NaN or infinite."""
-        if features.ndim != 2 or (self.num_images and features.shape[1] != self._width()):
-            raise ValueError(f"features of shape {tuple(features.shape)} after {self.num_images} rows")
-        features = features.detach().cpu()
-        check_finite_features(features, "of the images", self.num_images)
-        self.num_images += len(features)
-        while len(features):
-            room = ROWS_PER_UPDATE - sum(map(len, self.waiting))
-            self.waiting.append(features[:room].clone())
-            features = features[room:]
-            if sum(map(len, self.waiting)) == ROWS_PER_UPDATE:
-                self._sum_waiting()
-
-    def merge(self, other: "RunningStatistics") -> None:
-        """Add what another one has seen, such as that of another process."""
-        if not other.num_images:
-            return
-        self._sum_waiting()
-        other._sum_waiting()
-        if not self.num_images:
-            self.mean, self.scatter = other.mean.clone(), other.scatter.clone()
-        else:
-            step = other.mean - self.mean
-            both = self.num_summed + other.num_summed
-            self.scatter += other.scatter
-            self.scatter.addr_(step, step, alpha=self.num_summed / both * other.num_summed)
-            self.mean += step * (other.num_summed / both)
-        self.num_images += other.num_images
-        self.num_summed += other.num_summed
-
-    def result(self) -> FeatureStatistics:
-        """Raises UserError where there are fewer than two images."""
-        if self.num_images < 2:
-            have = "1 image has" if self.num_images else "no images have"
-            raise UserError(f"{have} no covariance, which a Frechet distance (FID) needs; give at least 2 images")
-        self._sum_waiting()
-        return FeatureStatistics(self.mean.clone(), self.scatter / (self.num_images - 1), self.num_images)
-
-    def _width(self) -> int:
-        return self.waiting[0].shape[1] if self.waiting else len(self.mean)
-
-    def _sum_waiting(self) -> None:
-        if not self.waiting:
-            return
-        rows = torch.cat(self.waiting).double()  # (n, D)
-        self.waiting = []
-        n, width = rows.shape
-        if not self.num_summed:
-            self.mean, self.scatter = torch.zeros(width).double(), torch.zeros(width, width).double()
-        mean = rows.mean(0)
-        step, both = mean - self.mean, self.num_summed + n
-        rows -= mean
-        rows = torch.cat([rows, step[None] * math.sqrt(self.num_summed / both * n)])  # the shift of the mean is a row
-        _add_gram(self.scatter, rows)
-        self.mean += step * (n / both)
-        self.num_summed = both
+    num_images, width = features.shape
+    if num_images < 2:
+        have = "1 image has" if num_images else "no images have"
+        raise UserError(f"{have} no covariance, which a Frechet distance (FID) needs; give at least 2 images")
+    check_finite_features(features, "of the images")
+    seen = 0
+    mean = torch.zeros(width, dtype=torch.float64)
+    scatter = torch.zeros(width, width, dtype=torch.float64)  # the sum of (x - mean)(x - mean)^T over the rows seen
+    for part in features.cpu().split(ROWS_AT_ONCE):
+        rows = part.double()  # (n, D)
+        n, own_mean = len(rows), rows.mean(0)
+        step = own_mean - mean
+        shift = step * math.sqrt(seen / (seen + n) * n)  # of the mean; it counts as one more row
+        _add_gram(scatter, torch.cat([rows - own_mean, shift[None]]))
+        mean += step * (n / (seen + n))
+        seen += n
+    return FeatureStatistics(mean, scatter / (num_images - 1), num_images)
 
 
 def _add_gram(total: Tensor, rows: Tensor) -> None:
@@ -127,13 +69,6 @@ def _add_gram(total: Tensor, rows: Tensor) -> None:
             total[left, right] += product
             if a != b:
                 total[right, left] += product.T
-
-
-def statistics_of(features: Tensor) -> FeatureStatistics:
-    """Of features (N, D) at once. Raises UserError where N < 2 or a value is not finite."""
-    running = RunningStatistics()
-    running.update(features)
-    return running.result()
 
 
 # Distances

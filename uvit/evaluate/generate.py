@@ -28,7 +28,7 @@ from uvit.sample.load import open_pipeline
 from uvit.sample.pipeline import UViTPipeline
 from uvit.sample.schedulers import MultistepScheduler, build_scheduler
 from uvit.weights.detect import INDEX
-from uvit.weights.encoders import fingerprint, quiet
+from uvit.weights.encoders import are_truncated, fingerprint, quiet
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,6 @@ class Model:
     pipeline: UViTPipeline
     path: Path
     hashes: dict[str, str]
-
-    def num_truncated(self, prompts: Sequence[Prompt]) -> int:
-        """How many prompts have more tokens than the model reads."""
-        ids = self.pipeline.tokenizer([prompt.text for prompt in prompts], verbose=False).input_ids
-        return sum(len(each) > self.pipeline.unet.config.num_text_tokens for each in ids)
 
     def scheduler(self, name: Scheduler) -> Any:
         """A new solver. Raises UserError if it is the fitted one, and there is none."""
@@ -134,7 +129,8 @@ class GeneratedImages:
             "prompts_sha256": prompts_sha256(prompts),
             "resolution": list(model.pipeline.resolution),
         }
-        if num_truncated := model.num_truncated(prompts):
+        tokenizer, num_tokens = model.pipeline.tokenizer, model.pipeline.unet.config.num_text_tokens
+        if num_truncated := int(are_truncated(tokenizer, [prompt.text for prompt in prompts], num_tokens).sum()):
             self.description["num_truncated_prompts"] = num_truncated
 
     def __len__(self) -> int:

@@ -5,7 +5,7 @@ number, and in a fixed order, whoever reads them.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -182,22 +182,16 @@ class FolderImages:
         return len(self.files)
 
     def load(self, start: int, stop: int, progress: Progress) -> LoadedImages:
-        ids, rows, pixels, problems = [], [], [], []
-        for row in progress.over(range(start, stop)):
-            id = self.files[row]
-            file = self.folder / id
-            try:
-                image = decode_image(file.read_bytes(), id, file)
-            except OSError as error:
-                problems.append(Problem(id, "broken image", f"{file}: cannot be read ({error.strerror})"))
-                continue
-            except PairError as error:
-                problems.append(error.problem)
-                continue
-            ids.append(id)
-            rows.append(row)
-            pixels.append(self.preparation.apply(image, id))
-        return LoadedImages(ids, rows, stack(ids, pixels), tuple(problems))
+        return _load_each(range(start, stop), self._read, progress)
+
+    def _read(self, row: int) -> tuple[str, np.ndarray]:
+        id = self.files[row]
+        file = self.folder / id
+        try:
+            data = file.read_bytes()
+        except OSError as error:
+            raise PairError(Problem(id, "broken image", f"{file}: cannot be read ({error.strerror})")) from None
+        return id, self.preparation.apply(decode_image(data, id, file), id)
 
 
 class SourceImages:
@@ -205,12 +199,7 @@ class SourceImages:
 
     chunk = CHUNK
 
-    def __init__(
-        self,
-        source: RandomAccessSource,
-        description: dict[str, Any],
-        preparation: Preparation,
-    ):
+    def __init__(self, source: RandomAccessSource, description: dict[str, Any], preparation: Preparation):
         self.source, self.preparation = source, preparation
         self.description = {**description, "num_images": len(source), "preparation": str(preparation)}
 
@@ -218,20 +207,29 @@ class SourceImages:
         return len(self.source)
 
     def load(self, start: int, stop: int, progress: Progress) -> LoadedImages:
-        ids, rows, pixels, problems = [], [], [], []
-        for row in progress.over(range(start, stop)):
-            try:
-                pair = self.source[row]
-            except PairError as error:
-                problems.append(error.problem)
-                continue
-            ids.append(image_id(self.source, self.description["split"], row))
-            rows.append(row)
-            pixels.append(self.preparation.apply(pair.image, pair.id))
-        return LoadedImages(ids, rows, stack(ids, pixels), tuple(problems))
+        return _load_each(range(start, stop), self._read, progress)
+
+    def _read(self, row: int) -> tuple[str, np.ndarray]:
+        pair = self.source[row]
+        return image_id(self.source, self.description["split"], row), self.preparation.apply(pair.image, pair.id)
 
 
-def stack(ids: list[str], pixels: list[np.ndarray]) -> np.ndarray:
+def _load_each(numbers: range, read: Callable[[int], tuple[str, np.ndarray]], progress: Progress) -> LoadedImages:
+    """`read` gives the id and the pixels of an image, or raises PairError."""
+    ids, rows, pixels, problems = list[str](), list[int](), list[np.ndarray](), list[Problem]()
+    for row in progress.over(numbers):
+        try:
+            id, array = read(row)
+        except PairError as error:
+            problems.append(error.problem)
+            continue
+        ids.append(id)
+        rows.append(row)
+        pixels.append(array)
+    return LoadedImages(ids, rows, _stack(ids, pixels), tuple(problems))
+
+
+def _stack(ids: list[str], pixels: list[np.ndarray]) -> np.ndarray:
     """Raises UserError, naming two of them, if images differ in size."""
     for id, array in zip(ids, pixels, strict=True):
         if array.shape != pixels[0].shape:

@@ -7,7 +7,6 @@ The modules have the names of that file. Shapes: B batch, images (B, 3, 299, 299
 
 import hashlib
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from uvit.config.evaluate import InceptionInput
 from uvit.errors import UserError
 from uvit.weights.files import read_weights
 
@@ -26,8 +26,6 @@ WEIGHTS_NAMES = (  # one file: where it is published by pytorch-fid and by torch
     "weights-inception-2015-12-05-6726825d.pth",
 )
 WEIGHTS_PAGE = "github.com/mseitzer/pytorch-fid/releases/tag/fid_weights"
-
-InputConvention = Literal["pytorch-fid", "torch-fidelity", "clean-fid"]
 
 
 # The network
@@ -247,7 +245,7 @@ def load_inception(path: Path) -> tuple[FIDInception, str]:
 # The input
 
 
-def inception_input(image: np.ndarray, convention: InputConvention = "pytorch-fid") -> Tensor:
+def inception_input(image: np.ndarray, convention: InceptionInput = "pytorch-fid") -> Tensor:
     """An image (H, W, 3) uint8 of any size -> (3, 299, 299) float32, as one of three implementations of FID makes it.
 
     - `pytorch-fid`, that of the published COCO numbers: x / 255, bilinear without antialias, then 2x - 1.

@@ -5,7 +5,7 @@ Names say what was computed: `fid` is the distance of the published Inception al
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,9 +27,9 @@ from uvit.evaluate.extractors import (
 from uvit.evaluate.features import FeatureSet, PerImage
 from uvit.evaluate.frechet import (
     FeatureStatistics,
-    RunningStatistics,
     frechet_distance,
     frechet_distance_at_infinity,
+    statistics_of,
 )
 from uvit.evaluate.kernel_distances import cmmd, kid_interval, kid_of_subsets
 from uvit.evaluate.neighbours import precision_recall_density_coverage
@@ -37,7 +37,6 @@ from uvit.evaluate.prompts import Prompt
 from uvit.evaluate.retrieval import NEAREST, retrieval_ranks
 from uvit.evaluate.scores import clip_score, clip_similarities, inception_score, mean_interval
 
-ROWS_AT_ONCE = 4096
 FRECHET = ("fid", "fd", "fd_dinov2")
 SMALL_SET = 10_000  # images, below which the bias of a Frechet distance is said
 
@@ -61,25 +60,25 @@ class Score:
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """A network as the computer of features: see `features.PerImage`. With `texts`, of the prompts as well."""
+    """The features that a network gives, as `features.PerImage`; `with_texts`, those of the prompts as well."""
 
-    extractor: Extractor
+    network: Extractor
     with_texts: bool = False
 
     @property
     def name(self) -> str:
-        return self.extractor.name + ("-with-texts" if self.with_texts else "")
+        return self.network.name + ("-with-texts" if self.with_texts else "")
 
     @property
     def description(self) -> dict[str, Any]:
-        return {"weights_sha256": self.extractor.weights_hash, **self.extractor.recipe}
+        return {"weights_sha256": self.network.weights_hash, **self.network.recipe}
 
     def extract(self, pixels: np.ndarray, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
-        inputs = torch.stack([self.extractor.preprocess(image) for image in pixels])
-        parts = [self.extractor.outputs(part) for part in inputs.split(16)]
+        inputs = torch.stack([self.network.preprocess(image) for image in pixels])
+        parts = [self.network.outputs(part) for part in inputs.split(16)]
         arrays = {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
-        if self.with_texts and self.extractor.texts is not None:
-            arrays["texts"] = self.extractor.texts([prompt.text for prompt in prompts]).numpy()
+        if self.with_texts and self.network.texts is not None:
+            arrays["texts"] = self.network.texts([prompt.text for prompt in prompts]).numpy()
         return arrays
 
 
@@ -90,7 +89,8 @@ def check_metrics(config: EvaluateConfig) -> None:
     """Raises UserError if a metric needs what was not given."""
     if not config.metrics:
         raise UserError(
-            f"--metrics: names none, and {config.model} is no model, which needs none; give some, such as --metrics fid"
+            "--metrics: names no metric; give some, such as --metrics fid. Only a model without --prompts and "
+            "--reference needs none: it is measured on the built-in shapes"
         )
     if config.protocol is not None and config.prompts is None:
         raise UserError(f"--protocol {config.protocol}: needs --prompts, {PROTOCOL_PROMPTS[config.protocol]}")
@@ -116,25 +116,8 @@ def comparing(config: EvaluateConfig) -> list[str]:
 def build_extractors(config: EvaluateConfig) -> dict[str, PerImage]:
     """{metric: what computes its features}; metrics share networks. Raises UserError for weights that are missing."""
     device = own_device(config.device)
-    built: dict[str, PerImage] = {}
-    extractors: dict[str, PerImage] = {}
-    for metric in config.metrics:
-        kind = _kind(metric, config)
-        if kind not in built:
-            if kind == "attributes":
-                built[kind] = AttributeReader(scene_kind(config))
-            elif kind == "inception":
-                convention = config.inception_input or "pytorch-fid"
-                built[kind] = ImageFeatures(inception_extractor(config.inception_weights, convention, device))
-            elif kind == "clip":
-                built[kind] = ImageFeatures(clip_extractor(config.clip_name_or_path, device), with_texts=True)
-            elif kind == "cmmd":
-                built[kind] = ImageFeatures(cmmd_extractor(config.cmmd_name_or_path, device))
-            elif kind == "dinov2":
-                built[kind] = ImageFeatures(dinov2_extractor(config.dinov2_name_or_path, device))
-            else:
-                built[kind] = ImageFeatures(folder_extractor(str(config.feature_extractor), device))
-        extractors[metric] = built[kind]
+    kinds = {metric: _kind(metric, config) for metric in config.metrics}
+    built = {kind: _build(kind, config, device) for kind in dict.fromkeys(kinds.values())}
     names = [each.name for each in built.values()]
     for name in names:
         if names.count(name) > 1:
@@ -142,7 +125,12 @@ def build_extractors(config: EvaluateConfig) -> dict[str, PerImage]:
                 f"--metrics {' '.join(config.metrics)}: two networks are called {name}; evaluate them in "
                 "two runs, or give a --feature_extractor of another name"
             )
-    return extractors
+    return {metric: built[kind] for metric, kind in kinds.items()}
+
+
+def by_name(extractors: Mapping[str, PerImage], metrics: Sequence[str]) -> dict[str, PerImage]:
+    """{name: extractor} of these metrics, each extractor once."""
+    return {extractors[metric].name: extractors[metric] for metric in metrics}
 
 
 def _kind(metric: str, config: EvaluateConfig) -> str:
@@ -150,6 +138,21 @@ def _kind(metric: str, config: EvaluateConfig) -> str:
         return "own"
     fixed = {"fd_dinov2": "dinov2", "cmmd": "cmmd", "clip_score": "clip", "attributes": "attributes"}
     return fixed.get(metric, "dinov2" if metric == "retrieval" else "inception")
+
+
+def _build(kind: str, config: EvaluateConfig, device: torch.device) -> PerImage:
+    if kind == "attributes":
+        return AttributeReader(scene_kind(config))
+    if kind == "inception":
+        convention = config.inception_input or "pytorch-fid"
+        return ImageFeatures(inception_extractor(config.inception_weights, convention, device))
+    if kind == "clip":
+        return ImageFeatures(clip_extractor(config.clip_name_or_path, device), with_texts=True)
+    if kind == "cmmd":
+        return ImageFeatures(cmmd_extractor(config.cmmd_name_or_path, device))
+    if kind == "dinov2":
+        return ImageFeatures(dinov2_extractor(config.dinov2_name_or_path, device))
+    return ImageFeatures(folder_extractor(str(config.feature_extractor), device))
 
 
 # Scores
@@ -176,45 +179,62 @@ def compute_scores(
     """
     scores: list[Score] = []
     for metric in config.metrics:
-        writer = extractors[metric]
-        features = generated[writer.name] if half is None else generated[writer.name].half(half)
-        scores += _scores(metric, config, writer, features, reference.get(writer.name), prompts, extrapolate)
+        extractor = extractors[metric]
+        features = generated[extractor.name] if half is None else generated[extractor.name].half(half)
+        if metric not in NEED_REFERENCE:
+            scores += _scores_alone(metric, extractor, features)
+        elif metric in FRECHET:
+            scores.append(_frechet(extractor, features, reference[extractor.name], extrapolate))
+        else:
+            scores += _scores_compared(metric, config, extractor.name, features, reference[extractor.name], prompts)
     for score in scores:
         if not math.isfinite(score.value):
             raise UserError(f"{score.name}: is {score.value}; nothing was written")
     return scores
 
 
-def _scores(
-    metric: str,
-    config: EvaluateConfig,
-    writer: PerImage,
-    features: FeatureSet,
-    reference: FeatureSet | FeatureStatistics | None,
-    prompts: Sequence[Prompt],
-    extrapolate: bool,
-) -> list[Score]:
-    if isinstance(writer, AttributeReader):
-        return [Score(name, value, "higher") for name, value in writer.accuracies(features).items()]
+def _scores_alone(metric: str, extractor: PerImage, features: FeatureSet) -> list[Score]:
+    """Of attributes, is and clip_score, which need no real images."""
+    if isinstance(extractor, AttributeReader):
+        return [Score(name, value, "higher") for name, value in extractor.accuracies(features).items()]
     if metric == "is":
         splits = min(10, len(features))
         value, deviation = inception_score(features.tensor("logits"), num_splits=splits)
         return [Score("is", value, "higher", details={"deviation_of_splits": deviation, "splits": splits})]
-    if metric == "clip_score":
-        similarities = clip_similarities(features.tensor("features"), features.tensor("texts"))
-        low, high = (max(0.0, end) for end in mean_interval(similarities))  # as the score
-        assert isinstance(writer, ImageFeatures)
-        return [Score(f"clip_score-{writer.extractor.name}", clip_score(similarities), "higher", low, high)]
-    if metric in FRECHET:
-        return [_frechet(writer, features, reference, extrapolate)]
+    assert metric == "clip_score" and isinstance(extractor, ImageFeatures)
+    similarities = clip_similarities(features.tensor("features"), features.tensor("texts"))
+    low, high = (max(0.0, end) for end in mean_interval(similarities))  # as the score
+    return [Score(f"clip_score-{extractor.network.name}", clip_score(similarities), "higher", low, high)]
+
+
+def _frechet(
+    extractor: PerImage, features: FeatureSet, reference: FeatureSet | FeatureStatistics, extrapolate: bool
+) -> Score:
+    assert isinstance(extractor, ImageFeatures)
+    real = reference if isinstance(reference, FeatureStatistics) else statistics_of(reference.tensor("features"))
+    value = frechet_distance(statistics_of(features.tensor("features")), real)
+    details = {}
+    if extrapolate and 4 <= len(features) < SMALL_SET:  # the bias that grows as 1/n is then worth knowing
+        details["for_infinitely_many_images"] = frechet_distance_at_infinity(features.tensor("features"), real)
+    return Score(extractor.network.distance.lower(), value, "lower", details=details)
+
+
+def _scores_compared(
+    metric: str,
+    config: EvaluateConfig,
+    network: str,
+    features: FeatureSet,
+    reference: FeatureSet | FeatureStatistics,
+    prompts: Sequence[Prompt],
+) -> list[Score]:
+    """Of kid, cmmd, retrieval and prdc, which compare with single real images. `network` is the extractor's name."""
     if isinstance(reference, FeatureStatistics):
         raise UserError(
             f"--metrics {metric}: compares single images, and --reference {config.reference} has their statistics only;"
             " give the images"
         )
-    assert reference is not None
     mine, real = features.tensor("features"), reference.tensor("features")
-    suffix = "" if metric == "cmmd" or writer.name.startswith("inception") else f"-{writer.name}"
+    suffix = "" if network.startswith("inception") else f"-{network}"
     if metric == "kid":
         size = min(config.kid_subset_size, len(mine), len(real))
         value, deviation = kid_of_subsets(mine, real, num_subsets=config.kid_subsets, subset_size=size)
@@ -234,24 +254,3 @@ def _scores(
         ]  # fmt: skip
     shares = precision_recall_density_coverage(mine, real, config.nearest_k)
     return [Score(f"{name}{suffix}", value, "higher") for name, value in vars(shares).items()]
-
-
-def _frechet(
-    writer: PerImage, features: FeatureSet, reference: FeatureSet | FeatureStatistics | None, extrapolate: bool
-) -> Score:
-    assert isinstance(writer, ImageFeatures) and reference is not None
-    statistics = reference if isinstance(reference, FeatureStatistics) else statistics_of_features(reference)
-    mine = statistics_of_features(features)
-    value = frechet_distance(mine, statistics)
-    details = {}
-    if extrapolate and 4 <= len(features) < SMALL_SET:  # the bias that grows as 1/n is then worth knowing
-        details["for_infinitely_many_images"] = frechet_distance_at_infinity(features.tensor("features"), statistics)
-    return Score(writer.extractor.distance.lower(), value, "lower", details=details)
-
-
-def statistics_of_features(features: FeatureSet) -> FeatureStatistics:
-    """Mean and covariance, in one pass over the disk."""
-    running = RunningStatistics()
-    for rows in features.tensor("features").split(ROWS_AT_ONCE):
-        running.update(rows)
-    return running.result()

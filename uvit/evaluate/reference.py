@@ -6,11 +6,11 @@ from typing import Any
 
 from uvit.config.evaluate import EvaluateConfig, EvaluateStatisticsConfig
 from uvit.errors import UserError
-from uvit.evaluate.features import extract_features, load_features
-from uvit.evaluate.frechet import frechet_distance
+from uvit.evaluate.features import describe_images, extract_features, load_features
+from uvit.evaluate.frechet import frechet_distance, statistics_of
 from uvit.evaluate.image_sets import open_images
 from uvit.evaluate.inception import WEIGHTS_SHA256_PREFIX
-from uvit.evaluate.measure import FRECHET, ImageFeatures, Score, build_extractors, statistics_of_features
+from uvit.evaluate.measure import FRECHET, ImageFeatures, Score, build_extractors
 from uvit.evaluate.statistics_file import SavedStatistics, check_same_origin, read_statistics, write_statistics
 from uvit.progress import Progress
 from uvit.sample.files import check_writable
@@ -24,20 +24,18 @@ def store_statistics(config: EvaluateStatisticsConfig) -> None:
     check_writable(output.parent, f"--output {output}")
     shared = {name: value for name, value in vars(config).items() if name not in ("images", "output", "metric")}
     settings = EvaluateConfig(model=config.images, output_dir=str(output), metrics=(config.metric,), **shared)
-    [writer] = build_extractors(settings).values()
-    assert isinstance(writer, ImageFeatures)
+    [extractor] = build_extractors(settings).values()
+    assert isinstance(extractor, ImageFeatures)
     images = open_images(settings, config.images, "images", config.resolution)
     folder = output.with_name(f"{output.name}.features")
     with Progress("statistics", len(images), "image", bar=not config.disable_tqdm) as progress:
-        extract_features(images, [], [writer], folder, 0, 1, progress)
-    features = load_features(images, writer, folder)
-    described = {**images.description, "pixels_sha256": features.pixels_sha256}
-    if features.problems:
-        described["problems"] = features.problems
+        extract_features(images, [], [extractor], folder, 0, 1, progress)
+    features = load_features(images, extractor, folder)
     if len(features) < 2:
         raise UserError(f"--images {config.images}: has {len(features)} image, and statistics need 2 or more")
-    write_statistics(output, statistics_of_features(features), writer.extractor, described)
-    print(f"{output}: {len(features):,} images, {writer.extractor.distance}; left out: {len(features.problems):,}")
+    network, described = extractor.network, describe_images(images, features)
+    write_statistics(output, statistics_of(features.tensor("features")), network, described)
+    print(f"{output}: {len(features):,} images, {network.distance}; left out: {len(features.problems):,}")
     print(f"{folder} can be deleted: it holds the features of single images")
 
 

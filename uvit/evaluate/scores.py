@@ -1,7 +1,5 @@
 """Scores that are means over images: the Inception Score and the CLIP score, with a bootstrap interval of a mean."""
 
-from typing import Literal
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,9 +8,7 @@ from uvit.errors import UserError
 from uvit.evaluate.feature_sets import check_finite_features
 
 
-def inception_score(
-    logits: Tensor, *, num_splits: int = 10, shuffle: bool = True, seed: int = 2020
-) -> tuple[float, float]:
+def inception_score(logits: Tensor, *, num_splits: int = 10, seed: int = 2020) -> tuple[float, float]:
     """exp of the mean KL(p(y|x) || p(y)): mean and standard deviation over splits, as torch-fidelity computes them.
 
     Logits (N, classes): with FID's Inception, those without the bias.
@@ -21,7 +17,7 @@ def inception_score(
     if not 1 <= num_splits <= total:
         raise UserError(f"an Inception Score with {num_splits} splits needs as many images, and there are {total}")
     check_finite_features(logits, "Inception Score: of the images")
-    order = np.random.RandomState(seed).permutation(total) if shuffle else np.arange(total)
+    order = np.random.RandomState(seed).permutation(total)
     scores = []
     for i in range(num_splits):
         rows = torch.from_numpy(order[i * total // num_splits : (i + 1) * total // num_splits]).to(logits.device)
@@ -40,18 +36,11 @@ def clip_similarities(images: Tensor, texts: Tensor) -> Tensor:
     return 100 * torch.nn.functional.cosine_similarity(images.double(), texts.double(), dim=1)
 
 
-def clip_score(similarities: Tensor, definition: Literal["mean", "clipped", "paper"] = "mean") -> float:
-    """The CLIP score of an image set from its `clip_similarities`. Three definitions are in use.
-
-    Args:
-        definition: `mean`, which torchmetrics uses: the mean, or 0 if it is negative. `clipped`: negative similarities
-            count as 0. `paper` (Hessel et al. 2021, CLIPScore): the same times 2.5, of cosines.
-    """
+def clip_score(similarities: Tensor) -> float:
+    """The CLIP score of an image set from its `clip_similarities`, as torchmetrics: the mean, but not below 0."""
     if not len(similarities):
         raise UserError("CLIP score: there are no images; give at least 1")
-    if definition == "mean":
-        return max(0.0, similarities.mean().item())
-    return similarities.clamp(min=0).mean().item() * (1 if definition == "clipped" else 2.5 / 100)
+    return max(0.0, similarities.mean().item())
 
 
 def mean_interval(

@@ -1,4 +1,4 @@
-"""The report of an evaluation: report.json for programs, report.md for people, and contact sheets."""
+"""The report of an evaluation: report.json for programs, report.md for people."""
 
 import dataclasses
 import importlib.metadata

@@ -24,8 +24,9 @@ from uvit.export.standalone import write_code
 from uvit.io import back_up, write_folder_atomically, write_json
 from uvit.model import UViTT2IModel
 from uvit.sample.fit import FITTED_FILE
-from uvit.sample.pipeline import UViTPipeline, check_components
+from uvit.sample.pipeline import UViTPipeline
 from uvit.sample.schedulers import build_scheduler, scheduler_from_config
+from uvit.weights.compatibility import check_components
 from uvit.weights.components import (
     CONVENTIONS,
     Components,

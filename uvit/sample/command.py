@@ -1,7 +1,8 @@
 """`uvit sample`: prompts in, PNG files out.
 
-`sample` is the command. `run` generates and writes the images of one call; `generate` is the same without files, for
-other commands. The jobs and their batches come from `jobs`, the files from `files`, the pipeline from `load`.
+`sample` is the command. `run` generates and writes the images of one call; `sample_batch` generates a batch without
+files, also for `uvit evaluate`. The jobs and their batches come from `jobs`, the files from `files`, the pipeline from
+`load`.
 """
 
 import contextlib
@@ -56,58 +57,29 @@ class SampleResult:
     sheet: Path | None
 
 
-def generate(
-    pipeline: UViTPipeline,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    batch_size: int = 8,
-    guidance_scale: float = 7.5,
-    num_inference_steps: int = 50,
-    negative_prompt: str | None = None,
-    progress: Progress | None = None,
-) -> Iterator[tuple[int, str, int, Image.Image]]:
-    """Generate image i from prompts[i] and seeds[i]. Yields (i, prompt, seed, image) in order.
+def sample_batch(
+    pipeline: UViTPipeline, prompts: list[str], seeds: list[int], progress: Progress, **options: Any
+) -> tuple[list[Image.Image], Tensor]:
+    """Generate one batch: its images, and the latents (B, C, h, w) that the VAE decoded.
 
     All noise of an image comes from its own generator. So its batch only affects rounding: matrix products of another
     size add in another order.
-    """
-    for start in range(0, len(prompts), batch_size):
-        batch = range(start, min(start + batch_size, len(prompts)))
-        images, _ = sample_batch(
-            pipeline,
-            [prompts[i] for i in batch],
-            [seeds[i] for i in batch],
-            progress,
-            guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps,
-            negative_prompt=negative_prompt,
-        )
-        for i, image in zip(batch, images, strict=True):
-            yield i, prompts[i], seeds[i], image
-
-
-def sample_batch(
-    pipeline: UViTPipeline, prompts: list[str], seeds: list[int], progress: Progress | None = None, **options: Any
-) -> tuple[list[Image.Image], Tensor]:
-    """Generate one batch: its images, and the latents (B, C, h, w) that the VAE decoded.
 
     progress: counts the images, in fractions while they are denoised.
     """
     last: dict[str, Tensor] = {}
-    done_before = 0.0 if progress is None else progress.done
+    done_before = progress.done
 
     def remember(_: UViTPipeline, step: int, timestep: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
         last.update(values)
-        if progress is not None:
-            progress.update(len(prompts) / (len(pipeline.scheduler.timesteps) + 1))  # the VAE is one more
+        progress.update(len(prompts) / (len(pipeline.scheduler.timesteps) + 1))  # the VAE is one more
         return values
 
     generator = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     images = pipeline(
         prompts, generator=generator, callback_on_step_end=remember, return_dict=False, **options
     )[0]  # fmt: skip
-    if progress is not None:  # an image that starts from another one took fewer steps
-        progress.update(done_before + len(prompts) - progress.done)
+    progress.update(done_before + len(prompts) - progress.done)  # an image that starts from another took fewer steps
     return images, last["latents"]
 
 

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from uvit.conventions import (
     TIMESTEP_OFFSETS,
     Conventions,
-    LatentSpace,
     PerChannel,
     record_conventions,
     recorded_conventions,
@@ -39,6 +38,7 @@ from uvit.sample.callbacks import CALLBACK_TENSORS, Steps, callback_inputs
 from uvit.sample.denoise import ALL_TIMESTEPS, denoise
 from uvit.sample.edit import STRENGTH, Original, first_step, read_original
 from uvit.sample.schedulers import scheduler_from_config
+from uvit.weights.compatibility import check_components
 from uvit.weights.components import pipeline_components
 from uvit.weights.encoders import decode_latents, downsampling_of, encode_tokens, latent_space_of, tokenize
 
@@ -53,7 +53,7 @@ class UViTPipeline(DiffusionPipeline):
 
     The folder has the layout of published ones: `unet/` holds the U-ViT and `vqvae/` the VAE.
 
-    How the U-ViT is to be sampled (`Conventions` of `uvit.diffusion`: the latent space, what is predicted, and the
+    How the U-ViT is to be sampled (`Conventions` of `uvit.conventions`: the latent space, what is predicted, and the
     timesteps) is in its own config. The arguments here are for a U-ViT whose config lacks them, and are recorded in it.
     Without both, the latents are those of the VAE's config. The model_index.json repeats three, for older versions.
     """
@@ -353,43 +353,6 @@ class UViTPipeline(DiffusionPipeline):
 def passed_conventions(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The conventions of a U-ViT that is passed in place of a pipeline's own."""
     return recorded_conventions(arguments["unet"].config) if arguments.get("unet") is not None else {}
-
-
-def check_components(
-    unet: UViTT2IModel,
-    vqvae: AutoencoderKL | None,
-    text_encoder: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> None:
-    """Raises ValueError if components are of different models. Those that are None are not checked."""
-    if vqvae is not None:
-        channels, in_channels = vqvae.config.latent_channels, unet.config.in_channels
-        if channels != in_channels:
-            raise ValueError(f"the VAE's latents have {channels} channels, but the U-ViT takes {in_channels}")
-        check_latent_spaces(LatentSpace.recorded(unet.config), latent_space_of(vqvae), in_channels)
-    if text_encoder is None:
-        return
-    if (width := text_encoder.config.hidden_size) != (own := unet.config.clip_dim):
-        raise ValueError(f"the text embeddings are {width} wide, but the U-ViT takes {own}")
-    positions = getattr(text_encoder.config, "max_position_embeddings", None)
-    if positions is not None and positions < (own := unet.config.num_text_tokens):
-        raise ValueError(f"the text encoder takes {positions} tokens at most, but the U-ViT takes {own}")
-    if tokenizer is not None and len(tokenizer) > (size := text_encoder.config.vocab_size):
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, but the text encoder has {size}")
-
-
-def check_latent_spaces(trained: LatentSpace, own: LatentSpace, channels: int) -> None:
-    """Raises ValueError if a U-ViT was trained with another shift than its VAE has.
-
-    Without any shift it may be a U-ViT of an older version, which was trained without the one of its VAE.
-    """
-    trained.check_channels(channels)
-    shifts = [(space.latent_shift, space.latent_std) for space in (trained, own)]
-    if shifts[0] not in ((0.0, 1.0), shifts[1]):
-        raise ValueError(
-            f"the U-ViT was trained with {trained.describe_latents()} of its VAE's latents, but the config of this VAE "
-            f"says {own.describe_latents()}"
-        )
 
 
 def truncate(text: str, length: int = 120) -> str:

@@ -1,7 +1,6 @@
 """`--keep_best`: which checkpoint is the best one. OUTPUT_DIR/best.json names it, and pruning spares it.
 
-Each checkpoint records the best one up to its own step. So a run that resumes from it, goes back to it or rolls back to
-it goes on with what was the best then.
+Each checkpoint records the best one up to its own step. After a resume or a rollback, a run compares with that one.
 """
 
 import functools
@@ -67,13 +66,11 @@ def settle_best(run: Run, tracked: Tracked | None) -> None:
 
 def new_best(run: Run, tracked: Tracked | None, record: dict[str, Any]) -> dict[str, Any] | None:
     """The contents of best.json if this step is better than all before, or else None; the same in all processes."""
-    value = record.get(tracked.name) if tracked else None
     if tracked is None or tracked.name not in record:
         return None
-    before = run.best and run.best["value"]
-    if value is None or (before is not None and not (value < before if tracked.better == "lower" else value > before)):
-        found = None
-    else:
+    value, found = record[tracked.name], None
+    sign = 1 if tracked.better == "higher" else -1
+    if value is not None and (run.best is None or sign * value > sign * run.best["value"]):
         found = {
             "metric": tracked.name, "value": value, "step": run.step, "checkpoint": f"checkpoint-{run.step}",
         }  # fmt: skip

@@ -12,9 +12,9 @@ from uvit.conventions import LatentSpace
 from uvit.errors import UserError, differences
 from uvit.export.convert import training_facts
 from uvit.model import UViTT2IModel
-from uvit.sample.pipeline import check_components
 from uvit.store.reader import FeatureStore
 from uvit.store.types import Features
+from uvit.weights.compatibility import check_components
 from uvit.weights.components import TRAINED, load_text_encoder, load_vae
 from uvit.weights.detect import FLAGS, first_that_has
 from uvit.weights.encoders import check_fingerprint, is_local_path, load_tokenizer

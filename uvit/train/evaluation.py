@@ -6,7 +6,7 @@ The data ranks share the work of sampling; the main process measures. Nothing us
 
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,38 +14,23 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from uvit.config.evaluate import NEED_REFERENCE, EvaluateConfig
+from uvit.config.evaluate import EvaluateConfig, Metric
 from uvit.distributed.ops import all_gather, broadcast, on_main
 from uvit.errors import UserError
 from uvit.evaluate.evaluate import open_reference
 from uvit.evaluate.features import FeatureSet, PerImage, features_in_memory
 from uvit.evaluate.frechet import FeatureStatistics
-from uvit.evaluate.measure import FRECHET, SMALL_SET, Score, build_extractors, compute_scores
+from uvit.evaluate.measure import FRECHET, SMALL_SET, Score, build_extractors, by_name, comparing, compute_scores
 from uvit.evaluate.prompts import Prompt, list_prompts
 from uvit.evaluate.statistics_file import SavedStatistics
 from uvit.images import to_uint8
 from uvit.progress import Progress, write
-from uvit.sample.denoise import denoise
-from uvit.sample.schedulers import build_scheduler
 from uvit.sources.shapes import scenes
 from uvit.train.setup import Run, load_features_tokenizer, load_frozen_text_encoder
-from uvit.train.step import encode_text
-from uvit.train.validate import load_run_vae, local_batches
-from uvit.weights.encoders import decode_latents, downsampling_of, encode_tokens, tokenize
+from uvit.train.validate import load_run_vae, local_batches, sample_images, text_embeddings, with_empty_caption
+from uvit.weights.encoders import downsampling_of, encode_tokens, tokenize
 
 GUIDANCE_SCALE = 2.0  # the default of `uvit evaluate`
-
-
-@dataclass(frozen=True)
-class EncodedPrompts:
-    """The prompts, and what the model reads of them; the last row is of the empty caption.
-
-    One of `context` and `token_ids` is None. Token ids are encoded at each evaluation.
-    """
-
-    prompts: list[Prompt]  # N
-    context: Tensor | None  # (N + 1, T, D)
-    token_ids: Tensor | None  # (N + 1, T)
 
 
 class Evaluation:
@@ -62,11 +47,11 @@ class Evaluation:
         self.reference: dict[str, FeatureSet | FeatureStatistics] = {}  # by name of the extractor
         with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):  # networks draw initial weights
             self.vae = vae or load_run_vae(run)
-            self.encoded = encode_prompts(run)
+            self.prompts, self.texts = choose_prompts(run)
             self.config = evaluate_config(run)
             self.resolution = run.features.moments_shape[1] * downsampling_of(self.vae)
             self.scores = on_main(self._open, run.world)
-        count = len(self.encoded.prompts)
+        count = len(self.prompts)
         if count < run.config.eval_prompts:
             print(f"--eval_prompts {run.config.eval_prompts}: there are {count} captions, and each is used")
         if set(run.config.eval_metrics) & set(FRECHET) and count < SMALL_SET:
@@ -96,9 +81,7 @@ class Evaluation:
             raise UserError(re.sub(r"--(metrics|reference)\b", r"--eval_\1", str(error))) from None
 
     def _open_reference(self) -> None:
-        compared = {
-            each.name: each for metric, each in self.extractors.items() if metric in NEED_REFERENCE
-        }  # fmt: skip
+        compared = by_name(self.extractors, comparing(self.config))
         if not compared:
             return
         reference = open_reference(self.config, self.extractors, self.resolution)
@@ -107,38 +90,36 @@ class Evaluation:
             self.reference = dict.fromkeys(compared, reference.statistics)
             return
         # The features' own images may be millions.
-        most = len(reference) if self.run.config.eval_reference else len(self.encoded.prompts)
+        most = len(reference) if self.run.config.eval_reference else len(self.prompts)
         total = min(len(reference), most)
         with Progress("reference", total, "image", bar=not self.run.config.disable_tqdm) as progress:
             self.reference = dict(features_in_memory(reference, total, list(compared.values()), progress))
 
     def _rehearsal(self) -> dict[str, FeatureSet]:
         """Features as the images will have them, from a grey image and noise."""
-        count, rng = len(self.encoded.prompts), np.random.default_rng(0)
+        count, rng = len(self.prompts), np.random.default_rng(0)
         grey = np.full((1, self.resolution, self.resolution, 3), 128, np.uint8)
         features = {}
-        for each in self.extractors.values():
+        for each in by_name(self.extractors, self.config.metrics).values():
             arrays = {}
-            for name, array in each.extract(grey, self.encoded.prompts[:1]).items():
+            for name, array in each.extract(grey, self.prompts[:1]).items():
                 many = np.repeat(array, count, axis=0)
                 noise = rng.standard_normal(many.shape, np.float32) if many.dtype == np.float32 else 0
                 arrays[name] = (many + noise).astype(many.dtype)
             features[each.name] = _feature_set(arrays, count)
         return features
 
-    def _try(self, metric: str, features: dict[str, FeatureSet]) -> list[Score]:
+    def _try(self, metric: Metric, features: dict[str, FeatureSet]) -> list[Score]:
         try:
             return self._compute(features, metric)
         except UserError as error:
             if str(error).startswith("--"):
                 raise
-            raise UserError(f"--metrics {metric}, --eval_prompts {len(self.encoded.prompts)}: {error}") from None
+            raise UserError(f"--metrics {metric}, --eval_prompts {len(self.prompts)}: {error}") from None
 
-    def _compute(self, features: dict[str, FeatureSet], metric: str) -> list[Score]:
-        config = EvaluateConfig(**{**vars(self.config), "metrics": (metric,)})
-        scores = compute_scores(
-            config, self.extractors, features, self.reference, self.encoded.prompts, extrapolate=False
-        )
+    def _compute(self, features: dict[str, FeatureSet], metric: Metric) -> list[Score]:
+        config = replace(self.config, metrics=(metric,))
+        scores = compute_scores(config, self.extractors, features, self.reference, self.prompts, extrapolate=False)
         return sorted(scores, key=lambda score: score.name != metric)  # attributes: their mean comes first
 
     def _values(self, pixels: np.ndarray | None) -> dict[str, float | None]:
@@ -147,8 +128,8 @@ class Evaluation:
             if pixels is None:
                 raise UserError("the images have values that are NaN or infinite")
             features = {
-                each.name: _feature_set(each.extract(pixels, self.encoded.prompts), len(pixels))
-                for each in {each.name: each for each in self.extractors.values()}.values()
+                each.name: _feature_set(each.extract(pixels, self.prompts), len(pixels))
+                for each in by_name(self.extractors, self.config.metrics).values()
             }
             found = [score for metric in self.config.metrics for score in self._compute(features, metric)]
             return {f"eval_{score.name}": score.value for score in found}
@@ -160,7 +141,7 @@ class Evaluation:
     def _generate(self) -> np.ndarray | None:
         """(N, H, W, 3) uint8; None if a pixel is not finite."""
         run, own = self.run, dict[int, np.ndarray | None]()
-        model, rows = run.ema_model, np.arange(len(self.encoded.prompts))
+        model, rows = run.ema_model, np.arange(len(self.prompts))
         training = model.training
         model.eval()
         for counts, batch_rows in local_batches(rows, run.config.per_device_train_batch_size, run.world):
@@ -173,26 +154,12 @@ class Evaluation:
         return np.concatenate(found) if len(found) == len(batches) else None
 
     def _generate_batch(self, rows: np.ndarray) -> np.ndarray | None:
-        run, both = self.run, torch.from_numpy(np.append(rows, len(self.encoded.prompts)))
-        if self.encoded.token_ids is not None:
-            contexts = encode_text(run, run.ema_model, self.encoded.token_ids[both].to(run.device))
-        else:
-            assert self.encoded.context is not None
-            contexts = self.encoded.context[both].to(run.device).float()
+        run = self.run
+        contexts = text_embeddings(run, self.texts[np.append(rows, len(self.prompts))])
         channels, height, width = run.features.moments_shape
         shape = (1, channels // 2, height, width)
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(row)) for row in rows.tolist()]
-        latents = denoise(
-            run.ema_model["unet"],
-            build_scheduler("dpmsolver++"),
-            torch.cat(noise).to(run.device),
-            contexts[:-1],
-            contexts[-1:],
-            guidance_scale=GUIDANCE_SCALE,
-            num_inference_steps=run.config.num_inference_steps,
-            prediction_type=run.config.prediction_type,
-        )
-        images = decode_latents(self.vae, latents, run.conventions)
+        images = sample_images(run, self.vae, torch.cat(noise).to(run.device), contexts, GUIDANCE_SCALE)
         return to_uint8(images).permute(0, 2, 3, 1).cpu().numpy() if bool(images.isfinite().all()) else None
 
 
@@ -236,8 +203,11 @@ def shapes_source(run: Run) -> str:
 
 
 @torch.no_grad()
-def encode_prompts(run: Run) -> EncodedPrompts:
-    """Held-out shapes if their attributes are read, or else the captions of the first rows of the features."""
+def choose_prompts(run: Run) -> tuple[list[Prompt], Tensor]:
+    """(N prompts, their texts as of `with_empty_caption`)
+
+    Held-out shapes if their attributes are read, or else the captions of the first rows of the features.
+    """
     config, features, use_tokens = run.config, run.validation or run.features, run.batches.use_tokens
     if "attributes" in config.eval_metrics:
         prompts = list_prompts(shapes_source(run), "heldout", config.eval_prompts)
@@ -245,11 +215,11 @@ def encode_prompts(run: Run) -> EncodedPrompts:
         assert features.num_tokens is not None
         token_ids = tokenize(load_features_tokenizer(config, run.features), texts, features.num_tokens)
         if use_tokens:
-            return EncodedPrompts(prompts, None, token_ids)
+            return prompts, token_ids
         encoder, pad_token_id, _ = load_frozen_text_encoder(config, run.features, run.master_model["unet"])  # type: ignore[arg-type]
         encoder.to(run.device)
         parts = [encode_tokens(encoder, part.to(run.device), pad_token_id).cpu() for part in token_ids.split(64)]
-        return EncodedPrompts(prompts, torch.cat(parts), None)
+        return prompts, torch.cat(parts)
     rows = np.arange(min(config.eval_prompts, features.num_samples))
     captions = [features.captions(int(row)) for row in rows]
     if "clip_score" in config.eval_metrics and not all(captions):
@@ -258,11 +228,7 @@ def encode_prompts(run: Run) -> EncodedPrompts:
             "as text; choose other metrics"
         )
     prompts = [Prompt(texts[0] if texts else "", str(row)) for row, texts in zip(rows, captions, strict=True)]
-    read = features.read(rows, np.zeros(len(rows)))
-    if use_tokens:
-        ids = np.concatenate([read.token_ids, features.empty_token_ids[None]])  # type: ignore[index]
-        return EncodedPrompts(prompts, None, torch.from_numpy(ids.astype(np.int64)))
-    return EncodedPrompts(prompts, torch.from_numpy(np.concatenate([read.context, features.empty_context[None]])), None)  # type: ignore[index]
+    return prompts, with_empty_caption(features, features.read(rows, np.zeros(len(rows))), use_tokens)
 
 
 def _feature_set(arrays: dict[str, np.ndarray], count: int) -> FeatureSet:

@@ -1,4 +1,4 @@
-"""Validation and previews.
+"""Validation, previews, and sampling from the EMA model.
 
 The validation loss is taken on pairs that are not trained on. All runs use the same pairs, noise and timesteps, so that
 their losses compare. Previews are images for the captions of the first training samples. Neither uses up any of a run's
@@ -23,7 +23,7 @@ from uvit.errors import UserError
 from uvit.images import contact_sheet, save_png, to_pil
 from uvit.sample.denoise import denoise
 from uvit.sample.schedulers import build_scheduler
-from uvit.store.types import Features
+from uvit.store.types import FeatureBatch, Features
 from uvit.train.loader import Batch, permute
 from uvit.train.setup import Run
 from uvit.train.step import batch_context, compute_loss, encode_text
@@ -160,31 +160,14 @@ def preview_sheet(run: Run, vae: AutoencoderKL) -> Image.Image:
     """Rows: training images decoded by the VAE, samples with guidance 1.0 and with 7.5. Also saved in previews/."""
     rows = np.arange(min(MAX_IMAGES, run.features.num_samples))
     read = run.features.read(rows, np.zeros(len(rows)))
-    unet = run.ema_model["unet"]
-    if run.batches.use_tokens:
-        ids = np.concatenate([read.token_ids, run.features.empty_token_ids[None]]).astype(np.int64)  # type: ignore[index]
-        contexts = encode_text(run, run.ema_model, torch.from_numpy(ids).to(run.device))
-    else:
-        stored = np.concatenate([read.context, run.features.empty_context[None]])  # type: ignore[index]
-        contexts = torch.from_numpy(stored).to(run.device).float()
-    context, empty_context = contexts[:-1], contexts[-1:]
+    contexts = text_embeddings(run, with_empty_caption(run.features, read, run.batches.use_tokens))
     means = torch.from_numpy(read.moments).to(run.device).float().chunk(2, dim=1)[0]
     generator = np.random.Generator(np.random.Philox(key=[run.config.seed, PREVIEW_STREAM]))
     noise = torch.from_numpy(generator.standard_normal(means.shape, dtype=np.float32)).to(run.device)
 
     images = to_pil(decode_latents(vae, run.conventions.normalize(means), run.conventions))
     for guidance_scale in GUIDANCE_SCALES:
-        latents = denoise(
-            unet,
-            build_scheduler("dpmsolver++"),
-            noise,
-            context,
-            empty_context,
-            guidance_scale=guidance_scale,
-            num_inference_steps=run.config.num_inference_steps,
-            prediction_type=run.config.prediction_type,
-        )
-        images += to_pil(decode_latents(vae, latents, run.conventions))
+        images += to_pil(sample_images(run, vae, noise, contexts, guidance_scale))
     captions = [run.features.captions(int(row)) for row in rows]
     labels = [texts[0] if texts else "" for texts in captions]
     labels += [f"guidance {scale}" for scale in GUIDANCE_SCALES for _ in rows]
@@ -192,3 +175,35 @@ def preview_sheet(run: Run, vae: AutoencoderKL) -> Image.Image:
     if run.world.is_main:
         save_png(sheet, run.output_dir / "previews" / f"step-{run.step:08d}.png")
     return sheet
+
+
+# Sampling from the EMA model, for previews and evaluations. The last of N + 1 texts is the empty caption.
+
+
+def with_empty_caption(features: Features, read: FeatureBatch, use_tokens: bool) -> Tensor:
+    """Token ids (N + 1, T), int64, or stored text embeddings (N + 1, T, D)."""
+    if use_tokens:
+        ids = np.concatenate([read.token_ids, features.empty_token_ids[None]])  # type: ignore[index]
+        return torch.from_numpy(ids.astype(np.int64))
+    return torch.from_numpy(np.concatenate([read.context, features.empty_context[None]]))  # type: ignore[index]
+
+
+def text_embeddings(run: Run, texts: Tensor) -> Tensor:
+    """What `with_empty_caption` returns -> (N + 1, T, D) float, on the run's device."""
+    texts = texts.to(run.device)
+    return encode_text(run, run.ema_model, texts) if run.batches.use_tokens else texts.float()
+
+
+def sample_images(run: Run, vae: AutoencoderKL, noise: Tensor, contexts: Tensor, guidance_scale: float) -> Tensor:
+    """Noise (N, C, h, w) and text embeddings (N + 1, T, D) -> images (N, 3, H, W) in [-1, 1]."""
+    latents = denoise(
+        run.ema_model["unet"],
+        build_scheduler("dpmsolver++"),
+        noise,
+        contexts[:-1],
+        contexts[-1:],
+        guidance_scale=guidance_scale,
+        num_inference_steps=run.config.num_inference_steps,
+        prediction_type=run.config.prediction_type,
+    )
+    return decode_latents(vae, latents, run.conventions)

@@ -190,7 +190,7 @@ class _Encode(_Standin):
         return text.encode("latin1")
 
 
-class _Empty(_Standin):
+class _EmptyBytes(_Standin):
     """Old pickle protocols store empty bytes as a call of bytes()."""
 
     def __new__(cls) -> Any:
@@ -211,7 +211,7 @@ class _TensorOfType(_Standin):
         return torch.empty(0, dtype=dtype).set_(storage._untyped_storage, offset, size, stride)
 
 
-class _First(_Standin):
+class _Parameter(_Standin):
     """A parameter is taken as its tensor."""
 
     def __new__(cls, tensor: Any, *_: Any) -> Any:
@@ -222,7 +222,7 @@ class _Subclass(_Standin):
     """A tensor with attributes is taken as its tensor."""
 
     def __new__(cls, function: Any, kind: Any, args: Any, state: Any) -> Any:
-        if function not in (_Tensor, _TensorOfType, _First):
+        if function not in (_Tensor, _TensorOfType, _Parameter):
             raise RefusedError(getattr(function, "asked", "a tensor of another class"))
         return function(*args)
 
@@ -231,15 +231,15 @@ _STANDINS: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
     ("_codecs", "encode"): _Encode,
-    ("builtins", "bytes"): _Empty,
+    ("builtins", "bytes"): _EmptyBytes,
     ("collections", "OrderedDict"): OrderedDict,
     ("torch", "Size"): tuple,
     ("torch.storage", "UntypedStorage"): torch.UntypedStorage,
     ("torch._utils", "_rebuild_tensor"): _Tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _Tensor,
     ("torch._utils", "_rebuild_tensor_v3"): _TensorOfType,
-    ("torch._utils", "_rebuild_parameter"): _First,
-    ("torch._utils", "_rebuild_parameter_with_state"): _First,
+    ("torch._utils", "_rebuild_parameter"): _Parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _Parameter,
     ("torch._tensor", "_rebuild_from_type_v2"): _Subclass,
     ("builtins", "tuple"): tuple,  # Paddle stores (name, array)
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _Reconstruct for core in ("core", "_core")},
