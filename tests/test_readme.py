@@ -71,4 +71,4 @@ def test_the_architecture_page_names_what_is_there() -> None:
         content = (ROOT / path).read_text(encoding="utf-8")
         for name in re.findall(r"[\w.]+", names):
             for part in name.split("."):
-                assert re.search(rf"(?:def|class) {part}\b", content), f"{path} has no {name}"
+                assert re.search(rf"(?:def|class) {part}\b|^{part}\b", content, re.MULTILINE), f"{path} has no {name}"
