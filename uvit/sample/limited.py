@@ -23,6 +23,11 @@ class LimitedDPMSolverScheduler(DPMSolverMultistepScheduler):
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         super().set_timesteps(*args, **kwargs)
         self.last_change: Tensor | None = None
+        if self.config.use_flow_sigmas:  # in even steps from pure noise; diffusers begins at 0.999
+            level = torch.linspace(1, 0, self.num_inference_steps + 1, dtype=torch.float64)
+            shift = self.config.flow_shift
+            self.sigmas = (shift * level / (1 + (shift - 1) * level)).float()
+            self.timesteps = (1000 * self.sigmas[:-1]).to(self.timesteps.device)  # type: ignore[has-type]
 
     def multistep_dpm_solver_second_order_update(
         self, model_output_list: list[Tensor], *args: Any, sample: Any = None, **kwargs: Any
