@@ -143,13 +143,15 @@ def record_conventions(unet: Any, given: Mapping[str, Any]) -> None:
     """Record the conventions that are given in the U-ViT's config. Raises ValueError where it has others."""
     recorded = recorded_conventions(unet.config)
     given = {key: value for key, value in given.items() if value is not None}
-    given = {key: getattr(Conventions.recorded(given), key) for key in given}
+    space = LatentSpace.recorded(given)
+    given = {key: getattr(space, key, value) for key, value in given.items()}
     for key, value in given.items():
         if recorded.get(key, value) != value:
             raise ValueError(
                 f"{key} is {value!r} here, but {recorded[key]!r} in the U-ViT's own config (unet/config.json, or "
                 "unet.config); leave it out, or change it there"
             )
+    Conventions.recorded(recorded | given)  # raises ValueError if they contradict each other
     unet.register_to_config(**given)
 
 

@@ -43,11 +43,14 @@ class Reference:
     def at(self, num_steps: int) -> list[Tensor]:
         """The latents before each step of the path's grid of `num_steps` steps, by cubic interpolation."""
         last, result = len(self.latents) - 1, []
-        ends_alike = self.path == "vp"  # Karras' grid ends at timestep 1; the others end one step before x_0
-        spacing = last / (num_steps - 1) if ends_alike else len(self.latents) / num_steps
-        for i in range(num_steps):
-            position = i * spacing
-            left = min(max(int(position) - 1, 0), last - 3)
+        first = int(self.path == "vp_zero_snr")  # where Karras' grid begins
+        if self.path == "linear":
+            positions = [i / num_steps * len(self.latents) for i in range(num_steps)]
+        else:
+            steps = num_steps - 1 - first
+            positions = [0.0] * first + [first + i / max(steps, 1) * (last - first) for i in range(steps + 1)]
+        for position in positions:
+            left = min(max(int(position) - 1, first if position else 0), last - 3)
             coefficients = torch.ones(4, dtype=torch.float64)
             for j, k in itertools.permutations(range(4), 2):
                 coefficients[j] *= (position - left - k) / (j - k)

@@ -94,22 +94,19 @@ _VP: dict[str, tuple[Any, dict[str, Any]]] = {
         {"solver_order": 3, "lower_order_final": True, "final_sigmas_type": "sigma_min"},
     ),
 }
-# With zero terminal SNR, Karras' grid would have nearly half its steps where there is nothing but noise.
-_VP_ZERO_SNR = _VP | {
-    "dpmsolver++": (LimitedDPMSolverScheduler, {}),
-    "unipc": (UniPCMultistepScheduler, {}),
-}
-_LINEAR: dict[str, tuple[Any, dict[str, Any]]] = {
-    "dpmsolver++": (LimitedDPMSolverScheduler, {}),
-    "unipc": (UniPCMultistepScheduler, {}),
-    "euler": (FlowMatchEulerDiscreteScheduler, {}),
-    "heun": (FlowMatchHeunDiscreteScheduler, {}),
-}
-_WITHOUT_ZERO_SNR = ("heun", "official")
-_SCHEDULERS = {
+# By path. UniPC has no grid of its own for zero terminal SNR (see uvit.sample.limited): it takes even time steps there.
+_SCHEDULERS: dict[str, dict[str, tuple[Any, dict[str, Any]]]] = {
     "vp": _VP,
-    "vp_zero_snr": {name: entry for name, entry in _VP_ZERO_SNR.items() if name not in _WITHOUT_ZERO_SNR},
-    "linear": _LINEAR,
+    "vp_zero_snr": {
+        **{name: entry for name, entry in _VP.items() if name not in ("heun", "official")},  # diffusers' have no such
+        "unipc": (UniPCMultistepScheduler, {}),
+    },
+    "linear": {
+        "dpmsolver++": (LimitedDPMSolverScheduler, {}),
+        "unipc": (UniPCMultistepScheduler, {}),
+        "euler": (FlowMatchEulerDiscreteScheduler, {}),
+        "heun": (FlowMatchHeunDiscreteScheduler, {}),
+    },
 }
 FLOW_MATCHING = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
 
@@ -132,6 +129,8 @@ def build_scheduler(
     if name not in known:
         raise UserError(f"--scheduler {name}: cannot sample a model of path {path}; use {', '.join(known)} or fitted")
     cls, settings = known[name]
+    if cls in FLOW_MATCHING:  # they share no settings with the others
+        return cls(NUM_TIMESTEPS, shift)
     return cls.from_config(shared_config(prediction_type, path, shift) | settings)
 
 
@@ -144,7 +143,7 @@ def shared_config(
         "clip_sample": False,  # latents are not limited to [-1, 1]
         "timestep_spacing": "trailing",  # from pure noise, timestep 1000, in equal steps
         "set_alpha_to_one": True,  # DDIM's last step ends at x_0, not just before it
-        **({"flow_shift": shift, "shift": shift} if path == "linear" else {}),
+        **({"flow_shift": shift} if path == "linear" else {}),
     }
 
 
@@ -280,15 +279,17 @@ def karras_grid(num_steps: int) -> Tensor:
     return -2 * KARRAS_RHO * torch.linspace(first, last, num_steps, dtype=torch.float64).log()
 
 
-def even_grid(num_steps: int, path: DiffusionPath) -> Tensor:
-    """Log-SNRs (num_steps,) float64, at equal distances of the timestep, from pure noise to one step before x_0."""
-    first = NUM_TIMESTEPS - (path == "linear")  # the log-SNR of pure noise is not finite
-    return log_snr(torch.linspace(first, 0, num_steps + 1, dtype=torch.float64)[:-1], path)
-
-
 def solver_grid(num_steps: int, path: DiffusionPath) -> Tensor:
-    """The grid that fitted solvers of a path have."""
-    return karras_grid(num_steps) if path == "vp" else even_grid(num_steps, path)
+    """The grid of fitted solvers: log-SNRs (num_steps,) float64, rising.
+
+    vp: `karras_grid`. vp_zero_snr: pure noise, and then `karras_grid` of vp. linear: even timesteps, which end one step
+    before x_0. They begin at 999, because the log-SNR of pure noise is not finite.
+    """
+    if path == "vp":
+        return karras_grid(num_steps)
+    if path == "vp_zero_snr":
+        return torch.cat([log_snr(torch.tensor([NUM_TIMESTEPS]), path), karras_grid(num_steps - 1)])
+    return log_snr(torch.linspace(NUM_TIMESTEPS - 1, 0, num_steps + 1, dtype=torch.float64)[:-1], path)
 
 
 def second_order(log_snrs: Tensor, path: DiffusionPath = "vp") -> SolverPlan:
