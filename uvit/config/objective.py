@@ -36,7 +36,8 @@ class ObjectiveConfig:
     """How timesteps n are drawn. logit_normal: the noise level n / 1000 is sigmoid(mean + std z) for a normal z, so
     that noise levels in the middle are more frequent."""
     logit_mean: RealNumber = 0.0
-    """The mean of logit_normal. Above 0, most samples have more noise than image."""
+    """The mean of logit_normal, of the noise level: above 0, most samples have more noise than image. Where a paper has
+    t = 1 at the image, its mean is minus this one."""
     logit_std: PositiveFloat = 1.0
     """The standard deviation of logit_normal."""
     uniform_share: Fraction = 0.0
