@@ -31,6 +31,7 @@ LAYERS = [
     ["lock"],
     ["io", "conventions"],
     ["model", "diffusion", "images", "device", "progress"],
+    ["modern_model"],
     ["config"],
     ["sources", "distributed"],
     ["weights", "checkpoint"],
@@ -157,9 +158,9 @@ def test_configs_need_the_standard_library_alone_and_the_command_line_no_torch(f
         assert tops <= sys.stdlib_module_names | allowed, path
 
 
-@pytest.mark.parametrize("name", ["model", "diffusion"])
+@pytest.mark.parametrize("name", ["model", "modern_model", "diffusion"])
 def test_the_mathematics_knows_no_files_flags_or_ranks(name: str) -> None:
-    found = set(imports(PACKAGE / f"{name}.py")) - {"uvit.conventions"}
+    found = set(imports(PACKAGE / f"{name}.py")) - {"uvit.conventions", "uvit.model"}
     tops = {target.split(".")[0] for target in found}
     assert tops <= {"math", "functools", "typing", "collections", "torch", "diffusers"}
     assert "torch.distributed" not in (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
