@@ -29,13 +29,21 @@ def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    def __init__(self, in_channels: int, dim: int, patch_size: int):
+    """Patches -> tokens: one linear map, or, with a bottleneck, two with fewer features between them (JiT).
+
+    Args:
+        bottleneck_dim: the features between the two maps. None: one map, as published.
+    """
+
+    def __init__(self, in_channels: int, dim: int, patch_size: int, bottleneck_dim: int | None = None):
         super().__init__()
-        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+        bias = bottleneck_dim is None
+        self.proj = nn.Conv2d(in_channels, bottleneck_dim or dim, patch_size, stride=patch_size, bias=bias)
+        self.expand = nn.Identity() if bottleneck_dim is None else nn.Linear(bottleneck_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Patches in rows, left to right."""
-        return self.proj(x).flatten(2).transpose(1, 2)                                           # (B, h w, D)
+        """(B, C, H, W) -> (B, h w, D): patches in rows, left to right."""
+        return self.expand(self.proj(x).flatten(2).transpose(1, 2))                              # (B, h w, D)
 
 
 class Attention(nn.Module):
@@ -94,6 +102,7 @@ class UViTT2IModel(ModelMixin, ConfigMixin):
         num_layers: blocks without the middle one: num_layers // 2 before it and as many after it.
         clip_dim, num_text_tokens: width and length of the context.
         conv: end with a 3x3 convolution.
+        bottleneck_dim: width of a bottleneck in the patch embedding, for large patches of pixels. None: as published.
         latent_scale, latent_shift, latent_std, timestep_labels, prediction_type: how to sample with the weights, see
             `Conventions` of `uvit.diffusion`. They change nothing here, but are saved with the model. None: not known.
 
@@ -117,6 +126,7 @@ class UViTT2IModel(ModelMixin, ConfigMixin):
         clip_dim: int = 768,
         num_text_tokens: int = 77,
         conv: bool = True,
+        bottleneck_dim: int | None = None,
         latent_scale: float | None = None,
         latent_shift: float | tuple[float, ...] | None = None,
         latent_std: float | tuple[float, ...] | None = None,
@@ -136,7 +146,7 @@ class UViTT2IModel(ModelMixin, ConfigMixin):
         def block(skip: bool = False) -> Block:
             return Block(dim, num_attention_heads, mlp_ratio, qkv_bias, skip)
 
-        self.patch_embed = PatchEmbed(in_channels, dim, patch_size)
+        self.patch_embed = PatchEmbed(in_channels, dim, patch_size, bottleneck_dim)
         self.context_embed = nn.Linear(clip_dim, dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.num_extra_tokens + self.grid[0] * self.grid[1], dim))
         self.in_blocks = nn.ModuleList(block() for _ in range(num_layers // 2))
