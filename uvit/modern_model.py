@@ -117,6 +117,7 @@ class ModernUViTT2IModel(UViTT2IModel):
         attention_head_dim: a multiple of 4, because rows and columns each turn pairs of channels.
         clip_dim, num_text_tokens: width and length of the context.
         conv: end with a 3x3 convolution, which begins as the identity.
+        bottleneck_dim: width of a bottleneck in the patch embedding, for large patches of pixels. None: none.
         skip: how long skip connections are merged: "concat" (a linear layer of both, as published), "add" or "none".
         latent_scale, latent_shift, latent_std, timestep_labels, prediction_type: as in `UViTT2IModel`.
 
@@ -137,6 +138,7 @@ class ModernUViTT2IModel(UViTT2IModel):
         clip_dim: int = 768,
         num_text_tokens: int = 77,
         conv: bool = True,
+        bottleneck_dim: int | None = None,
         skip: str = "concat",
         latent_scale: float | None = None,
         latent_shift: float | tuple[float, ...] | None = None,
@@ -163,12 +165,12 @@ class ModernUViTT2IModel(UViTT2IModel):
         def block(concat_skip: bool = False) -> ModernBlock:
             return ModernBlock(dim, num_attention_heads, concat_skip)
 
-        self.patch_embed = PatchEmbed(in_channels, dim, patch_size)
+        self.patch_embed = PatchEmbed(in_channels, dim, patch_size, bottleneck_dim)
         self.context_embed = nn.Linear(clip_dim, dim)
         self.pooled_text = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.num_extra_tokens + self.grid[0] * self.grid[1], dim))
         self.in_blocks = nn.ModuleList(block() for _ in range(num_layers // 2))
-        self.mid_block = block()
+        self.mid_block = block()  # type: ignore[assignment]
         self.out_blocks = nn.ModuleList(block(skip == "concat") for _ in range(num_layers // 2))
         self.norm = RMSNorm(dim)  # type: ignore[assignment]
         self.decoder_pred = nn.Linear(dim, patch_size**2 * in_channels)

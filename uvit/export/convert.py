@@ -22,7 +22,6 @@ from uvit.export.formats import write_official, write_paddle, write_paddlemix, w
 from uvit.export.graph import write_export, write_onnx
 from uvit.export.standalone import write_code
 from uvit.io import back_up, write_folder_atomically, write_json
-from uvit.model import UViTT2IModel
 from uvit.sample.fit import FITTED_FILE
 from uvit.sample.pipeline import UViTPipeline
 from uvit.sample.schedulers import build_scheduler, scheduler_from_config
@@ -37,6 +36,7 @@ from uvit.weights.components import (
 )
 from uvit.weights.detect import CONFIG, FLAGS, INDEX, is_third_party, missing_components
 from uvit.weights.encoders import check_fingerprint, check_finite, fingerprint, load_tokenizer, quiet
+from uvit.weights.unet import new_unet
 
 TRAINING_FILE = "training.json"  # in a pipeline folder: the training run that it comes from
 REPORT_FILE = "conversion.json"  # in a pipeline folder: the report of the conversion
@@ -187,7 +187,7 @@ def open_checkpoint(
     weights = found.load("ema" if has_ema else "weights")
     check_finite(weights, source)
     conventions = Conventions.recorded(record)
-    components = Components(unet=UViTT2IModel(**record["unet_config"], **asdict(conventions)), conventions=conventions)
+    components = Components(unet=new_unet(record["unet_config"], **asdict(conventions)), conventions=conventions)
     load_network(components.unet, weights, "unet.")
     components.unet.eval().requires_grad_(False)
     if has_ema:
