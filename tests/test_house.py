@@ -19,7 +19,7 @@ from uvit.config.model import resolve_model_config
 from uvit.config.presets import preset_files
 from uvit.config.train import IGNORED_FLAGS, UNSUPPORTED, TrainConfig
 from uvit.errors import UserError
-from uvit.model import UViTT2IModel
+from uvit.weights.unet import new_unet
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "uvit"
@@ -223,7 +223,7 @@ def with_required(name: str) -> list[str]:
 @pytest.mark.parametrize("name", preset_files("model"))
 def test_every_model_preset_builds(name: str) -> None:
     with torch.device("meta"):
-        UViTT2IModel(**resolve_model_config(name))
+        new_unet(resolve_model_config(name))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
