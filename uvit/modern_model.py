@@ -14,7 +14,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from uvit.model import INIT_STD, PatchEmbed, UViTT2IModel, timestep_embedding
+from uvit.model import INIT_STD, PatchEmbed, UViTT2IModel, attention, timestep_embedding
 
 NORM_EPS = 1e-6
 ROTATION_BASE = 100.0  # the slowest channels turn by one radian in about 100 patches
@@ -63,8 +63,8 @@ class ModernAttention(nn.Module):
         qkv = self.qkv(x).view(B, L, 3, -1, self.head_dim)  # (B, L, 3, N, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, N, L, d) each
         q = rotate(self.q_norm(q[:, :, -num_queries:]), cos[-num_queries:], sin[-num_queries:])  # (B, N, queries, d)
-        k = rotate(self.k_norm(k), cos, sin)
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, N, queries, d)
+        k = rotate(self.k_norm(k), cos, sin)  # (B, N, L, d)
+        x = attention(q.to(v.dtype), k.to(v.dtype), v)  # autocast normalizes in float32         # (B, N, queries, d)
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, queries, D)
 
 

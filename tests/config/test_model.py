@@ -28,8 +28,8 @@ def write(folder: Path, content: object) -> str:
 def test_the_keys_are_the_arguments_of_the_model() -> None:
     assert [*KINDS, *SAMPLING_KEYS] == list(inspect.signature(UViTT2IModel).parameters)
     assert [*MODERN_KINDS, *SAMPLING_KEYS] == list(inspect.signature(ModernUViTT2IModel).parameters)
-    assert SKIPS == CHOICES["skip"]
-    assert MODERN == ModernUViTT2IModel.__name__
+    assert CHOICES == {"skip": SKIPS}
+    assert ModernUViTT2IModel.__name__ == MODERN
 
 
 def test_a_config_says_which_model_it_is_of(tmp_path: Path) -> None:
