@@ -115,8 +115,9 @@ class UViTT2IModel(ModelMixin, ConfigMixin):
         clip_dim, num_text_tokens: width and length of the context.
         conv: end with a 3x3 convolution.
         bottleneck_dim: width of a bottleneck in the patch embedding, for large patches of pixels. None: as published.
-        latent_scale, latent_shift, latent_std, timestep_labels, prediction_type: how to sample with the weights, see
-            `Conventions` of `uvit.diffusion`. They change nothing here, but are saved with the model. None: not known.
+        latent_scale, latent_shift, latent_std, timestep_labels, prediction_type, path: how to sample with the weights,
+            see `Conventions` of `uvit.conventions`. They change nothing here, but are saved with the model. None: not
+            known.
 
     The other keys are those of the published JSON configs. Raises ValueError for sizes that do not fit together.
     """
@@ -144,6 +145,7 @@ class UViTT2IModel(ModelMixin, ConfigMixin):
         latent_std: float | tuple[float, ...] | None = None,
         timestep_labels: str | None = None,
         prediction_type: str | None = None,
+        path: str | None = None,
     ):
         super().__init__()
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
@@ -181,11 +183,11 @@ class UViTT2IModel(ModelMixin, ConfigMixin):
         return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
 
     def forward(self, latents: Tensor, timestep: Tensor | float, context: Tensor) -> Tensor:
-        """Predict epsilon, v or x_0, whatever the model was trained for.
+        """Predict epsilon, v, x_0 or the flow, whatever the model was trained for.
 
         Args:
             latents: (B, C, H, W), the noisy latents x_n.
-            timestep: n in 1..1000, one for all or (B,).
+            timestep: n in (0, 1000], one for all or (B,).
             context: (B, T, clip_dim), the text encoder's last hidden state.
         Returns:
             (B, C, H, W).

@@ -119,7 +119,7 @@ class ModernUViTT2IModel(UViTT2IModel):
         conv: end with a 3x3 convolution, which begins as the identity.
         bottleneck_dim: width of a bottleneck in the patch embedding, for large patches of pixels. None: none.
         skip: how long skip connections are merged: "concat" (a linear layer of both, as published), "add" or "none".
-        latent_scale, latent_shift, latent_std, timestep_labels, prediction_type: as in `UViTT2IModel`.
+        latent_scale, latent_shift, latent_std, timestep_labels, prediction_type, path: as in `UViTT2IModel`.
 
     Raises ValueError for sizes that do not fit together.
     """
@@ -145,6 +145,7 @@ class ModernUViTT2IModel(UViTT2IModel):
         latent_std: float | tuple[float, ...] | None = None,
         timestep_labels: str | None = None,
         prediction_type: str | None = None,
+        path: str | None = None,
     ):
         ModelMixin.__init__(self)  # that of UViTT2IModel builds the published blocks
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
@@ -193,11 +194,11 @@ class ModernUViTT2IModel(UViTT2IModel):
             nn.init.zeros_(self.final_layer.bias)  # type: ignore[arg-type]
 
     def forward(self, latents: Tensor, timestep: Tensor | float, context: Tensor) -> Tensor:
-        """Predict epsilon, v or x_0, whatever the model was trained for.
+        """Predict epsilon, v, x_0 or the flow, whatever the model was trained for.
 
         Args:
             latents: (B, C, H, W), the noisy latents x_n.
-            timestep: n in 1..1000, one for all or (B,).
+            timestep: n in (0, 1000], one for all or (B,).
             context: (B, T, clip_dim), the text encoder's last hidden state.
         Returns:
             (B, C, H, W).

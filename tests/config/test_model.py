@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from uvit.config.model import (
-    CHOICES,
+    KEY_CHOICES,
     KINDS,
     MODERN,
     MODERN_KINDS,
@@ -28,7 +28,7 @@ def write(folder: Path, content: object) -> str:
 def test_the_keys_are_the_arguments_of_the_model() -> None:
     assert [*KINDS, *SAMPLING_KEYS] == list(inspect.signature(UViTT2IModel).parameters)
     assert [*MODERN_KINDS, *SAMPLING_KEYS] == list(inspect.signature(ModernUViTT2IModel).parameters)
-    assert CHOICES == {"skip": SKIPS}
+    assert KEY_CHOICES == {"skip": SKIPS}
     assert ModernUViTT2IModel.__name__ == MODERN
 
 

@@ -32,9 +32,9 @@ KINDS: Kinds = {  # the arguments of UViTT2IModel
 }
 MODERN_KINDS: Kinds = {key: kinds for key, kinds in KINDS.items() if key not in ("mlp_ratio", "qkv_bias")}
 MODERN_KINDS |= {"skip": (str,)}
-CHOICES = {"skip": ("concat", "add", "none")}
+KEY_CHOICES = {"skip": ("concat", "add", "none")}
 # How to sample with its weights: what the config.json of trained weights has besides. A new model has none of it.
-SAMPLING_KEYS = ("latent_scale", "latent_shift", "latent_std", "timestep_labels", "prediction_type")
+SAMPLING_KEYS = ("latent_scale", "latent_shift", "latent_std", "timestep_labels", "prediction_type", "path")
 # What PaddleMIX's configs have besides, and the values at which it changes nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {"norm_type": ("layer_norm",), "qk_scale": (None,)}
 DROPOUT = ("attn_drop_rate", "drop_rate", "pos_drop_rate")  # has no weights
@@ -104,8 +104,8 @@ def _check(path: Path, key: str, value: Any, known: Kinds) -> None:
     kinds = known[key]
     if kinds == (bool,):
         fits, wanted = isinstance(value, bool), "true or false"
-    elif key in CHOICES:
-        fits, wanted = value in CHOICES[key], " or ".join(map(json.dumps, CHOICES[key]))
+    elif key in KEY_CHOICES:
+        fits, wanted = value in KEY_CHOICES[key], " or ".join(map(json.dumps, KEY_CHOICES[key]))
     elif isinstance(value, list) and list in kinds:
         fits, wanted = (
             len(value) == 2 and all(type(side) is int and side > 0 for side in value),
@@ -129,7 +129,7 @@ def model_arguments(content: dict[str, Any], path: Path) -> dict[str, Any]:
     known = kinds_of(content)
     arguments = {key: value for key, value in content.items() if key in known}
     for key, value in arguments.items():
-        if (value is None and type(None) in known[key]) or value in CHOICES.get(key, ()):
+        if (value is None and type(None) in known[key]) or value in KEY_CHOICES.get(key, ()):
             continue
         sizes = value if isinstance(value, list) else [value]
         wrong = isinstance(value, list) and len(value) != 2
@@ -138,6 +138,6 @@ def model_arguments(content: dict[str, Any], path: Path) -> dict[str, Any]:
             or type(value) not in known[key]
             or not all(isinstance(size, (int, float)) and size >= 0 for size in sizes)
         ):
-            wanted = CHOICES.get(key) or [kind.__name__ for kind in known[key]]
+            wanted = KEY_CHOICES.get(key) or [kind.__name__ for kind in known[key]]
             raise UserError(f"{path}: {key} is {value!r}, which must be {' or '.join(wanted)}")
     return _class_of(content) | arguments

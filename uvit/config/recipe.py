@@ -78,14 +78,6 @@ class RecipeConfig:
     ema_decay: Fraction = 0.9999
     """Decay of the EMA weights per optimizer step."""
 
-    # Objective
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
-    """What the network predicts."""
-    snr_gamma: PositiveFloat | None = None
-    """Weight the loss by min-SNR with this gamma (5 is usual)."""
-    noise_offset: NonNegativeFloat = 0.0
-    """Add this much noise that is constant over each channel, for images darker or brighter than average."""
-
     # Text encoder
     text_encoder_name_or_path: PathFlag | None = None
     """The text encoder that made the text embeddings, or that encodes the store's token ids during training. Also goes
