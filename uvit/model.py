@@ -46,6 +46,18 @@ class PatchEmbed(nn.Module):
         return self.expand(self.proj(x).flatten(2).transpose(1, 2))                              # (B, h w, D)
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v: queries (B, N, M, d), keys and values (B, N, L, d) -> (B, N, M, d).
+
+    On a CPU, the fused kernel's backward in half precision takes several times as long as plain matrix products
+    (docs/benchmarks.md). These keep the (B, N, M, L) weights until the backward, so they are for training alone.
+    """
+    if q.device.type == "cpu" and q.dtype != torch.float32 and q.requires_grad:
+        weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)                                # (B, N, M, L)
+        return weights.softmax(dim=-1) @ v  # the sums of a softmax are in float32 for any dtype
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool):
         super().__init__()
@@ -58,7 +70,7 @@ class Attention(nn.Module):
         B, L, _ = x.shape
         qkv = self.qkv(x).view(B, L, 3, -1, self.head_dim)                                       # (B, L, 3, N, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)                                           # (B, N, L, d) each
-        x = F.scaled_dot_product_attention(q[:, :, -num_queries:], k, v)                         # (B, N, queries, d)
+        x = attention(q[:, :, -num_queries:], k, v)                                              # (B, N, queries, d)
         return self.proj(x.transpose(1, 2).flatten(2))                                           # (B, queries, D)
 
 
@@ -226,7 +238,7 @@ class UViTT2IModel(ModelMixin, ConfigMixin):
         patches = patches.unflatten(1, self.grid)[:, top : top + h, left : left + w].flatten(1, 2)
         return torch.cat([extra, patches], dim=1)
 
-    def _run(self, block: nn.Module, *args: Tensor | int) -> Tensor:
+    def _run(self, block: nn.Module, *args: Tensor | int | None) -> Tensor:
         """Run a block, keeping its activations for the backward pass or, with checkpointing, recomputing them."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(block, *args)

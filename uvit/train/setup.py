@@ -13,7 +13,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel
 
 import uvit
-from uvit.config.model import KINDS, resolve_model_config
+from uvit.config.model import resolve_model_config
 from uvit.config.train import TrainConfig
 from uvit.conventions import Conventions, recorded_conventions
 from uvit.device import keep_freed_memory
@@ -42,6 +42,7 @@ from uvit.train.precision import Precision
 from uvit.weights.components import as_trained, load_text_encoder, load_vae, read_network
 from uvit.weights.detect import first_that_has, is_third_party
 from uvit.weights.encoders import assume_latent_space, check_fingerprint, is_local_path, load_tokenizer
+from uvit.weights.unet import model_config, new_unet, unet_class
 
 BATCH_FLAGS = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "dp_degree", "sharding_parallel_degree",
@@ -126,11 +127,6 @@ def text_encoder_config(model: nn.ModuleDict) -> dict[str, Any] | None:
         return None
     encoder: Any = model["text_encoder"]
     return json.loads(encoder.config.to_json_string())
-
-
-def model_config(unet: Any) -> dict[str, Any]:
-    """The sizes among the constructor's arguments, without the conventions, and without what diffusers adds."""
-    return {key: unet.config[key] for key in KINDS}
 
 
 def build_run(config: TrainConfig, output_dir: Path, world: World | None = None) -> Run:
@@ -291,7 +287,7 @@ def open_validation(config: TrainConfig, features: Features, unet: UViTT2IModel,
 def build_unet(config: TrainConfig, device: torch.device) -> UViTT2IModel:
     if config.pretrained_model_name_or_path is None:
         with init_device(device):
-            unet = UViTT2IModel(**resolve_model_config(config.uvit_config_file))
+            unet = new_unet(resolve_model_config(config.uvit_config_file))
         rescale_initialisation(unet, config.weight_init_std, config.position_init_std)
         return unet
     name = config.pretrained_model_name_or_path
@@ -300,7 +296,8 @@ def build_unet(config: TrainConfig, device: torch.device) -> UViTT2IModel:
     if is_local_path(name) and not Path(name).exists():
         raise UserError(f"--pretrained_model_name_or_path {name}: there is no such file or folder")
     try:
-        return UViTT2IModel.from_pretrained(name, subfolder="unet", use_safetensors=True)
+        saved: dict[str, Any] = UViTT2IModel.load_config(name, subfolder="unet")
+        return unet_class(saved).from_pretrained(name, subfolder="unet", use_safetensors=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # there is none, or it is damaged
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"--pretrained_model_name_or_path {name}: has no U-ViT in unet/ ({reason})") from None
