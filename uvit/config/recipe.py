@@ -80,14 +80,6 @@ class RecipeConfig:
     ema_update_steps: PositiveInt = 1
     """Steps between updates of the EMA weights, each with the decay of so many steps: 10 makes them almost free."""
 
-    # Objective
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
-    """What the network predicts."""
-    snr_gamma: PositiveFloat | None = None
-    """Weight the loss by min-SNR with this gamma (5 is usual)."""
-    noise_offset: NonNegativeFloat = 0.0
-    """Add this much noise that is constant over each channel, for images darker or brighter than average."""
-
     # Text encoder
     text_encoder_name_or_path: PathFlag | None = None
     """The text encoder that made the text embeddings, or that encodes the store's token ids during training. Also goes

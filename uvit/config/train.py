@@ -1,10 +1,11 @@
-"""Flags of `uvit train`. Those that decide what is learned are in `recipe.py`."""
+"""Flags of `uvit train`. Those that decide what is learned are in `recipe.py` and `objective.py`."""
 
 from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
 from uvit.config.bounds import AnyInt, Bounds, NonNegativeFloat, PositiveInt
 from uvit.config.evaluate import CLIP_SCORE_MODEL
+from uvit.config.objective import ObjectiveConfig
 from uvit.config.paths import PathFlag
 from uvit.config.recipe import RecipeConfig
 from uvit.config.sample import InferenceSteps
@@ -30,7 +31,7 @@ EvalMetric = Literal["fid", "kid", "prdc", "is", "clip_score", "fd", "attributes
 
 
 @dataclass(frozen=True)
-class TrainConfig(RecipeConfig):
+class TrainConfig(ObjectiveConfig, RecipeConfig):
     """Train a U-ViT on a feature store. Run the same command again to resume from the last checkpoint.
 
     uvit train --config emoji --feature_path output/features --output_dir output/run
@@ -147,7 +148,8 @@ class TrainConfig(RecipeConfig):
     """Ignored."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        RecipeConfig.__post_init__(self)
+        ObjectiveConfig.__post_init__(self)
         if self.eval_steps == -1 and self.validation_feature_path:
             raise UserError(f"--validation_feature_path {self.validation_feature_path}: needs --eval_steps above 0")
         if self.eval_metrics and self.eval_steps == -1:
