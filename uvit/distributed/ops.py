@@ -161,8 +161,9 @@ def grad_norm(parameters: Iterable[Tensor], world: World) -> Tensor:
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float, norm: Tensor) -> None:
     """Scale all gradients so that their norm is at most `max_norm`. `norm` is their norm now."""
-    grads = [local_tensor(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    if factor != 1:  # most gradients of most runs: a factor of 1 would only read and write them
+        torch._foreach_mul_([local_tensor(p.grad) for p in parameters if p.grad is not None], factor)
 
 
 # Numbers, flags, objects

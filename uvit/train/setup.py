@@ -34,10 +34,11 @@ from uvit.train.checks import (
     fingerprints,
 )
 from uvit.train.clock import Clock
+from uvit.train.ema import EMA
 from uvit.train.epochs import samples_of_epochs
 from uvit.train.guards import Guards, count_steps
 from uvit.train.loader import BatchDataset
-from uvit.train.optimizer import EMA, build_optimizer
+from uvit.train.optimizer import build_optimizer
 from uvit.train.precision import Precision
 from uvit.weights.components import as_trained, load_text_encoder, load_vae, read_network
 from uvit.weights.detect import first_that_has, is_third_party
@@ -158,7 +159,7 @@ def build_run(config: TrainConfig, output_dir: Path, world: World | None = None)
     else:
         text_encoder_sha256 = features.text_encoder_sha256
     master_model.to(device).train()
-    ema = EMA(master_model, config.ema_decay) if config.use_ema else None
+    ema = EMA(master_model, config.ema_decay, config.ema_update_steps) if config.use_ema else None
     precision = Precision(config, master_model, device)
     parallelize_models(config, world, master_model, precision.compute_model, ema.model if ema else master_model)
     optimizer = build_optimizer(master_model, config)
