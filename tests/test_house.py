@@ -281,8 +281,8 @@ def test_degrees_other_than_one_are_refused_with_the_reason(name: str) -> None:
 
 
 def test_every_flag_has_help_and_every_config_a_description() -> None:
-    for command in COMMANDS.values():
-        cls = _load(command.config)
+    commands = [_load(command.config) for command in COMMANDS.values()]
+    for cls in [base for command in commands for base in command.__mro__ if dataclasses.is_dataclass(base)]:
         tree = ast.parse((ROOT / f"{cls.__module__.replace('.', '/')}.py").read_text(encoding="utf-8"))
         body = next(
             node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == cls.__name__

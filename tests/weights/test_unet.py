@@ -41,6 +41,16 @@ def test_shapes_tell_every_shipped_config(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("paddle", [False, True])
+def test_a_bottleneck_shows_in_the_shapes(paddle: bool) -> None:
+    unet = tiny_unet(bottleneck_dim=6)
+    weights = transpose_unet(unet.state_dict(), paddle)
+    again = unet_from_tensors(weights, PATH, TINY, Report())
+    assert again.config["bottleneck_dim"] == 6 and same(again.state_dict(), unet.state_dict())
+    with pytest.raises(UserError, match="does not fit its config"):
+        unet_from_tensors(weights, PATH, {**TINY, "bottleneck_dim": None}, Report())
+
+
 def test_norms_that_the_file_has_not_are_1_and_0() -> None:
     unet, report = tiny_unet(), Report()
     weights = {name: value for name, value in unet.state_dict().items() if not is_norm(name)}

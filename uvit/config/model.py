@@ -23,9 +23,10 @@ KINDS: dict[str, tuple[type, ...]] = {  # the arguments of UViTT2IModel
     "clip_dim": (int,),
     "num_text_tokens": (int,),
     "conv": (bool,),
+    "bottleneck_dim": (int, type(None)),
 }
 # How to sample with its weights: what the config.json of trained weights has besides. A new model has none of it.
-SAMPLING_KEYS = ("latent_scale", "latent_shift", "latent_std", "timestep_labels", "prediction_type")
+SAMPLING_KEYS = ("latent_scale", "latent_shift", "latent_std", "timestep_labels", "prediction_type", "path")
 # What PaddleMIX's configs have besides, and the values at which it changes nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {"norm_type": ("layer_norm",), "qk_scale": (None,)}
 DROPOUT = ("attn_drop_rate", "drop_rate", "pos_drop_rate")  # has no weights
@@ -90,6 +91,8 @@ def _check(path: Path, key: str, value: Any) -> None:
             len(value) == 2 and all(type(side) is int and side > 0 for side in value),
             "[height, width]",
         )
+    elif value is None and type(None) in KINDS[key]:
+        return
     else:
         fits = type(value) in KINDS[key] and not isinstance(value, list) and value > 0
         wanted = "a positive number" if float in KINDS[key] else "a positive whole number"
@@ -102,6 +105,8 @@ def model_arguments(content: dict[str, Any], path: Path) -> dict[str, Any]:
     check_neutral(content, path)
     arguments = {key: value for key, value in content.items() if key in KINDS}
     for key, value in arguments.items():
+        if value is None and type(None) in KINDS[key]:
+            continue
         sizes = value if isinstance(value, list) else [value]
         wrong = isinstance(value, list) and len(value) != 2
         if (

@@ -22,11 +22,9 @@ from uvit.export.convert import build_pipeline, check_fit, open_checkpoint, trai
 from uvit.progress import Progress
 from uvit.sample.command import sample_batch
 from uvit.sample.files import is_generated, numbered, read_image, save_image
-from uvit.sample.fit import read_plans
 from uvit.sample.jobs import ImageJob
-from uvit.sample.load import open_pipeline
+from uvit.sample.load import named_scheduler, open_pipeline
 from uvit.sample.pipeline import UViTPipeline
-from uvit.sample.schedulers import MultistepScheduler, build_scheduler
 from uvit.weights.detect import INDEX
 from uvit.weights.encoders import are_truncated, fingerprint, quiet
 
@@ -68,7 +66,7 @@ class Model:
 
     def scheduler(self, name: Scheduler) -> Any:
         """A new solver. Raises UserError if it is the fitted one, and there is none."""
-        return MultistepScheduler(read_plans(self.path)) if name == "fitted" else build_scheduler(name)
+        return named_scheduler(self.pipeline, self.path, name)
 
 
 def open_model(name: str, weights: WeightsChoice, device: str, dtype: str) -> Model:

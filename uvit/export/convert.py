@@ -270,7 +270,11 @@ def check_fit(components: Components, source: Path) -> None:
 def build_pipeline(components: Components) -> UViTPipeline:
     """The pipeline of components that are all there."""
     modules = {name: getattr(components, name) for name in ("unet", *FLAGS)}
-    scheduler = scheduler_from_config(components.scheduler_config) if components.scheduler_config else build_scheduler()
+    if components.scheduler_config:
+        scheduler = scheduler_from_config(components.scheduler_config)
+    else:
+        shift = components.facts.get("config", {}).get("timestep_shift", 1.0)
+        scheduler = build_scheduler(path=components.conventions.path, shift=shift)
     return UViTPipeline(**modules, scheduler=scheduler)
 
 

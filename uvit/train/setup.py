@@ -177,7 +177,7 @@ def build_run(config: TrainConfig, output_dir: Path, world: World | None = None)
             config.per_device_train_batch_size,
             config.seed,
             use_tokens=use_tokens,
-            noise_offset=config.noise_offset,
+            config=config,
         ),
         master_model=master_model,
         optimizer=optimizer,
@@ -246,7 +246,9 @@ def training_conventions(
                 raise
             vae = None  # a Hub id that cannot be loaded here
         space = assume_latent_space(vae, vae_name, config.latent_scale)
-    conventions = Conventions.recorded({**asdict(space), "prediction_type": config.prediction_type})
+    conventions = Conventions.recorded(
+        {**asdict(space), "prediction_type": config.prediction_type, "path": config.path}
+    )
     for key in recorded_conventions(before):
         if getattr(trained, key) != (now := getattr(conventions, key)):
             print(

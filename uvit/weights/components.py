@@ -58,8 +58,9 @@ ConventionsChoice = Literal["source", "trained"]
 
 def as_trained(conventions: Conventions) -> Conventions:
     """The conventions of training in place of those of PaddleMIX's pipeline; others stay."""
-    paddlemix = replace(PADDLEMIX, prediction_type=conventions.prediction_type)
-    return replace(TRAINED, prediction_type=conventions.prediction_type) if conventions == paddlemix else conventions
+    if replace(conventions, prediction_type=PADDLEMIX.prediction_type, path=PADDLEMIX.path) != PADDLEMIX:
+        return conventions
+    return replace(TRAINED, prediction_type=conventions.prediction_type, path=conventions.path)
 
 
 @dataclass

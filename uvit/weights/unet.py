@@ -68,6 +68,9 @@ def unet_config(
             "qkv_bias": "mid_block.attn.qkv.bias" in tensors,
             "clip_dim": clip_dim,
             "conv": "final_layer.weight" in tensors,
+            "bottleneck_dim": tensors["patch_embed.expand.weight"].shape[1]
+            if "patch_embed.expand.weight" in tensors
+            else None,
         }
         num_tokens = tensors["pos_embed"].shape[1]
     except (KeyError, ValueError, IndexError) as error:
@@ -104,7 +107,10 @@ def unet_config(
     found["mlp_ratio"] = (
         int(found["mlp_ratio"]) if found["mlp_ratio"] == int(found["mlp_ratio"]) else found["mlp_ratio"]
     )
-    return {key: size if key == "sample_size" else found[key] for key in KINDS}
+    if found["bottleneck_dim"] is None:
+        del found["bottleneck_dim"]
+    found["sample_size"] = size
+    return {key: found[key] for key in KINDS if key in found}
 
 
 def _dim(config: Mapping[str, Any]) -> int:
@@ -116,7 +122,7 @@ def _num_tokens(config: Mapping[str, Any]) -> int:
 
 
 def _agree(config: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
-    return all(config[key] == value for key, value in found.items())
+    return all(config.get(key) == value for key, value in found.items())
 
 
 def _heads(number: int, width: int) -> str:
