@@ -46,22 +46,27 @@ class PatchEmbed(nn.Module):
         return self.expand(self.proj(x).flatten(2).transpose(1, 2))                              # (B, h w, D)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, fused: bool | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v: queries (B, N, M, d), keys and values (B, N, L, d) -> (B, N, M, d).
 
-    On a CPU, the fused kernel's backward in half precision takes several times as long as plain matrix products
-    (docs/benchmarks.md). These keep the (B, N, M, L) weights until the backward, so they are for training alone.
+    Args:
+        fused: PyTorch's fused kernel, or plain matrix products, which keep the (B, N, M, L) weights until the backward.
+            None: the kernel, except to train in half precision on a CPU. There its backward alone takes longer than the
+            forward and backward of the products (docs/benchmarks.md).
     """
-    if q.device.type == "cpu" and q.dtype != torch.float32 and q.requires_grad:
-        weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)                                # (B, N, M, L)
-        return weights.softmax(dim=-1) @ v  # the sums of a softmax are in float32 for any dtype
-    return F.scaled_dot_product_attention(q, k, v)
+    if fused is None:
+        fused = q.device.type != "cpu" or q.dtype == torch.float32 or not q.requires_grad
+    if fused:
+        return F.scaled_dot_product_attention(q, k, v)
+    weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)                                    # (B, N, M, L)
+    return weights.softmax(dim=-1) @ v  # PyTorch computes a softmax in float32 and rounds the result
 
 
 class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool):
         super().__init__()
         self.head_dim = dim // num_heads
+        self.fused: bool | None = None  # see `attention`
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
@@ -70,7 +75,7 @@ class Attention(nn.Module):
         B, L, _ = x.shape
         qkv = self.qkv(x).view(B, L, 3, -1, self.head_dim)                                       # (B, L, 3, N, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)                                           # (B, N, L, d) each
-        x = attention(q[:, :, -num_queries:], k, v)                                              # (B, N, queries, d)
+        x = attention(q[:, :, -num_queries:], k, v, self.fused)                                  # (B, N, queries, d)
         return self.proj(x.transpose(1, 2).flatten(2))                                           # (B, queries, D)
 
 

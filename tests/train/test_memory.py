@@ -81,7 +81,7 @@ def real_trace(model: dict[str, Any], dtype: torch.dtype, autocast: torch.dtype,
 def test_a_step_without_numbers_takes_the_memory_of_one_with_them(
     model: dict[str, Any], dtype: torch.dtype, autocast: torch.dtype, recompute: bool
 ) -> None:
-    traced = trace_step(model, 3, dtype=dtype, autocast=autocast, recompute=recompute)
+    traced = trace_step(model, 3, dtype=dtype, autocast=autocast, recompute=recompute, fused_attention=None)
     real = real_trace(model, dtype, autocast, recompute)
     assert traced.saved == real.saved
     assert traced.gradients[-1] == real.gradients[-1] == dtype.itemsize * meta_unet(model).num_parameters()
@@ -117,6 +117,14 @@ def test_activations_shrink_with_recomputing_low_precision_and_tensor_parallelis
     assert trace_step(TINY, 2, dtype=BF16).saved < trace_step(TINY, 2, autocast=BF16).saved
     assert trace_step(TINY, 2, tp=2).saved < kept
     assert trace_step(TINY, 2, size=(4, 4)).saved < kept
+
+
+def test_half_precision_on_a_cpu_keeps_the_weights_of_attention() -> None:
+    fused, products = (trace_step(TINY, 2, dtype=BF16, fused_attention=fused).saved for fused in (True, None))
+    L = 1 + T + (H // p) * (W // p)
+    weights = 2 * 2 * 2 * L * (L * (NUM_BLOCKS - 1) + (H // p) * (W // p))  # 2 bytes, 2 samples, 2 heads
+    assert products - fused == pytest.approx(weights, rel=0.5)
+    assert trace_step(TINY, 2, fused_attention=True).saved == trace_step(TINY, 2, fused_attention=None).saved
 
 
 def test_a_tensor_parallel_process_has_its_part_of_each_block() -> None:

@@ -178,6 +178,7 @@ def make_plan(
         tp=degrees.tp,
         text_encoder=text_encoder,
         pad_token_id=pad_token_id,
+        fused_attention=None if config.device == "cpu" else True,
     )
     accumulates = config.gradient_accumulation_steps > 1
     earlier = width * num_all if accumulates else 0  # gradients of earlier microbatches: of all shards, until the last
