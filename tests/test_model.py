@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.port import same
 from uvit.config.model import resolve_model_config
-from uvit.model import UViTT2IModel, timestep_embedding
+from uvit.model import PatchEmbed, UViTT2IModel, timestep_embedding
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = ["uvit_pipe_small", "uvit_train_small"]
@@ -229,3 +230,20 @@ def test_every_token_matters() -> None:
     assert context.grad.abs().amax(dim=-1).min() > 0
     with torch.no_grad():
         assert not torch.equal(model(latents, timestep, context), model(latents, timestep + 100, context))
+
+
+def test_a_bottleneck_is_two_linear_maps_without_anything_between_them() -> None:
+    model = tiny(patch_size=4, bottleneck_dim=6)
+    proj, expand = model.patch_embed.proj, model.patch_embed.expand
+    shapes = {name: tuple(value.shape) for name, value in model.patch_embed.state_dict().items()}
+    assert shapes == {"proj.weight": (6, 4, 4, 4), "expand.weight": (32, 6), "expand.bias": (32,)}
+    latents, timestep, context = inputs()
+    patches = latents.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # by hand
+    by_hand = patches @ proj.weight.flatten(1).T @ expand.weight.T + expand.bias
+    torch.testing.assert_close(model.patch_embed(latents), by_hand, atol=1e-6, rtol=0)
+    assert model(latents, timestep, context).shape == latents.shape
+
+
+def test_without_a_bottleneck_the_layout_is_the_published_one() -> None:
+    assert list(PatchEmbed(4, 32, 2).state_dict()) == ["proj.weight", "proj.bias"]
+    assert same(tiny(bottleneck_dim=None).state_dict(), tiny().state_dict())

@@ -29,13 +29,33 @@ def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    def __init__(self, in_channels: int, dim: int, patch_size: int):
+    """Patches -> tokens: one linear map, or, with a bottleneck, two with fewer features between them (JiT).
+
+    Args:
+        bottleneck_dim: the features between the two maps. None: one map, as published.
+    """
+
+    def __init__(self, in_channels: int, dim: int, patch_size: int, bottleneck_dim: int | None = None):
         super().__init__()
-        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+        bias = bottleneck_dim is None
+        self.proj = nn.Conv2d(in_channels, bottleneck_dim or dim, patch_size, stride=patch_size, bias=bias)
+        self.expand = nn.Identity() if bottleneck_dim is None else nn.Linear(bottleneck_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Patches in rows, left to right."""
-        return self.proj(x).flatten(2).transpose(1, 2)                                           # (B, h w, D)
+        """(B, C, H, W) -> (B, h w, D): patches in rows, left to right."""
+        return self.expand(self.proj(x).flatten(2).transpose(1, 2))                              # (B, h w, D)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v: queries (B, N, M, d), keys and values (B, N, L, d) -> (B, N, M, d).
+
+    On a CPU, the fused kernel's backward in half precision takes several times as long as plain matrix products
+    (docs/benchmarks.md). These keep the (B, N, M, L) weights until the backward, so they are for training alone.
+    """
+    if q.device.type == "cpu" and q.dtype != torch.float32 and q.requires_grad:
+        weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)                                # (B, N, M, L)
+        return weights.softmax(dim=-1) @ v  # the sums of a softmax are in float32 for any dtype
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class Attention(nn.Module):
@@ -50,7 +70,7 @@ class Attention(nn.Module):
         B, L, _ = x.shape
         qkv = self.qkv(x).view(B, L, 3, -1, self.head_dim)                                       # (B, L, 3, N, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)                                           # (B, N, L, d) each
-        x = F.scaled_dot_product_attention(q[:, :, -num_queries:], k, v)                         # (B, N, queries, d)
+        x = attention(q[:, :, -num_queries:], k, v)                                              # (B, N, queries, d)
         return self.proj(x.transpose(1, 2).flatten(2))                                           # (B, queries, D)
 
 
@@ -94,8 +114,10 @@ class UViTT2IModel(ModelMixin, ConfigMixin):
         num_layers: blocks without the middle one: num_layers // 2 before it and as many after it.
         clip_dim, num_text_tokens: width and length of the context.
         conv: end with a 3x3 convolution.
-        latent_scale, latent_shift, latent_std, timestep_labels, prediction_type: how to sample with the weights, see
-            `Conventions` of `uvit.diffusion`. They change nothing here, but are saved with the model. None: not known.
+        bottleneck_dim: width of a bottleneck in the patch embedding, for large patches of pixels. None: as published.
+        latent_scale, latent_shift, latent_std, timestep_labels, prediction_type, path: how to sample with the weights,
+            see `Conventions` of `uvit.conventions`. They change nothing here, but are saved with the model. None: not
+            known.
 
     The other keys are those of the published JSON configs. Raises ValueError for sizes that do not fit together.
     """
@@ -117,11 +139,13 @@ class UViTT2IModel(ModelMixin, ConfigMixin):
         clip_dim: int = 768,
         num_text_tokens: int = 77,
         conv: bool = True,
+        bottleneck_dim: int | None = None,
         latent_scale: float | None = None,
         latent_shift: float | tuple[float, ...] | None = None,
         latent_std: float | tuple[float, ...] | None = None,
         timestep_labels: str | None = None,
         prediction_type: str | None = None,
+        path: str | None = None,
     ):
         super().__init__()
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
@@ -136,7 +160,7 @@ class UViTT2IModel(ModelMixin, ConfigMixin):
         def block(skip: bool = False) -> Block:
             return Block(dim, num_attention_heads, mlp_ratio, qkv_bias, skip)
 
-        self.patch_embed = PatchEmbed(in_channels, dim, patch_size)
+        self.patch_embed = PatchEmbed(in_channels, dim, patch_size, bottleneck_dim)
         self.context_embed = nn.Linear(clip_dim, dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.num_extra_tokens + self.grid[0] * self.grid[1], dim))
         self.in_blocks = nn.ModuleList(block() for _ in range(num_layers // 2))
@@ -159,11 +183,11 @@ class UViTT2IModel(ModelMixin, ConfigMixin):
         return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
 
     def forward(self, latents: Tensor, timestep: Tensor | float, context: Tensor) -> Tensor:
-        """Predict epsilon, v or x_0, whatever the model was trained for.
+        """Predict epsilon, v, x_0 or the flow, whatever the model was trained for.
 
         Args:
             latents: (B, C, H, W), the noisy latents x_n.
-            timestep: n in 1..1000, one for all or (B,).
+            timestep: n in (0, 1000], one for all or (B,).
             context: (B, T, clip_dim), the text encoder's last hidden state.
         Returns:
             (B, C, H, W).
@@ -214,7 +238,7 @@ class UViTT2IModel(ModelMixin, ConfigMixin):
         patches = patches.unflatten(1, self.grid)[:, top : top + h, left : left + w].flatten(1, 2)
         return torch.cat([extra, patches], dim=1)
 
-    def _run(self, block: nn.Module, *args: Tensor | int) -> Tensor:
+    def _run(self, block: nn.Module, *args: Tensor | int | None) -> Tensor:
         """Run a block, keeping its activations for the backward pass or, with checkpointing, recomputing them."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(block, *args)

@@ -39,6 +39,7 @@ _UVIT_EXTRA = {
     "pos_drop_rate": 0.0,
     "qk_scale": None,
 }
+_UVIT_KEYS = [key for key in KINDS if key != "bottleneck_dim"]
 _VAE_KEYS = [
     "act_fn", "block_out_channels", "down_block_types", "force_upcast", "in_channels", "latent_channels",
     "latents_mean", "latents_std", "layers_per_block", "norm_num_groups", "out_channels", "sample_size",
@@ -128,7 +129,11 @@ def _write_unet(components: Components, folder: Path, container: ExportContainer
     _write_arrays(weights, folder / UNET_FILE[container], "pd")
     write_json(
         folder / CONFIG,
-        {**_ppdiffusers_class("UViTT2IModel"), **_UVIT_EXTRA, **{key: components.unet.config[key] for key in KINDS}},
+        {
+            **_ppdiffusers_class("UViTT2IModel"),
+            **_UVIT_EXTRA,
+            **{key: components.unet.config[key] for key in _UVIT_KEYS},
+        },
     )
 
 
@@ -238,6 +243,10 @@ def _report_lost_conventions(
         components.report.dropped.append(
             f"timesteps {conventions.timestep_labels}: {reader} uses {assumed.timestep_labels}; "
             "change it in its source code"
+        )
+    if conventions.path != assumed.path:
+        components.report.dropped.append(
+            f"path {conventions.path}: {reader} uses {assumed.path}; change it in its source code"
         )
     if conventions.prediction_type != assumed.prediction_type and not stores_prediction_type:
         components.report.dropped.append(

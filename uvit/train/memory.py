@@ -85,7 +85,7 @@ def trace_step(
 def layer_norms_in_float32(networks: nn.Module) -> None:
     """Compute them as a GPU's autocast does."""
     for module in networks.modules():
-        if isinstance(module, nn.LayerNorm):
+        if isinstance(module, nn.LayerNorm | nn.RMSNorm):
             module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
 
 
