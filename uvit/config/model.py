@@ -26,7 +26,7 @@ KINDS: dict[str, tuple[type, ...]] = {  # the arguments of UViTT2IModel
     "bottleneck_dim": (int, type(None)),
 }
 # How to sample with its weights: what the config.json of trained weights has besides. A new model has none of it.
-SAMPLING_KEYS = ("latent_scale", "latent_shift", "latent_std", "timestep_labels", "prediction_type")
+SAMPLING_KEYS = ("latent_scale", "latent_shift", "latent_std", "timestep_labels", "prediction_type", "latents")
 # What PaddleMIX's configs have besides, and the values at which it changes nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {"norm_type": ("layer_norm",), "qk_scale": (None,)}
 DROPOUT = ("attn_drop_rate", "drop_rate", "pos_drop_rate")  # has no weights
