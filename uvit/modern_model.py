@@ -146,6 +146,7 @@ class ModernUViTT2IModel(UViTT2IModel):
         timestep_labels: str | None = None,
         prediction_type: str | None = None,
         path: str | None = None,
+        latents: str | None = None,
     ):
         ModelMixin.__init__(self)  # that of UViTT2IModel builds the published blocks
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
