@@ -119,7 +119,7 @@ class ModernUViTT2IModel(UViTT2IModel):
         conv: end with a 3x3 convolution, which begins as the identity.
         bottleneck_dim: width of a bottleneck in the patch embedding, for large patches of pixels. None: none.
         skip: how long skip connections are merged: "concat" (a linear layer of both, as published), "add" or "none".
-        latent_scale, latent_shift, latent_std, timestep_labels, prediction_type, path: as in `UViTT2IModel`.
+        latent_scale, latent_shift, latent_std, timestep_labels, prediction_type, path, latents: as in `UViTT2IModel`.
 
     Raises ValueError for sizes that do not fit together.
     """
