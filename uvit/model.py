@@ -243,7 +243,7 @@ class UViTT2IModel(ModelMixin, ConfigMixin):
         patches = patches.unflatten(1, self.grid)[:, top : top + h, left : left + w].flatten(1, 2)
         return torch.cat([extra, patches], dim=1)
 
-    def _run(self, block: nn.Module, *args: Tensor | int) -> Tensor:
+    def _run(self, block: nn.Module, *args: Tensor | int | None) -> Tensor:
         """Run a block, keeping its activations for the backward pass or, with checkpointing, recomputing them."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(block, *args)

@@ -19,12 +19,12 @@ from uvit.config.bench import BenchConfig
 from uvit.config.model import resolve_model_config
 from uvit.config.train import TrainConfig
 from uvit.device import keep_freed_memory
-from uvit.model import UViTT2IModel
 from uvit.progress import Progress
 from uvit.train.loader import BatchDataset
 from uvit.train.profiling import count_flops, mfu_reference
 from uvit.train.setup import Run, build_run
 from uvit.train.step import train_step
+from uvit.weights.unet import new_unet
 
 LOADER_BATCH_SIZE = 32
 LOADER_PAIRS = 1024  # 137 MB at COCO's shapes
@@ -55,7 +55,7 @@ def bench(config: BenchConfig) -> None:
 def build_bench_run(config: BenchConfig, folder: Path) -> Run:
     """A training run on random features."""
     with torch.device("meta"):
-        unet = UViTT2IModel(**resolve_model_config(config.uvit_config_file))
+        unet = new_unet(resolve_model_config(config.uvit_config_file))
     num_pairs = LOADER_PAIRS if config.loader else config.batch_size
     return build_run(
         TrainConfig(

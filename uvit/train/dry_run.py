@@ -23,7 +23,8 @@ from uvit.model import Block, UViTT2IModel
 from uvit.train.memory import trace_step
 from uvit.train.profiling import count_flops, meta_unet
 from uvit.train.schedule import run_warnings
-from uvit.train.setup import Run, build_run, model_config
+from uvit.train.setup import Run, build_run
+from uvit.weights.unet import model_config
 
 MIB = 2**20
 

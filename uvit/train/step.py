@@ -103,8 +103,8 @@ def train_step(run: Run, batches: Iterator[Batch]) -> StepResult:
     finite = all_of(finite, run.world) if skipped else True
     with clock.compute("optimizer"):
         precision.step(optimizer, update=not skipped, finite=finite)
-        if run.ema and not skipped:
-            run.ema.update(run.master_model)
+        if run.ema:
+            run.ema.update(run.master_model, run.step + 1, skipped)
 
     first_sample = next_kept_sample(run.samples, run.samples_per_step, guards.skipped_samples)
     run.step, run.samples = run.step + 1, first_sample + run.samples_per_step
