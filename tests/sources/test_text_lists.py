@@ -12,7 +12,7 @@ ROWS = [
     ("a.png", "red"),
     ("é.png", "红色, 'été'"),
     ("b.png", 'a "box"'),
-    ("c.png", "two\nlines \U0001f600"),
+    ("c.png", "two\nlines \U0001f601"),
     ("a.png", ""),
 ]
 
