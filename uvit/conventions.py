@@ -26,7 +26,7 @@ class LatentSpace:
     """What a U-ViT is trained on, x_0, of a VAE's latents z: x_0 = latent_scale (z - latent_shift) / latent_std.
 
     So do the pipelines of diffusers, with a VAE's `scaling_factor` and either its `shift_factor` or its `latents_mean`
-    and `latents_std`. With `latents` "pixels" there is no VAE, and x_0 is the image in [-1, 1]: see PIXELS. Raises
+    and `latents_std`. With `latents` "pixels" there is no VAE, and x_0 is the image in [-1, 1]: see PIXEL_SPACE. Raises
     ValueError for numbers that are none of a latent space.
     """
 
@@ -99,7 +99,7 @@ class LatentSpace:
         return ", ".join(texts)
 
 
-PIXELS = LatentSpace(1.0, latents="pixels")
+PIXEL_SPACE = LatentSpace(1.0, latents="pixels")
 
 
 @dataclass(frozen=True)

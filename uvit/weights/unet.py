@@ -56,6 +56,11 @@ def unet_config(
     The shapes tell all but the attention heads and the number of text tokens. These are taken from `config`, else from
     the shipped config of that width. Raises UserError where `config` contradicts the shapes, or nothing tells them.
     """
+    if not any(name.startswith("context_embed.") for name in tensors):
+        raise UserError(
+            f"{path}: is a U-ViT that reads no text (it has no context_embed), like those of CIFAR-10 and CelebA; only "
+            "text-to-image U-ViTs can be converted"
+        )
     try:
         channels, patch = tensors["patch_embed.proj.weight"].shape[1], tensors["patch_embed.proj.weight"].shape[2]
         dim, clip_dim = tensors["context_embed.weight"].shape
