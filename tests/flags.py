@@ -15,6 +15,9 @@ BESIDE = {
     ("train", "image_logging_steps"): ["--logging_steps", "1"],
     ("train", "logging_steps"): ["--image_logging_steps", "-1"],
     ("train", "learning_rate"): ["--lr_scheduler_type", "constant"],
+    ("train", "logit_mean"): ["--timestep_sampling", "logit_normal"],
+    ("train", "logit_std"): ["--timestep_sampling", "logit_normal"],
+    ("train", "uniform_share"): ["--timestep_sampling", "logit_normal"],
     ("train", "min_lr"): ["--learning_rate", "1e308"],
 }
 

@@ -17,7 +17,7 @@ from uvit.cli.main import main
 from uvit.config.evaluate import EvaluateConfig
 from uvit.config.extract import ExtractConfig
 from uvit.config.train import TrainConfig
-from uvit.conventions import PIXEL_SPACE, Conventions, LatentSpace
+from uvit.conventions import PIXELS, Conventions, LatentSpace
 from uvit.errors import UserError
 from uvit.evaluate.evaluate import evaluate
 from uvit.extract.extract import extract
@@ -88,7 +88,7 @@ def trained(folder: Path, train_config: Callable[..., TrainConfig]) -> Path:
 def test_the_stored_images_are_those_that_a_vae_would_get(folder: Path) -> None:
     store, source = FeatureStore(folder / "store" / "train"), require_random_access(open_source("shapes"), "")
     assert (store.is_pixels, store.latents_shape, store.moments_shape) == (True, (3, 16, 16), None)
-    assert (store.latent_space, store.vae_name) == (PIXEL_SPACE, None)
+    assert (store.latent_space, store.vae_name) == (PIXELS, None)
     rows = np.array([0, 249, 250, store.num_samples - 1])  # on both sides of the border between two shards
     read = store.read(rows, np.zeros(4))
     assert read.moments is None and read.images is not None and read.images.dtype == np.uint8

@@ -15,8 +15,16 @@ if TYPE_CHECKING:
 LATENT_SCALE = 0.23010  # for the Stable Diffusion VAE, as in U-ViT; a model stores the one that it was trained with
 TIMESTEP_OFFSETS = {"1..1000": 1, "0..999": 0}  # timestep_labels -> `denoise`'s timestep_offset
 
+DiffusionPath = Literal["vp", "linear", "vp_zero_snr"]
 Latents = Literal["vae", "pixels"]
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
+LossType = Literal["prediction", "epsilon", "x", "v"]  # the space of its error, see `uvit.diffusion.loss_weight`
+# What a network can predict on each path. The first is what schedulers of that path expect.
+PREDICTION_TYPES: dict[str, tuple[PredictionType, ...]] = {
+    "vp": ("epsilon", "v_prediction", "sample"),
+    "linear": ("flow_prediction", "sample"),
+    "vp_zero_snr": ("v_prediction", "sample"),
+}
 PerChannel = float | tuple[float, ...]  # one number for all latent channels, or one for each
 MAX_NUMBER = 3.4028234663852886e38  # of float32
 
@@ -26,7 +34,7 @@ class LatentSpace:
     """What a U-ViT is trained on, x_0, of a VAE's latents z: x_0 = latent_scale (z - latent_shift) / latent_std.
 
     So do the pipelines of diffusers, with a VAE's `scaling_factor` and either its `shift_factor` or its `latents_mean`
-    and `latents_std`. With `latents` "pixels" there is no VAE, and x_0 is the image in [-1, 1]: see PIXEL_SPACE. Raises
+    and `latents_std`. With `latents` "pixels" there is no VAE, and x_0 is the image in [-1, 1]: see PIXELS. Raises
     ValueError for numbers that are none of a latent space.
     """
 
@@ -99,7 +107,7 @@ class LatentSpace:
         return ", ".join(texts)
 
 
-PIXEL_SPACE = LatentSpace(1.0, latents="pixels")
+PIXELS = LatentSpace(1.0, latents="pixels")
 
 
 @dataclass(frozen=True)
@@ -109,17 +117,39 @@ class Conventions(LatentSpace):
     - `timestep_labels`: the timesteps that the network gets, from the least to the most noise: "1..1000" as trained,
       or "0..999" as PaddleMIX passes them.
     - `prediction_type`: what the network predicts, whatever the scheduler expects.
+    - `path`: how x_0 becomes noise, see `uvit.diffusion`.
     """
 
     timestep_labels: str = "1..1000"
-    prediction_type: str = "epsilon"
+    prediction_type: PredictionType = "epsilon"
+    path: DiffusionPath = "vp"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choices = {"timestep_labels": tuple(TIMESTEP_OFFSETS), "prediction_type": get_args(PredictionType)}
+        choices = {
+            "timestep_labels": tuple(TIMESTEP_OFFSETS),
+            "prediction_type": get_args(PredictionType),
+            "path": get_args(DiffusionPath),
+        }
         for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{name} {value!r} is none of {', '.join(map(repr, known))}")
+        if problem := prediction_problem(self.path, self.prediction_type):
+            raise ValueError(f"prediction_type {self.prediction_type!r} {problem}")
+        if self.path == "linear" and self.timestep_labels != "1..1000":
+            raise ValueError(f"timestep_labels {self.timestep_labels!r} is for path 'vp', and not for 'linear'")
+
+
+def prediction_problem(path: DiffusionPath, prediction_type: PredictionType) -> str:
+    """Why a network cannot predict this on this path, as the end of a sentence; or an empty string."""
+    possible = PREDICTION_TYPES[path]
+    if prediction_type in possible:
+        return ""
+    if prediction_type == "epsilon":
+        reason = "does not determine x_0 at timestep 1000, which is pure noise"
+    else:
+        reason = "is defined on other paths"
+    return f"{reason}; with path {path}, use {' or '.join(possible)}"
 
 
 def recorded_conventions(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,13 +163,15 @@ def record_conventions(unet: Any, given: Mapping[str, Any]) -> None:
     """Record the conventions that are given in the U-ViT's config. Raises ValueError where it has others."""
     recorded = recorded_conventions(unet.config)
     given = {key: value for key, value in given.items() if value is not None}
-    given = {key: getattr(Conventions.recorded(given), key) for key in given}
+    space = LatentSpace.recorded(given)
+    given = {key: getattr(space, key, value) for key, value in given.items()}
     for key, value in given.items():
         if recorded.get(key, value) != value:
             raise ValueError(
                 f"{key} is {value!r} here, but {recorded[key]!r} in the U-ViT's own config (unet/config.json, or "
                 "unet.config); leave it out, or change it there"
             )
+    Conventions.recorded(recorded | given)  # raises ValueError if they contradict each other
     unet.register_to_config(**given)
 
 

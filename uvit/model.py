@@ -46,10 +46,27 @@ class PatchEmbed(nn.Module):
         return self.expand(self.proj(x).flatten(2).transpose(1, 2))                              # (B, h w, D)
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, fused: bool | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v: queries (B, N, M, d), keys and values (B, N, L, d) -> (B, N, M, d).
+
+    Args:
+        fused: PyTorch's fused kernel, or plain matrix products, which keep the (B, N, M, L) weights until the backward.
+            None: the kernel, except to train in half precision on a CPU. There its backward alone takes longer than the
+            forward and backward of the products (docs/benchmarks.md).
+    """
+    if fused is None:
+        fused = q.device.type != "cpu" or q.dtype == torch.float32 or not q.requires_grad
+    if fused:
+        return F.scaled_dot_product_attention(q, k, v)
+    weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)                                    # (B, N, M, L)
+    return weights.softmax(dim=-1) @ v  # PyTorch computes a softmax in float32 and rounds the result
+
+
 class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool):
         super().__init__()
         self.head_dim = dim // num_heads
+        self.fused: bool | None = None  # see `attention`
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
@@ -58,7 +75,7 @@ class Attention(nn.Module):
         B, L, _ = x.shape
         qkv = self.qkv(x).view(B, L, 3, -1, self.head_dim)                                       # (B, L, 3, N, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)                                           # (B, N, L, d) each
-        x = F.scaled_dot_product_attention(q[:, :, -num_queries:], k, v)                         # (B, N, queries, d)
+        x = attention(q[:, :, -num_queries:], k, v, self.fused)                                  # (B, N, queries, d)
         return self.proj(x.transpose(1, 2).flatten(2))                                           # (B, queries, D)
 
 
@@ -103,7 +120,7 @@ class UViTT2IModel(ModelMixin, ConfigMixin):
         clip_dim, num_text_tokens: width and length of the context.
         conv: end with a 3x3 convolution.
         bottleneck_dim: width of a bottleneck in the patch embedding, for large patches of pixels. None: as published.
-        latent_scale, latent_shift, latent_std, timestep_labels, prediction_type, latents: how to sample with the
+        latent_scale, latent_shift, latent_std, timestep_labels, prediction_type, path, latents: how to sample with the
             weights, see `uvit.conventions`. They change nothing here, but are saved with the model. None: not known.
 
     The other keys are those of the published JSON configs. Raises ValueError for sizes that do not fit together.
@@ -132,6 +149,7 @@ class UViTT2IModel(ModelMixin, ConfigMixin):
         latent_std: float | tuple[float, ...] | None = None,
         timestep_labels: str | None = None,
         prediction_type: str | None = None,
+        path: str | None = None,
         latents: str | None = None,
     ):
         super().__init__()
@@ -170,11 +188,11 @@ class UViTT2IModel(ModelMixin, ConfigMixin):
         return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
 
     def forward(self, latents: Tensor, timestep: Tensor | float, context: Tensor) -> Tensor:
-        """Predict epsilon, v or x_0, whatever the model was trained for.
+        """Predict epsilon, v, x_0 or the flow, whatever the model was trained for.
 
         Args:
             latents: (B, C, H, W), the noisy latents x_n.
-            timestep: n in 1..1000, one for all or (B,).
+            timestep: n in (0, 1000], one for all or (B,).
             context: (B, T, clip_dim), the text encoder's last hidden state.
         Returns:
             (B, C, H, W).
@@ -225,7 +243,7 @@ class UViTT2IModel(ModelMixin, ConfigMixin):
         patches = patches.unflatten(1, self.grid)[:, top : top + h, left : left + w].flatten(1, 2)
         return torch.cat([extra, patches], dim=1)
 
-    def _run(self, block: nn.Module, *args: Tensor | int) -> Tensor:
+    def _run(self, block: nn.Module, *args: Tensor | int | None) -> Tensor:
         """Run a block, keeping its activations for the backward pass or, with checkpointing, recomputing them."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(block, *args)

@@ -1,5 +1,9 @@
+from dataclasses import fields
+
 import pytest
 
+from uvit.cli.help import read_source
+from uvit.config.recipe import RecipeConfig
 from uvit.config.train import TrainConfig
 from uvit.errors import UserError
 
@@ -24,6 +28,14 @@ def test_the_defaults_are_the_published_ones() -> None:
     assert (found.max_nonfinite_steps, found.spike_factor, found.hang_timeout) == (20, 20.0, 1800.0)
     assert (found.prediction_type, found.num_inference_steps, found.use_ema) == ("epsilon", 50, True)
     assert (found.uvit_config_file, found.fp16_opt_level) == ("uvit_t2i_small", "O1")
+
+
+def test_the_flags_of_the_recipe_come_first_and_share_no_group_with_the_others() -> None:
+    groups = {name: group for name, (group, _) in read_source(TrainConfig).items()}
+    assert list(groups) == [field.name for field in fields(TrainConfig)]
+    recipe = [field.name for field in fields(RecipeConfig)]
+    assert list(groups)[: len(recipe)] == recipe
+    assert not {groups.pop(name) for name in recipe} & set(groups.values())
 
 
 @pytest.mark.parametrize(

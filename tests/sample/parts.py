@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.tiny import tiny_text_encoder_folder, tiny_vae_folder
-from uvit.conventions import PredictionType
+from uvit.conventions import DiffusionPath, PredictionType
 from uvit.diffusion import convert_prediction, log_snr, signal_and_noise
 from uvit.model import UViTT2IModel
 from uvit.sample.pipeline import UViTPipeline
@@ -21,7 +21,11 @@ PREDICTIONS: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample")
 
 
 def tiny_pipeline_folder(
-    path: Path, prediction_type: PredictionType = "epsilon", latent_scale: float = 0.7, num_tokens: int = 16
+    path: Path,
+    prediction_type: PredictionType = "epsilon",
+    latent_scale: float = 0.7,
+    num_tokens: int = 16,
+    diffusion_path: DiffusionPath = "vp",
 ) -> Path:
     """A U-ViT, a VAE and a text encoder of random weights: 32 pixels, latents (4, 8, 8), context (num_tokens, 32)."""
     text_folder = str(tiny_text_encoder_folder(path / "text", num_tokens))
@@ -40,25 +44,30 @@ def tiny_pipeline_folder(
     folder = path / "pipeline"
     vae = load_diffusers_vae(str(tiny_vae_folder(path / "vae")))
     encoder, tokenizer = load_transformers_encoder(text_folder), load_tokenizer(text_folder)
-    pipeline = UViTPipeline(vae, encoder, tokenizer, unet, build_scheduler(), latent_scale, prediction_type)
+    scheduler = build_scheduler(path=diffusion_path)
+    pipeline = UViTPipeline(
+        vae, encoder, tokenizer, unet, scheduler, latent_scale, prediction_type, path=diffusion_path
+    )
     pipeline.save_pretrained(folder)
     return folder
 
 
-def gaussian_predictor(mean: Tensor, std: float, prediction_type: PredictionType) -> Callable[..., Tensor]:
+def gaussian_predictor(
+    mean: Tensor, std: float, prediction_type: PredictionType, path: DiffusionPath = "vp"
+) -> Callable[..., Tensor]:
     """What a perfect network predicts where x_0 is normal; mean (C, h, w); std 0 makes it one point."""
 
     def predict(x_n: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        a, s = signal_and_noise(timesteps, x_n)
+        a, s = signal_and_noise(timesteps, x_n, path)
         x_0 = mean + a * std**2 / (a**2 * std**2 + s**2) * (x_n - a * mean)
-        return convert_prediction(x_0, x_n, timesteps, "sample", prediction_type)
+        return convert_prediction(x_0, x_n, timesteps, "sample", prediction_type, path)
 
     return predict
 
 
-def gaussian_flow(noise: Tensor, mean: Tensor, std: float) -> Tensor:
+def gaussian_flow(noise: Tensor, mean: Tensor, std: float, path: DiffusionPath = "vp") -> Tensor:
     """Where the probability flow takes x_1000 = `noise`, for that data, in closed form."""
-    a, s = signal_and_noise(torch.tensor([1000]), noise)
+    a, s = signal_and_noise(torch.tensor([1000]), noise, path)
     return mean + std * (noise - a * mean) / (a**2 * std**2 + s**2).sqrt()
 
 
@@ -81,6 +90,31 @@ def mixture_predictor(x_n: Tensor, timesteps: Tensor, context: Tensor) -> Tensor
     """The noise that a perfect network predicts for that data."""
     x_0 = mixture_x_0(x_n.double().numpy(), log_snr(timesteps).view(-1, 1, 1, 1).numpy())
     return convert_prediction(torch.from_numpy(x_0), x_n.double(), timesteps, "sample", "epsilon")
+
+
+def linear_mixture_predictor(x_n: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+    """The x_0 that a perfect network predicts for that data on a linear path."""
+    t = (timesteps.double() / 1000).view(-1, 1, 1, 1)
+    scale = torch.hypot(1 - t, t)  # the mean of x_0 given x_n is that of a vp path with the same SNR
+    log_snrs = log_snr(timesteps, "linear").view(-1, 1, 1, 1).numpy()
+    return torch.from_numpy(mixture_x_0((x_n.double() / scale).numpy(), log_snrs))
+
+
+def linear_mixture_flow(x_1000: Tensor, timestep: float, num_steps: int = 200) -> Tensor:
+    """Where a linear path's flow takes x_1000 at a timestep, for that data, float64: also by Runge-Kutta."""
+
+    def slope(x: Tensor, t: float) -> Tensor:
+        return (x - linear_mixture_predictor(x, torch.tensor([1000 * t]), x)) / t
+
+    x = x_1000.double()
+    for begin, end in itertools.pairwise(np.linspace(1, timestep / 1000, num_steps + 1).tolist()):
+        h, middle = end - begin, (begin + end) / 2
+        k1 = slope(x, begin)
+        k2 = slope(x + h / 2 * k1, middle)
+        k3 = slope(x + h / 2 * k2, middle)
+        k4 = slope(x + h * k3, end)
+        x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    return x
 
 
 def mixture_flow(x_1000: np.ndarray, num_steps: int = 200) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 import threading
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny import array_features
+from uvit.config.objective import ObjectiveConfig
 from uvit.errors import UserError
-from uvit.train.loader import BatchDataset, flip_draws, permute, prefetch, prefetch_in_threads, random_draws
+from uvit.train.loader import (
+    BatchDataset,
+    flip_draws,
+    permute,
+    prefetch,
+    prefetch_in_threads,
+    random_draws,
+    timestep_draws,
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -112,6 +122,39 @@ def test_draws_have_their_distributions() -> None:
     assert abs(np.corrcoef(draws.captions, draws.timesteps)[0, 1]) < 0.03
 
 
+def test_timesteps_of_other_objectives_have_their_distributions() -> None:
+    counters = np.arange(20_000)
+
+    def levels(**flags: Any) -> np.ndarray:
+        drawn = timestep_draws(counters, 3, ObjectiveConfig(path="linear", prediction_type="sample", **flags))
+        assert drawn.dtype == np.float32 and drawn.min() > 0 and drawn.max() <= 1000
+        return drawn / 1000
+
+    uniform = levels()
+    assert np.quantile(uniform, [0.1, 0.5, 0.9]) == pytest.approx([0.1, 0.5, 0.9], abs=0.012)
+    normal: dict[str, Any] = {"timestep_sampling": "logit_normal", "logit_mean": 0.8, "logit_std": 0.5}
+    skewed = levels(**normal)
+    logit = np.log(skewed / (1 - skewed))
+    assert (logit.mean(), logit.std()) == (pytest.approx(0.8, abs=0.02), pytest.approx(0.5, abs=0.02))
+    mixed = levels(**normal, uniform_share=0.25)
+    assert (mixed == uniform).mean() == pytest.approx(0.25, abs=0.015)
+    assert np.array_equal(mixed[mixed != uniform], skewed[mixed != uniform])
+    shifted = levels(timestep_shift=3.0)
+    np.testing.assert_allclose(shifted, 3 * uniform / (1 + 2 * uniform), rtol=1e-5)
+    on_vp = timestep_draws(counters, 3, ObjectiveConfig(timestep_sampling="logit_normal", logit_mean=-9.0))
+    assert on_vp.min() == 1
+    assert abs(np.corrcoef(uniform, random_draws(counters, 3, (1, 1, 1)).timesteps)[0, 1]) < 0.03
+
+
+def test_other_timesteps_leave_the_rest_of_a_batch_as_it_is() -> None:
+    features, linear = array_features(num_samples=30), ObjectiveConfig(path="linear", prediction_type="sample")
+    one, other = BatchDataset(features, 8, seed=1)[2], BatchDataset(features, 8, seed=1, config=linear)[2]
+    assert one.timesteps.dtype == torch.int64 and other.timesteps.dtype == torch.float32
+    assert not torch.equal(one.timesteps, other.timesteps)
+    for name in ("moments", "context", "posterior_noise", "noise"):
+        assert torch.equal(getattr(one, name), getattr(other, name))
+
+
 def test_noise_offset_shifts_whole_channels_and_nothing_else() -> None:
     plain, shifted = (random_draws(np.arange(4), 3, (2, 8, 8), noise_offset=offset) for offset in (0.0, 0.5))
     shift = shifted.noise - plain.noise
@@ -150,6 +193,9 @@ def test_draws_are_what_they_always_were() -> None:
         0.20846739571851047,
         0.3020521886851666,
     ]
+    skewed = ObjectiveConfig(timestep_sampling="logit_normal", logit_mean=0.8, uniform_share=0.25)
+    drawn = timestep_draws(np.array([0, 1, 12_345_678]), 7, skewed)
+    np.testing.assert_allclose(drawn, [888.5784912109375, 704.1201171875, 459.8966369628906], rtol=1e-6)
 
 
 def test_mirrored_images_come_half_of_the_time_and_change_no_other_draw() -> None:

@@ -116,14 +116,23 @@ def test_passing_over_jumps_the_sample_counter(tiny_config: Any) -> None:
 
 def test_every_parametrisation_trains(tiny_config: Any) -> None:
     """The loss on the same batches falls."""
-    before = {}
-    for prediction_type in ("epsilon", "v_prediction", "sample"):
-        run = start(tiny_config(prediction_type=prediction_type))
+    skewed = {"timestep_sampling": "logit_normal", "logit_mean": 0.8, "uniform_share": 0.25, "timestep_shift": 1.5}
+    objectives: list[dict[str, Any]] = [
+        {"prediction_type": "epsilon"},
+        {"prediction_type": "v_prediction"},
+        {"prediction_type": "sample"},
+        {"path": "linear", "prediction_type": "flow_prediction"},
+        {"path": "linear", "prediction_type": "sample", "loss_type": "v", "loss_weight_max": 6.25, **skewed},
+        {"path": "vp_zero_snr", "prediction_type": "v_prediction", "snr_gamma": 5.0},
+    ]
+    before = []
+    for objective in objectives:
+        run = start(tiny_config(**objective))
         fixed = list(prefetch(run.batches, range(50, 60), 0, run.device))
-        before[prediction_type] = sum(batch_loss(run, batch).item() for batch in fixed)
+        before.append(sum(batch_loss(run, batch).item() for batch in fixed))
         steps(run, 30)
-        assert sum(batch_loss(run, batch).item() for batch in fixed) < before[prediction_type]
-    assert len(set(before.values())) == 3
+        assert sum(batch_loss(run, batch).item() for batch in fixed) < before[-1]
+    assert len(set(before)) == len(objectives)
 
 
 def test_the_joint_text_encoder_gets_gradients(tiny_config: Any) -> None:

@@ -41,11 +41,19 @@ def lines(run: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if key not in TIMING_FIELDS} for record in records]
 
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "accumulation": {"gradient_accumulation_steps": 2, "noise_offset": 0.1, "snr_gamma": 5.0},
     "text encoder": {"train_text_encoder": True, "prediction_type": "v_prediction"},
-    "workers and bf16": {"bf16": True, "dataloader_num_workers": 2},
+    "workers, bf16 and a linear path": {
+        "bf16": True,
+        "dataloader_num_workers": 2,
+        "path": "linear",
+        "prediction_type": "sample",
+        "loss_type": "v",
+        "timestep_sampling": "logit_normal",
+        "uniform_share": 0.25,
+    },
     "float16 with masters": {"fp16": True, "fp16_opt_level": "O2"},
     "validation": {"validation_split": "heldout", "eval_steps": 3, "train_text_encoder": True},
 }

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from uvit.conventions import LATENT_SCALE, PIXEL_SPACE, LatentSpace
+from uvit.conventions import LATENT_SCALE, PIXELS, LatentSpace
 from uvit.model import UViTT2IModel
 from uvit.store.shard import EncodedPairs
 from uvit.store.writer import StoreInfo, StoreWriter
@@ -31,7 +31,7 @@ def write_random_store(folder: Path, unet: UViTT2IModel, num_pairs: int, block: 
         context_shape=(num_tokens, width),
         num_tokens=num_tokens,
         token_dtype=None,
-        **asdict(PIXEL_SPACE if pixels else LatentSpace(LATENT_SCALE)),
+        **asdict(PIXELS if pixels else LatentSpace(LATENT_SCALE)),
         split="train",
         source={"source": "random numbers"},
         vae=None if pixels else {"name": "none", "sha256": ""},

@@ -5,6 +5,7 @@ is the help of its flag, and a comment above a field begins a group.
 """
 
 import ast
+import dataclasses
 import inspect
 import re
 import shutil
@@ -48,17 +49,20 @@ def help_text(cls: type, prog: str, positional: tuple[str, ...] = (), width: int
 
 
 def read_source(cls: type) -> dict[str, tuple[str, str]]:
-    """{field: (its group, its help)}."""
-    source = textwrap.dedent(inspect.getsource(cls))
-    lines, group, found = source.splitlines(), "", {}
-    [definition] = ast.parse(source).body
-    assert isinstance(definition, ast.ClassDef)
-    for node, after in pairwise([*definition.body, ast.Pass()]):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            above = lines[node.lineno - 2].strip()
-            group = above.removeprefix("# ") if above.startswith("# ") else group
-            text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
-            found[node.target.id] = group, " ".join(str(text).split())
+    """{field: (its group, its help)}, of the bases first, as the fields are ordered."""
+    found: dict[str, tuple[str, str]] = {}
+    for part in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
+        source = textwrap.dedent(inspect.getsource(part))
+        lines, group = source.splitlines(), ""
+        [definition] = ast.parse(source).body
+        assert isinstance(definition, ast.ClassDef)
+        for node, after in pairwise([*definition.body, ast.Pass()]):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                above = lines[node.lineno - 2].strip()
+                group = above.removeprefix("# ") if above.startswith("# ") else group
+                text = after.value if isinstance(after, ast.Expr) else None
+                words = str(text.value).split() if isinstance(text, ast.Constant) else []
+                found[node.target.id] = group, " ".join(words)
     return found
 
 

@@ -57,6 +57,7 @@ PositiveFloat = Annotated[float, Bounds(above=0)]
 NonNegativeFloat = Annotated[float, Bounds(least=0)]
 Fraction = Annotated[float, Bounds(least=0, below=1)]
 AnyInt = Annotated[int, Bounds()]
+RealNumber = Annotated[float, Bounds()]
 Seed = Annotated[int, Bounds(least=0, most=LARGEST)]
 # What is held in memory, or started, at once: above these ends a number is a slip of the keyboard.
 BatchSize = Annotated[int, Bounds(least=1, most=1_000_000)]

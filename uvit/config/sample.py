@@ -67,7 +67,8 @@ class SampleConfig:
     # Solver and guidance
     scheduler: Literal["dpmsolver++", "ddim", "unipc", "euler", "heun", "ddpm", "official", "fitted"] = "dpmsolver++"
     """The solver. heun evaluates the network twice per step; ddpm adds noise at each step and needs many; official is
-    the solver of U-ViT's published results; fitted is the one stored by --fit_schedule."""
+    the solver of U-ViT's published results; fitted is the one stored by --fit_schedule. A model of a linear path has
+    dpmsolver++, unipc, euler, heun and fitted."""
     guidance_interval: tuple[Timestep, Timestep] = (1, 1000)
     """Apply guidance only at timesteps in this interval, lowest and highest, within 1..1000. Steps outside cost half.
     Above guidance 4 try `100 1000`: strong guidance does most harm at low noise."""

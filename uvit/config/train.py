@@ -1,23 +1,13 @@
-"""Flags of `uvit train`."""
+"""Flags of `uvit train`. Those that decide what is learned are in `recipe.py` and `objective.py`."""
 
 from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
-from uvit.config.bounds import (
-    AnyInt,
-    BatchSize,
-    Bounds,
-    Fraction,
-    NonNegativeFloat,
-    NonNegativeInt,
-    NumWorkers,
-    PositiveFloat,
-    PositiveInt,
-    Seed,
-    check_bounds,
-)
+from uvit.config.bounds import AnyInt, Bounds, NonNegativeFloat, PositiveInt
 from uvit.config.evaluate import CLIP_SCORE_MODEL
-from uvit.config.paths import PathFlag, expand_paths
+from uvit.config.objective import ObjectiveConfig
+from uvit.config.paths import PathFlag
+from uvit.config.recipe import RecipeConfig
 from uvit.config.sample import InferenceSteps
 from uvit.errors import UserError
 
@@ -41,129 +31,11 @@ EvalMetric = Literal["fid", "kid", "prdc", "is", "clip_score", "fd", "attributes
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(ObjectiveConfig, RecipeConfig):
     """Train a U-ViT on a feature store. Run the same command again to resume from the last checkpoint.
 
     uvit train --config emoji --feature_path output/features --output_dir output/run
     """
-
-    # Most used
-    feature_path: PathFlag
-    """A feature store written by `uvit extract`, or a folder of .npy features in the U-ViT layout (train/0.npy,
-    train/0_0.npy, ...)."""
-    output_dir: PathFlag
-    """The run's folder: checkpoints, config.yaml, logs/, previews/ and, at the end, pipeline/."""
-    uvit_config_file: PathFlag = "uvit_t2i_small"
-    """The model: a model preset, such as uvit_t2i_small, uvit_t2i_large or emoji, or a JSON file."""
-    train_text_encoder: bool = False
-    """Train the text encoder together with the U-ViT, on the store's token ids."""
-    per_device_train_batch_size: BatchSize = 32
-    """Samples of one forward pass in each process."""
-    max_steps: PositiveInt = 1_000_000
-    """Optimizer steps in total, from the start of the run, whatever batch they had before a resume."""
-    learning_rate: NonNegativeFloat = 2e-4
-    """Peak learning rate."""
-    warmup_steps: NonNegativeInt = 5000
-    """Optimizer steps over which the learning rate rises from 0."""
-    bf16: bool = False
-    """Compute in bfloat16."""
-    save_steps: PositiveInt = 5000
-    """Steps between checkpoints. The last step is always saved."""
-    image_logging_steps: Annotated[int, Bounds(least=-1, hint="-1 turns previews off")] = 1000
-    """Steps between preview images, a multiple of --logging_steps; -1: no previews."""
-    overwrite_output_dir: bool = False
-    """Start from scratch. The old contents of OUTPUT_DIR are kept under another name."""
-    dry_run: bool = False
-    """Print the model, its FLOPs, the memory it needs and the steps of an epoch; train nothing."""
-
-    # Data
-    model_max_length: PositiveInt | None = None
-    """Tokens of a caption. Must match the store and the model (77 in the presets); only checked."""
-    resolution: PositiveInt | None = None
-    """Side of the images in pixels. Must match the store; only checked."""
-    latent_scale: PositiveFloat | None = None
-    """Factor from VAE latents to model latents. Default: the store's; for .npy features that of --vae_name_or_path, or
-    0.23010."""
-    dataloader_num_workers: NumWorkers = 8
-    """Threads that read and prepare batches, at most one per core; 0: in the training loop itself."""
-
-    # Model
-    pretrained_model_name_or_path: PathFlag | None = None
-    """Start from the weights of a pipeline folder. The VAE, text encoder and tokenizer in it are used too, and override
-    the flags that name them."""
-    vae_name_or_path: PathFlag | None = None
-    """The VAE that made the features, for previews and the final pipeline. Default: the one the store names."""
-    weight_init_std: PositiveFloat = 0.02
-    """Standard deviation of the U-ViT's initial linear weights. Narrow models in short runs learn faster with 0.06."""
-    position_init_std: PositiveFloat = 0.02
-    """Standard deviation of its initial position embeddings. Narrow models in short runs learn faster with 0.5."""
-    use_ema: bool = True
-    """Keep an exponential moving average (EMA) of the weights, for validation, previews and the pipeline."""
-    ema_decay: Fraction = 0.9999
-    """Decay of the EMA weights per optimizer step."""
-
-    # Objective
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
-    """What the network predicts."""
-    snr_gamma: PositiveFloat | None = None
-    """Weight the loss by min-SNR with this gamma (5 is usual)."""
-    noise_offset: NonNegativeFloat = 0.0
-    """Add this much noise that is constant over each channel, for images darker or brighter than average."""
-
-    # Text encoder
-    text_encoder_name_or_path: PathFlag | None = None
-    """The text encoder that made the text embeddings, or that encodes the store's token ids during training. Also goes
-    into the final pipeline. Default: the one the store names."""
-    tokenizer_name: PathFlag | None = None
-    """The text encoder's tokenizer. Default: the one the store names."""
-    text_encoder_layers: Annotated[int, Bounds(least=1, most=1000)] = 2
-    """Layers of a text encoder trained from scratch (--train_text_encoder without --text_encoder_name_or_path)."""
-    text_encoder_learning_rate: NonNegativeFloat | None = None
-    """Learning rate of the text encoder. Default: --learning_rate."""
-    unet_learning_rate: NonNegativeFloat | None = None
-    """Learning rate of the U-ViT. Default: --learning_rate."""
-
-    # Batches
-    gradient_accumulation_steps: PositiveInt = 1
-    """Forward passes per optimizer step. Their losses are averaged."""
-    num_train_epochs: Annotated[float, Bounds(above=0, most=1_000_000_000)] | None = None
-    """Train for this many passes over the data instead of --max_steps. They are counted in samples, so a resumed run
-    may have another batch, another number of processes or more data."""
-    seed: Seed = 1234
-    """Seed of the initial weights, the data order and all random numbers of training."""
-
-    # Optimizer
-    optim: Literal["adamw"] = "adamw"
-    """AdamW with decoupled weight decay on all parameters."""
-    weight_decay: NonNegativeFloat = 0.03
-    """Weight decay of AdamW."""
-    adam_beta1: Fraction = 0.9
-    """Decay of AdamW's average of gradients."""
-    adam_beta2: Fraction = 0.9
-    """Decay of AdamW's average of squared gradients."""
-    adam_epsilon: NonNegativeFloat = 1e-8
-    """Added to AdamW's denominator."""
-    max_grad_norm: Annotated[float, Bounds()] = -1.0
-    """Clip the gradient norm to this value; 0 or less: no clipping."""
-    lr_scheduler_type: Literal[
-        "constant_with_warmup", "constant", "linear", "cosine", "cosine_with_restarts", "polynomial"
-    ] = "constant_with_warmup"
-    """Learning rate schedule after the warm-up (`constant` has no warm-up)."""
-    warmup_ratio: Fraction = 0.0
-    """Warm-up as a fraction of all steps. Only used if --warmup_steps is 0."""
-    num_cycles: PositiveFloat | None = None
-    """Number of waves of `cosine` (default: 0.5) or of restarts of `cosine_with_restarts` (default: 1)."""
-    lr_end: NonNegativeFloat = 1e-7
-    """Final learning rate of the `polynomial` schedule."""
-    power: NonNegativeFloat = 1.0
-    """Exponent of the `polynomial` schedule."""
-    min_lr: NonNegativeFloat = 0.0
-    """Lower bound of the learning rate after the warm-up."""
-    max_nonfinite_steps: PositiveInt = 20
-    """Roll back to the last good checkpoint after this many consecutive skipped steps (NaN/Inf loss or gradient, or
-    gradient norm above --spike_factor), and skip their samples from then on."""
-    spike_factor: Annotated[float, Bounds(above=1, extra=0, hint="0 skips no spikes")] = 20.0
-    """Skip steps whose gradient norm is more than this many times the median of the last 100; 0: never."""
 
     # Precision and speed
     device: str = "auto"
@@ -276,8 +148,8 @@ class TrainConfig:
     """Ignored."""
 
     def __post_init__(self) -> None:
-        expand_paths(self)
-        check_bounds(self)
+        RecipeConfig.__post_init__(self)
+        ObjectiveConfig.__post_init__(self)
         if self.eval_steps == -1 and self.validation_feature_path:
             raise UserError(f"--validation_feature_path {self.validation_feature_path}: needs --eval_steps above 0")
         if self.eval_metrics and self.eval_steps == -1:
@@ -295,15 +167,6 @@ class TrainConfig:
                 f"--image_logging_steps {self.image_logging_steps}: must be a multiple of --logging_steps "
                 f"{self.logging_steps}"
             )
-        if self.pretrained_model_name_or_path and (self.weight_init_std, self.position_init_std) != (0.02, 0.02):
-            raise UserError(
-                "--weight_init_std and --position_init_std are for initial weights: leave them out with "
-                f"--pretrained_model_name_or_path {self.pretrained_model_name_or_path}"
-            )
-        if self.min_lr > self.learning_rate:
-            raise UserError(f"--min_lr {self.min_lr}: must not be above --learning_rate {self.learning_rate}")
-        if self.lr_scheduler_type == "polynomial" and self.lr_end > self.learning_rate > 0:
-            raise UserError(f"--lr_end {self.lr_end}: must not be above --learning_rate {self.learning_rate}")
         if self.bf16 and self.fp16:
             raise UserError("--bf16 and --fp16: choose one")
         if self.overwrite_output_dir and self.resume_from_checkpoint:

@@ -12,21 +12,19 @@ import torch
 from PIL import Image
 
 from uvit import __version__
-from uvit.checkpoint.folder import RECORD, checkpoint_folders
+from uvit.checkpoint.folder import RECORD, checkpoint_folders, read_checkpoint
 from uvit.config.evaluate import Scheduler, WeightsChoice
 from uvit.device import own_device
 from uvit.errors import UserError
 from uvit.evaluate.image_sets import CHUNK, LoadedImages
 from uvit.evaluate.prompts import Prompt, prompts_sha256
-from uvit.export.convert import build_pipeline, check_fit, open_checkpoint
+from uvit.export.convert import build_pipeline, check_fit, open_checkpoint, training_facts
 from uvit.progress import Progress
 from uvit.sample.command import sample_batch
 from uvit.sample.files import is_generated, numbered, read_image, save_image
-from uvit.sample.fit import read_plans
 from uvit.sample.jobs import ImageJob
-from uvit.sample.load import open_pipeline
+from uvit.sample.load import named_scheduler, open_pipeline
 from uvit.sample.pipeline import UViTPipeline
-from uvit.sample.schedulers import MultistepScheduler, build_scheduler
 from uvit.weights.detect import INDEX
 from uvit.weights.encoders import are_truncated, fingerprint, quiet
 
@@ -68,7 +66,7 @@ class Model:
 
     def scheduler(self, name: Scheduler) -> Any:
         """A new solver. Raises UserError if it is the fitted one, and there is none."""
-        return MultistepScheduler(read_plans(self.path)) if name == "fitted" else build_scheduler(name)
+        return named_scheduler(self.pipeline, self.path, name)
 
 
 def open_model(name: str, weights: WeightsChoice, device: str, dtype: str) -> Model:
@@ -96,6 +94,16 @@ def open_model(name: str, weights: WeightsChoice, device: str, dtype: str) -> Mo
     networks = {network: getattr(pipeline, network) for network in ("unet", "vqvae", "text_encoder")}
     hashes = {f"{name}_sha256": fingerprint(each) for name, each in networks.items() if each is not None}
     return Model(pipeline, opened, hashes)
+
+
+def trained_on(name: str) -> str | None:
+    """The features that the run of a pipeline or a checkpoint was trained on, as it records them; None: it does not."""
+    path = Path(name)
+    checkpoints = [path] if (path / RECORD).is_file() else checkpoint_folders(path)
+    records = [training_facts(path), training_facts(path / "pipeline")]
+    records += [read_checkpoint(checkpoint).record for checkpoint in checkpoints[-1:]]
+    found = (record["config"].get("feature_path") for record in records if record.get("config"))
+    return next((str(features) for features in found if features), None)
 
 
 class GeneratedImages:

@@ -86,6 +86,7 @@ def training_rows(components: Components, run: Path | None) -> dict[str, str]:
         "learning rate": str(config.get("learning_rate", UNKNOWN)),
         "weights": {True: "EMA", False: "raw", None: UNKNOWN}[facts.get("ema")],
         "prediction type": conventions.prediction_type,
+        "path": conventions.path,
         ("latents" if conventions.is_pixels else "latent scale"): conventions.describe_latents().removeprefix(
             "latent scale "
         ),

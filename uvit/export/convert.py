@@ -22,7 +22,7 @@ from uvit.export.formats import check_unet, write_official, write_paddle, write_
 from uvit.export.graph import write_export, write_onnx
 from uvit.export.standalone import write_code
 from uvit.io import back_up, write_folder_atomically, write_json
-from uvit.model import UViTT2IModel
+from uvit.modern_model import ModernUViTT2IModel
 from uvit.sample.fit import FITTED_FILE
 from uvit.sample.pipeline import UViTPipeline
 from uvit.sample.schedulers import build_scheduler, scheduler_from_config
@@ -37,10 +37,12 @@ from uvit.weights.components import (
 )
 from uvit.weights.detect import CONFIG, FLAGS, INDEX, is_third_party, missing_components
 from uvit.weights.encoders import check_fingerprint, check_finite, fingerprint, load_tokenizer, quiet
+from uvit.weights.unet import new_unet
 
 TRAINING_FILE = "training.json"  # in a pipeline folder: the training run that it comes from
 REPORT_FILE = "conversion.json"  # in a pipeline folder: the report of the conversion
 PIPELINE_FORMATS = ("pipeline", "diffusers")
+THIRD_PARTY_FORMATS = ("official", "paddle", "port", "trainer")
 # The encoders of the official U-ViT code, which made most features that do not name theirs.
 USUAL_ENCODERS = {
     "vqvae": "stabilityai/sd-vae-ft-ema",  # Stable Diffusion's VAE, with a decoder that was trained further
@@ -57,6 +59,11 @@ def convert(config: ConvertConfig) -> None:
     components = load_components(config, source)
     if components.unet is None and (config.to != "pipeline" or config.push_to_hub is not None):
         raise UserError(f"{source}: has no U-ViT, and --to {config.to} needs one ({'; '.join(components.report.read)})")
+    if isinstance(components.unet, ModernUViTT2IModel) and config.to in THIRD_PARTY_FORMATS:
+        raise UserError(
+            f"--to {config.to}: the formats of the official U-ViT code and of PaddleMIX have no place for the modern "
+            f"U-ViT of {source}; use --to pipeline, diffusers, export or onnx"
+        )
     missing = [FLAGS[name] for name in components.missing() if name in FLAGS]
     is_pipeline = not components.missing()
     if is_pipeline:
@@ -190,7 +197,7 @@ def open_checkpoint(
     weights = found.load("ema" if has_ema else "weights")
     check_finite(weights, source)
     conventions = Conventions.recorded(record)
-    components = Components(unet=UViTT2IModel(**record["unet_config"], **asdict(conventions)), conventions=conventions)
+    components = Components(unet=new_unet(record["unet_config"], **asdict(conventions)), conventions=conventions)
     load_network(components.unet, weights, "unet.")
     components.unet.eval().requires_grad_(False)
     if has_ema:
@@ -274,7 +281,11 @@ def check_fit(components: Components, source: Path) -> None:
 def build_pipeline(components: Components) -> UViTPipeline:
     """The pipeline of components that are all there."""
     modules = {name: getattr(components, name) for name in ("unet", *FLAGS)}
-    scheduler = scheduler_from_config(components.scheduler_config) if components.scheduler_config else build_scheduler()
+    if components.scheduler_config:
+        scheduler = scheduler_from_config(components.scheduler_config)
+    else:
+        shift = components.facts.get("config", {}).get("timestep_shift", 1.0)
+        scheduler = build_scheduler(path=components.conventions.path, shift=shift)
     return UViTPipeline(**modules, scheduler=scheduler)
 
 

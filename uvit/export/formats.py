@@ -260,6 +260,10 @@ def _report_lost_conventions(
             f"timesteps {conventions.timestep_labels}: {reader} uses {assumed.timestep_labels}; "
             "change it in its source code"
         )
+    if conventions.path != assumed.path:
+        components.report.dropped.append(
+            f"path {conventions.path}: {reader} uses {assumed.path}; change it in its source code"
+        )
     if conventions.prediction_type != assumed.prediction_type and not stores_prediction_type:
         components.report.dropped.append(
             f"prediction type {conventions.prediction_type}: {reader} assumes {assumed.prediction_type}"

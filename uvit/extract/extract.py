@@ -26,7 +26,7 @@ import torch
 
 from uvit.config.extract import ExtractConfig
 from uvit.config.sharding import resolve_shard
-from uvit.conventions import PIXEL_SPACE
+from uvit.conventions import PIXELS
 from uvit.device import own_device
 from uvit.errors import UserError
 from uvit.extract.encode import Encoders, encode_in_order, encoding_threads
@@ -65,7 +65,7 @@ def extract(config: ExtractConfig) -> None:
         vae, text_encoder = load_encoders(config)
         tokenizer, tokenizer_record = find_tokenizer(config, source, folder)
         check_tokenizer(config, tokenizer, text_encoder)
-        latent_space = PIXEL_SPACE if vae is None else latent_space_of(vae)
+        latent_space = PIXELS if vae is None else latent_space_of(vae)
         if config.latent_scale is not None:
             latent_space = replace(latent_space, latent_scale=config.latent_scale)
         described = latent_space.describe_latents().capitalize()

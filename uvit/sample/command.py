@@ -137,7 +137,8 @@ def fit_schedule(config: SampleConfig) -> None:
                 return_dict=False,
             )[0]
 
-        reference, guidance = solve(sample_latents), (scale, *config.guidance_interval)
+        reference = solve(sample_latents, pipeline.conventions.path)
+        guidance = (scale, *config.guidance_interval)
         for name, num_steps in SPEEDS.items():
             plan, latents = fit_plan(sample_latents, reference, num_steps, guidance)
             path = store_plan(folder, plan)
@@ -227,7 +228,8 @@ def _is_done(config: SampleConfig, existing: dict[int, Path], job: ImageJob, tex
 
 def check_fitted(config: SampleConfig, variant: Variant) -> None:
     """Raises UserError if the pipeline has no fitted solver for these settings."""
-    scheduler = MultistepScheduler(read_plans(variant.pipeline))
+    plans = read_plans(variant.pipeline)
+    scheduler = MultistepScheduler(plans, plans[0].path if plans else "vp")
     scheduler.guidance = (variant.guidance_scale, *config.guidance_interval)
     try:
         scheduler.plan_for(config.num_inference_steps)

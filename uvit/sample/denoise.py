@@ -10,10 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uvit.conventions import PredictionType
-from uvit.diffusion import add_noise, convert_prediction, from_scheduler_timestep, timestep_of_log_snr
+from uvit.conventions import DiffusionPath, PredictionType
+from uvit.diffusion import NUM_TIMESTEPS, add_noise, convert_prediction, from_scheduler_timestep, timestep_of_log_snr
 from uvit.errors import UserError
-from uvit.sample.schedulers import MultistepScheduler, check_scheduler
+from uvit.sample.schedulers import (
+    MultistepScheduler,
+    check_scheduler,
+    expected_prediction,
+    scale_input,
+    set_timesteps,
+)
 
 ALL_TIMESTEPS = (1.0, 1000.0)
 
@@ -37,12 +43,13 @@ def denoise(
     guidance_interval: tuple[float, float] = ALL_TIMESTEPS,
     eta: float = 0.0,
     control: Callable[[], tuple[Tensor, float] | None] | None = None,
+    path: DiffusionPath = "vp",
 ) -> Tensor:
     """Sample latents.
 
     Args:
         unet: (noisy latents, timesteps (B,), context) -> prediction; called in the dtype of `context`.
-        scheduler: any diffusers scheduler with this noise schedule and any prediction type.
+        scheduler: any diffusers scheduler for this path, with any prediction type.
         latents: (B, C, h, w), standard normal.
         context: (B, T, D), the text embeddings of the prompts.
         empty_context: those of the empty or negative prompts, (B, T, D), or (1, T, D) for all.
@@ -62,13 +69,14 @@ def denoise(
         eta: how much noise DDIM adds, from 0 to 1; for schedulers that have it.
         control: called before each step; -> the text embeddings and the guidance scale from then on, or None to stop
             here. The embeddings are (2 B, T, D), the empty ones first, or (B, T, D) without guidance.
+        path: of the network.
     Returns:
         (B, C, h, w) float32: x_0, scaled as in training.
     """
-    check_scheduler(scheduler)
+    check_scheduler(scheduler, path)
     if isinstance(scheduler, MultistepScheduler):
         scheduler.guidance = (guidance_scale, *guidance_interval)  # a fitted plan is valid for one guidance only
-    scheduler.set_timesteps(num_inference_steps, device=latents.device)
+    set_timesteps(scheduler, num_inference_steps, latents.device)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(start)  # otherwise a first timestep that rounding repeats costs a step
     parameters = inspect.signature(scheduler.step).parameters
@@ -79,19 +87,21 @@ def denoise(
         raise UserError(f"eta {eta:g}: {type(scheduler).__name__} has none; leave it out, or use DDIM")
     both = torch.cat([empty_context.expand_as(context), context])  # (2 B, T, D)
     lowest, highest = guidance_interval
+    if lowest == ALL_TIMESTEPS[0]:
+        lowest = 0.0  # a linear path has timesteps below 1
 
-    timesteps = exact_timesteps(scheduler).to(latents.device)  # the noise levels, 1..1000
+    timesteps = exact_timesteps(scheduler, path).to(latents.device)  # of the network, in (0, 1000]
     model_timesteps = timesteps + (timestep_offset - 1)
     if image is None or start == 0:
-        x = latents.float() * scheduler.init_noise_sigma
+        x = latents.float() * getattr(scheduler, "init_noise_sigma", 1.0)
     else:
-        x = at_step(scheduler, start, image, latents.float())
+        x = at_step(scheduler, start, image, latents.float(), path)
     for i, t in enumerate(progress(scheduler.timesteps[start:]), start):
         if control is not None:
             if (now := control()) is None:
                 break
             both, guidance_scale = now
-        x_n = scheduler.scale_model_input(x, t)  # variance-preserving, as in training
+        x_n = scale_input(scheduler, x, t)  # as in training
         guided = len(both) > len(x) and guidance_scale != 1 and lowest <= timesteps[i] <= highest
         inputs = torch.cat([x_n, x_n]) if guided else x_n
         n = model_timesteps[i].expand(len(inputs))
@@ -99,44 +109,47 @@ def denoise(
         if guided:
             uncond, cond = prediction.chunk(2)
             prediction = uncond + guidance_scale * (cond - uncond)
-        wanted = scheduler.config.prediction_type
-        prediction = convert_prediction(prediction, x_n, timesteps[i].expand(len(x_n)), prediction_type, wanted)
+        wanted = expected_prediction(scheduler)
+        prediction = convert_prediction(prediction, x_n, timesteps[i].expand(len(x_n)), prediction_type, wanted, path)
         x = scheduler.step(prediction, t, x, **options).prev_sample
         if on_step is not None:
             x = on_step(i, t, x)
     return x
 
 
-def exact_timesteps(scheduler: Any) -> Tensor:
-    """The timestep in 1..1000, possibly fractional, at each step of the scheduler: (steps,) float32, on the CPU.
+def exact_timesteps(scheduler: Any, path: DiffusionPath = "vp") -> Tensor:
+    """The network's timestep, possibly fractional, at each step of the scheduler: (steps,) float32, on the CPU.
 
     Raises ValueError for a scheduler of which the timesteps rise.
 
     A scheduler with integer timesteps may use noise levels between them: on Karras' grid, diffusers rounds the
-    timesteps. The exact timestep is that of the scheduler's sigma = s_n / a_n.
+    timesteps. The exact timestep is that of the scheduler's sigma: s_n / a_n, or n / 1000 on a linear path.
     """
     timesteps = scheduler.timesteps.cpu()
     if timesteps[0] < timesteps[-1]:
         raise ValueError(f"{type(scheduler).__name__} leads from images to noise; choose another scheduler")
+    if path == "linear":
+        exact = timesteps.is_floating_point()
+        return timesteps.float() if exact else NUM_TIMESTEPS * scheduler.sigmas[: len(timesteps)].float().cpu()
     if timesteps.min() < 0:  # rounding in diffusers' "trailing" grid: 61 steps, 103, ...
         raise UserError(
             f"--num_inference_steps {scheduler.num_inference_steps}: {type(scheduler).__name__} cannot space so "
             "many steps evenly; choose a number that divides 1000"
         )
-    result = from_scheduler_timestep(timesteps).double()
+    result = from_scheduler_timestep(timesteps, path).double()
     if not timesteps.is_floating_point() and hasattr(scheduler, "sigmas"):
-        exact = timestep_of_log_snr(-2 * scheduler.sigmas[: len(timesteps)].double().cpu().log())
+        exact = timestep_of_log_snr(-2 * scheduler.sigmas[: len(timesteps)].double().cpu().log(), path)
         is_integer = (exact - result).abs() < 0.01
         result = torch.where(is_integer, result, exact)
     return result.float()
 
 
-def at_step(scheduler: Any, step: int, x_0: Tensor, noise: Tensor) -> Tensor:
+def at_step(scheduler: Any, step: int, x_0: Tensor, noise: Tensor, path: DiffusionPath = "vp") -> Tensor:
     """x_0 (B, C, h, w) with the noise level of the latents before a step, in the scheduler's scale.
 
     `step` must be the next step of the scheduler. After the last step there is no noise.
     """
     if step == len(scheduler.timesteps):
         return x_0
-    x_n = add_noise(x_0, noise, exact_timesteps(scheduler)[step].expand(len(x_0)).to(x_0.device))
-    return x_n / scheduler.scale_model_input(torch.ones_like(x_0), scheduler.timesteps[step])
+    x_n = add_noise(x_0, noise, exact_timesteps(scheduler, path)[step].expand(len(x_0)).to(x_0.device), path)
+    return x_n / scale_input(scheduler, torch.ones_like(x_0), scheduler.timesteps[step])

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
-from uvit.conventions import LatentSpace
+from uvit.conventions import DiffusionPath, LatentSpace
 from uvit.errors import UserError
 from uvit.images import to_rgb
 from uvit.sample.denoise import at_step
@@ -31,13 +31,13 @@ class Original:
     latents: Tensor  # (B, C, h, w) float32, x_0 as in training: the posterior mean, without noise, or the pixels
     mask: Tensor | None  # (B, 1, H, W): 1 is repainted, 0 is kept
 
-    def keep(self, scheduler: Any, step: int, latents: Tensor, noise: Tensor) -> Tensor:
+    def keep(self, scheduler: Any, step: int, latents: Tensor, noise: Tensor, path: DiffusionPath = "vp") -> Tensor:
         """Replace the kept part of `latents` by the image's latents at the noise level before `step`."""
         if self.mask is None:
             return latents
         # A latent with any repainted pixel is free. Its kept pixels are pasted in the end.
         free = adaptive_max_pool2d(self.mask, latents.shape[-2:])
-        return torch.where(free > 0, latents, at_step(scheduler, step, self.latents, noise).to(latents))
+        return torch.where(free > 0, latents, at_step(scheduler, step, self.latents, noise, path).to(latents))
 
     def paste(self, images: Tensor) -> Tensor:
         """Replace the kept part of `images` (B, 3, H, W) in [-1, 1] by the original pixels."""

@@ -13,15 +13,16 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
+from uvit.conventions import DiffusionPath
 from uvit.errors import UserError
 from uvit.io import write_json
-from uvit.sample.schedulers import MultistepScheduler, SolverPlan, karras_grid, second_order
+from uvit.sample.schedulers import MultistepScheduler, SolverPlan, second_order, solver_grid
 
 NUM_PREDICTIONS = 3  # of x_0 that a step uses: its own and the two before it
 NUM_REFERENCE_STEPS = 300
@@ -35,15 +36,21 @@ SampleLatents = Callable[[MultistepScheduler, int], Tensor]
 class Reference:
     """A close solution of a model's probability flow."""
 
-    latents: Tensor  # (NUM_REFERENCE_STEPS, B, C, h, w), before each step of Karras' grid, on the CPU
+    latents: Tensor  # (NUM_REFERENCE_STEPS, B, C, h, w), before each step of the path's grid, on the CPU
     x_0: Tensor  # (B, C, h, w)
+    path: DiffusionPath = "vp"
 
     def at(self, num_steps: int) -> list[Tensor]:
-        """The latents before each step of Karras' grid of `num_steps` steps, by cubic interpolation."""
+        """The latents before each step of the path's grid of `num_steps` steps, by cubic interpolation."""
         last, result = len(self.latents) - 1, []
-        for i in range(num_steps):
-            position = i / (num_steps - 1) * last
-            left = min(max(int(position) - 1, 0), last - 3)
+        first = int(self.path == "vp_zero_snr")  # where Karras' grid begins
+        if self.path == "linear":
+            positions = [i / num_steps * len(self.latents) for i in range(num_steps)]
+        else:
+            steps = num_steps - 1 - first
+            positions = [0.0] * first + [first + i / max(steps, 1) * (last - first) for i in range(steps + 1)]
+        for position in positions:
+            left = min(max(int(position) - 1, first if position else 0), last - 3)
             coefficients = torch.ones(4, dtype=torch.float64)
             for j, k in itertools.permutations(range(4), 2):
                 coefficients[j] *= (position - left - k) / (j - k)
@@ -51,10 +58,10 @@ class Reference:
         return result
 
 
-def solve(sample_latents: SampleLatents) -> Reference:
-    recorder = Recorder([second_order(karras_grid(NUM_REFERENCE_STEPS))])
+def solve(sample_latents: SampleLatents, path: DiffusionPath = "vp") -> Reference:
+    recorder = Recorder([second_order(solver_grid(NUM_REFERENCE_STEPS, path), path)], path)
     x_0 = sample_latents(recorder, NUM_REFERENCE_STEPS)
-    return Reference(torch.stack(recorder.latents), x_0)
+    return Reference(torch.stack(recorder.latents), x_0, path)
 
 
 class Recorder(MultistepScheduler):
@@ -73,7 +80,7 @@ class Fitter(MultistepScheduler):
     """Fits the weights of each step, so that it ends as close as possible to `targets[step]`."""
 
     def __init__(self, plan: SolverPlan, targets: list[Tensor]):
-        super().__init__([plan])
+        super().__init__([plan], plan.path)
         self.targets = targets
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor) -> SchedulerOutput:
@@ -114,7 +121,7 @@ def fit_plan(
 ) -> tuple[SolverPlan, Tensor]:
     """Fit a plan of `num_steps` steps, at least 2. -> (the plan, the latents that it gives)"""
     targets = [*reference.at(num_steps)[1:], reference.x_0]
-    fitter = Fitter(second_order(karras_grid(num_steps)), targets)
+    fitter = Fitter(second_order(solver_grid(num_steps, reference.path), reference.path), targets)
     latents = sample_latents(fitter, num_steps)
     return replace(fitter.plan, guidance=guidance), latents
 
@@ -142,7 +149,10 @@ def parse_plan(stored: dict[str, Any]) -> SolverPlan:
     if len(weights) != len(log_snrs) or not all(map(math.isfinite, [*log_snrs, *itertools.chain(*weights)])):
         raise ValueError("a plan needs a row of finite weights for each step")
     scale, lowest, highest = map(float, stored["guidance"])
-    return SolverPlan(log_snrs, weights, (scale, lowest, highest))
+    path = stored.get("path", "vp")
+    if path not in get_args(DiffusionPath):
+        raise ValueError(f"path {path!r} is none of {', '.join(get_args(DiffusionPath))}")
+    return SolverPlan(log_snrs, weights, (scale, lowest, highest), path)
 
 
 def store_plan(pipeline: Path, plan: SolverPlan) -> Path:
@@ -150,7 +160,7 @@ def store_plan(pipeline: Path, plan: SolverPlan) -> Path:
     others = [
         other
         for other in read_plans(pipeline)
-        if (len(other.log_snrs), other.guidance) != (len(plan.log_snrs), plan.guidance)
+        if (len(other.log_snrs), other.guidance, other.path) != (len(plan.log_snrs), plan.guidance, plan.path)
     ]
     path = pipeline / FITTED_FILE
     path.parent.mkdir(exist_ok=True)

@@ -13,6 +13,10 @@ from diffusers import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  # diffusers recognises schedulers by it
 from torch import Tensor
 
+# Karras' grid from the pure noise of zero terminal SNR, sigma 4096, would have nearly half its steps where there is
+# nothing to see yet. One step leads from there to the sigma at which Stable Diffusion's own schedule begins.
+SECOND_SIGMA = 14.6
+
 
 class LimitedDPMSolverScheduler(DPMSolverMultistepScheduler):
     """Multiplies the second-order term of each image by min(1, 1 + cosine): 1 on a smooth flow, 0 in an oscillation.
@@ -23,6 +27,18 @@ class LimitedDPMSolverScheduler(DPMSolverMultistepScheduler):
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         super().set_timesteps(*args, **kwargs)
         self.last_change: Tensor | None = None
+        steps = self.num_inference_steps
+        if self.config.use_flow_sigmas:  # in even steps from pure noise; diffusers begins at 0.999
+            level = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+            shift = self.config.flow_shift
+            self.sigmas = (shift * level / (1 + (shift - 1) * level)).float()
+            self.timesteps = (1000 * self.sigmas[:-1]).to(self.timesteps.device)  # type: ignore[has-type]
+        elif self.config.rescale_betas_zero_snr and self.config.use_karras_sigmas:
+            all_sigmas = ((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5
+            roots = torch.linspace(SECOND_SIGMA ** (1 / 7), all_sigmas[0].item() ** (1 / 7), steps - 1)
+            self.sigmas = torch.cat([all_sigmas[-1:], roots**7, torch.zeros(1)])
+            known = self._sigma_to_t(self.sigmas[:-1].numpy(), all_sigmas.log().numpy())
+            self.timesteps = torch.from_numpy(known).round().long().to(self.timesteps.device)
 
     def multistep_dpm_solver_second_order_update(
         self, model_output_list: list[Tensor], *args: Any, sample: Any = None, **kwargs: Any

@@ -2,6 +2,7 @@
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -11,7 +12,7 @@ from uvit.device import own_device
 from uvit.errors import UserError
 from uvit.sample.fit import read_plans
 from uvit.sample.pipeline import UViTPipeline
-from uvit.sample.schedulers import DEFAULT_SCHEDULER, MultistepScheduler, build_scheduler
+from uvit.sample.schedulers import DEFAULT_SCHEDULER, MultistepScheduler, build_scheduler, steps_shift
 from uvit.weights.detect import INDEX
 from uvit.weights.encoders import quiet
 
@@ -73,6 +74,17 @@ def open_pipeline(
         pipeline.enable_model_cpu_offload(device=chosen)
     else:
         pipeline.to(chosen)
-    pipeline.scheduler = MultistepScheduler(read_plans(folder)) if scheduler == "fitted" else build_scheduler(scheduler)
+    pipeline.scheduler = named_scheduler(pipeline, folder, scheduler)
     pipeline.set_progress_bar_config(disable=True)  # commands show their own progress
     return pipeline
+
+
+def named_scheduler(pipeline: UViTPipeline, folder: Path, name: str) -> Any:
+    """The scheduler of a name for a pipeline and its folder, with the shift of the pipeline's own steps.
+
+    Raises UserError if it cannot sample the path of the pipeline's U-ViT, or its fitted solvers cannot be read.
+    """
+    path = pipeline.conventions.path
+    if name == "fitted":
+        return MultistepScheduler(read_plans(folder), path)
+    return build_scheduler(name, path=path, shift=steps_shift(pipeline.scheduler))

@@ -84,12 +84,13 @@ class UViTPipeline(DiffusionPipeline):
         timestep_labels: str | None = None,
         latent_shift: PerChannel | None = None,
         latent_std: PerChannel | None = None,
+        path: str | None = None,
         latents: str | None = None,
     ):
         super().__init__()
-        given: dict[str, Any] = {"latent_scale": latent_scale, "latent_shift": latent_shift}
-        given |= {"latent_std": latent_std, "timestep_labels": timestep_labels, "prediction_type": prediction_type}
-        given |= {"latents": latents}
+        given: dict[str, Any] = {"latent_scale": latent_scale, "latent_shift": latent_shift, "latent_std": latent_std}
+        given |= {"timestep_labels": timestep_labels, "prediction_type": prediction_type}
+        given |= {"path": path, "latents": latents}
         record_conventions(unet, given)
         check_components(unet, vqvae, text_encoder, tokenizer)
         self.register_modules(
@@ -275,7 +276,9 @@ class UViTPipeline(DiffusionPipeline):
             raise ValueError(f"strength {strength} needs an image")
 
         def keep(i: int, latents: Tensor) -> Tensor:
-            return latents if original is None else original.keep(self.scheduler, i + 1, latents, noise)
+            return (
+                latents if original is None else original.keep(self.scheduler, i + 1, latents, noise, conventions.path)
+            )
 
         self._interrupt, self._guidance_scale = False, guidance_scale
         steps = Steps(self, negative, context, start, callback_on_step_end, inputs, keep)
@@ -287,7 +290,7 @@ class UViTPipeline(DiffusionPipeline):
             negative,
             guidance_scale,
             num_inference_steps,
-            conventions.prediction_type,  # type: ignore[arg-type]
+            conventions.prediction_type,
             generator=generator,
             progress=self.progress_bar,
             on_step=steps.after,
@@ -297,6 +300,7 @@ class UViTPipeline(DiffusionPipeline):
             guidance_interval=guidance_interval,
             eta=eta,
             control=steps.before,
+            path=conventions.path,
         )
         check_images(latents, prompt)
         images: Any = latents if output_type == "latent" else self._decode(latents, original, output_type, prompt)

@@ -8,18 +8,22 @@
 The default, with damping, is in `uvit.sample.limited`.
 """
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverSinglestepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
@@ -27,8 +31,16 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
-from uvit.conventions import PredictionType
-from uvit.diffusion import NUM_TIMESTEPS, alphas_cumprod, log_snr, scheduler_config, timestep_of_log_snr
+from uvit.conventions import PREDICTION_TYPES, DiffusionPath, PredictionType
+from uvit.diffusion import (
+    NUM_TIMESTEPS,
+    alphas_cumprod,
+    from_scheduler_timestep,
+    log_snr,
+    scheduler_config,
+    split_log_snr,
+    timestep_of_log_snr,
+)
 from uvit.errors import UserError
 from uvit.sample.limited import LimitedDPMSolverScheduler
 
@@ -70,7 +82,7 @@ class OfficialScheduler(DPMSolverSinglestepScheduler):
 
 # Second-order multistep solvers are better on Karras' grid (Karras et al. 2022, rho 7), Euler and Heun with time steps
 # of equal size.
-_SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
+_VP: dict[str, tuple[Any, dict[str, Any]]] = {
     "dpmsolver++": (LimitedDPMSolverScheduler, {"use_karras_sigmas": True}),
     "unipc": (UniPCMultistepScheduler, {"use_karras_sigmas": True}),
     "euler": (EulerDiscreteScheduler, {"timestep_spacing": "linspace"}),
@@ -82,27 +94,81 @@ _SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
         {"solver_order": 3, "lower_order_final": True, "final_sigmas_type": "sigma_min"},
     ),
 }
+# By path. UniPC has no grid of its own for zero terminal SNR (see uvit.sample.limited): it takes even time steps there.
+_SCHEDULERS: dict[str, dict[str, tuple[Any, dict[str, Any]]]] = {
+    "vp": _VP,
+    "vp_zero_snr": {
+        **{name: entry for name, entry in _VP.items() if name not in ("heun", "official")},  # diffusers' have no such
+        "unipc": (UniPCMultistepScheduler, {}),
+    },
+    "linear": {
+        "dpmsolver++": (LimitedDPMSolverScheduler, {}),
+        "unipc": (UniPCMultistepScheduler, {}),
+        "euler": (FlowMatchEulerDiscreteScheduler, {}),
+        "heun": (FlowMatchHeunDiscreteScheduler, {}),
+    },
+}
+FLOW_MATCHING = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
 
 
-def build_scheduler(name: str = DEFAULT_SCHEDULER, prediction_type: PredictionType = "epsilon") -> Any:
-    """Build a scheduler.
+def build_scheduler(
+    name: str = DEFAULT_SCHEDULER,
+    prediction_type: PredictionType | None = None,
+    path: DiffusionPath = "vp",
+    shift: float = 1.0,
+) -> Any:
+    """Build a scheduler. Raises UserError if it cannot sample the path.
 
     Args:
         name: dpmsolver++, unipc, euler, heun, ddim, ddpm or official.
         prediction_type: what `step` expects. `denoise` converts the network's prediction to it.
+        path: of the network.
+        shift: moves the steps of a linear path to more noise (above 1) or less; see --timestep_shift of `uvit train`.
     """
-    cls, settings = _SCHEDULERS[name]
-    return cls.from_config(shared_config(prediction_type) | settings)
+    known = _SCHEDULERS[path]
+    if name not in known:
+        raise UserError(f"--scheduler {name}: cannot sample a model of path {path}; use {', '.join(known)} or fitted")
+    cls, settings = known[name]
+    if cls in FLOW_MATCHING:  # they share no settings with the others
+        return cls(NUM_TIMESTEPS, shift)
+    return cls.from_config(shared_config(prediction_type, path, shift) | settings)
 
 
-def shared_config(prediction_type: PredictionType) -> dict[str, Any]:
-    """The config that all schedulers are built from. Each uses the settings that it knows."""
+def shared_config(
+    prediction_type: PredictionType | None = None, path: DiffusionPath = "vp", shift: float = 1.0
+) -> dict[str, Any]:
+    """The config that all schedulers of a path are built from. Each uses the settings that it knows."""
     return {
-        **scheduler_config(prediction_type),
+        **scheduler_config(prediction_type, path),
         "clip_sample": False,  # latents are not limited to [-1, 1]
         "timestep_spacing": "trailing",  # from pure noise, timestep 1000, in equal steps
         "set_alpha_to_one": True,  # DDIM's last step ends at x_0, not just before it
+        **({"flow_shift": shift} if path == "linear" else {}),
     }
+
+
+def steps_shift(scheduler: Any) -> float:
+    """The `shift` that a scheduler was built with, or 1."""
+    return float(scheduler.config.get("flow_shift", scheduler.config.get("shift", 1.0)))
+
+
+def set_timesteps(scheduler: Any, num_inference_steps: int, device: Any = None) -> None:
+    """Set the steps of a scheduler: from pure noise to x_0."""
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):  # as its pipelines do; its own grid wastes a step
+        even = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
+        scheduler.set_timesteps(sigmas=even.tolist(), device=device)
+    else:
+        scheduler.set_timesteps(num_inference_steps, device=device)
+
+
+def scale_input(scheduler: Any, latents: Tensor, t: Any) -> Tensor:
+    """The scheduler's latents -> x_n, as in training."""
+    return latents if isinstance(scheduler, FLOW_MATCHING) else scheduler.scale_model_input(latents, t)
+
+
+def expected_prediction(scheduler: Any) -> PredictionType:
+    """The prediction that the scheduler's `step` takes."""
+    return "flow_prediction" if isinstance(scheduler, FLOW_MATCHING) else scheduler.config.prediction_type
 
 
 def scheduler_from_config(config: Mapping[str, Any]) -> Any:
@@ -126,26 +192,58 @@ _NEEDED_SETTINGS = {
     "timestep_type": "discrete",
     "interpolation_type": "linear",  # otherwise Euler's sigmas are not those of its timesteps
 }
+_NEEDED_IF_LINEAR = {
+    "thresholding": False,
+    "use_karras_sigmas": False,  # and others, which would replace the even steps by those of a vp path
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_lu_lambdas": False,
+    "use_dynamic_shifting": False,  # by the size of the image; this one is set by `shift`
+    "invert_sigmas": False,
+}
 
 
-def check_scheduler(scheduler: Any) -> None:
+def check_scheduler(scheduler: Any, path: DiffusionPath = "vp") -> None:
     """Raises ValueError if the scheduler has another diffusion process than the network was trained with."""
-    abar = getattr(scheduler, "alphas_cumprod", torch.empty(0)).double().cpu()
-    name, trained = type(scheduler).__name__, alphas_cumprod()[1:]
-    if abar.shape != trained.shape or not torch.allclose(abar, trained, rtol=1e-3):
-        raise ValueError(
-            f"{name} has another noise schedule than the model; "
-            f"create it with {name}.from_config(pipeline.scheduler.config)"
+    name, config = type(scheduler).__name__, scheduler.config
+    if path == "linear":
+        if not follows_flow(scheduler):
+            raise ValueError(
+                f"{name} does not sample a model of path linear; use FlowMatchEulerDiscreteScheduler, "
+                "FlowMatchHeunDiscreteScheduler, or DPMSolverMultistepScheduler or UniPCMultistepScheduler with "
+                "use_flow_sigmas=True"
+            )
+    else:
+        abar, trained = (
+            getattr(scheduler, "alphas_cumprod", torch.empty(0)).double().cpu(),
+            alphas_cumprod(path=path)[1:],
         )
-    if scheduler.config.get("clip_sample"):
+        # The last one of zero SNR is 0 in some of diffusers' schedulers, and 2^-24 in the others and here.
+        if abar.shape != trained.shape or not torch.allclose(abar, trained, rtol=1e-3, atol=1e-7):
+            raise ValueError(
+                f"{name} has another noise schedule than the model; "
+                f"create it with {name}.from_config(pipeline.scheduler.config)"
+            )
+    if config.get("clip_sample") and not isinstance(scheduler, FLOW_MATCHING):
         raise ValueError(f"{name} clips to [-1, 1], but latents exceed that; create it with clip_sample=False")
-    for key, needed in _NEEDED_SETTINGS.items():
-        if (found := scheduler.config.get(key, needed)) != needed:
+    for key, needed in (_NEEDED_IF_LINEAR if path == "linear" else _NEEDED_SETTINGS).items():
+        if (found := config.get(key, needed)) != needed:
             raise ValueError(f"{name} has {key}={found!r}, which is for other models; create it with {key}={needed!r}")
-    if (wanted := scheduler.config.get("prediction_type")) not in get_args(PredictionType):
-        raise ValueError(f"{name} expects prediction type {wanted}, to which no prediction of a U-ViT can be converted")
-    if str(scheduler.config.get("variance_type")).startswith("learned"):
+    if (wanted := expected_prediction(scheduler)) not in PREDICTION_TYPES[path]:
+        raise ValueError(
+            f"{name} expects prediction type {wanted}, to which no prediction of a U-ViT of path {path} can be "
+            f"converted; create it with prediction_type={PREDICTION_TYPES[path][0]!r}"
+        )
+    if str(config.get("variance_type")).startswith("learned"):
         raise ValueError(f"{name} expects a variance (variance_type), which a U-ViT does not predict")
+
+
+def follows_flow(scheduler: Any) -> bool:
+    """Whether the scheduler's latents are (1 - t) x_0 + t noise."""
+    if isinstance(scheduler, MultistepScheduler):
+        return scheduler.path == "linear"
+    knows = "use_flow_sigmas" in inspect.signature(type(scheduler).__init__).parameters  # others ignore the setting
+    return isinstance(scheduler, FLOW_MATCHING) or (knows and bool(scheduler.config.use_flow_sigmas))
 
 
 # Fitted solvers: tables of weights
@@ -167,6 +265,8 @@ class SolverPlan:
     """For each of the N steps: of the latents, of the x_0 predicted at this step, of the one before, ..."""
     guidance: tuple[float, float, float] | None = None
     """The guidance that it was fitted for: scale, lowest and highest timestep. None: not fitted, valid for any."""
+    path: DiffusionPath = "vp"
+    """Of the network."""
 
 
 def karras_grid(num_steps: int) -> Tensor:
@@ -179,17 +279,30 @@ def karras_grid(num_steps: int) -> Tensor:
     return -2 * KARRAS_RHO * torch.linspace(first, last, num_steps, dtype=torch.float64).log()
 
 
-def second_order(log_snrs: Tensor) -> SolverPlan:
+def solver_grid(num_steps: int, path: DiffusionPath) -> Tensor:
+    """The grid of fitted solvers: log-SNRs (num_steps,) float64, rising.
+
+    vp: `karras_grid`. vp_zero_snr: pure noise, and then `karras_grid` of vp. linear: even timesteps, which end one step
+    before x_0. They begin at 999, because the log-SNR of pure noise is not finite.
+    """
+    if path == "vp":
+        return karras_grid(num_steps)
+    if path == "vp_zero_snr":
+        return torch.cat([log_snr(torch.tensor([NUM_TIMESTEPS]), path), karras_grid(num_steps - 1)])
+    return log_snr(torch.linspace(NUM_TIMESTEPS - 1, 0, num_steps + 1, dtype=torch.float64)[:-1], path)
+
+
+def second_order(log_snrs: Tensor, path: DiffusionPath = "vp") -> SolverPlan:
     """DPM-Solver++ (2M) of Lu et al. 2022 on a grid. The first step and the last, to x_0, are of first order."""
     half = (log_snrs / 2).tolist()  # lambda = log(a / s)
-    a, s = (torch.sigmoid(sign * log_snrs).sqrt().tolist() for sign in (1, -1))
+    a, s = (values.tolist() for values in split_log_snr(log_snrs, path))
     weights = []
     for i in range(len(half) - 1):
         h = half[i + 1] - half[i]
         gain = -a[i + 1] * math.expm1(-h)
         back = 0.5 * h / (half[i] - half[i - 1]) if i else 0.0
         weights.append((s[i + 1] / s[i], gain * (1 + back), -gain * back))
-    return SolverPlan(tuple(log_snrs.tolist()), (*weights, (0.0, 1.0, 0.0)))
+    return SolverPlan(tuple(log_snrs.tolist()), (*weights, (0.0, 1.0, 0.0)), path=path)
 
 
 class MultistepScheduler(SchedulerMixin, ConfigMixin):
@@ -201,18 +314,18 @@ class MultistepScheduler(SchedulerMixin, ConfigMixin):
     order = 1
     init_noise_sigma = 1.0
 
-    def __init__(self, plans: Sequence[SolverPlan] = ()):
-        self.register_to_config(**shared_config("sample"))
-        self.plans = plans
-        self.alphas_cumprod = alphas_cumprod()[1:]
+    def __init__(self, plans: Sequence[SolverPlan] = (), path: DiffusionPath = "vp"):
+        self.register_to_config(**shared_config("sample", path))
+        self.plans, self.path = [plan for plan in plans if plan.path == path], path
+        self.alphas_cumprod = alphas_cumprod(path=path)[1:]
         self.guidance: tuple[float, float, float] | None = None
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
         """Raises UserError if there is no plan for this number of steps and this guidance."""
         self.plan = self.plan_for(num_inference_steps)
         self.num_inference_steps = num_inference_steps
-        timesteps = timestep_of_log_snr(torch.tensor(self.plan.log_snrs, dtype=torch.float64))
-        self.timesteps = (timesteps - 1).float().to(device)
+        timesteps = timestep_of_log_snr(torch.tensor(self.plan.log_snrs, dtype=torch.float64), self.path)
+        self.timesteps = (timesteps - from_scheduler_timestep(torch.zeros(()), self.path)).float().to(device)
         self.predicted: list[Tensor] = []  # newest first
         self.step_index = 0
 

@@ -45,7 +45,7 @@ class StoreInfo:
     latent_shift: PerChannel = 0.0  # with latent_scale, a LatentSpace
     latent_std: PerChannel = 1.0
     latents: str = "vae"
-    images_shape: tuple[int, ...] | None = None  # (3, H, W), in place of moments; see PIXEL_SPACE of `uvit.conventions`
+    images_shape: tuple[int, ...] | None = None  # (3, H, W), in place of moments; see PIXELS of `uvit.conventions`
 
     def arrays(self) -> dict[str, ArrayInfo]:
         """The arrays of a shard, by kind."""

@@ -23,7 +23,8 @@ from uvit.model import Block, UViTT2IModel
 from uvit.train.memory import trace_step
 from uvit.train.profiling import count_flops, meta_unet
 from uvit.train.schedule import run_warnings
-from uvit.train.setup import Run, build_run, model_config
+from uvit.train.setup import Run, build_run
+from uvit.weights.unet import model_config
 
 MIB = 2**20
 
@@ -177,6 +178,7 @@ def make_plan(
         tp=degrees.tp,
         text_encoder=text_encoder,
         pad_token_id=pad_token_id,
+        fused_attention=None if config.device == "cpu" else True,
     )
     accumulates = config.gradient_accumulation_steps > 1
     earlier = width * num_all if accumulates else 0  # gradients of earlier microbatches: of all shards, until the last

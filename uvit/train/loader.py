@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from uvit.config.objective import ObjectiveConfig
 from uvit.diffusion import CONTEXT_DROP_PROBABILITY, NUM_TIMESTEPS
 from uvit.store.types import Features
 from uvit.train.epochs import EpochRange, locate_samples
 
-ORDER, DRAWS, FLIPS = 1, 2, 3  # independent streams of random numbers
+ORDER, DRAWS, FLIPS, LEVELS = 1, 2, 3, 6  # independent streams of random numbers; validate.py has 4 and 5
 NUM_ROUNDS = 8
 ITEMS_AHEAD = 4  # per thread
 
@@ -39,7 +40,7 @@ class Batch:
     token_ids: Tensor | None  # (B, T), int64
     posterior_noise: Tensor | None  # (B, C, h, w), float32
     noise: Tensor  # (B, C, h, w), float32
-    timesteps: Tensor  # (B,), int64, 1..1000
+    timesteps: Tensor  # (B,), in (0, 1000]: int64, or float32 where they are fractional
     images: Tensor | None = None  # (B, 3, H, W), uint8, mirrored where they are; then C, h, w are 3, H, W
 
     def to(self, device: torch.device) -> "Batch":
@@ -120,6 +121,20 @@ def flip_draws(counters: np.ndarray, seed: int) -> np.ndarray:
     return np.array([generator.random() for generator in _generators(counters, seed, FLIPS)])
 
 
+def timestep_draws(counters: np.ndarray, seed: int, config: ObjectiveConfig) -> np.ndarray:
+    """Fractional timesteps, (B,) float32 in (0, 1000], and at least 1 on a vp path. Also a separate stream."""
+    uniform, normal = np.empty((len(counters), 2)), np.empty(len(counters))
+    for i, generator in enumerate(_generators(counters, seed, LEVELS)):
+        generator.random(out=uniform[i])
+        normal[i] = generator.standard_normal()
+    level = 1 - uniform[:, 0]  # the noise level n / 1000
+    if config.timestep_sampling == "logit_normal":
+        drawn = 1 / (1 + np.exp(-config.logit_mean - config.logit_std * normal))
+        level = np.where(uniform[:, 1] < config.uniform_share, level, drawn)
+    level = config.timestep_shift * level / (1 + (config.timestep_shift - 1) * level)
+    return np.maximum(NUM_TIMESTEPS * level, 0 if config.path == "linear" else 1).astype(np.float32)
+
+
 def _generators(counters: np.ndarray, seed: int, stream: int) -> Iterator[np.random.Generator]:
     """One generator, set to the start of each sample's part of a stream in turn."""
     bits = np.random.Philox(key=[seed, stream])
@@ -139,10 +154,15 @@ class BatchDataset:
     """
 
     def __init__(
-        self, features: Features, batch_size: int, seed: int, use_tokens: bool = False, noise_offset: float = 0.0
+        self,
+        features: Features,
+        batch_size: int,
+        seed: int,
+        use_tokens: bool = False,
+        config: ObjectiveConfig = ObjectiveConfig(),  # noqa: B008 - it is frozen
     ):
         self.features, self.batch_size, self.seed = features, batch_size, seed
-        self.use_tokens, self.noise_offset = use_tokens, noise_offset
+        self.use_tokens, self.config = use_tokens, config
         self.first_sample = 0
         self.epochs = [EpochRange(0, 0, features.num_samples)]
 
@@ -159,7 +179,10 @@ class BatchDataset:
         features = self.features
         counters = self.first_sample + np.arange(index * self.batch_size, (index + 1) * self.batch_size)
         posterior = not features.is_pixels
-        draws = random_draws(counters, self.seed, features.latents_shape, self.noise_offset, posterior)
+        draws = random_draws(counters, self.seed, features.latents_shape, self.config.noise_offset, posterior)
+        timesteps = (
+            draws.timesteps if self.config.whole_timesteps() else timestep_draws(counters, self.seed, self.config)
+        )
         flips = flip_draws(counters, self.seed) if features.flipped else None
         read = features.read(self.rows(counters), draws.captions, flips)
         context, token_ids = None, None
@@ -177,7 +200,7 @@ class BatchDataset:
             token_ids=to_tensor(token_ids),
             posterior_noise=to_tensor(draws.posterior_noise),
             noise=torch.from_numpy(draws.noise),
-            timesteps=torch.from_numpy(draws.timesteps),
+            timesteps=torch.from_numpy(timesteps),
             images=to_tensor(read.images),
         )
 

@@ -1,8 +1,10 @@
 """The training step: from the next batches to the next value of the weights."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,19 +34,25 @@ class StepResult:
 
 def batch_loss(run: Run, batch: Batch) -> Tensor:
     """The loss that training minimises. A float32 scalar."""
-    return compute_loss(run, run.precision.compute_model, batch, run.config.snr_gamma)
+    return compute_loss(run, run.precision.compute_model, batch, run.config.loss_settings())
 
 
-def compute_loss(run: Run, model: nn.Module, batch: Batch, snr_gamma: float | None = None) -> Tensor:
-    """Add noise to the latents, predict, compare: U-ViT's eq. 1 for epsilon. `model`: one of the run's."""
+def compute_loss(run: Run, model: nn.Module, batch: Batch, weights: Mapping[str, Any] = MappingProxyType({})) -> Tensor:
+    """Add noise to the latents, predict, compare: U-ViT's eq. 1 for epsilon.
+
+    Args:
+        model: one of the run's.
+        weights: arguments of `loss_weight`. Without any, the loss is the squared error of what is predicted.
+    """
     unet = model["unet"]  # type: ignore[index]
     dtype = next(unet.parameters()).dtype  # float32, or the low precision of a copy at O2
     x_0 = clean_latents(run, batch)
-    x_n = add_noise(x_0, batch.noise, batch.timesteps)
+    path, prediction_type = run.conventions.path, run.conventions.prediction_type
+    x_n = add_noise(x_0, batch.noise, batch.timesteps, path)
     with run.precision.autocast():
         context = batch_context(run, model, batch)
         prediction = unet(x_n.to(dtype), batch.timesteps, context.to(dtype))
-    return diffusion_loss(prediction, x_0, batch.noise, batch.timesteps, run.config.prediction_type, snr_gamma)
+    return diffusion_loss(prediction, x_0, batch.noise, batch.timesteps, prediction_type, path=path, **weights)
 
 
 def clean_latents(run: Run, batch: Batch) -> Tensor:
@@ -105,8 +113,8 @@ def train_step(run: Run, batches: Iterator[Batch]) -> StepResult:
     finite = all_of(finite, run.world) if skipped else True
     with clock.compute("optimizer"):
         precision.step(optimizer, update=not skipped, finite=finite)
-        if run.ema and not skipped:
-            run.ema.update(run.master_model)
+        if run.ema:
+            run.ema.update(run.master_model, run.step + 1, skipped)
 
     first_sample = next_kept_sample(run.samples, run.samples_per_step, guards.skipped_samples)
     run.step, run.samples = run.step + 1, first_sample + run.samples_per_step

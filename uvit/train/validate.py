@@ -218,12 +218,13 @@ def sample_images(run: Run, decode: Decoder, noise: Tensor, contexts: Tensor, gu
     """Noise (N, C, h, w) and text embeddings (N + 1, T, D) -> images (N, 3, H, W) in [-1, 1]."""
     latents = denoise(
         run.ema_model["unet"],
-        build_scheduler("dpmsolver++"),
+        build_scheduler(path=run.conventions.path, shift=run.config.timestep_shift),
         noise,
         contexts[:-1],
         contexts[-1:],
         guidance_scale=guidance_scale,
         num_inference_steps=run.config.num_inference_steps,
-        prediction_type=run.config.prediction_type,
+        prediction_type=run.conventions.prediction_type,
+        path=run.conventions.path,
     )
     return decode(latents)

@@ -45,7 +45,7 @@ from uvit.weights.encoders import (
 from uvit.weights.networks import Location, NetworkWeights, locate, read_networks
 from uvit.weights.report import Report, shorten
 from uvit.weights.text_encoder import text_encoder_from_tensors
-from uvit.weights.unet import unet_from_tensors
+from uvit.weights.unet import model_config, unet_from_tensors
 from uvit.weights.vae import vae_from_tensors
 
 CONVENTIONS = "uvit_conventions.json"  # `uvit convert` writes it beside weights in other formats
@@ -58,8 +58,9 @@ ConventionsChoice = Literal["source", "trained"]
 
 def as_trained(conventions: Conventions) -> Conventions:
     """The conventions of training in place of those of PaddleMIX's pipeline; others stay."""
-    paddlemix = replace(PADDLEMIX, prediction_type=conventions.prediction_type)
-    return replace(TRAINED, prediction_type=conventions.prediction_type) if conventions == paddlemix else conventions
+    if replace(conventions, prediction_type=PADDLEMIX.prediction_type, path=PADDLEMIX.path) != PADDLEMIX:
+        return conventions
+    return replace(TRAINED, prediction_type=conventions.prediction_type, path=conventions.path)
 
 
 @dataclass
@@ -114,7 +115,7 @@ def read_components(
             continue
         for weights in read_networks(location, use_ema, config_file, overridden, report):
             if weights.is_raw:
-                weights = replace(weights, config=dict(found["unet"].config))
+                weights = replace(weights, config=model_config(found["unet"]))
                 raw_unet = build_network(weights, Report()).state_dict()
                 continue
             if weights.component in found:
