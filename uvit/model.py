@@ -111,18 +111,17 @@ class Block(nn.Module):
 
 
 class UViTT2IModel(ModelMixin, ConfigMixin):
-    """U-ViT for text-to-image latent diffusion.
+    """U-ViT for text-to-image diffusion, of latents or of pixels.
 
     Args:
-        sample_size: height and width of the latents, or a pair (height, width); smaller latents take the middle of
-            its position grid.
+        sample_size: height and width of the latents (of the images, for a model on pixels), or a pair (height, width);
+            smaller latents take the middle of its position grid.
         num_layers: blocks without the middle one: num_layers // 2 before it and as many after it.
         clip_dim, num_text_tokens: width and length of the context.
         conv: end with a 3x3 convolution.
         bottleneck_dim: width of a bottleneck in the patch embedding, for large patches of pixels. None: as published.
-        latent_scale, latent_shift, latent_std, timestep_labels, prediction_type, path: how to sample with the weights,
-            see `Conventions` of `uvit.conventions`. They change nothing here, but are saved with the model. None: not
-            known.
+        latent_scale, latent_shift, latent_std, timestep_labels, prediction_type, path, latents: how to sample with the
+            weights, see `uvit.conventions`. They change nothing here, but are saved with the model. None: not known.
 
     The other keys are those of the published JSON configs. Raises ValueError for sizes that do not fit together.
     """
@@ -151,6 +150,7 @@ class UViTT2IModel(ModelMixin, ConfigMixin):
         timestep_labels: str | None = None,
         prediction_type: str | None = None,
         path: str | None = None,
+        latents: str | None = None,
     ):
         super().__init__()
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size

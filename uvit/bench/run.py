@@ -59,7 +59,7 @@ def build_bench_run(config: BenchConfig, folder: Path) -> Run:
     num_pairs = LOADER_PAIRS if config.loader else config.batch_size
     return build_run(
         TrainConfig(
-            feature_path=str(write_random_store(folder / "features", unet, num_pairs)),
+            feature_path=str(write_random_store(folder / "features", unet, num_pairs, pixels=config.latents == "none")),
             output_dir=str(folder / "run"),
             uvit_config_file=config.uvit_config_file,
             per_device_train_batch_size=config.batch_size,

@@ -34,7 +34,9 @@ MODERN_KINDS: Kinds = {key: kinds for key, kinds in KINDS.items() if key not in 
 MODERN_KINDS |= {"skip": (str,)}
 KEY_CHOICES = {"skip": ("concat", "add", "none")}
 # How to sample with its weights: what the config.json of trained weights has besides. A new model has none of it.
-SAMPLING_KEYS = ("latent_scale", "latent_shift", "latent_std", "timestep_labels", "prediction_type", "path")
+SAMPLING_KEYS = (
+    "latent_scale", "latent_shift", "latent_std", "timestep_labels", "prediction_type", "path", "latents",
+)  # fmt: skip
 # What PaddleMIX's configs have besides, and the values at which it changes nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {"norm_type": ("layer_norm",), "qk_scale": (None,)}
 DROPOUT = ("attn_drop_rate", "drop_rate", "pos_drop_rate")  # has no weights

@@ -43,5 +43,14 @@ def local_parameters(model: nn.Module) -> list[Tensor]:
 @torch.no_grad()
 def checksum(model: nn.Module) -> int:
     """Sum the bits of the float32 parameters of this process. It changes when a parameter changes."""
-    sums = [local.view(torch.int32).sum(dtype=torch.int64) for local in local_parameters(model)]
+    sums = [part.sum() for local in local_parameters(model) for part in _as_integers(local)]
     return int(torch.stack(sums).sum().item())
+
+
+def _as_integers(values: Tensor) -> list[Tensor]:
+    """The same memory as int64, and what is left of it as int32. Sums of int64 are three times as fast."""
+    if not values.is_contiguous() or values.storage_offset() % 2:
+        return [values.view(torch.int32)]
+    flat = values.view(-1)
+    even = flat.numel() // 2 * 2
+    return [flat[:even].view(torch.int64), flat[even:].view(torch.int32)]

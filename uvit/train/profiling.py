@@ -50,7 +50,7 @@ class MfuReference:
 
 
 def mfu_reference(run: Run) -> MfuReference:
-    _, height, width = run.features.moments_shape
+    _, height, width = run.features.latents_shape
     _, flops = count_flops(model_config(run.master_model["unet"]), size=(height, width))
     dtype, device = run.precision.dtype, run.device
     kind = str(dtype).removeprefix("torch.")

@@ -211,8 +211,9 @@ def plan_steps(run: Run) -> None:
 def encoder_sources(config: TrainConfig, features: Features) -> dict[str, str | None]:
     """Names or paths: of the pipeline to start from if it has them, or else of a flag, or else of the features."""
     pretrained = config.pretrained_model_name_or_path
+    vae = first_that_has("vqvae", pretrained, config.vae_name_or_path, features.vae_name)
     return {
-        "vae": first_that_has("vqvae", pretrained, config.vae_name_or_path, features.vae_name),
+        "vae": None if features.is_pixels else vae,
         "text_encoder": first_that_has(
             "text_encoder", pretrained, config.text_encoder_name_or_path, features.text_encoder_name
         ),
@@ -231,9 +232,14 @@ def training_conventions(
     trained = as_trained(Conventions.recorded(before))
     if features.latent_space is not None:
         space = features.latent_space
+        if config.latent_scale is not None and space.is_pixels:
+            raise UserError(
+                f"--latent_scale {config.latent_scale}: --feature_path {config.feature_path} holds pixels, which are "
+                "not scaled; leave it out"
+            )
         if config.latent_scale is not None:
             space = replace(space, latent_scale=config.latent_scale)
-    elif before["latent_scale"] is not None:
+    elif before["latent_scale"] is not None and not trained.is_pixels:
         space = trained if config.latent_scale is None else replace(trained, latent_scale=config.latent_scale)
     else:
         try:
