@@ -37,9 +37,9 @@ def rotation_angles(rows: Tensor, columns: Tensor, head_dim: int) -> Tensor:
     num_frequencies = head_dim // 4
     exponents = torch.arange(num_frequencies, device=rows.device, dtype=torch.float32) / num_frequencies
     frequencies = ROTATION_BASE**-exponents
-    of_rows = (rows[:, None] * frequencies)[:, None].expand(-1, len(columns), -1)  # (h, w, d/4)
-    of_columns = (columns[:, None] * frequencies)[None].expand(len(rows), -1, -1)  # (h, w, d/4)
-    return torch.cat([of_rows, of_columns], dim=-1).flatten(0, 1)  # (h w, d/2)
+    of_rows = (rows[:, None] * frequencies)[:, None].expand(-1, len(columns), -1)                # (h, w, d/4)
+    of_columns = (columns[:, None] * frequencies)[None].expand(len(rows), -1, -1)                # (h, w, d/4)
+    return torch.cat([of_rows, of_columns], dim=-1).flatten(0, 1)                                # (h w, d/2)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class ModernAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.head_dim = dim // num_heads
-        self.fused: bool | None = None  # see `attention`
+        self.fused: bool | None = None  # see `uvit.model.attention`
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.q_norm = RMSNorm(self.head_dim)
         self.k_norm = RMSNorm(self.head_dim)
@@ -61,13 +61,13 @@ class ModernAttention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, num_queries: int) -> Tensor:
         """Every token is attended to; only the last `num_queries` tokens are queries."""
         B, L, _ = x.shape
-        qkv = self.qkv(x).view(B, L, 3, -1, self.head_dim)  # (B, L, 3, N, d)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, N, L, d) each
+        qkv = self.qkv(x).view(B, L, 3, -1, self.head_dim)                                       # (B, L, 3, N, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)                                           # (B, N, L, d) each
         q = rotate(self.q_norm(q[:, :, -num_queries:]), cos[-num_queries:], sin[-num_queries:])  # (B, N, queries, d)
-        k = rotate(self.k_norm(k), cos, sin)  # (B, N, L, d)
-        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast normalizes in float32
-        x = attention(q, k, v, self.fused)  # (B, N, queries, d)
-        return self.proj(x.transpose(1, 2).flatten(2))  # (B, queries, D)
+        k = rotate(self.k_norm(k), cos, sin)                                                     # (B, N, L, d)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast normalizes and turns them in float32
+        x = attention(q, k, v, self.fused)                                                       # (B, N, queries, d)
+        return self.proj(x.transpose(1, 2).flatten(2))                                           # (B, queries, D)
 
 
 class SwiGLU(nn.Module):
@@ -80,7 +80,7 @@ class SwiGLU(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        gates, values = self.fc1(x).chunk(2, dim=-1)  # (B, L, M) each
+        gates, values = self.fc1(x).chunk(2, dim=-1)                                             # (B, L, M) each
         return self.fc2(F.silu(gates) * values)
 
 
@@ -102,7 +102,7 @@ class ModernBlock(nn.Module):
         num_outputs = num_outputs or x.shape[1]
         if self.skip_linear is not None:
             assert skip is not None
-            x = self.skip_linear(torch.cat([x, skip], dim=-1))  # (B, L, D)
+            x = self.skip_linear(torch.cat([x, skip], dim=-1))                                   # (B, L, D)
         elif skip is not None:
             x = x + skip
         x = x[:, -num_outputs:] + self.attn(self.norm1(x), cos, sin, num_outputs)
@@ -212,12 +212,12 @@ class ModernUViTT2IModel(UViTT2IModel):
             raise ValueError(f"context has {context.shape[1]} tokens; the model has {self.num_extra_tokens - 1}")
         timestep = torch.as_tensor(timestep, device=latents.device).expand(B)
 
-        text = self.context_embed(context)  # (B, T, D)
+        text = self.context_embed(context)                                                       # (B, T, D)
         pooled = text.mean(dim=1, keepdim=True) * text.shape[1] ** 0.5  # of the size of one token
-        patches = self.patch_embed(latents) + self.pooled_text(pooled)  # (B, h w, D)
-        time = timestep_embedding(timestep, patches.shape[-1]).to(patches.dtype)[:, None]  # (B, 1, D)
-        x = torch.cat([time, text, patches], dim=1) + self._positions(h, w)  # (B, L, D)
-        cos, sin = self._rotations(h, w, x)  # (L, d/2) each
+        patches = self.patch_embed(latents) + self.pooled_text(pooled)                           # (B, h w, D)
+        time = timestep_embedding(timestep, patches.shape[-1]).to(patches.dtype)[:, None]        # (B, 1, D)
+        x = torch.cat([time, text, patches], dim=1) + self._positions(h, w)                      # (B, L, D)
+        cos, sin = self._rotations(h, w, x)                                                      # (L, d/2) each
 
         skips: list[Tensor | None] = []
         for block in self.in_blocks:
@@ -227,9 +227,9 @@ class ModernUViTT2IModel(UViTT2IModel):
         *out_blocks, last_block = self.out_blocks
         for block in out_blocks:
             x = self._run(block, x, cos, sin, skips.pop())
-        x = self._run(last_block, x, cos, sin, skips.pop(), h * w)  # (B, h w, D)
+        x = self._run(last_block, x, cos, sin, skips.pop(), h * w)                               # (B, h w, D)
 
-        x = self.decoder_pred(self.norm(x))  # (B, h w, p p C)
+        x = self.decoder_pred(self.norm(x))                                                      # (B, h w, p p C)
         x = x.view(B, h, w, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, H, W)
         return self.final_layer(x)
 
