@@ -60,6 +60,11 @@ def test_an_average_may_rest_where_the_weights_do(run: Run) -> None:
         saving.save()
 
 
+def test_an_average_may_rest_until_its_next_update(tiny_config: Any, tmp_path: Path) -> None:
+    assert train(tiny_config(ema_update_steps=4, save_steps=1)) == 0
+    assert len(checkpoint_folders(tmp_path / "run")) == 6
+
+
 @pytest.mark.parametrize("decay", [0.9999, 0.0])
 def test_a_slow_average_moves_enough(decay: float, tiny_config: Any, tmp_path: Path) -> None:
     config = tiny_config(

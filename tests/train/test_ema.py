@@ -1,9 +1,10 @@
 """The average follows its definition, in float32, and is nobody's alias."""
 
+import pytest
 import torch
 from torch import nn
 
-from uvit.train.optimizer import EMA, checksum
+from uvit.train.ema import EMA, checksum
 
 
 def test_it_follows_its_definition() -> None:
@@ -13,7 +14,7 @@ def test_it_follows_its_definition() -> None:
     expected = 0.0
     for value in range(1, 21):
         nn.init.constant_(model.weight, value)
-        ema.update(model)
+        ema.update(model, value)
         expected = 0.9 * expected + 0.1 * value
         torch.testing.assert_close(ema.model.weight.item(), expected, rtol=1e-6, atol=0)
 
@@ -23,10 +24,33 @@ def test_it_moves_by_less_than_low_precision_could_hold() -> None:
     nn.init.ones_(model.weight)
     ema = EMA(model, decay=0.9999)
     nn.init.constant_(model.weight, 1.01)
-    ema.update(model)
+    ema.update(model, 1)
     assert 1 < ema.model.weight.item() < 1.00001
     assert ema.model.weight.dtype == torch.float32 and not ema.model.weight.requires_grad
     assert model.weight.requires_grad
+
+
+def test_an_update_of_several_steps_is_one_with_the_decay_of_so_many() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    ema = EMA(model, decay=0.9, update_steps=3)
+    found = []
+    for step in range(1, 8):
+        nn.init.constant_(model.weight, step)
+        ema.update(model, step, skipped=step == 6)
+        found.append(ema.model.weight.item())
+    at_3 = 3 * (1 - 0.9**3)
+    at_6 = at_3 * 0.9**3 + 6 * (1 - 0.9**3)
+    assert found == pytest.approx([0, 0, at_3, at_3, at_3, at_6, at_6])
+
+
+def test_a_skipped_step_does_not_count_by_itself() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    ema = EMA(model, decay=0.9)
+    nn.init.constant_(model.weight, 5)
+    before = checksum(ema.model)
+    ema.update(model, 1, skipped=True)
+    assert checksum(ema.model) == before
 
 
 def test_bits_tell_whether_anything_moved() -> None:

@@ -19,6 +19,8 @@ class BenchConfig:
 
     uvit_config_file: PathFlag = "uvit_t2i_small"
     """The model: the name of a model preset, or a JSON file."""
+    latents: Literal["vae", "none"] = "vae"
+    """What the random features are. vae: moments of latents; none: pixels, for a model with 3 in_channels."""
     batch_size: BatchSize = 4
     """Samples per training step and per forward pass."""
     steps: PositiveInt = 5

@@ -77,6 +77,8 @@ class RecipeConfig:
     """Keep an exponential moving average (EMA) of the weights, for validation, previews and the pipeline."""
     ema_decay: Fraction = 0.9999
     """Decay of the EMA weights per optimizer step."""
+    ema_update_steps: PositiveInt = 1
+    """Steps between updates of the EMA weights, each with the decay of so many steps: 10 makes them almost free."""
 
     # Text encoder
     text_encoder_name_or_path: PathFlag | None = None

@@ -92,7 +92,8 @@ def open_model(name: str, weights: WeightsChoice, device: str, dtype: str) -> Mo
             pipeline = build_pipeline(components).to(own_device(device), getattr(torch, dtype))
         pipeline.set_progress_bar_config(disable=True)
     networks = {network: getattr(pipeline, network) for network in ("unet", "vqvae", "text_encoder")}
-    return Model(pipeline, opened, {f"{name}_sha256": fingerprint(network) for name, network in networks.items()})
+    hashes = {f"{name}_sha256": fingerprint(each) for name, each in networks.items() if each is not None}
+    return Model(pipeline, opened, hashes)
 
 
 def trained_on(name: str) -> str | None:
@@ -178,7 +179,7 @@ class GeneratedImages:
 
     def _metadata(self, job: ImageJob) -> dict[str, str]:
         names = ("unet_sha256", "vqvae_sha256", "text_encoder_sha256", "dtype", *asdict(self.setting))
-        settings = {name: str(self.description[name]) for name in names}
+        settings = {name: str(self.description[name]) for name in names if name in self.description}
         return {"software": f"uvit {__version__}", **settings, "prompt": job.prompt, "seed": str(job.seed)}
 
 

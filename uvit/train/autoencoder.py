@@ -31,8 +31,9 @@ from uvit.lock import WriterLock
 from uvit.progress import Progress, duration, is_terminal, write
 from uvit.sources.open import open_source, require_random_access
 from uvit.sources.types import RandomAccessSource
+from uvit.train.ema import EMA
 from uvit.train.guards import Guards
-from uvit.train.optimizer import EMA, set_learning_rate, training_state
+from uvit.train.optimizer import set_learning_rate, training_state
 from uvit.train.process import (
     StopSignal,
     hang_watchdog,
@@ -296,7 +297,7 @@ def vae_step(run: VaeRun, pixels: Tensor, noise: Tensor) -> VaeStepResult | None
     skipped = not finite or guards.is_spike(norm)
     if not skipped:
         run.optimizer.step()
-        run.ema.update(vae)
+        run.ema.update(vae, run.step)
     guards.record_step(run.step, first_image, norm if finite else None, skipped)
     return VaeStepResult(psnr_of(error.item()) if finite else math.nan, norm, lr)
 

@@ -24,8 +24,9 @@ from uvit.train.branch import (
     set_aside,
 )
 from uvit.train.checks import differing_fingerprints
+from uvit.train.ema import checksum
 from uvit.train.epochs import EpochRange, extend_epochs
-from uvit.train.optimizer import checksum, training_state
+from uvit.train.optimizer import training_state
 from uvit.train.schedule import describe_resume
 from uvit.train.setup import Run, plan_steps
 
@@ -47,7 +48,7 @@ class Checkpointer:
             self.saver.spare.add(run.resumed_from)  # to go back to it again
         if run.best:
             self.saver.spare.add(run.best["checkpoint"])
-        self.checksums = self._checksums()
+        self.checksums, self.checked_step = self._checksums(), run.step
         self.started_step: int | None = None  # of the last checkpoint
 
     def save(self) -> None:
@@ -107,6 +108,9 @@ class Checkpointer:
         """The EMA weights must follow the weights, however slowly."""
         if self.run.ema is None:
             return
+        update_steps, last, self.checked_step = self.run.ema.update_steps, self.checked_step, self.run.step
+        if self.run.step // update_steps == last // update_steps:
+            return  # no update was due
         before, self.checksums = self.checksums, self._checksums()
         changed = [any_of(old != new, self.run.world) for old, new in zip(before, self.checksums, strict=True)]
         weights_changed, ema_changed = changed

@@ -1,6 +1,5 @@
-"""The optimizer, its learning rate, and the exponential moving average (EMA) of the weights."""
+"""The optimizer and its learning rate."""
 
-import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from uvit.config.train import TrainConfig
-from uvit.distributed.ops import fused_groups, local_tensor
+from uvit.distributed.ops import fused_groups
+from uvit.train.ema import EMA
 
 # AdamW
 
@@ -54,9 +54,7 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]
     }
 
 
-def training_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, ema: "EMA | None"
-) -> dict[str, dict[str, Tensor]]:
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None) -> dict[str, dict[str, Tensor]]:
     """All tensors that change from step to step, by the names of a checkpoint's files."""
     init_optimizer_state(optimizer)
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -115,28 +113,3 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
     return optimizer.param_groups[0]["lr"]
-
-
-# EMA
-
-
-class EMA:
-    """Keeps `model`, a frozen float32 copy: ema = decay * ema + (1 - decay) * parameter after each step."""
-
-    def __init__(self, model: nn.Module, decay: float):
-        self.decay = decay
-        self.model = copy.deepcopy(model).float().eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Call this once after each optimizer step."""
-        ema_parameters = [local_tensor(parameter) for parameter in self.model.parameters()]
-        parameters = [local_tensor(parameter) for parameter in model.parameters()]
-        torch._foreach_lerp_(ema_parameters, parameters, 1 - self.decay)
-
-
-@torch.no_grad()
-def checksum(model: nn.Module) -> int:
-    """Sum the bits of the float32 parameters of this process. It changes when a parameter changes."""
-    sums = [local_tensor(parameter).view(torch.int32).sum(dtype=torch.int64) for parameter in model.parameters()]
-    return int(torch.stack(sums).sum().item())
