@@ -18,18 +18,24 @@ features=$out/features/$data
 if [ ! -e "$features/complete" ]; then
     case $data in
         shapes)
-            common=(--source shapes --resolution 32 --vae_name_or_path shapes --text tokens --model_max_length 18)
-            uvit extract "${common[@]}" --split train --output_dir "$features"
-            uvit extract "${common[@]}" --split heldout --output_dir "$features"
+            of_shapes=(--source shapes --resolution 32 --vae_name_or_path shapes --text tokens --model_max_length 18)
+            uvit extract "${of_shapes[@]}" --split train --output_dir "$features"
+            uvit extract "${of_shapes[@]}" --split heldout --output_dir "$features"
             ;;
         emoji_latents)
             source=${SOURCE:?give the images: SOURCE=emoji_noto_64.tar}
             uvit autoencoder --source "$source" --resolution 64 --factor 4 --channels 32 --batch_size 8 --max_steps 2000 \
                 --kl_weight 2e-3 --bf16 --output_dir "$out/features/emoji_vae"
-            common=(--source "$source" --val_every 20 --resolution 64 --text tokens --model_max_length 24)
-            common+=(--vae_name_or_path "$out/features/emoji_vae" --output_dir "$features")
-            uvit extract "${common[@]}" --split train
-            uvit extract "${common[@]}" --split val
+            of_latents=(--source "$source" --val_every 20 --resolution 64 --vae_name_or_path "$out/features/emoji_vae" \
+                --text tokens --model_max_length 24)
+            uvit extract "${of_latents[@]}" --split train --output_dir "$features"
+            uvit extract "${of_latents[@]}" --split val --output_dir "$features"
+            ;;
+        emoji_pixels)
+            source=${SOURCE:?give the images: SOURCE=emoji_noto_64.tar}
+            of_pixels=(--source "$source" --val_every 20 --resolution 64 --latents none --text tokens --model_max_length 24)
+            uvit extract "${of_pixels[@]}" --split train --output_dir "$features"
+            uvit extract "${of_pixels[@]}" --split val --output_dir "$features"
             ;;
     esac
     touch "$features/complete"
