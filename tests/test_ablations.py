@@ -4,14 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from benchmarks.ablations import against, arms_of, draw_curves, ledger_table, main, read_table, train_arguments
 from uvit.cli.main import main as run_uvit
 from uvit.cli.parse import parse
 from uvit.config.evaluate import EvaluateConfig
+from uvit.config.model import resolve_model_config
 from uvit.config.train import TrainConfig
 from uvit.sources.shapes import ShapesSource
+from uvit.weights.unet import new_unet
 
 TABLE = read_table()
 TINY = {
@@ -23,12 +26,14 @@ TINY = {
 
 
 @pytest.mark.parametrize("data", TABLE["data"])
-def test_every_arm_parses_and_changes_something(data: str, tmp_path: Path) -> None:
+def test_every_arm_parses_builds_and_changes_something(data: str, tmp_path: Path) -> None:
     seen: dict[str, str] = {}
     for arm in arms_of(TABLE, data):
         words = train_arguments(TABLE, data, arm, "features", tmp_path)
         config, _ = parse(TrainConfig, [*words, "--output_dir", "out"], prog="uvit train")
         model = (tmp_path / "model.json").read_text() if "model.json" in config.uvit_config_file else ""
+        with torch.device("meta"):
+            new_unet(resolve_model_config(config.uvit_config_file))
         content = repr(config) + model
         assert content not in seen.values(), f"{arm} is equal to another arm"
         seen[arm] = content
