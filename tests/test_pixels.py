@@ -190,6 +190,14 @@ def test_a_run_resumes_to_the_bit(trained: Path, train_config: Callable[..., Tra
     assert {path.name for path in (trained / "previews").iterdir()} == {"step-00000002.png", "step-00000004.png"}
 
 
+def test_a_run_starts_from_a_pipeline_on_pixels(
+    trained: Path, train_config: Callable[..., TrainConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = build_run(train_config(pretrained_model_name_or_path=str(trained / "pipeline")), tmp_path)
+    assert same(run.master_model["unet"].state_dict(), load_unet(trained / "pipeline").state_dict())
+    assert run.encoders["vae"] is None and "warning" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -52,6 +52,7 @@ class ModernAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.head_dim = dim // num_heads
+        self.fused: bool | None = None  # see `attention`
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.q_norm = RMSNorm(self.head_dim)
         self.k_norm = RMSNorm(self.head_dim)
@@ -64,7 +65,8 @@ class ModernAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, N, L, d) each
         q = rotate(self.q_norm(q[:, :, -num_queries:]), cos[-num_queries:], sin[-num_queries:])  # (B, N, queries, d)
         k = rotate(self.k_norm(k), cos, sin)  # (B, N, L, d)
-        x = attention(q.to(v.dtype), k.to(v.dtype), v)  # autocast normalizes in float32         # (B, N, queries, d)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast normalizes in float32
+        x = attention(q, k, v, self.fused)  # (B, N, queries, d)
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, queries, D)
 
 
@@ -119,7 +121,7 @@ class ModernUViTT2IModel(UViTT2IModel):
         conv: end with a 3x3 convolution, which begins as the identity.
         bottleneck_dim: width of a bottleneck in the patch embedding, for large patches of pixels. None: none.
         skip: how long skip connections are merged: "concat" (a linear layer of both, as published), "add" or "none".
-        latent_scale, latent_shift, latent_std, timestep_labels, prediction_type, path: as in `UViTT2IModel`.
+        latent_scale, latent_shift, latent_std, timestep_labels, prediction_type, path, latents: as in `UViTT2IModel`.
 
     Raises ValueError for sizes that do not fit together.
     """

@@ -69,6 +69,12 @@ def test_a_modern_u_vit(skip: str) -> None:
             unet_from_tensors(weights, PATH, {}, Report())
 
 
+def test_an_unconditional_network_is_said_to_be_one() -> None:
+    weights = {name: value for name, value in tiny_unet().state_dict().items() if "context_embed" not in name}
+    with pytest.raises(UserError, match=r"reads no text .* only text-to-image U-ViTs can be converted"):
+        unet_from_tensors(weights, PATH, {}, Report())
+
+
 @pytest.mark.parametrize("paddle", [False, True])
 def test_a_bottleneck_shows_in_the_shapes(paddle: bool) -> None:
     unet = tiny_unet(bottleneck_dim=6)

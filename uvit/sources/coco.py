@@ -147,6 +147,7 @@ def open_coco(files: list[Path], image_folder: Path) -> FileSource:
         end += opened.size if isinstance(opened, IndexedFile) else len(opened)
         reader.files.append(opened)
         reader.ends.append(end)
+        del listed  # the places of its images are in `matched`
     items = np.concatenate([each.items for each in matched])
     names = number_equal(*(np.concatenate(keys) for keys in zip(*[each.name_keys for each in matched], strict=True)))
     is_first = first_of_each(names)
@@ -212,8 +213,9 @@ def _match(listed: "_Listed", first_item: int, first_place: int) -> _Matched:
         message = f"{listed.file}, images[{number}]: an earlier image has the same id, {id}"
         problems[number] = Problem(id, "duplicate id", message)
     # Annotations
-    highest = np.maximum.accumulate(np.concatenate([[num_ids - 1], annotation_ids]))
+    highest = np.maximum.accumulate(np.concatenate([np.array([num_ids - 1], ids.dtype), annotation_ids]))
     strangers = np.flatnonzero(annotation_ids > highest[:-1]).tolist()
+    del highest
     for number, id in enumerate(listed.read_ids("annotations", strangers), start=num_images):
         message = f"{listed.file}: annotations have the image_id {id}, which no entry of images has"
         problems[number] = Problem(id, "missing image", message)

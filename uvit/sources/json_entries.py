@@ -12,6 +12,7 @@ WINDOW = 2**20  # bytes that are decoded at a time
 
 Entry = tuple[str, Any, int, int]  # (key of the list, entry, its first byte, number of bytes)
 
+_AFTER = tuple(" \t\n\r,:]}")  # what may follow a value
 _space = re.compile(r"[ \t\n\r]*")
 _parse = json.JSONDecoder().raw_decode
 
@@ -86,7 +87,7 @@ class _Window:
                 if not self._read_more():
                     raise
                 continue
-            if end == len(self._text) and self._read_more():  # a number may go on
+            if self._text[end : end + 1] not in _AFTER and self._read_more():  # a number goes on, as -1 does in -1.5
                 continue
             start, length = self._place, self._num_bytes(end)
             self._place += length

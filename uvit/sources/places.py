@@ -71,6 +71,7 @@ def number_equal(keys: np.ndarray, more_keys: np.ndarray) -> np.ndarray:
     for part in (keys, more_keys):
         sorted_part = part[order]
         is_new[1:] |= sorted_part[1:] != sorted_part[:-1]
+        del sorted_part
     firsts = order[is_new]
     small = np.int32 if len(order) < 2**31 else np.int64
     ranks = np.empty(len(firsts), small)

@@ -193,7 +193,7 @@ def check_latents(features: Features, space: LatentSpace, path: str) -> None:
         std = float(np.std(space.normalize(torch.from_numpy(stored)).numpy()))
     if USUAL_STD[0] <= std <= USUAL_STD[1] or (features.is_pixels and std > 0):
         return
-    where = f"--feature_path {path}: the latents of {len(rows)} samples"
+    where = f"--feature_path {path}: the {'images' if features.is_pixels else 'latents'} of {len(rows)} samples"
     if not std > 0:
         print(f"warning: {where} are all equal or not finite; check the features before training on them")
         return

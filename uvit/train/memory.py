@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from uvit.model import Attention
+from uvit.modern_model import ModernAttention
 from uvit.train.profiling import meta_inputs, meta_unet
 from uvit.weights.encoders import encode_tokens
 
@@ -64,7 +65,7 @@ def trace_step(
     if recompute:
         unet.enable_gradient_checkpointing()
     for module in unet.modules():
-        if isinstance(module, Attention):
+        if isinstance(module, Attention | ModernAttention):
             module.fused = fused_attention
     encoder = copy.deepcopy(text_encoder)
     networks = nn.ModuleList([unet, encoder] if encoder else [unet]).train()

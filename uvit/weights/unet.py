@@ -76,6 +76,11 @@ def unet_config(
     modern one adds its skips. These are taken from `config`, else from the shipped configs of that width. Raises
     UserError where `config` contradicts the shapes, or nothing tells them.
     """
+    if not any(name.startswith("context_embed.") for name in tensors):
+        raise UserError(
+            f"{path}: is a U-ViT that reads no text (it has no context_embed), like those of CIFAR-10 and CelebA; only "
+            "text-to-image U-ViTs can be converted"
+        )
     is_modern = MODERN_NAME in tensors
     found: dict[str, Any] = {CLASS_KEY: MODERN} if is_modern else {}
     if config and unet_class(config) is not unet_class(found):
