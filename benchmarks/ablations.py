@@ -58,17 +58,18 @@ def arms_of(table: dict[str, dict[str, Row]], data: str) -> list[str]:
     return [name for name, arm in table["arms"].items() if data in arm.get("data", [data])]
 
 
-def train_arguments(table: dict[str, dict[str, Row]], data: str, arm: str, features: str, out: Path) -> list[str]:
-    """The flags of `uvit train` for an arm. A model of its own is written to OUT/model.json."""
+def settings_of(table: dict[str, dict[str, Row]], data: str, arm: str, features: str, out: Path) -> Row:
+    """`train`: the flags of `uvit train` for an arm; `model`: the content of OUT/model.json, if its flags name that."""
     shared, own = table["data"][data], table["arms"][arm]
     words = ["--feature_path", features, *shared.get("train", "").split(), *own.get("train", "").split()]
     words += ["--warmup_steps", "0", "--warmup_ratio", WARMUP]
     words += ["--image_logging_steps", "-1", "--report_to", "none", "--disable_tqdm"]
-    if changes := {**shared.get("model", {}), **own.get("model", {})}:
-        config, _ = parse(TrainConfig, [*words, "--output_dir", str(out)], prog="uvit train")
-        write_json(out / "model.json", resolve_model_config(config.uvit_config_file) | changes)
-        words += ["--uvit_config_file", str(out / "model.json")]
-    return words
+    changes = {**shared.get("model", {}), **own.get("model", {})}
+    if not changes:
+        return {"train": words, "model": None}
+    config, _ = parse(TrainConfig, [*words, "--output_dir", str(out)], prog="uvit train")
+    model = resolve_model_config(config.uvit_config_file) | changes
+    return {"train": [*words, "--uvit_config_file", str(out / "model.json")], "model": model}
 
 
 # Equal seconds
@@ -96,17 +97,8 @@ def measure_step(arguments: Sequence[str]) -> float:
     """The CPU seconds of a training step of an arm, in a run that is thrown away."""
     steps, times = WINDOWS * WINDOW, StepTimes()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(times):
-        words = [
-            "--output_dir",
-            folder,
-            "--max_steps",
-            str(steps),
-            "--logging_steps",
-            str(WINDOW),
-            "--eval_steps",
-            "-1",
-        ]
-        status = run_uvit(["train", *arguments, *words])
+        words = ["--max_steps", str(steps), "--logging_steps", str(WINDOW), "--eval_steps", "-1"]
+        status = run_uvit(["train", *arguments, *words, "--output_dir", folder])
     if status != 0 or len(times.marks) < 3:
         raise SystemExit(f"{times.text}\nthe arm cannot be trained: uvit train {' '.join(arguments)}")
     return times.median()
@@ -116,13 +108,16 @@ def run_arm(table: dict[str, dict[str, Row]], data: str, arm: str, options: argp
     """Train and judge an arm with each seed. What is there already is not done again."""
     folder = out / arm
     folder.mkdir(parents=True, exist_ok=True)
-    arguments = train_arguments(table, data, arm, options.features, folder)
-    measured = folder / "step.json"
-    if not measured.exists():
-        write_json(measured, {"seconds_per_step": measure_step(arguments), "train": arguments})
-    record = json.loads(measured.read_text(encoding="utf-8"))
-    if record["train"] != arguments:
-        raise SystemExit(f"{folder}: was run with other flags ({' '.join(record['train'])}); give another --output_dir")
+    settings, measured = settings_of(table, data, arm, options.features, folder), folder / "step.json"
+    record = json.loads(measured.read_text(encoding="utf-8")) if measured.exists() else None
+    if record is not None and {name: record[name] for name in settings} != settings:
+        raise SystemExit(f"{folder}: was run with other settings ({measured}); give another --output_dir")
+    if settings["model"]:
+        write_json(folder / "model.json", settings["model"])
+    arguments = settings["train"]
+    if record is None:
+        record = {"seconds_per_step": measure_step(arguments), **settings}
+        write_json(measured, record)
     steps = max(1, round(options.seconds / record["seconds_per_step"]))
     words = ["--max_steps", str(steps), "--eval_steps", str(max(1, steps // POINTS))]
     for seed in options.seeds:

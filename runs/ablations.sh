@@ -18,19 +18,24 @@ features=$out/features/$data
 if [ ! -e "$features/complete" ]; then
     case $data in
         shapes)
-            for split in train heldout; do
-                uvit extract --source shapes --split $split --resolution 32 --vae_name_or_path shapes \
-                    --text tokens --model_max_length 18 --output_dir "$features"
-            done
+            of_shapes=(--source shapes --resolution 32 --vae_name_or_path shapes --text tokens --model_max_length 18)
+            uvit extract "${of_shapes[@]}" --split train --output_dir "$features"
+            uvit extract "${of_shapes[@]}" --split heldout --output_dir "$features"
             ;;
         emoji_latents)
             source=${SOURCE:?give the images: SOURCE=emoji_noto_64.tar}
             uvit autoencoder --source "$source" --resolution 64 --factor 4 --channels 32 --batch_size 8 --max_steps 2000 \
                 --kl_weight 2e-3 --bf16 --output_dir "$out/features/emoji_vae"
-            for split in train val; do
-                uvit extract --source "$source" --split $split --val_every 20 --resolution 64 \
-                    --vae_name_or_path "$out/features/emoji_vae" --text tokens --model_max_length 24 --output_dir "$features"
-            done
+            of_latents=(--source "$source" --val_every 20 --resolution 64 --vae_name_or_path "$out/features/emoji_vae" \
+                --text tokens --model_max_length 24)
+            uvit extract "${of_latents[@]}" --split train --output_dir "$features"
+            uvit extract "${of_latents[@]}" --split val --output_dir "$features"
+            ;;
+        emoji_pixels)
+            source=${SOURCE:?give the images: SOURCE=emoji_noto_64.tar}
+            of_pixels=(--source "$source" --val_every 20 --resolution 64 --latents none --text tokens --model_max_length 24)
+            uvit extract "${of_pixels[@]}" --split train --output_dir "$features"
+            uvit extract "${of_pixels[@]}" --split val --output_dir "$features"
             ;;
     esac
     touch "$features/complete"

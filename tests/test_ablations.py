@@ -4,14 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from benchmarks.ablations import against, arms_of, draw_curves, ledger_table, main, read_table, train_arguments
+from benchmarks.ablations import against, arms_of, draw_curves, ledger_table, main, read_table, settings_of
 from uvit.cli.main import main as run_uvit
 from uvit.cli.parse import parse
 from uvit.config.evaluate import EvaluateConfig
+from uvit.config.model import resolve_model_config
 from uvit.config.train import TrainConfig
 from uvit.sources.shapes import ShapesSource
+from uvit.weights.unet import new_unet
 
 TABLE = read_table()
 TINY = {
@@ -23,13 +26,14 @@ TINY = {
 
 
 @pytest.mark.parametrize("data", TABLE["data"])
-def test_every_arm_parses_and_changes_something(data: str, tmp_path: Path) -> None:
+def test_every_arm_parses_builds_and_changes_something(data: str, tmp_path: Path) -> None:
     seen: dict[str, str] = {}
     for arm in arms_of(TABLE, data):
-        words = train_arguments(TABLE, data, arm, "features", tmp_path)
-        config, _ = parse(TrainConfig, [*words, "--output_dir", "out"], prog="uvit train")
-        model = (tmp_path / "model.json").read_text() if "model.json" in config.uvit_config_file else ""
-        content = repr(config) + model
+        settings = settings_of(TABLE, data, arm, "features", tmp_path)
+        config, _ = parse(TrainConfig, [*settings.pop("train"), "--output_dir", "out"], prog="uvit train")
+        with torch.device("meta"):
+            new_unet(settings["model"] or resolve_model_config(config.uvit_config_file))
+        content = f"{config} {settings}"
         assert content not in seen.values(), f"{arm} is equal to another arm"
         seen[arm] = content
     assert "base" in seen
@@ -75,10 +79,10 @@ def test_a_tiny_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "steps are done" in capsys.readouterr().out
     assert before and {path: path.stat().st_mtime_ns for path in before} == before
 
-    arms["base"] = {"train": "--learning_rate 1"}
-    table.write_text(yaml.safe_dump({"data": {"tiny": data}, "arms": arms}))
-    with pytest.raises(SystemExit, match="was run with other flags"):
-        main(["tiny", "base", *common])
+    for changed in ({"train": "--learning_rate 1"}, {"model": {"num_layers": 4}}):
+        table.write_text(yaml.safe_dump({"data": {"tiny": data}, "arms": {"base": changed}}))
+        with pytest.raises(SystemExit, match="was run with other settings"):
+            main(["tiny", "base", *common])
 
 
 def test_what_is_no_arm_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
