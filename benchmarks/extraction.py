@@ -49,7 +49,26 @@ def prepare(folder: Path, vae: str, resolutions: list[int]) -> None:
     from uvit.extract.tokenizer import save_tokenizer, train_tokenizer
 
     random = np.random.default_rng(0)
-    words = "a red blue green small large photo of the cat dog house tree on under near street table".split()
+    words = [
+        "a",
+        "red",
+        "blue",
+        "green",
+        "small",
+        "large",
+        "photo",
+        "of",
+        "the",
+        "cat",
+        "dog",
+        "house",
+        "tree",
+        "on",
+        "under",
+        "near",
+        "street",
+        "table",
+    ]
     captions = [" ".join(random.choice(words, 12)) for _ in range(64)]
     save_tokenizer(train_tokenizer(captions, 400), folder / "tokenizer")
     for resolution in resolutions:
