@@ -19,8 +19,12 @@ from torch.multiprocessing import start_processes
 from tests.distributed.worker import CASES, run, train
 from uvit.distributed.mesh import Degrees, World, init_distributed
 
-OF_TWO = {"2x1x1": ["plain", "all"], "1x2x1": ["plain", "all", "copy"], "1x1x2": ["plain", "all", "bf16"]}
-OF_FOUR = {"2x1x2": ["all"], "1x2x2": ["all"], "2x2x1": ["all"]}
+OF_TWO = {
+    "2x1x1": ["plain", "all"],
+    "1x2x1": ["plain", "all", "copy", "muon"],
+    "1x1x2": ["plain", "all", "bf16", "muon"],
+}
+OF_FOUR = {"2x1x2": ["all"], "1x2x2": ["all", "muon"], "2x2x1": ["all"]}
 
 
 @dataclass(frozen=True)

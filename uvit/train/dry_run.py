@@ -20,7 +20,9 @@ from uvit.config.train import TrainConfig
 from uvit.device import pick_device
 from uvit.distributed.mesh import Degrees, World
 from uvit.model import Block, UViTT2IModel
-from uvit.train.memory import trace_step
+from uvit.train.memory import trace_muon, trace_step
+from uvit.train.muon import block_matrices
+from uvit.train.optimizer import iteration_dtype
 from uvit.train.profiling import count_flops, meta_unet
 from uvit.train.schedule import run_warnings
 from uvit.train.setup import Run, build_run, model_config
@@ -164,7 +166,17 @@ def make_plan(
     num_all = sum(num_local_elements(unit) for unit in units)
     num_local = sum(num_local_elements(unit, degrees.shard) for unit in units)
 
-    always = {"weights": 4 * num_local, "optimizer": 8 * num_local, "EMA": 4 * num_local if config.use_ema else 0}
+    num_matrices, muon_bytes = 0, 0  # elements, and what their update takes
+    if config.optim == "muon":
+        networks: list[nn.Module] = [meta_unet(model_config), *([text_encoder] if text_encoder else [])]
+        matrices = [*block_matrices(unet), *(block_matrices(text_encoder) if text_encoder else [])]
+        num_matrices = num_local_elements(matrices, degrees.shard)
+        muon_bytes = trace_muon(networks, iteration_dtype(config))
+    always = {
+        "weights": 4 * num_local,
+        "optimizer": 8 * num_local - 4 * num_matrices,
+        "EMA": 4 * num_local if config.use_ema else 0,
+    }
     saving = sum(always.values())
     always |= {"low-precision copy": width * num_local if has_copy else 0, "frozen text encoder": frozen_bytes}
     trace = trace_step(
@@ -189,7 +201,7 @@ def make_plan(
         "gradients being sent": round(sent * gradients),
         "gathered blocks": gathered_bytes(units, width) if degrees.shard > 1 else 0,
     }
-    in_update = {"gradients": 4 * num_local}
+    in_update = {"gradients": 4 * num_local, "Muon": muon_bytes}
     peak = max(in_backward, in_update, key=lambda part: sum(part.values()))
     memory = {name: num_bytes for name, num_bytes in (always | peak).items() if num_bytes}
     return ResourcePlan(memory, saving, sent_bytes(config, degrees, unet, size, width * num_all, width * num_local))
