@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tests.port import tiny_unet
 from uvit.errors import UserError
 from uvit.train.memory import MemoryTracker, trace_muon
-from uvit.train.muon import Muon, batches, block_matrices, orthogonalize
+from uvit.train.muon import Muon, block_matrices, orthogonalize, shape_batches
 from uvit.train.optimizer import build_optimizer, set_learning_rate
 from uvit.train.trainer import train
 
@@ -84,11 +84,11 @@ def test_all_shapes_come_in_batches_and_none_twice() -> None:
     parameters = [nn.Parameter(torch.zeros(shape)) for shape in ((4, 8), (8, 4), (4, 4), (4, 8))]
     for parameter in parameters[:3]:
         parameter.grad = torch.zeros_like(parameter)
-    assert [[id(p) for p in batch] for batch in batches(parameters, 1)] == [
+    assert [[id(p) for p in batch] for batch in shape_batches(parameters, 1)] == [
         [id(parameters[0]), id(parameters[1])],
         [id(parameters[2])],
     ]
-    assert [len(batch) for batch in batches(parameters[:1], 2)] == [1]
+    assert [len(batch) for batch in shape_batches(parameters[:1], 2)] == [1]
 
 
 def test_rates_are_those_of_each_network_in_proportion(tiny_config: Any) -> None:

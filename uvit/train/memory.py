@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from uvit.train.muon import Muon, batches, block_matrices
+from uvit.train.muon import Muon, block_matrices, shape_batches
 from uvit.train.profiling import meta_inputs, meta_unet
 from uvit.weights.encoders import encode_tokens
 
@@ -110,7 +110,7 @@ def trace_muon(networks: Iterable[nn.Module], dtype: torch.dtype) -> int:
         kept += [tensor for parameter in parameters for tensor in (parameter, parameter.grad) if tensor is not None]
         with MemoryTracker(kept, after_operation):
             for count, group in groups.items():
-                for batch in batches(group, count):
+                for batch in shape_batches(group, count):
                     optimizer.update(batch, count, 0.0, 0.0)
     return peak
 

@@ -19,7 +19,7 @@ from uvit.distributed.ops import local_tensor
 MOMENTUM = 0.95
 NUM_ITERATIONS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
 UPDATE_RMS = 0.2  # AdamW's, about
-EPS = 1e-7
+NORM_FLOOR = 1e-7
 MAX_ELEMENTS = 2**25  # of the matrices that are made orthogonal at a time
 
 
@@ -48,7 +48,7 @@ class Muon(torch.optim.Optimizer):
         assert closure is None
         self.adamw.step()
         for group in self.matrix_groups:
-            for parameters in batches(group["params"], group["num_matrices"]):
+            for parameters in shape_batches(group["params"], group["num_matrices"]):
                 self.update(parameters, group["num_matrices"], group["lr"], group["weight_decay"])
 
     def momentum(self, parameter: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def orthogonalize(x: Tensor) -> Tensor:
     """Matrices (M, r, c) with r <= c -> nearly the orthogonal factor of each: singular values in 0.7..1.2."""
     a, b, c = COEFFICIENTS
     norms = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
-    x = (x / (norms + EPS)).to(x.dtype)  # singular values of at most 1
+    x = (x / (norms + NORM_FLOOR)).to(x.dtype)  # singular values of at most 1
     for _ in range(NUM_ITERATIONS):
         gram = x @ x.mT  # (M, r, r)
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # (M, r, r)
@@ -111,7 +111,7 @@ def block_matrices(network: nn.Module) -> dict[Tensor, int]:
     return found
 
 
-def batches(parameters: list[Tensor], num_matrices: int) -> Iterator[list[Tensor]]:
+def shape_batches(parameters: list[Tensor], num_matrices: int) -> Iterator[list[Tensor]]:
     """Parameters with a gradient whose matrices have one shape or its transpose, up to MAX_ELEMENTS at a time."""
     by_shape: dict[tuple[int, ...], list[Tensor]] = {}
     for parameter in parameters:
