@@ -62,7 +62,7 @@ class Run:
     validation: Features | None  # the features to validate on
     batches: BatchDataset
     master_model: nn.ModuleDict  # float32: unet, and text_encoder if it is trained
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     ema: EMA | None
     precision: Precision
     conventions: Conventions  # what x_0 is, and what the model predicts
