@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks.ablations import against, arms_of, draw_curves, ledger_table, main, read_table, settings_of
+from benchmarks.ablations import against, arms_of, draw_curves, ledger_table, lend, main, read_table, settings_of
 from uvit.cli.main import main as run_uvit
 from uvit.cli.parse import parse
 from uvit.config.evaluate import EvaluateConfig
@@ -83,6 +83,20 @@ def test_a_tiny_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         table.write_text(yaml.safe_dump({"data": {"tiny": data}, "arms": {"base": changed}}))
         with pytest.raises(SystemExit, match="was run with other settings"):
             main(["tiny", "base", *common])
+
+
+def test_features_of_real_images_are_lent_and_never_replaced(tmp_path: Path) -> None:
+    first, shared, second = (tmp_path / name / "reference" for name in ("first", "shared", "second"))
+    lend(first, shared)  # not there yet
+    assert not shared.exists()
+    (first / "vit").mkdir(parents=True)
+    (first / "vit" / "00000.safetensors").write_text("features")
+    lend(first, shared)
+    lend(shared, second)
+    assert (second / "vit" / "00000.safetensors").read_text() == "features"
+    (second / "vit" / "00000.safetensors").unlink()
+    lend(shared, second)
+    assert not (second / "vit" / "00000.safetensors").exists()
 
 
 def test_what_is_no_arm_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
