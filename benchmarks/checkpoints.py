@@ -3,10 +3,11 @@
     python benchmarks/checkpoints.py [--models uvit_t2i_small ...] [--saves 5] [--folder DIR] [--cores 1]
 
 For each model, a new process saves the checkpoint of a training run (weights, EMA weights, optimizer; random numbers)
-several times, as training does: `Checkpointer.save` copies, and a thread writes, hashes and syncs. Each save starts
-when the one before is complete and the disk is idle. The stall is the time until `Checkpointer.save` returns. The first
-save makes the buffers to copy to, the others use them again. The figures are medians of these others. In turns with
-them, as many bytes are written and synced by plain code, which tells what the disk can do at that time.
+several times, as training does: a thread copies during the next step's forward and backward pass (batch 1), then
+writes, hashes and syncs. Each save starts when the one before is complete and the disk is idle. The stall is what
+training waits: in `Checkpointer.save`, and before the update of the next step. The first save makes the buffers to copy
+to, the others use them again. The figures are medians of these others. In turns with them, as many bytes are written
+and synced by plain code, which tells what the disk can do at that time.
 
 The exponents are the slopes of log(time) against log(bytes): 1 is linear.
 """
@@ -44,7 +45,7 @@ def measure(model: str, saves: int, place: str | None) -> dict[str, float]:
     """In this process."""
     import torch
 
-    from uvit.bench.run import build_bench_run
+    from uvit.bench.run import build_bench_run, make_jobs
     from uvit.config.bench import BenchConfig
     from uvit.train.checkpointing import Checkpointer, run_state
 
@@ -52,21 +53,34 @@ def measure(model: str, saves: int, place: str | None) -> dict[str, float]:
     found: dict[str, list[float]] = {key: [] for key in ("save", "stall", "plain")}
     with tempfile.TemporaryDirectory(prefix="checkpoints-", dir=place) as name:
         folder = Path(name)
-        run = build_bench_run(BenchConfig(uvit_config_file=model, batch_size=1, device="cpu"), folder)
+        config = BenchConfig(uvit_config_file=model, batch_size=1, device="cpu")
+        run = build_bench_run(config, folder)
+        _, _, step = make_jobs(config, run)
         with torch.no_grad():
             for tensors in run_state(run).values():
                 for tensor in tensors.values():
                     tensor.uniform_(generator=random)
         num_bytes = 0
         with Checkpointer(run) as checkpointer:
+            wait_for_copy, waits = run.before_update, list[float]()
+
+            def timed_wait() -> None:
+                started = time.perf_counter()
+                wait_for_copy()
+                waits.append(time.perf_counter() - started)
+
+            run.before_update = timed_wait
             for _ in range(saves):
-                run.step += 1
+                step()
                 os.sync()
+                waits.clear()
                 started = time.perf_counter()
                 checkpointer.save()
-                found["stall"].append(time.perf_counter() - started)
-                checkpointer.save_and_wait()
+                waits.append(time.perf_counter() - started)
+                step()
+                checkpointer.saver.wait()
                 found["save"].append(time.perf_counter() - started)
+                found["stall"].append(sum(waits))
                 assert run.checkpoint
                 num_bytes = sum(path.stat().st_size for path in run.checkpoint.iterdir())
                 shutil.rmtree(run.checkpoint)

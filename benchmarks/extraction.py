@@ -35,7 +35,8 @@ SD_CONFIG = {
     "latent_channels": 4,
     "sample_size": 512,
 }
-PIXELS = {"shapes": 2**23, "sd": 2**19}  # of all images of a measurement: some ten seconds
+PIXELS = {"shapes": 2**23, "sd": 2**18}  # of all images of a measurement: some ten seconds
+WORDS = "a red blue green small large photo of the cat dog house tree on under near street table"
 NUM_FIRST = 4  # images that are extracted beforehand
 
 
@@ -49,26 +50,7 @@ def prepare(folder: Path, vae: str, resolutions: list[int]) -> None:
     from uvit.extract.tokenizer import save_tokenizer, train_tokenizer
 
     random = np.random.default_rng(0)
-    words = [
-        "a",
-        "red",
-        "blue",
-        "green",
-        "small",
-        "large",
-        "photo",
-        "of",
-        "the",
-        "cat",
-        "dog",
-        "house",
-        "tree",
-        "on",
-        "under",
-        "near",
-        "street",
-        "table",
-    ]
+    words = WORDS.split()
     captions = [" ".join(random.choice(words, 12)) for _ in range(64)]
     save_tokenizer(train_tokenizer(captions, 400), folder / "tokenizer")
     for resolution in resolutions:

@@ -257,7 +257,7 @@ def config_reads() -> set[str]:
 
 
 # Flags that nothing reads because the config's own checks are all that they do.
-CHECKED_ONLY = {"train": {"do_train", "optim", *IGNORED_FLAGS, *UNSUPPORTED}}
+CHECKED_ONLY = {"train": {"do_train", *IGNORED_FLAGS, *UNSUPPORTED}}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

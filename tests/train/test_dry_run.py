@@ -58,6 +58,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "recompute": {"recompute": True, "use_ema": False},
     "autocast": {"bf16": True},
     "copy": {"bf16": True, "fp16_opt_level": "O2"},
+    "muon": {"optim": "muon", "use_ema": False},
 }
 CASES = [  # each kind of flags with each axis that it has to do with
     ("1x1x1", "plain"),
@@ -69,6 +70,8 @@ CASES = [  # each kind of flags with each axis that it has to do with
     ("1x1x2", "autocast"),
     ("1x1x2", "recompute"),
     ("4x8x2", "accumulation"),
+    ("1x1x1", "muon"),
+    ("2x2x2", "muon"),
 ]
 
 
@@ -137,7 +140,13 @@ class Sent(TorchDispatchMode):
         return result
 
 
-TIMES_SENT = {"allreduce_": 2, "all_reduce": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1}
+TIMES_SENT = {
+    "allreduce_": 2,
+    "all_reduce": 2,
+    "_allgather_base_": 1,
+    "_reduce_scatter_base_": 1,
+    "all_gather_into_tensor": 1,
+}
 
 
 def size_of_group(argument: Any) -> int:

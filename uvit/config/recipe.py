@@ -89,9 +89,9 @@ class RecipeConfig:
     text_encoder_layers: Annotated[int, Bounds(least=1, most=1000)] = 2
     """Layers of a text encoder trained from scratch (--train_text_encoder without --text_encoder_name_or_path)."""
     text_encoder_learning_rate: NonNegativeFloat | None = None
-    """Learning rate of the text encoder. Default: --learning_rate."""
+    """Learning rate of the text encoder. Default: --learning_rate. That of Muon changes in proportion."""
     unet_learning_rate: NonNegativeFloat | None = None
-    """Learning rate of the U-ViT. Default: --learning_rate."""
+    """Learning rate of the U-ViT. Default: --learning_rate. That of Muon changes in proportion."""
 
     # Batches
     gradient_accumulation_steps: PositiveInt = 1
@@ -103,10 +103,13 @@ class RecipeConfig:
     """Seed of the initial weights, the data order and all random numbers of training."""
 
     # Optimizer
-    optim: Literal["adamw"] = "adamw"
-    """AdamW with decoupled weight decay on all parameters."""
+    optim: Literal["adamw", "muon"] = "adamw"
+    """adamw: AdamW with decoupled weight decay on all parameters. muon: Muon for the matrices of transformer blocks,
+    and AdamW for the rest. A step takes longer, above all in small batches, and teaches more."""
+    muon_learning_rate: PositiveFloat | None = None
+    """Peak learning rate of Muon. Default: 0.002."""
     weight_decay: NonNegativeFloat = 0.03
-    """Weight decay of AdamW."""
+    """Weight decay of the optimizer."""
     adam_beta1: Fraction = 0.9
     """Decay of AdamW's average of gradients."""
     adam_beta2: Fraction = 0.9
@@ -143,7 +146,15 @@ class RecipeConfig:
                 "--weight_init_std and --position_init_std are for initial weights: leave them out with "
                 f"--pretrained_model_name_or_path {self.pretrained_model_name_or_path}"
             )
+        if self.optim == "adamw" and self.muon_learning_rate is not None:
+            raise UserError(f"--muon_learning_rate {self.muon_learning_rate}: needs --optim muon")
+        if self.optim == "muon" and not self.learning_rate:
+            raise UserError("--learning_rate 0: must be above 0 with --optim muon, whose rate changes in proportion")
         if self.min_lr > self.learning_rate:
             raise UserError(f"--min_lr {self.min_lr}: must not be above --learning_rate {self.learning_rate}")
         if self.lr_scheduler_type == "polynomial" and self.lr_end > self.learning_rate > 0:
             raise UserError(f"--lr_end {self.lr_end}: must not be above --learning_rate {self.learning_rate}")
+
+    @property
+    def peak_muon_learning_rate(self) -> float:
+        return 0.002 if self.muon_learning_rate is None else self.muon_learning_rate

@@ -24,7 +24,7 @@ from uvit.sources.types import Problem
 from uvit.store.shard import EncodedPairs
 from uvit.weights.encoders import are_truncated, downsampling_of, encode_images, encode_tokens, tokenize
 
-PIXELS_AT_ONCE = 2**18  # that a thread encodes on a CPU: the VAE's activations take much memory
+PIXELS_AT_ONCE = 2**16  # that a thread encodes on a CPU: more take memory and gain nothing
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -43,14 +44,15 @@ def local_parameters(model: nn.Module) -> list[Tensor]:
 @torch.no_grad()
 def checksum(model: nn.Module) -> int:
     """Sum the bits of the float32 parameters of this process. It changes when a parameter changes."""
-    sums = [part.sum() for local in local_parameters(model) for part in _as_integers(local)]
+    parameters = local_parameters(model)
+    if all(local.is_cpu for local in parameters):
+        return sum(map(_sum_of_bits, parameters))
+    sums = [local.view(torch.int32).sum(dtype=torch.int64) for local in parameters]
     return int(torch.stack(sums).sum().item())
 
 
-def _as_integers(values: Tensor) -> list[Tensor]:
-    """The same memory as int64, and what is left of it as int32. Sums of int64 are three times as fast."""
-    if not values.is_contiguous() or values.storage_offset() % 2:
-        return [values.view(torch.int32)]
-    flat = values.view(-1)
-    even = flat.numel() // 2 * 2
-    return [flat[:even].view(torch.int64), flat[even:].view(torch.int32)]
+def _sum_of_bits(values: Tensor) -> int:
+    """With NumPy: 64 bits at a time, and in this thread, so that no other program on the cores delays it."""
+    flat = values.reshape(-1).numpy()
+    even = flat.size // 2 * 2
+    return int(flat[:even].view(np.int64).sum()) + int(flat[even:].view(np.int32).sum())

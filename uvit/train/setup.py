@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ class Run:
     validation: Features | None  # the features to validate on
     batches: BatchDataset
     master_model: nn.ModuleDict  # float32: unet, and text_encoder if it is trained
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     ema: EMA | None
     precision: Precision
     conventions: Conventions  # what x_0 is, and what the model predicts
@@ -82,6 +82,7 @@ class Run:
     resumed_from: str | None = None  # the last --resume_from_checkpoint: a name in the run's folder, or a whole path
     best: dict[str, Any] | None = None  # what best.json says: metric, value, step, checkpoint
     lock: WriterLock | None = None  # of the run's folder, in the main process
+    before_update: Callable[[], None] = lambda: None  # waits until a checkpoint has copied the tensors
 
     @property
     def samples_per_step(self) -> int:

@@ -112,6 +112,7 @@ def train_step(run: Run, batches: Iterator[Batch]) -> StepResult:
     skipped = any_of(not finite or guards.is_spike(norm), run.world)
     finite = all_of(finite, run.world) if skipped else True
     with clock.compute("optimizer"):
+        run.before_update()
         precision.step(optimizer, update=not skipped, finite=finite)
         if run.ema:
             run.ema.update(run.master_model, run.step + 1, skipped)

@@ -32,6 +32,7 @@ from uvit.train.evaluation import Evaluation, open_evaluation
 from uvit.train.guards import step_ranges
 from uvit.train.loader import Batch, prefetch
 from uvit.train.metrics import Metrics, NullMetrics, check_trackers, logs_folder
+from uvit.train.optimizer import muon_rate
 from uvit.train.process import (
     StopSignal,
     deterministic_mode,
@@ -184,6 +185,7 @@ def step_metrics(run: Run, result: StepResult, seconds: float) -> dict[str, Any]
         "loss": result.loss if result.finite else None,
         "grad_norm": result.grad_norm if result.finite else None,
         "lr": result.lr,
+        **({} if (muon_lr := muon_rate(run.optimizer)) is None else {"muon_lr": muon_lr}),
         "skipped": int(result.skipped),
         "seconds": round(seconds, 6),
         **run.clock.read(),
