@@ -35,7 +35,7 @@ from uvit.io import link_or_copy, write_bytes, write_folder_atomically, write_js
 
 TABLE = Path(__file__).with_name("ablations.yaml")
 WINDOWS, WINDOW = 6, 10  # the step time is the median over windows of so many steps, without the first
-POINTS = 20  # validations in a run
+POINTS = 10  # validations in a run
 WARMUP = "0.04"  # of the steps
 CLEAR = 0.04  # smaller differences are no finding, however small the spread
 COLOURS = [(31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75),
@@ -120,7 +120,7 @@ def run_arm(table: dict[str, dict[str, Row]], data: str, arm: str, options: argp
         record = {"seconds_per_step": measure_step(arguments), **settings}
         write_json(measured, record)
     steps = max(1, round(options.seconds / record["seconds_per_step"]))
-    words = ["--max_steps", str(steps), "--eval_steps", str(max(1, steps // POINTS))]
+    words = ["--max_steps", str(steps), "--eval_steps", str(-(-steps // POINTS))]
     for seed in options.seeds:
         run = folder / f"seed-{seed}"
         print(f"{data}, {arm}, seed {seed}: {steps} steps of {record['seconds_per_step'] * 1000:.1f} ms", flush=True)
