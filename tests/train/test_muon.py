@@ -139,5 +139,5 @@ def test_a_run_resumes_bit_for_bit_and_logs_both_rates(tiny_config: Any, tmp_pat
     again = tensors(tmp_path / "run" / "checkpoint-6")
     assert whole.keys() == again.keys()
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
-    with pytest.raises(UserError, match=r"optimizer; pass the same .*\n  optim: was muon, now adamw"):
+    with pytest.raises(UserError, match=r"optimizer or EMA; pass the same .*\n  optim: was muon, now adamw"):
         train(tiny_config(resume_from_checkpoint="checkpoint-3"))
