@@ -27,6 +27,8 @@ BESIDE = {
 def arguments(command: str, name: str, given: list[str]) -> list[str]:
     """The arguments of a command in which `given` has the flag `name`, and all that must be there beside it."""
     words = ["--text", "tokens"] if command == "extract" else []
+    if command == "extract" and name != "vae_name_or_path":
+        words += ["--vae_name_or_path", "x"]
     for field in fields(_load(COMMANDS[command].config)):
         if field.default is MISSING and field.name != name:
             words += [f"--{field.name}", *SEVERAL.get(field.name, ["x"])]

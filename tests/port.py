@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from uvit.model import UViTT2IModel
+from uvit.modern_model import ModernUViTT2IModel
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PORT_FOLDER = FIXTURES / "port_pipeline"
@@ -29,13 +30,17 @@ def drawn() -> dict[str, Tensor]:
         return {name: torch.from_numpy(file[name]) for name in file.files}
 
 
-def tiny_unet(seed: int = 0, **changes: object) -> UViTT2IModel:
+def tiny_unet(seed: int = 0, cls: type[UViTT2IModel] = UViTT2IModel, **changes: object) -> UViTT2IModel:
     """Every weight drawn, those of LayerNorms too."""
     torch.manual_seed(seed)
-    unet = UViTT2IModel(**(TINY | changes))
+    unet = cls(**(TINY | changes))
     for parameter in unet.parameters():
         torch.nn.init.normal_(parameter)
     return unet.eval().requires_grad_(False)
+
+
+def tiny_modern_unet(**changes: object) -> UViTT2IModel:
+    return tiny_unet(cls=ModernUViTT2IModel, **changes)
 
 
 def same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:

@@ -19,7 +19,7 @@ from uvit.config.model import resolve_model_config
 from uvit.config.presets import preset_files
 from uvit.config.train import IGNORED_FLAGS, UNSUPPORTED, TrainConfig
 from uvit.errors import UserError
-from uvit.model import UViTT2IModel
+from uvit.weights.unet import new_unet
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "uvit"
@@ -31,6 +31,7 @@ LAYERS = [
     ["lock"],
     ["io", "conventions"],
     ["model", "diffusion", "images", "device", "progress"],
+    ["modern_model"],
     ["config"],
     ["sources", "distributed"],
     ["weights", "checkpoint"],
@@ -157,9 +158,9 @@ def test_configs_need_the_standard_library_alone_and_the_command_line_no_torch(f
         assert tops <= sys.stdlib_module_names | allowed, path
 
 
-@pytest.mark.parametrize("name", ["model", "diffusion"])
+@pytest.mark.parametrize("name", ["model", "modern_model", "diffusion"])
 def test_the_mathematics_knows_no_files_flags_or_ranks(name: str) -> None:
-    found = set(imports(PACKAGE / f"{name}.py")) - {"uvit.conventions"}
+    found = set(imports(PACKAGE / f"{name}.py")) - {"uvit.conventions", "uvit.model"}
     tops = {target.split(".")[0] for target in found}
     assert tops <= {"math", "functools", "typing", "collections", "torch", "diffusers"}
     assert "torch.distributed" not in (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
@@ -222,7 +223,7 @@ def with_required(name: str) -> list[str]:
 @pytest.mark.parametrize("name", preset_files("model"))
 def test_every_model_preset_builds(name: str) -> None:
     with torch.device("meta"):
-        UViTT2IModel(**resolve_model_config(name))
+        new_unet(resolve_model_config(name))
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.port import same
 from uvit.config.model import resolve_model_config
-from uvit.model import PatchEmbed, UViTT2IModel, timestep_embedding
+from uvit.model import PatchEmbed, UViTT2IModel, attention, timestep_embedding
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = ["uvit_pipe_small", "uvit_train_small"]
@@ -247,3 +247,38 @@ def test_a_bottleneck_is_two_linear_maps_without_anything_between_them() -> None
 def test_without_a_bottleneck_the_layout_is_the_published_one() -> None:
     assert list(PatchEmbed(4, 32, 2).state_dict()) == ["proj.weight", "proj.bias"]
     assert same(tiny(bottleneck_dim=None).state_dict(), tiny().state_dict())
+
+
+def attention_and_gradients(dtype: torch.dtype, fused: bool) -> list[torch.Tensor]:
+    """The output of attention and the gradients of q, k and v, in float64; of bfloat16 numbers in any dtype."""
+    generator = torch.Generator().manual_seed(2)
+    q, k, v, grad = (torch.randn(2, 3, L, 16, generator=generator).bfloat16().to(dtype) for L in (21, 35, 35, 21))
+    for tensor in (q, k, v):
+        tensor.requires_grad_()
+    out = attention(q, k, v, fused)
+    out.backward(grad)
+    return [tensor.detach().double() for tensor in (out, q.grad, k.grad, v.grad) if tensor is not None]
+
+
+def test_attention_by_products_is_close_to_the_fused_kernel() -> None:
+    exact = attention_and_gradients(torch.float64, fused=True)
+    torch.testing.assert_close(attention_and_gradients(torch.float64, fused=False), exact)
+
+    def errors(fused: bool) -> list[float]:
+        found = attention_and_gradients(torch.bfloat16, fused)
+        return [((a - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
+
+    for products, kernel in zip(errors(fused=False), errors(fused=True), strict=True):
+        assert products < 2.5 * kernel  # q k^T is rounded too: 2.2 times at most, where its deviation is 1
+        assert products < 2**-7  # a last place of bfloat16
+
+
+@pytest.mark.parametrize(
+    ("dtype", "training", "fused"),
+    [(torch.float32, True, True), (torch.bfloat16, False, True), (torch.bfloat16, True, False)],
+)
+def test_only_training_in_half_precision_uses_products(dtype: torch.dtype, training: bool, fused: bool) -> None:
+    q, k, v = torch.randn(3, 2, 2, 9, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    q.requires_grad_(training)
+    assert attention(q, k, v).equal(attention(q, k, v, fused))
+    assert dtype == torch.float32 or not attention(q, k, v).equal(attention(q, k, v, not fused))

@@ -25,6 +25,12 @@ def test_every_preset_is_in_the_table() -> None:
     assert set(table()) == set(preset_files("model"))
 
 
+@pytest.mark.parametrize("size", ["small", "small_deep", "large"])
+def test_the_modern_presets_do_as_many_flops_as_the_published_ones(size: str) -> None:
+    modern, published = (float(table()[f"uvit_{kind}_{size}"][2]) for kind in ("modern", "t2i"))
+    assert modern == pytest.approx(published, rel=0.05)
+
+
 @pytest.mark.parametrize("name", preset_files("model"))
 def test_the_figures_of_a_preset(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, parameters, gflop, float32, bfloat16, *_ = table()[name]

@@ -75,7 +75,7 @@ class ArrayFeatures:
     def __init__(self, num_samples: int, num_tokens: int, width: int, size: int, flipped: bool = False):
         rows = np.arange(num_samples, dtype=np.float32)
         self.num_samples = num_samples
-        self.moments_shape = (8, size, size)
+        self.moments_shape, self.latents_shape, self.is_pixels = (8, size, size), (4, size, size), False
         self.context_shape = (num_tokens, width)
         self.num_tokens = num_tokens
         self.latent_space = LatentSpace(0.5)

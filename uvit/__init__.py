@@ -10,11 +10,14 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "UViTT2IModel": "uvit.model",
+    "ModernUViTT2IModel": "uvit.modern_model",
     "UViTPipeline": "uvit.sample.pipeline",
     "load_unet": "uvit.weights.components",
     "LDMTextToImageUViTPipeline": "uvit.sample.pipeline",
 }
-__all__ = ["LDMTextToImageUViTPipeline", "UViTPipeline", "UViTT2IModel", "__version__", "load_unet"]
+__all__ = [
+    "LDMTextToImageUViTPipeline", "ModernUViTT2IModel", "UViTPipeline", "UViTT2IModel", "__version__", "load_unet",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 """How to sample with a U-ViT: its latent space, its timesteps and what it predicts. Needs no torch.
 
-Shapes: latents (B, C, h, w).
+Shapes: latents (B, C, h, w). A U-ViT may work on pixels, without a VAE. Its latents are then images (B, 3, H, W).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ LATENT_SCALE = 0.23010  # for the Stable Diffusion VAE, as in U-ViT; a model sto
 TIMESTEP_OFFSETS = {"1..1000": 1, "0..999": 0}  # timestep_labels -> `denoise`'s timestep_offset
 
 DiffusionPath = Literal["vp", "linear", "vp_zero_snr"]
+Latents = Literal["vae", "pixels"]
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 LossType = Literal["prediction", "epsilon", "x", "v"]  # the space of its error, see `uvit.diffusion.loss_weight`
 # What a network can predict on each path. The first is what schedulers of that path expect.
@@ -33,14 +34,18 @@ class LatentSpace:
     """What a U-ViT is trained on, x_0, of a VAE's latents z: x_0 = latent_scale (z - latent_shift) / latent_std.
 
     So do the pipelines of diffusers, with a VAE's `scaling_factor` and either its `shift_factor` or its `latents_mean`
-    and `latents_std`. Raises ValueError for numbers that are none of a latent space.
+    and `latents_std`. With `latents` "pixels" there is no VAE, and x_0 is the image in [-1, 1]: see PIXELS. Raises
+    ValueError for numbers that are none of a latent space.
     """
 
     latent_scale: float = LATENT_SCALE
     latent_shift: PerChannel = 0.0
     latent_std: PerChannel = 1.0
+    latents: str = "vae"
 
     def __post_init__(self) -> None:
+        if self.latents not in get_args(Latents):
+            raise ValueError(f"latents {self.latents!r} is none of {', '.join(map(repr, get_args(Latents)))}")
         for name in ("latent_scale", "latent_shift", "latent_std"):
             value = getattr(self, name)
             per_channel = isinstance(value, list | tuple) and name != "latent_scale"
@@ -50,12 +55,22 @@ class LatentSpace:
                 if not is_number or not lowest < number < MAX_NUMBER:
                     raise ValueError(f"{name} is {value!r}, but must be {'above 0' if lowest == 0 else 'a number'}")
             object.__setattr__(self, name, tuple(map(float, value)) if per_channel else float(value))
+        if self.is_pixels and (self.latent_scale, self.latent_shift, self.latent_std) != (1, 0, 1):
+            raise ValueError(
+                "latents are 'pixels', which have no latent_scale but 1, no latent_shift and no latent_std"
+            )
+
+    @property
+    def is_pixels(self) -> bool:
+        """Whether x_0 are images themselves, without a VAE."""
+        return self.latents == "pixels"
 
     @classmethod
     def recorded(cls, content: Mapping[str, Any]) -> Self:
         """What a file or a config records. What it lacks, or has as null, is the default: no shift, for example."""
         names = [field.name for field in fields(cls)]
-        return cls(**{name: content[name] for name in names if content.get(name) is not None})
+        found = {name: content[name] for name in names if content.get(name) is not None}
+        return cls(**{"latent_scale": 1.0} | found if found.get("latents") == "pixels" else found)
 
     def normalize(self, latents: Tensor) -> Tensor:
         """The VAE's latents (B, C, h, w) -> x_0, in the same dtype."""
@@ -80,6 +95,8 @@ class LatentSpace:
 
     def describe_latents(self) -> str:
         """As in "latent scale 0.5, shift 0.1": shift and standard deviation only where there are any."""
+        if self.is_pixels:
+            return "pixels"
         values = {"shift": (self.latent_shift, 0), "standard deviation": (self.latent_std, 1)}
         texts = [f"latent scale {self.latent_scale:g}"]
         for name, (value, none) in values.items():
@@ -88,6 +105,9 @@ class LatentSpace:
             elif value != none:
                 texts.append(f"{name} {value:g}")
         return ", ".join(texts)
+
+
+PIXELS = LatentSpace(1.0, latents="pixels")
 
 
 @dataclass(frozen=True)
@@ -135,7 +155,7 @@ def prediction_problem(path: DiffusionPath, prediction_type: PredictionType) -> 
 def recorded_conventions(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of `Conventions` that a U-ViT's config has. A latent scale alone stands for no shift."""
     names = [field.name for field in fields(Conventions) if config.get(field.name) is not None]
-    space = asdict(LatentSpace.recorded(config)) if "latent_scale" in names else {}
+    space = asdict(LatentSpace.recorded(config)) if "latent_scale" in names or config.get("latents") == "pixels" else {}
     return space | {name: getattr(Conventions.recorded(config), name) for name in names}
 
 

@@ -46,10 +46,27 @@ class PatchEmbed(nn.Module):
         return self.expand(self.proj(x).flatten(2).transpose(1, 2))                              # (B, h w, D)
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, fused: bool | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v: queries (B, N, M, d), keys and values (B, N, L, d) -> (B, N, M, d).
+
+    Args:
+        fused: PyTorch's fused kernel, or plain matrix products, which keep the (B, N, M, L) weights until the backward.
+            None: the kernel, except to train in half precision on a CPU. There its backward alone takes longer than the
+            forward and backward of the products (docs/benchmarks.md).
+    """
+    if fused is None:
+        fused = q.device.type != "cpu" or q.dtype == torch.float32 or not q.requires_grad
+    if fused:
+        return F.scaled_dot_product_attention(q, k, v)
+    weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)                                    # (B, N, M, L)
+    return weights.softmax(dim=-1) @ v  # PyTorch computes a softmax in float32 and rounds the result
+
+
 class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool):
         super().__init__()
         self.head_dim = dim // num_heads
+        self.fused: bool | None = None  # see `attention`
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
@@ -58,7 +75,7 @@ class Attention(nn.Module):
         B, L, _ = x.shape
         qkv = self.qkv(x).view(B, L, 3, -1, self.head_dim)                                       # (B, L, 3, N, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)                                           # (B, N, L, d) each
-        x = F.scaled_dot_product_attention(q[:, :, -num_queries:], k, v)                         # (B, N, queries, d)
+        x = attention(q[:, :, -num_queries:], k, v, self.fused)                                  # (B, N, queries, d)
         return self.proj(x.transpose(1, 2).flatten(2))                                           # (B, queries, D)
 
 
@@ -94,18 +111,17 @@ class Block(nn.Module):
 
 
 class UViTT2IModel(ModelMixin, ConfigMixin):
-    """U-ViT for text-to-image latent diffusion.
+    """U-ViT for text-to-image diffusion, of latents or of pixels.
 
     Args:
-        sample_size: height and width of the latents, or a pair (height, width); smaller latents take the middle of
-            its position grid.
+        sample_size: height and width of the latents (of the images, for a model on pixels), or a pair (height, width);
+            smaller latents take the middle of its position grid.
         num_layers: blocks without the middle one: num_layers // 2 before it and as many after it.
         clip_dim, num_text_tokens: width and length of the context.
         conv: end with a 3x3 convolution.
         bottleneck_dim: width of a bottleneck in the patch embedding, for large patches of pixels. None: as published.
-        latent_scale, latent_shift, latent_std, timestep_labels, prediction_type, path: how to sample with the weights,
-            see `Conventions` of `uvit.conventions`. They change nothing here, but are saved with the model. None: not
-            known.
+        latent_scale, latent_shift, latent_std, timestep_labels, prediction_type, path, latents: how to sample with the
+            weights, see `uvit.conventions`. They change nothing here, but are saved with the model. None: not known.
 
     The other keys are those of the published JSON configs. Raises ValueError for sizes that do not fit together.
     """
@@ -134,6 +150,7 @@ class UViTT2IModel(ModelMixin, ConfigMixin):
         timestep_labels: str | None = None,
         prediction_type: str | None = None,
         path: str | None = None,
+        latents: str | None = None,
     ):
         super().__init__()
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
@@ -226,7 +243,7 @@ class UViTT2IModel(ModelMixin, ConfigMixin):
         patches = patches.unflatten(1, self.grid)[:, top : top + h, left : left + w].flatten(1, 2)
         return torch.cat([extra, patches], dim=1)
 
-    def _run(self, block: nn.Module, *args: Tensor | int) -> Tensor:
+    def _run(self, block: nn.Module, *args: Tensor | int | None) -> Tensor:
         """Run a block, keeping its activations for the backward pass or, with checkpointing, recomputing them."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(block, *args)

@@ -30,9 +30,10 @@ def test_a_row_for_each_measurement(model: str, precision: str, capsys: pytest.C
     bench(BenchConfig(model, batch_size=2, steps=1, precision=precision, matmul_size=32, device="cpu", recompute=True))  # type: ignore[arg-type]
     lines = capsys.readouterr().out.splitlines()
     assert f"batch 2, {precision}, recompute; cpu (" in lines[0]
-    assert [line.split("  ")[0] for line in lines[2:]] == ["matmul", "forward", "training step"]
-    for line in lines[3:]:
+    assert [line.split("  ")[0] for line in lines[2:5]] == ["matmul", "forward", "training step"]
+    for line in lines[3:5]:
         assert re.search(r" \d[\d.]*%$", line), line
+    assert re.match(r"training step: \d[\d.]*% MFU; utilisation \(MFU\) is relative to ", lines[5])
 
 
 def test_the_loader_is_measured_where_asked_for(model: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -466,3 +466,23 @@ def test_a_run_loaded_in_place_goes_on_as_if_nothing_had_been(tmp_path: Path) ->
     step(parameters, optimizer)
     step(again, other)
     assert all(torch.equal(a, b) for a, b in zip(parameters, again, strict=True))
+
+
+def test_what_may_change_after_the_copy_is_saved_as_it_was(tmp_path: Path) -> None:
+    tensors = of_value(1.0, size=1_000_000)
+    with Saver(tmp_path) as saver:
+        saver.start(1, tensors, {})
+        saver.wait_for_copy()
+        for group in tensors.values():
+            group["a"].zero_()
+        saver.wait()
+        saver.start(2, tensors, {})
+    first, second = (read_verified(tmp_path / f"checkpoint-{step}").load("weights")["a"] for step in (1, 2))
+    assert (first == 1).all() and (second == 0).all()
+
+
+def test_a_copy_that_fails_does_not_block_training(tmp_path: Path) -> None:
+    with pytest.raises(NotImplementedError), Saver(tmp_path) as saver:  # a tensor of the meta device has no content
+        saver.start(1, {"weights": {"a": torch.empty(3, device="meta")}}, {})
+        saver.wait_for_copy()
+    assert not list(tmp_path.iterdir())

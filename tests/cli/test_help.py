@@ -101,7 +101,7 @@ def test_a_long_screen_has_groups_and_the_most_used_flags_come_first(name: str) 
 def test_the_groups_of_train() -> None:
     groups = list(dict.fromkeys(group for group, _ in read_source(TrainConfig).values()))
     assert groups == [
-        "Most used", "Data", "Model", "Objective", "Text encoder", "Batches", "Optimizer", "Precision and speed",
+        "Most used", "Data", "Model", "Text encoder", "Batches", "Optimizer", "Objective", "Precision and speed",
         "Validation", "Evaluation", "Logging", "Checkpoints", "Parallelism", "Accepted for PaddleMIX command lines",
     ]  # fmt: skip
 

@@ -42,3 +42,15 @@ def test_what_computes_nothing_starts_at_once(words: list[str], status: int) -> 
 
 def test_a_config_is_printed_at_once() -> None:
     assert imported("train", "--feature_path", "x", "--output_dir", "y", "--print_config") == (0, set())
+
+
+def test_commands_that_compute_import_no_libraries_of_other_tasks() -> None:
+    """Of tables, plots, trackers and graphs: they are imported where a flag or a file asks for them."""
+    unused = ("pandas", "scipy", "sklearn", "matplotlib", "tensorboard", "wandb", "pyarrow", "datasets", "onnx")
+    code = (
+        "import sys; from importlib import import_module; from uvit.cli.main import COMMANDS\n"
+        "for name in ('sample', 'train', 'extract', 'evaluate'): import_module(COMMANDS[name].run.split(':')[0])\n"
+        f"print('torch' in sys.modules, [name for name in {unused} if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout == "True []\n"

@@ -4,9 +4,19 @@ from pathlib import Path
 
 import pytest
 
-from uvit.config.model import KINDS, SAMPLING_KEYS, model_config_names, resolve_model_config
+from uvit.config.model import (
+    KEY_CHOICES,
+    KINDS,
+    MODERN,
+    MODERN_KINDS,
+    SAMPLING_KEYS,
+    model_arguments,
+    model_config_names,
+    resolve_model_config,
+)
 from uvit.errors import UserError
 from uvit.model import UViTT2IModel
+from uvit.modern_model import SKIPS, ModernUViTT2IModel
 
 
 def write(folder: Path, content: object) -> str:
@@ -17,6 +27,23 @@ def write(folder: Path, content: object) -> str:
 
 def test_the_keys_are_the_arguments_of_the_model() -> None:
     assert [*KINDS, *SAMPLING_KEYS] == list(inspect.signature(UViTT2IModel).parameters)
+    assert [*MODERN_KINDS, *SAMPLING_KEYS] == list(inspect.signature(ModernUViTT2IModel).parameters)
+    assert KEY_CHOICES == {"skip": SKIPS}
+    assert ModernUViTT2IModel.__name__ == MODERN
+
+
+def test_a_config_says_which_model_it_is_of(tmp_path: Path) -> None:
+    modern = {"_class_name": "ModernUViTT2IModel", "num_layers": 2, "skip": "add"}
+    assert resolve_model_config(write(tmp_path, modern | {"_diffusers_version": "1"})) == modern
+    with pytest.raises(UserError, match="no key 'mlp_ratio'"):
+        resolve_model_config(write(tmp_path, modern | {"mlp_ratio": 4}))
+    with pytest.raises(UserError, match=r'skip is "sum"; it must be "concat" or "add" or "none"$'):
+        resolve_model_config(write(tmp_path, modern | {"skip": "sum"}))
+    with pytest.raises(UserError, match="there is no key 'skip'"):
+        resolve_model_config(write(tmp_path, {"num_layers": 2, "skip": "add"}))
+    assert model_arguments(modern | {"prediction_type": "sample"}, tmp_path) == modern
+    with pytest.raises(UserError, match=r"skip is 1, which must be concat or add or none$"):
+        model_arguments(modern | {"skip": 1}, tmp_path)
 
 
 def test_all_published_names_are_shipped() -> None:

@@ -44,7 +44,7 @@ def test_rows_ordered_by_rank_hold_the_queries_keys_and_values_of_the_rank_s_hea
     attention = tiny().mid_block.attn
     rows = torch.arange(3 * 64.0)  # row -> (q|k|v) x heads x head_dim
     attention.qkv.weight.data = rows[:, None].repeat(1, 64)
-    order_by_rank(attention, 2)
+    order_by_rank(attention.qkv.weight, 3, 2)
     first, second = attention.qkv.weight[:, 0].chunk(2)
     assert torch.equal(first, rows.view(3, 4, 16)[:, :2].flatten())
     assert torch.equal(second, rows.view(3, 4, 16)[:, 2:].flatten())

@@ -14,8 +14,8 @@ from uvit.distributed.mesh import World
 def full(named_tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
     """All tensors whole, on the CPU, in the main process; nothing in the others."""
     tensors = {}
-    for name, tensor in named_tensors.items():
-        whole = join(to_checkpoint_layout({name: tensor}, world)[name])
+    for name, tensor in to_checkpoint_layout(named_tensors, world).items():
+        whole = join(tensor)
         if world.is_main:
             tensors[name] = whole.detach().to("cpu", copy=True)
     return tensors

@@ -22,6 +22,7 @@ from uvit.distributed import mesh, ops
 from uvit.distributed.mesh import Degrees, World
 from uvit.distributed.parallelize import parallelize
 from uvit.model import UViTT2IModel
+from uvit.modern_model import ModernUViTT2IModel
 from uvit.train.optimizer import build_optimizer
 
 STEPS = 8
@@ -42,12 +43,19 @@ CASES: dict[str, dict[str, bool | int | float]] = {
     "copy": {"low_precision_copy": True},
     "muon": {"muon": True},
     "all": {"recompute": True, "num_microbatches": 2, "max_norm": 0.1},
+    "modern": {"modern": True, "recompute": True, "num_microbatches": 2, "max_norm": 0.1},
 }
 
 
-def tiny() -> UViTT2IModel:
+def tiny(modern: bool = False) -> UViTT2IModel:
     torch.manual_seed(0)
-    return UViTT2IModel(**TINY).train()
+    if not modern:
+        return UViTT2IModel(**TINY).train()
+    unet = ModernUViTT2IModel(**TINY).train()
+    for parameter in unet.parameters():
+        if not parameter.any():  # a new one predicts zero, and most of its gradients are zero
+            nn.init.normal_(parameter, std=0.02)
+    return unet
 
 
 def microbatch(step: int, index: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -73,13 +81,15 @@ def train(
     bf16: bool = False,
     low_precision_copy: bool = False,
     max_norm: float = 0.0,
+    modern: bool = False,
     muon: bool = False,
 ) -> dict[str, Tensor]:
     """8 AdamW steps -> in the main process losses, grad norms and the whole weights, average and moments, by name.
 
-    bf16: autocast. low_precision_copy: a bfloat16 copy computes, and its gradients go to the float32 weights.
+    bf16: autocast. low_precision_copy: a bfloat16 copy computes, and its gradients go to the float32 weights. modern:
+    the U-ViT with modern blocks.
     """
-    unet = tiny()
+    unet = tiny(modern)
     average = copy.deepcopy(unet).requires_grad_(False)
     computes = copy.deepcopy(unet).bfloat16() if low_precision_copy else unet
     for network in [unet, average] + [computes] * low_precision_copy:

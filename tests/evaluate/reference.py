@@ -1,6 +1,7 @@
 """Reference values of the metrics, and the sets of features that they belong to (tests/fixtures/README.md)."""
 
 import json
+import re
 import zlib
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ EXPECTED: dict[str, Any] = json.loads((FOLDER / "expected.json").read_text())
 ARRAYS = np.load(FOLDER / "features.npz")
 GAUSSIANS = np.load(FOLDER / "gaussians.npz")
 INCEPTION = np.load(FOLDER / "inception.npz")
+EFFICIENTNET = np.load(FOLDER / "efficientnet_lite0.npz")
 
 
 def tensor(name: str) -> Tensor:
@@ -45,7 +47,7 @@ def _like_inception(n: int, width: int, seed: int, shift: float = 0.0) -> Tensor
 
 
 def formula_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the Inception by a formula of their names, with which the reference features were made."""
+    """Weights of a network by a formula of their names, with which the reference features were made."""
     return {name: torch.from_numpy(_formula(name, tuple(value.shape))) for name, value in state.items()}
 
 
@@ -56,9 +58,9 @@ def _formula(name: str, shape: tuple[int, ...]) -> np.ndarray:
     if name.endswith("running_var"):
         return (0.75 + 0.5 * rng.random_sample(shape)).astype(np.float32)
     z = rng.standard_normal(shape)
-    if name.endswith(("bn.bias", "running_mean", "fc.bias")):
+    if re.search(r"(bn\d?\.bias|running_mean|fc\.bias)$", name):
         return (0.1 * z).astype(np.float32)
-    if name.endswith("bn.weight"):
+    if re.search(r"bn\d?\.weight$", name):
         return (1 + 0.1 * z).astype(np.float32)
     return (z * np.sqrt(2 / np.prod(shape[1:]))).astype(np.float32)
 

@@ -54,6 +54,11 @@ def values(report: dict[str, Any], result: int = 0) -> dict[str, float]:
 SAMPLING: dict[str, Any] = {"prompts": "shapes", "max_prompts": 20, "num_inference_steps": (2,), "batch_size": 4}
 
 
+EVERY_IMAGE_FOUND = {
+    "retrieval_top1-tiny-vit": 1.0, "retrieval_top5-tiny-vit": 1.0, "retrieval_median_rank-tiny-vit": 0.0
+}  # fmt: skip
+
+
 # A model
 
 
@@ -242,8 +247,40 @@ def test_retrieval_and_nearest_neighbours(tmp_path: Path, vit: str) -> None:
         tmp_path, "shapes", prompts="shapes", split="heldout", max_prompts=72, reference="shapes", resolution=32,
         feature_extractor=vit, metrics=("retrieval",),
     )  # fmt: skip
-    assert values(report) == {"retrieval_top1-tiny-vit": 1.0, "retrieval_top5-tiny-vit": 1.0}
+    assert values(report) == EVERY_IMAGE_FOUND
     assert (tmp_path / "neighbours.png").is_file()
+
+
+def test_the_protocol_emoji_takes_prompts_and_reference_from_the_features_of_the_run(
+    tmp_path: Path, pipeline: str, vit: str
+) -> None:
+    source, model, shapes = tmp_path / "source", tmp_path / "model", ShapesSource("train", 32)
+    source.mkdir()
+    for i in range(24):  # of a caption that two images have, none is a prompt
+        shapes[i].image.save(source / f"{i:02d}.png")
+        (source / f"{i:02d}.txt").write_text(shapes.captions(0 if i == 5 else i)[0])
+    command = f"extract --source {source} --resolution 32 --vae_name_or_path shapes --text tokens "
+    command += f"--model_max_length 18 --output_dir {tmp_path / 's'} --device cpu --num_workers 0"
+    assert main(command.split()) == 0
+    shutil.copytree(pipeline, model)
+    flags: dict[str, Any] = {"protocol": "emoji", "num_inference_steps": (1,), "feature_extractor": vit}
+    with pytest.raises(
+        UserError, match=r"^--protocol emoji: .*model does not record the features .*--prompts and --ref"
+    ):
+        run(tmp_path / "out", model, **flags)
+    (model / "training.json").write_text(json.dumps({"config": {"feature_path": str(tmp_path / "s")}}))
+    report = run(tmp_path / "out", model, **flags, max_prompts=12, guidance_scale=(1.0, 3.0))
+    names = ["fd-tiny-vit", *(f"retrieval_{name}-tiny-vit-centered" for name in ("top1", "top5", "median_rank"))]
+    assert [list(values(report, row)) for row in (0, 1)] == [names, names]
+    assert report["reference"]["num_images"] == 24 and report["settings"]["retrieval_cosine"] == "centered"
+    lines = [json.loads(line) for line in (tmp_path / "out" / "prompts.jsonl").read_text().splitlines()]
+    assert len(lines) == 12 and not {"0", "5"} & {line["id"] for line in lines}
+    assert [int(line["id"]) for line in lines] != sorted(int(line["id"]) for line in lines)
+    given = run(
+        tmp_path / "given", model, **flags, max_prompts=12, guidance_scale=(3.0,),
+        prompts=str(tmp_path / "s"), reference=str(source), resolution=32,
+    )  # fmt: skip
+    assert values(given) == values(report, 1)
 
 
 def test_prompts_and_sheets_of_categories_whatever_these_are_called(tmp_path: Path, pipeline: str, vit: str) -> None:
@@ -295,7 +332,7 @@ def test_images_of_a_model_and_of_a_folder_are_matched_by_their_prompts(
     """File names and wordings name no image of the source; the positions of the prompts do."""
     flags: dict[str, Any] = {"feature_extractor": vit, "metrics": ("retrieval",), "reference": "shapes"}
     report = run(tmp_path / "model", pipeline, **SAMPLING, split="heldout", **flags)
-    [score, _] = report["results"][0]["scores"]
+    score = report["results"][0]["scores"][0]
     assert score["details"] == {"chance": 1 / 72, "num_images": 20}
     source = ShapesSource("heldout", 32)
     images = tmp_path / "images"
@@ -337,7 +374,7 @@ def test_parts_of_a_source_are_matched_by_their_place_in_the_whole(tmp_path: Pat
         report = run(
             tmp_path / f"out-{number}", model, prompts=str(prompts), reference=str(store), split=split, **flags
         )  # fmt: skip
-        [first, _] = report["results"][0]["scores"]
+        first = report["results"][0]["scores"][0]
         assert first["value"] == 1.0 and first["details"]["num_images"] == expected
 
 

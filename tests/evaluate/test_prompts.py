@@ -3,6 +3,7 @@
 import gzip
 import json
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,20 @@ def test_written_prompts_are_the_same_when_read(tmp_path: Path) -> None:
         assert again == prompts and prompts_sha256(again) == prompts_sha256(prompts)
         rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
         assert [row["seeds"] for row in rows[:2]] == [[7, 27], [8, 28]]
+
+
+def test_hashed_prompts_depend_on_the_texts_alone_and_occur_once(tmp_path: Path) -> None:
+    texts = ["a cat", "a dog", "a tree", "a dog", "a house"]
+    hashed = sorted(["a cat", "a tree", "a house"], key=lambda text: sha256(f"1234 {text}".encode()).digest())
+    for number, lines in enumerate((texts, texts[::-1])):
+        path = tmp_path / f"{number}.txt"
+        path.write_text("\n".join(lines))
+        assert [prompt.text for prompt in list_prompts(str(path), None, order="hashed")] == hashed
+        assert [prompt.text for prompt in list_prompts(str(path), None, 2, "hashed")] == hashed[:2]
+        assert [prompt.text for prompt in list_prompts(str(path), None)] == lines
+    (tmp_path / "twice.txt").write_text("a cat\na cat")
+    with pytest.raises(UserError, match="has no prompt"):
+        list_prompts(str(tmp_path / "twice.txt"), None, order="hashed")
 
 
 def test_coco_gives_one_caption_of_each_image_whatever_the_order_of_the_file(tmp_path: Path) -> None:

@@ -89,3 +89,28 @@ def test_there_are_as_many_neighbours_as_images() -> None:
 def test_prompts_that_name_no_image_are_refused() -> None:
     with pytest.raises(UserError, match="no prompt names an image"):
         retrieval_ranks(unnamed(np.eye(2)), features(np.eye(2), ["0", "1"]), prompts(["", "x"], ["a", "b"]))
+
+
+def test_centered_ranks_are_those_of_centered_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features without negative values, as after a ReLU: an offset that all share decides nothing."""
+    monkeypatch.setattr("uvit.evaluate.feature_sets.TILE_ROWS", 30)
+    generator = np.random.default_rng(0)
+    real, mine = generator.random((101, 6)).astype(np.float32), generator.random((40, 6)).astype(np.float32)
+    ids, named = [str(i) for i in range(101)], generator.permutation(101)[:40].tolist()
+    asked, centre = prompts([str(i) for i in named]), real.astype(float).mean(0)
+    centered = retrieval_ranks(unnamed(mine), features(real, ids), asked, centered=True)
+    rows, _ = nearest_images(torch.tensor(mine), torch.tensor(real), centered=True)
+    a, b = mine - centre, real - centre
+    order = np.argsort(-(a @ b.T) / np.linalg.norm(b, axis=1), axis=1)
+    assert centered.tolist() == [list(order[i]).index(named[i]) for i in range(40)]
+    assert (rows.numpy() == order[:, :5]).all()
+    assert centered.tolist() != retrieval_ranks(unnamed(mine), features(real, ids), asked).tolist()
+
+
+def test_twins_up_to_rounding_are_not_nearer() -> None:
+    """Equal pixels in batches of two sizes: their features differ in the last bits."""
+    real = np.random.default_rng(0).random((20, 50)).astype(np.float32)
+    real[1] = np.nextafter(real[0], 2)
+    reference = features(real, [str(i) for i in range(20)])
+    for centered in (False, True):
+        assert retrieval_ranks(unnamed(real[[1, 0]]), reference, prompts(["0", "1"]), centered).tolist() == [0, 0]

@@ -1,14 +1,16 @@
 """Graphs of the U-ViT compute what it does, for any number of images."""
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.port import tiny_unet
+from tests.port import tiny_modern_unet, tiny_unet
 from uvit.errors import UserError
 from uvit.export.graph import compare, example_inputs, write_export, write_onnx
+from uvit.model import UViTT2IModel
 from uvit.weights.report import Report
 
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
@@ -35,9 +37,10 @@ def test_a_graph_that_differs_is_refused() -> None:
 
 @pytest.mark.skipif(not HAS_ONNX, reason="the onnx extra is not installed")
 @pytest.mark.filterwarnings("ignore")  # the exporter's own
-def test_onnx(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [tiny_unet, tiny_modern_unet])
+def test_onnx(make: Callable[[], UViTT2IModel], tmp_path: Path) -> None:
     report = Report()
-    write_onnx(tiny_unet(), tmp_path, report)
+    write_onnx(make(), tmp_path, report)
     assert report.converted[0].startswith("unet.onnx: differs from the model by ") and report.dropped == []
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.port import PORT_FOLDER
-from uvit import UViTPipeline
+from tests.port import PORT_FOLDER, tiny_modern_unet
+from uvit import ModernUViTT2IModel, UViTPipeline
 from uvit.cli.main import main
 from uvit.export.convert import write_pipeline
 from uvit.export.standalone import collect_modules, flat_name
@@ -23,9 +23,11 @@ import sys
 sys.modules["uvit"] = None  # not installed
 import numpy, torch
 from diffusers import DiffusionPipeline
-pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
-images = pipeline("the bus", num_inference_steps=5, output_type="np", generator=torch.Generator().manual_seed(0)).images
-numpy.save(sys.argv[2], images)
+options = {"num_inference_steps": 5, "output_type": "np"}
+for folder in sys.argv[1:]:
+    pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    images = pipeline("the bus", generator=torch.Generator().manual_seed(0), **options).images
+    numpy.save(folder + ".npy", images)
 """
 
 
@@ -57,8 +59,18 @@ def test_diffusers_alone_draws_the_same(tmp_path: Path) -> None:
     assert pipeline.config.timestep_labels == "0..999"
     for path in folder.rglob("*.py"):
         path.write_text(path.read_text().split("\n", 1)[1])
+    components.unet = tiny_modern_unet()
+    (tmp_path / "modern_pipeline").mkdir()
+    write_pipeline(components, tmp_path / "modern_pipeline")
+    modern = tmp_path / "modern"
+    assert main(["convert", str(tmp_path / "modern_pipeline"), str(modern), "--to", "diffusers"]) == 0
+    pipeline = UViTPipeline.from_pretrained(modern)
+    assert type(pipeline.unet) is ModernUViTT2IModel
+    ours_modern = pipeline("the bus", generator=torch.Generator().manual_seed(0), **OPTIONS).images
     environment = os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", ALONE, str(folder), str(tmp_path / "images.npy")]
+    command = [sys.executable, "-c", ALONE, str(folder), str(modern)]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert np.array_equal(np.load(tmp_path / "images.npy"), ours)
+    assert np.array_equal(np.load(tmp_path / "model.npy"), ours)
+    assert np.array_equal(np.load(tmp_path / "modern.npy"), ours_modern)
+    assert not np.array_equal(ours, ours_modern)

@@ -77,7 +77,7 @@ def test_a_large_batch_is_encoded_in_pieces_that_its_images_alone_decide(parts: 
     """So the memory of several batches at once stays within bounds."""
     seen = []
     hook = parts["vae"].encoder.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
-    resolution, size = 256, 6
+    resolution, size = 128, 6
     encode(parts | {"flip": False, "batch_size": 6}, batches(1, size, resolution))
     hook.remove()
     assert [shape[0] * shape[2] * shape[3] for shape in seen] == [PIXELS_AT_ONCE, PIXELS_AT_ONCE // 2]

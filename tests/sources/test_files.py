@@ -14,7 +14,8 @@ from uvit.errors import UserError
 from uvit.sources.coco import open_coco
 from uvit.sources.files import FileSource
 from uvit.sources.folders import open_folder
-from uvit.sources.lists import lists_paths, open_list
+from uvit.sources.lists import open_list
+from uvit.sources.parquet_lists import lists_paths
 from uvit.sources.types import PairError, RandomAccessSource
 
 

@@ -120,7 +120,7 @@ def test_values_that_cannot_be(tmp_path: Path, place: list[Any], value: Any, say
         ("[" * 100_000, "cannot be read"),
         ("[]", "is not the manifest of a feature store"),
         ('{"format": "else"}', "is not the manifest of a feature store"),
-        (json.dumps(valid() | {"version": 3}), "has format version 3, but this uvit reads 1 to 2; update uvit"),
+        (json.dumps(valid() | {"version": 4}), "has format version 4, but this uvit reads 1 to 3; update uvit"),
         (json.dumps(valid() | {"version": "two"}), "has format version 'two'"),
         ('{"format": "uvit features"}', "has format version None"),
     ],

@@ -331,7 +331,7 @@ def test_a_file_of_another_shape(damaged: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"version": 3}, "has format version 3, but this uvit reads 1 to 2; update uvit"),
+        ({"version": 4}, "has format version 4, but this uvit reads 1 to 3; update uvit"),
         ({"format": "else"}, "not the manifest of a feature store"),
         ({"num_pairs": 12}, "num_pairs is 12, but the shards have 11"),
         ({"shards": None}, "manifest.json is damaged: shards is NoneType, but must be list"),

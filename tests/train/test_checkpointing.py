@@ -86,6 +86,26 @@ def test_a_checkpoint_is_begun_once_a_step(run: Run) -> None:
         assert folder.stat().st_ino == first and saving.saved() is None
 
 
+def test_a_step_changes_nothing_that_is_saved_before_it_has_waited_for_the_copy(run: Run) -> None:
+    """AdamW's moments, the weights and their average: they are copied during the forward and the backward pass."""
+
+    def state() -> list[torch.Tensor]:
+        return [tensor.clone() for tensors in run_state(run).values() for tensor in tensors.values()]
+
+    def wait() -> None:
+        saving.saver.wait_for_copy()
+        seen.append(state())
+
+    with Checkpointer(run) as saving:
+        step(run)
+        saving.save()
+        before, seen = state(), list[list[torch.Tensor]]()
+        run.before_update = wait
+        step(run)
+    (waited,) = seen
+    assert all(map(torch.equal, before, waited)) and not all(map(torch.equal, before, state()))
+
+
 def test_which_checkpoint_is_good(run: Run) -> None:
     with Checkpointer(run) as saving:
         for name, skipped in {"checkpoint-3": 0, "checkpoint-4": 1, "checkpoint-5": 0}.items():

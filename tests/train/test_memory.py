@@ -1,5 +1,7 @@
 """The memory of a step, traced without numbers, is that of a step with numbers; and its FLOPs are counted."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,6 +10,7 @@ from uvit.config.model import resolve_model_config
 from uvit.model import UViTT2IModel
 from uvit.train.memory import MemoryTrace, layer_norms_in_float32, trace_memory, trace_step
 from uvit.train.profiling import count_flops, meta_unet
+from uvit.weights.unet import new_unet
 
 C, H, W, p, D, T, CONTEXT, NUM_BLOCKS = 4, 8, 12, 2, 32, 7, 24, 5
 F32, BF16 = torch.float32, torch.bfloat16
@@ -19,6 +22,9 @@ TINY = {
     "clip_dim": CONTEXT,
     "num_text_tokens": T,
 }
+
+
+MODERN = {"_class_name": "ModernUViTT2IModel", **TINY}
 
 
 def by_hand() -> tuple[int, int]:
@@ -52,10 +58,10 @@ def test_the_small_model_does_32_gflop_a_sample() -> None:
     assert 2.99 < step / forward < 3
 
 
-def real_trace(dtype: torch.dtype, autocast: torch.dtype, recompute: bool) -> MemoryTrace:
+def real_trace(model: dict[str, Any], dtype: torch.dtype, autocast: torch.dtype, recompute: bool) -> MemoryTrace:
     """Of a forward and backward with numbers in them."""
     torch.manual_seed(0)
-    unet = UViTT2IModel(**TINY).to(dtype).train()
+    unet = new_unet(model).to(dtype).train()
     if recompute:
         unet.enable_gradient_checkpointing()
     if autocast != torch.float32:
@@ -69,15 +75,16 @@ def real_trace(dtype: torch.dtype, autocast: torch.dtype, recompute: bool) -> Me
     return trace_memory(unet, compute)
 
 
+@pytest.mark.parametrize("model", [TINY, MODERN])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(("dtype", "autocast"), [(F32, F32), (F32, BF16), (BF16, F32)])
 def test_a_step_without_numbers_takes_the_memory_of_one_with_them(
-    dtype: torch.dtype, autocast: torch.dtype, recompute: bool
+    model: dict[str, Any], dtype: torch.dtype, autocast: torch.dtype, recompute: bool
 ) -> None:
-    traced = trace_step(TINY, 3, dtype=dtype, autocast=autocast, recompute=recompute)
-    real = real_trace(dtype, autocast, recompute)
+    traced = trace_step(model, 3, dtype=dtype, autocast=autocast, recompute=recompute, fused_attention=None)
+    real = real_trace(model, dtype, autocast, recompute)
     assert traced.saved == real.saved
-    assert traced.gradients[-1] == real.gradients[-1] == dtype.itemsize * meta_unet(TINY).num_parameters()
+    assert traced.gradients[-1] == real.gradients[-1] == dtype.itemsize * meta_unet(model).num_parameters()
     for weight in (0, 1, 2):
         assert traced.peak(weight) == pytest.approx(real.peak(weight), rel=0.01)
 
@@ -112,8 +119,18 @@ def test_activations_shrink_with_recomputing_low_precision_and_tensor_parallelis
     assert trace_step(TINY, 2, size=(4, 4)).saved < kept
 
 
+def test_half_precision_on_a_cpu_keeps_the_weights_of_attention() -> None:
+    fused, products = (trace_step(TINY, 2, dtype=BF16, fused_attention=fused).saved for fused in (True, None))
+    L = 1 + T + (H // p) * (W // p)
+    weights = 2 * 2 * 2 * L * (L * (NUM_BLOCKS - 1) + (H // p) * (W // p))  # 2 bytes, 2 samples, 2 heads
+    assert products - fused == pytest.approx(weights, rel=0.5)
+    assert trace_step(TINY, 2, fused_attention=True).saved == trace_step(TINY, 2, fused_attention=None).saved
+
+
 def test_a_tensor_parallel_process_has_its_part_of_each_block() -> None:
     whole, part = meta_unet(TINY).num_parameters(), meta_unet(TINY, tp=2).num_parameters()
     hidden = 4 * D
     split = NUM_BLOCKS * (3 * D * D + D * D + 2 * D * hidden + hidden)
     assert whole - part == split // 2
+    whole, part, hidden = meta_unet(MODERN).num_parameters(), meta_unet(MODERN, tp=2).num_parameters(), 96
+    assert whole - part == NUM_BLOCKS * (3 * D * D + D * D + 3 * D * hidden) // 2

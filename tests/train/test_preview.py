@@ -9,29 +9,29 @@ import pytest
 from tests.tiny import tiny_vae_folder
 from uvit.errors import UserError
 from uvit.train.setup import build_run
-from uvit.train.validate import load_preview_vae, preview_sheet
+from uvit.train.validate import load_preview_decoder, preview_sheet
 
 
 @pytest.mark.parametrize("text", ["stored", "trained", "frozen"])
 def test_a_preview(text: str, tiny_config: Any, token_store: str, tmp_path: Path) -> None:
     flags = {"stored": {}, "trained": {"train_text_encoder": True}, "frozen": {"feature_path": token_store}}[text]
     run = build_run(tiny_config(image_logging_steps=2, num_inference_steps=2, **flags), tmp_path)
-    vae = load_preview_vae(run)
-    assert vae is not None
-    sheet = preview_sheet(run, vae)
+    decoder = load_preview_decoder(run)
+    assert decoder is not None
+    sheet = preview_sheet(run, decoder)
     assert sheet.width > 8 * 64 and sheet.height > 3 * 64
-    assert preview_sheet(run, vae).tobytes() == sheet.tobytes()
+    assert preview_sheet(run, decoder).tobytes() == sheet.tobytes()
     assert (tmp_path / "previews" / "step-00000000.png").is_file()
 
 
 def test_without_a_vae(tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = build_run(tiny_config(image_logging_steps=2), tmp_path)
     run.features.vae_name = None
-    assert load_preview_vae(run) is None
+    assert load_preview_decoder(run) is None
     assert "--vae_name_or_path" in capsys.readouterr().out
     with pytest.raises(UserError, match="/nowhere"):
         build_run(tiny_config(image_logging_steps=2, vae_name_or_path="/nowhere"), tmp_path)
-    assert load_preview_vae(build_run(tiny_config(), tmp_path)) is None
+    assert load_preview_decoder(build_run(tiny_config(), tmp_path)) is None
 
 
 def test_another_vae_than_the_features(
@@ -42,5 +42,5 @@ def test_another_vae_than_the_features(
     with pytest.raises(UserError, match=rf"--vae_name_or_path {other}: .*its fingerprint is \w{{12}}, not \w{{12}}\)"):
         build_run(tiny_config(image_logging_steps=2, vae_name_or_path=str(other)), tmp_path)
     changed = edited_store(vae={"name": str(other), "sha256": "0123456789abcdef"})
-    assert load_preview_vae(build_run(tiny_config(image_logging_steps=2, feature_path=changed), tmp_path)) is None
+    assert load_preview_decoder(build_run(tiny_config(image_logging_steps=2, feature_path=changed), tmp_path)) is None
     assert "no previews" in capsys.readouterr().out

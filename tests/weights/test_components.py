@@ -95,7 +95,7 @@ def test_conventions_that_a_folder_says(tmp_path: Path) -> None:
     assert read_components(tmp_path).conventions == components.conventions
     (tmp_path / "uvit_conventions.json").write_text('{"latent_scale": 1}')
     with pytest.raises(
-        UserError, match="must have the keys latent_scale, latent_shift, latent_std, timestep_labels, prediction_type"
+        UserError, match="must have the keys latent_scale, latent_shift, latent_std, latents, timestep_labels, "
     ):
         read_components(tmp_path)
 

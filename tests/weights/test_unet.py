@@ -6,12 +6,20 @@ from typing import Any
 import pytest
 import torch
 
-from tests.port import TINY, same, tiny_unet
-from uvit.config.model import model_arguments, model_config_names, resolve_model_config
+from tests.port import TINY, same, tiny_modern_unet, tiny_unet
+from uvit.config.model import CLASS_KEY, model_arguments, model_config_names, resolve_model_config
 from uvit.errors import UserError
-from uvit.model import UViTT2IModel
+from uvit.modern_model import SKIPS, ModernUViTT2IModel
 from uvit.weights.report import Report
-from uvit.weights.unet import is_norm, is_paddle, transpose_unet, unet_config, unet_from_tensors
+from uvit.weights.unet import (
+    is_norm,
+    is_paddle,
+    model_config,
+    new_unet,
+    transpose_unet,
+    unet_config,
+    unet_from_tensors,
+)
 
 PATH = Path("nnet.pth")
 
@@ -32,13 +40,39 @@ def test_both_layouts(paddle: bool) -> None:
 def test_shapes_tell_every_shipped_config(name: str) -> None:
     config = resolve_model_config(name)
     with torch.device("meta"):
-        weights = UViTT2IModel(**config).state_dict()
+        weights = new_unet(config).state_dict()
     report = Report()
     assert unet_config(weights, PATH, {}, report) == config
-    assert (
-        "attention heads" in report.defaulted[0]
-        and f"num_text_tokens {config['num_text_tokens']}" in report.defaulted[1]
-    )
+    *heads, text = report.defaulted
+    assert f"num_text_tokens {config['num_text_tokens']}" in text
+    assert ["attention heads" in line for line in heads] == ([] if CLASS_KEY in config else [True])
+
+
+@pytest.mark.parametrize("skip", SKIPS)
+def test_a_modern_u_vit(skip: str) -> None:
+    sizes = {key: value for key, value in TINY.items() if key != "mlp_ratio"} | {"skip": skip, "bottleneck_dim": 6}
+    unet = tiny_modern_unet(skip=skip, bottleneck_dim=6)
+    weights, config = unet.state_dict(), {CLASS_KEY: "ModernUViTT2IModel", **sizes}
+    assert not is_paddle(weights, PATH)
+    for known in (config, {key: config[key] for key in (CLASS_KEY, "num_text_tokens", "skip")}):
+        again = unet_from_tensors(weights, PATH, known, Report())
+        assert type(again) is ModernUViTT2IModel and same(again.state_dict(), unet.state_dict())
+        assert model_config(again) == model_config(unet) == config | {"in_channels": 4, "patch_size": 2, "conv": True}
+    with pytest.raises(UserError, match="does not fit its config, which is of UViTT2IModel"):
+        unet_from_tensors(weights, PATH, TINY, Report())
+    with pytest.raises(UserError, match=r"\n  attention_head_dim: the config says 8, the file has 16"):
+        unet_from_tensors(weights, PATH, config | {"attention_head_dim": 8}, Report())
+    with pytest.raises(UserError, match="is of ModernUViTT2IModel, and the file has a UViTT2IModel"):
+        unet_from_tensors(tiny_unet().state_dict(), PATH, config, Report())
+    if skip != "concat":
+        with pytest.raises(UserError, match="do not tell whether its skips are added or left out; pass its config"):
+            unet_from_tensors(weights, PATH, {}, Report())
+
+
+def test_an_unconditional_network_is_said_to_be_one() -> None:
+    weights = {name: value for name, value in tiny_unet().state_dict().items() if "context_embed" not in name}
+    with pytest.raises(UserError, match=r"reads no text .* only text-to-image U-ViTs can be converted"):
+        unet_from_tensors(weights, PATH, {}, Report())
 
 
 @pytest.mark.parametrize("paddle", [False, True])

@@ -19,12 +19,12 @@ from uvit.config.bench import BenchConfig
 from uvit.config.model import resolve_model_config
 from uvit.config.train import TrainConfig
 from uvit.device import keep_freed_memory
-from uvit.model import UViTT2IModel
 from uvit.progress import Progress
 from uvit.train.loader import BatchDataset
-from uvit.train.profiling import count_flops
+from uvit.train.profiling import count_flops, mfu_reference
 from uvit.train.setup import Run, build_run
 from uvit.train.step import train_step
+from uvit.weights.unet import new_unet
 
 LOADER_BATCH_SIZE = 32
 LOADER_PAIRS = 1024  # 137 MB at COCO's shapes
@@ -46,6 +46,7 @@ def bench(config: BenchConfig) -> None:
         forward_flops, step_flops = count_flops(resolve_model_config(config.uvit_config_file), config.batch_size)
         flops = {"forward": forward_flops, "training step": step_flops}
         print(format_table(timings, flops, 2 * config.matmul_size**3, config.batch_size))
+        print(describe_utilisation(run, timings["training step"]))
         if config.loader:
             rate = loader_rate(run)
             print(f"loader: {rate:,.0f} samples/s in one process, batches of {LOADER_BATCH_SIZE}")
@@ -54,11 +55,11 @@ def bench(config: BenchConfig) -> None:
 def build_bench_run(config: BenchConfig, folder: Path) -> Run:
     """A training run on random features."""
     with torch.device("meta"):
-        unet = UViTT2IModel(**resolve_model_config(config.uvit_config_file))
+        unet = new_unet(resolve_model_config(config.uvit_config_file))
     num_pairs = LOADER_PAIRS if config.loader else config.batch_size
     return build_run(
         TrainConfig(
-            feature_path=str(write_random_store(folder / "features", unet, num_pairs)),
+            feature_path=str(write_random_store(folder / "features", unet, num_pairs, pixels=config.latents == "none")),
             output_dir=str(folder / "run"),
             uvit_config_file=config.uvit_config_file,
             per_device_train_batch_size=config.batch_size,
@@ -156,6 +157,13 @@ def format_table(timings: dict[str, list[Timing]], flops: dict[str, int], matmul
             f"{flops[name] / median / 1e9:>10.1f}{ratio:>11.1%}"
         )
     return "\n".join(lines)
+
+
+def describe_utilisation(run: Run, timings: list[Timing]) -> str:
+    """The MFU of the median step, as `uvit train` reports it."""
+    reference = mfu_reference(run)
+    share = reference.utilisation(statistics.median(elapsed for elapsed, _ in timings))
+    return reference.sentence if share is None else f"training step: {share:.1%} MFU; {reference.sentence}"
 
 
 def _synchronize(device: torch.device) -> None:

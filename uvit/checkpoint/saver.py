@@ -1,9 +1,9 @@
 """Saves checkpoints in the background, by one process or by several together.
 
-`Saver.save` copies the tensors; a thread does the rest, in three phases that all processes pass together
-(`Saver._write`):
+`Saver.start` starts a thread, which copies the tensors and does the rest, in three phases that all processes pass
+together (`Saver._write`):
 
-1. Process 0 makes the hidden folder `.checkpoint-{step}.writing`.
+1. Each process copies its tensors. Process 0 makes the hidden folder `.checkpoint-{step}.writing`.
 2. Each process writes and syncs its own slices (`uvit.checkpoint.tensors`).
 3. Process 0 commits: `uvit.checkpoint.folder.commit_folder` adds the record and renames the folder.
 
@@ -58,7 +58,7 @@ def all_gather_channel(world: World) -> AllGather:
 class Saver:
     """Saves a run's checkpoints while training continues.
 
-    All processes make one and call `save` and `wait` together. An error of the thread is raised by the next `save` or
+    All processes make one and call `start` and `wait` together. An error of the thread is raised by the next `start` or
     `wait`, on all processes: a UserError if the disk refused the files. As a context manager, it waits at the end.
     """
 
@@ -72,21 +72,36 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._saved: Path | None = None
+        self._copied = threading.Event()
+        self._copied.set()
 
-    def save(self, step: int, tensors: Groups, record: dict[str, Any]) -> None:
+    def start(self, step: int, tensors: Groups, record: dict[str, Any]) -> None:
         """Start to write `checkpoint-{step}`, after waiting for the one before.
 
         Args:
-            tensors: group (weights, ema, optimizer) -> name -> what this process holds. The tensors may change as soon
-                as this returns.
+            tensors: group (weights, ema, optimizer) -> name -> what this process holds. The tensors must stay as they
+                are until `wait_for_copy` returns; a forward and a backward pass may run meanwhile.
             record: what the run is, for `uvit.json`. Only that of rank 0 is written.
         """
         self.wait()
         local = slices_by_key(tensors)
         files = assign_writers(self.all_gather(list(local)))[self.rank]
-        self._copy({key: local[key] for keys in files.values() for key in keys})
-        self._thread = threading.Thread(target=self._run, args=(step, files, record), name=f"checkpoint-{step}")
+        wanted = {key: local[key] for keys in files.values() for key in keys}
+        self._copied.clear()
+        if not wanted or any(tensor.is_cuda for tensor in wanted.values()):  # a GPU copies faster than a step
+            self._copy(wanted)
+            wanted = {}
+        self._thread = threading.Thread(target=self._run, args=(step, files, wanted, record), name=f"checkpoint-{step}")
         self._thread.start()
+
+    def save(self, step: int, tensors: Groups, record: dict[str, Any]) -> None:
+        """The same, but the tensors may change as soon as this returns."""
+        self.start(step, tensors, record)
+        self.wait_for_copy()
+
+    def wait_for_copy(self) -> None:
+        """Wait until the tensors that are being saved may change."""
+        self._copied.wait()
 
     def wait(self) -> None:
         """Wait until the checkpoint is on disk. Raises its error if there was one."""
@@ -115,28 +130,42 @@ class Saver:
 
     def _copy(self, tensors: dict[SliceKey, Tensor]) -> None:
         """Copy into the buffers, which are used again by the next save."""
-        before, self._buffers = self._buffers, {}
-        for key, tensor in tensors.items():
-            buffer = before.get(key)
-            if buffer is None or buffer.dtype != tensor.dtype:
-                buffer = torch.empty(key.size, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._buffers[key] = buffer.copy_(tensor.detach(), non_blocking=True)
-        if any(tensor.is_cuda for tensor in tensors.values()):
-            torch.cuda.synchronize()
+        try:
+            before, self._buffers = self._buffers, {}
+            for key, tensor in tensors.items():
+                buffer = before.get(key)
+                if buffer is None or buffer.dtype != tensor.dtype:
+                    buffer = torch.empty(key.size, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                self._buffers[key] = buffer.copy_(tensor.detach(), non_blocking=True)
+            if any(tensor.is_cuda for tensor in tensors.values()):
+                torch.cuda.synchronize()
+        finally:
+            self._copied.set()
 
-    def _run(self, step: int, files: dict[str, list[SliceKey]], record: dict[str, Any]) -> None:
+    def _run(
+        self, step: int, files: dict[str, list[SliceKey]], tensors: dict[SliceKey, Tensor], record: dict[str, Any]
+    ) -> None:
         aside = self.output_dir / f".checkpoint-{step}.writing"
         try:
-            self._saved = self._write(step, aside, files, record)
+            self._saved = self._write(step, aside, files, tensors, record)
         except BaseException as error:
             self._error = error
             if self.rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)
 
-    def _write(self, step: int, aside: Path, files: dict[str, list[SliceKey]], record: dict[str, Any]) -> Path:
+    def _write(
+        self,
+        step: int,
+        aside: Path,
+        files: dict[str, list[SliceKey]],
+        tensors: dict[SliceKey, Tensor],
+        record: dict[str, Any],
+    ) -> Path:
         folder = self.output_dir / f"checkpoint-{step}"
 
         def prepare() -> None:
+            if tensors:
+                self._copy(tensors)
             if self.rank == 0:
                 clean_up(self.output_dir, ("writing", "deleting"))
                 aside.mkdir(parents=True)

@@ -17,20 +17,27 @@ class BenchConfig:
     uvit bench --uvit_config_file uvit_t2i_small --batch_size 32 --precision bf16
     """
 
+    # Most used
     uvit_config_file: PathFlag = "uvit_t2i_small"
     """The model: the name of a model preset, or a JSON file."""
+    latents: Literal["vae", "none"] = "vae"
+    """What the random features are. vae: moments of latents; none: pixels, for a model with 3 in_channels."""
     batch_size: BatchSize = 4
     """Samples per training step and per forward pass."""
     steps: PositiveInt = 5
     """Forward passes and training steps to measure, after two of each to warm up."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """fp32, or automatic mixed precision over float32 weights. The matrix product uses the same type."""
+
+    # What is timed
     compile: bool = False
     """Time the compiled model (torch.compile). Compilation comes first and is not counted."""
     recompute: bool = False
     """Recompute activations in the backward pass. This counts as time, but not as useful work."""
     loader: bool = False
     """Also time the data loader, on 1,024 pairs in a temporary folder (137 MB for the presets)."""
+
+    # Machine
     device: str = "auto"
     """cpu, cuda, cuda:1, ..., or auto: the GPU if there is one."""
     num_threads: Annotated[int, Bounds(least=0, most=1024, hint="0 leaves the choice to PyTorch")] = 0

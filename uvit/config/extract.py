@@ -147,8 +147,11 @@ class ExtractConfig:
     hf:HUB_ID; or the built-in `shapes` and `shapes:two`."""
     output_dir: PathFlag
     """The feature store to write: new, or left by the same command. Each split is a folder in it."""
-    vae_name_or_path: PathFlag
-    """An AutoencoderKL: its folder, a pipeline folder, a Hub id, or the VAE preset `shapes`."""
+    vae_name_or_path: PathFlag | None = None
+    """An AutoencoderKL: its folder, a pipeline folder, a Hub id, or the VAE preset `shapes`. Required without --latents
+    none."""
+    latents: Literal["vae", "none"] = "vae"
+    """What to store of the images. vae: the moments of their latents; none: the pixels, for a model without a VAE."""
     text_encoder_name_or_path: PathFlag | None = None
     """A CLIP, T5 or BERT-like text encoder: its folder, a pipeline folder or a Hub id."""
     text: Literal["contexts", "tokens", "both"] = "contexts"
@@ -191,7 +194,8 @@ class ExtractConfig:
     """What to do with the colour profiles of images. srgb: convert the colours to sRGB; ignore: take the numbers as
     they are, as for the published models."""
     random_flip: bool = False
-    """Also encode the mirrored image. Training then picks one of the two at random each time."""
+    """Also encode the mirrored image. Training then picks one of the two at random each time. With --latents none,
+    training mirrors the images itself, and nothing more is stored."""
 
     # Text
     tokenizer_name: PathFlag | None = None
@@ -229,10 +233,15 @@ class ExtractConfig:
         parse_shard(self.shard)
         if self.val_every is not None and self.split not in ("train", "val"):
             raise UserError(f"--split {self.split}: --val_every {self.val_every} makes the splits train and val")
+        if self.latents == "vae" and self.vae_name_or_path is None:
+            raise UserError("--vae_name_or_path: is required, unless --latents none stores pixels")
+        for flag in ("vae_name_or_path", "latent_scale"):
+            if self.latents == "none" and (given := getattr(self, flag)) is not None:
+                raise UserError(f"--{flag} {given}: --latents none stores pixels, without a VAE; leave one of them out")
         if self.bf16 and self.fp16:
             raise UserError("--bf16 and --fp16: choose one")
         if self.text != "tokens" and not self.text_encoder_name_or_path:
             raise UserError(f"--text {self.text}: needs --text_encoder_name_or_path; --text tokens does not")
-        given = "tokenizer_name" if self.tokenizer_name else "text_encoder_name_or_path"
+        encoder = "tokenizer_name" if self.tokenizer_name else "text_encoder_name_or_path"
         if self.vocab_size is not None and (self.tokenizer_name or self.text_encoder_name_or_path):
-            raise UserError(f"--vocab_size {self.vocab_size}: no tokenizer is trained, because --{given} has one")
+            raise UserError(f"--vocab_size {self.vocab_size}: no tokenizer is trained, because --{encoder} has one")

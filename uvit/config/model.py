@@ -1,4 +1,7 @@
-"""The config of a U-ViT: a preset by its name, or a JSON file of the model's arguments."""
+"""The config of a U-ViT: a preset by its name, or a JSON file of the model's arguments.
+
+Its `_class_name`, diffusers' key, says which U-ViT it is of: MODERN, or else the published one.
+"""
 
 import difflib
 import json
@@ -11,7 +14,9 @@ from uvit.errors import UserError
 
 FLAG = "--uvit_config_file"
 
-KINDS: dict[str, tuple[type, ...]] = {  # the arguments of UViTT2IModel
+CLASS_KEY, MODERN = "_class_name", "ModernUViTT2IModel"
+Kinds = dict[str, tuple[type, ...]]
+KINDS: Kinds = {  # the arguments of UViTT2IModel
     "sample_size": (int, list),
     "patch_size": (int,),
     "in_channels": (int,),
@@ -25,11 +30,21 @@ KINDS: dict[str, tuple[type, ...]] = {  # the arguments of UViTT2IModel
     "conv": (bool,),
     "bottleneck_dim": (int, type(None)),
 }
+MODERN_KINDS: Kinds = {key: kinds for key, kinds in KINDS.items() if key not in ("mlp_ratio", "qkv_bias")}
+MODERN_KINDS |= {"skip": (str,)}
+KEY_CHOICES = {"skip": ("concat", "add", "none")}
 # How to sample with its weights: what the config.json of trained weights has besides. A new model has none of it.
-SAMPLING_KEYS = ("latent_scale", "latent_shift", "latent_std", "timestep_labels", "prediction_type", "path")
+SAMPLING_KEYS = (
+    "latent_scale", "latent_shift", "latent_std", "timestep_labels", "prediction_type", "path", "latents",
+)  # fmt: skip
 # What PaddleMIX's configs have besides, and the values at which it changes nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {"norm_type": ("layer_norm",), "qk_scale": (None,)}
 DROPOUT = ("attn_drop_rate", "drop_rate", "pos_drop_rate")  # has no weights
+
+
+def kinds_of(config: Mapping[str, Any]) -> Kinds:
+    """The arguments of the U-ViT that a config is of, and their types."""
+    return MODERN_KINDS if config.get(CLASS_KEY) == MODERN else KINDS
 
 
 def model_config_names() -> list[str]:
@@ -38,12 +53,12 @@ def model_config_names() -> list[str]:
 
 
 def resolve_model_config(name_or_path: str) -> dict[str, Any]:
-    """The arguments of `UViTT2IModel` in a JSON file or a preset.
+    """The arguments of a U-ViT in a JSON file or a preset; of a MODERN one, its `_class_name` too.
 
     A preset's name may lack its `uvit_` or `uvit_t2i_`, and "giant" stands for "gaint". The file name of a path that
-    does not exist is a name too, because older command lines have `config/uvit_t2i_small.json`. Keys that begin with
-    `_`, diffusers' own, are dropped, and so are SAMPLING_KEYS and PaddleMIX's at values that change nothing. Raises
-    UserError for anything else.
+    does not exist is a name too, because older command lines have `config/uvit_t2i_small.json`. Other keys that begin
+    with `_`, diffusers' own, are dropped, and so are SAMPLING_KEYS and PaddleMIX's at values that change nothing.
+    Raises UserError for anything else.
     """
     path = Path(name_or_path)
     if not path.is_file():
@@ -66,8 +81,12 @@ def resolve_model_config(name_or_path: str) -> dict[str, Any]:
     foreign = (*SAMPLING_KEYS, *NEUTRAL, *DROPOUT, "out_channels")
     config = {key: value for key, value in content.items() if not key.startswith("_") and key not in foreign}
     for key, value in config.items():
-        _check(path, key, value)
-    return config
+        _check(path, key, value, kinds_of(content))
+    return _class_of(content) | config
+
+
+def _class_of(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {CLASS_KEY: MODERN} if content.get(CLASS_KEY) == MODERN else {}
 
 
 def check_neutral(content: Mapping[str, Any], where: object) -> None:
@@ -79,40 +98,48 @@ def check_neutral(content: Mapping[str, Any], where: object) -> None:
         raise UserError(f"{where}: out_channels {content['out_channels']} differs from in_channels")
 
 
-def _check(path: Path, key: str, value: Any) -> None:
-    if key not in KINDS:
-        close = difflib.get_close_matches(key, KINDS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"the keys are {', '.join(KINDS)}"
+def _check(path: Path, key: str, value: Any, known: Kinds) -> None:
+    if key not in known:
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"the keys are {', '.join(known)}"
         raise UserError(f"{FLAG} {path}: there is no key {key!r}; {hint}")
-    if KINDS[key] == (bool,):
+    kinds = known[key]
+    if kinds == (bool,):
         fits, wanted = isinstance(value, bool), "true or false"
-    elif isinstance(value, list) and list in KINDS[key]:
+    elif key in KEY_CHOICES:
+        fits, wanted = value in KEY_CHOICES[key], " or ".join(map(json.dumps, KEY_CHOICES[key]))
+    elif isinstance(value, list) and list in kinds:
         fits, wanted = (
             len(value) == 2 and all(type(side) is int and side > 0 for side in value),
             "[height, width]",
         )
-    elif value is None and type(None) in KINDS[key]:
+    elif value is None and type(None) in kinds:
         return
     else:
-        fits = type(value) in KINDS[key] and not isinstance(value, list) and value > 0
-        wanted = "a positive number" if float in KINDS[key] else "a positive whole number"
+        fits = type(value) in kinds and not isinstance(value, list) and value > 0
+        wanted = "a positive number" if float in kinds else "a positive whole number"
     if not fits:
         raise UserError(f"{FLAG} {path}: {key} is {json.dumps(value)}; it must be {wanted}")
 
 
 def model_arguments(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The arguments of UViTT2IModel in a config of ours or of PaddleMIX. Raises UserError where a value is wrong."""
+    """The arguments of a U-ViT, as of `resolve_model_config`, in a config of ours or of PaddleMIX.
+
+    Raises UserError where a value is wrong.
+    """
     check_neutral(content, path)
-    arguments = {key: value for key, value in content.items() if key in KINDS}
+    known = kinds_of(content)
+    arguments = {key: value for key, value in content.items() if key in known}
     for key, value in arguments.items():
-        if value is None and type(None) in KINDS[key]:
+        if (value is None and type(None) in known[key]) or value in KEY_CHOICES.get(key, ()):
             continue
         sizes = value if isinstance(value, list) else [value]
         wrong = isinstance(value, list) and len(value) != 2
         if (
             wrong
-            or type(value) not in KINDS[key]
+            or type(value) not in known[key]
             or not all(isinstance(size, (int, float)) and size >= 0 for size in sizes)
         ):
-            raise UserError(f"{path}: {key} is {value!r}, which must be {' or '.join(k.__name__ for k in KINDS[key])}")
-    return arguments
+            wanted = KEY_CHOICES.get(key) or [kind.__name__ for kind in known[key]]
+            raise UserError(f"{path}: {key} is {value!r}, which must be {' or '.join(wanted)}")
+    return _class_of(content) | arguments

@@ -76,7 +76,8 @@ class TrainConfig(ObjectiveConfig, RecipeConfig):
     """The real images to compare with: anything that `uvit evaluate --reference` takes. Default: as many of the images
     that the features were made from."""
     feature_extractor: PathFlag | None = None
-    """Any vision model of transformers, by folder or Hub id, for fd, kid and prdc. Results bear its name."""
+    """For fd, kid and prdc: any vision model of transformers, by folder or Hub id, or efficientnet_lite0, as in `uvit
+    evaluate`. Results bear its name."""
     inception_weights: PathFlag | None = None
     """The file of FID's Inception. Default: pt_inception-2015-12-05-6726825d.pth in the cache of torch.hub."""
     clip_name_or_path: PathFlag = CLIP_SCORE_MODEL

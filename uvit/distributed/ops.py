@@ -18,6 +18,8 @@ from uvit.errors import UserError
 
 T = TypeVar("T")
 
+# Normalize each head of queries and keys: under tensor parallelism, a process has the gradient of its own heads only.
+HEAD_NORMS = ("attn.q_norm.weight", "attn.k_norm.weight")
 BUCKET_BYTES = 25 * 2**20  # gradients per all-reduce: few calls, and early enough to overlap with the backward
 
 
@@ -75,7 +77,7 @@ class GradientAverage:
 
     Fully sharded networks average by themselves; this class only selects the microbatch. For replicas, a bucket of
     gradients is summed as soon as it is complete, while the backward continues. A parameter must have a gradient in all
-    processes or in none.
+    processes or in none. The gradients of HEAD_NORMS are summed over the tensor parallel processes too.
     """
 
     def __init__(self, networks: nn.Module, world: World, bucket_bytes: int = BUCKET_BYTES):
@@ -85,6 +87,8 @@ class GradientAverage:
         self.missing: list[int] = []  # how many gradients each bucket still waits for
         self.last = False
         self.sent: list[tuple[list[Tensor], Tensor, dist.Work]] = []
+        split_heads = world.degrees.tp > 1
+        self.head_norms = [p for name, p in networks.named_parameters() if split_heads and name.endswith(HEAD_NORMS)]
         if world.degrees.dp > 1 and not self.sharded:
             self._hook([p for p in networks.parameters() if p.requires_grad], bucket_bytes)
 
@@ -139,6 +143,10 @@ class GradientAverage:
             torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
         self.sent = []
         self.last = False
+        if grads := [local_tensor(parameter.grad) for parameter in self.head_norms if parameter.grad is not None]:
+            flat = torch.cat(grads)
+            dist.all_reduce(flat, group=self.world.group("tp"))
+            torch._foreach_copy_(grads, list(flat.split([len(grad) for grad in grads])))
 
 
 @torch.no_grad()

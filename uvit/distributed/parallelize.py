@@ -8,14 +8,14 @@ replication (`dp` alone) needs nothing here, only `ops.GradientAverage`.
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from uvit.distributed.mesh import World
 from uvit.errors import UserError
-from uvit.model import Attention, Block, UViTT2IModel
+from uvit.model import Block, UViTT2IModel
 
 
 def parallelize(unet: UViTT2IModel, world: World, *, recompute: bool = False, compile: bool = False) -> None:
@@ -36,7 +36,7 @@ def parallelize(unet: UViTT2IModel, world: World, *, recompute: bool = False, co
 
 def check_divisibility(block: Block, world: World) -> None:
     tp, shard = world.degrees.tp, world.degrees.shard
-    width, hidden = block.mlp.fc1.in_features, block.mlp.fc1.out_features
+    width, hidden = block.mlp.fc1.in_features, block.mlp.fc2.in_features
     num_heads = width // block.attn.head_dim
     if num_heads % tp or hidden % tp:
         raise UserError(
@@ -61,7 +61,9 @@ def split_block(block: Block, world: World) -> None:
     Inputs and outputs of attention and MLP are whole; activations between them are split.
     """
     assert world.mesh is not None
-    order_by_rank(block.attn, world.degrees.tp)
+    mlp = block.mlp
+    order_by_rank(block.attn.qkv.weight, 3, world.degrees.tp)
+    order_by_rank(mlp.fc1.weight, mlp.fc1.out_features // mlp.fc2.in_features, world.degrees.tp)
     parallelize_module(
         block,
         world.mesh["tp"],
@@ -76,13 +78,12 @@ def split_block(block: Block, world: World) -> None:
 
 
 @torch.no_grad()
-def order_by_rank(attention: Attention, tp: int) -> None:
-    """Reorder qkv's rows from (q|k|v) x heads to ranks x (q|k|v) x heads of the rank.
+def order_by_rank(weight: Tensor, num_parts: int, tp: int) -> None:
+    """Reorder rows from parts to ranks x parts, in place: the parts are q, k and v, or the gates and values of SwiGLU.
 
     Split in the published order, the first rank would get queries only and the last rank values only.
     """
-    weight = attention.qkv.weight
-    weight.copy_(weight.unflatten(0, (3, tp, -1)).transpose(0, 1).flatten(0, 2).clone())
+    weight.copy_(weight.unflatten(0, (num_parts, tp, -1)).transpose(0, 1).flatten(0, 2).clone())
 
 
 # Fully sharded

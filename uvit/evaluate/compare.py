@@ -10,14 +10,14 @@ from uvit.config.evaluate import EvaluateCompareConfig
 from uvit.errors import UserError, differences
 
 REPORT_FORMAT = "uvit evaluation"  # of report.json
-PIXELS = ("reference", "pixels_sha256")
+PIXELS_SHA256 = ("reference", "pixels_sha256")
 # What must be equal for two numbers to mean the same; everything else may be what is compared.
 PROTOCOL = (
     ("results", 0, "images", 0, "num_images"),
     ("results", 0, "images", 0, "preparation"),
     ("results", 0, "images", 0, "lossy_files"),
     ("results", 0, "images", 0, "resolution"),
-    PIXELS,
+    PIXELS_SHA256,
     ("reference", "sha256"),
     ("reference", "num_images"),
     ("reference", "preparation"),
@@ -71,7 +71,7 @@ def not_comparable(first: dict[str, Any], second: dict[str, Any]) -> Iterator[st
     """Each difference that makes the scores numbers of two kinds."""
     for path in PROTOCOL:
         one, other = _at(first, path), _at(second, path)
-        if path == ("reference", "sha256") and (_at(first, PIXELS) and _at(second, PIXELS)):
+        if path == ("reference", "sha256") and (_at(first, PIXELS_SHA256) and _at(second, PIXELS_SHA256)):
             continue  # a file of statistics, or the images themselves: the pixels decide
         if path == ("extractors",):  # those of scores that both have
             one, other = ({name: each[name] for name in one if name in other} for each in (one, other))

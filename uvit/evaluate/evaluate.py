@@ -17,13 +17,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from uvit.config.evaluate import EvaluateConfig
+from uvit.config.evaluate import NEED_REFERENCE, PROTOCOL_OF_FEATURES, EvaluateConfig
 from uvit.config.sharding import resolve_shard
 from uvit.errors import UserError
 from uvit.evaluate.attributes import accuracy_table, scene_kind
 from uvit.evaluate.features import FeatureSet, PerImage, all_done, describe_images, extract_features, load_features
 from uvit.evaluate.frechet import FeatureStatistics
-from uvit.evaluate.generate import GeneratedImages, folder_name, is_model, open_model
+from uvit.evaluate.generate import GeneratedImages, folder_name, is_model, open_model, trained_on
 from uvit.evaluate.image_sets import ImageSet, open_images
 from uvit.evaluate.measure import (
     FRECHET,
@@ -79,7 +79,7 @@ def evaluate(config: EvaluateConfig) -> None:
     """The command. Raises UserError if something is missing, cannot be read, or gives no finite score."""
     if is_model(config.model) and not (config.protocol or config.prompts or config.reference or config.metrics):
         config = replace(config, protocol="shapes")
-    given, config = config, config.resolved()
+    given, config = config, with_own_features(config).resolved()
     check_metrics(config)
     if config.model.endswith(".npz"):
         evaluate_statistics(config)
@@ -91,7 +91,10 @@ def evaluate(config: EvaluateConfig) -> None:
 
     with clock("start"):
         extractors = build_extractors(config)
-        prompts = list_prompts(config.prompts, config.split, config.max_prompts) if config.prompts else []
+        prompts = []
+        if config.prompts:
+            order = config.prompt_order or "listed"
+            prompts = list_prompts(config.prompts, config.split, config.max_prompts, order)
     measured = list(list_measured(config, prompts, clock))
     resolution = measured[0].images.description.get("resolution")
     reference = open_reference(config, extractors, config.resolution or (resolution[0] if resolution else None))
@@ -127,10 +130,27 @@ def evaluate(config: EvaluateConfig) -> None:
         if real_images is not None:
             extractor = extractors.get("retrieval", tasks[-1].extractors[0])
             features, real = (load_features(each.images, extractor, each.folder) for each in (tasks[0], tasks[-1]))
-            write_neighbours(folder, measured[0].images, features, real_images, real)
+            centered = config.retrieval_cosine == "centered"
+            write_neighbours(folder, measured[0].images, features, real_images, real, centered)
     print("\n".join(summary(config, report, len(prompts))))
     print("seconds: " + ", ".join(f"{name} {seconds:g}" for name, seconds in clock.seconds.items()))
     print(f"report: {folder / 'report.md'}; contact sheet: {folder / 'contact_sheet.png'}")
+
+
+def with_own_features(config: EvaluateConfig) -> EvaluateConfig:
+    """With the features that the run was trained on as prompts and reference, where the protocol takes these."""
+    if config.protocol != PROTOCOL_OF_FEATURES:
+        return config
+    needs_reference = set(config.resolved().metrics) & NEED_REFERENCE
+    missing = [name for name in ("prompts", *["reference"] * bool(needs_reference)) if getattr(config, name) is None]
+    features = trained_on(config.model) if missing else None
+    if missing and features is None:
+        flags = " and ".join(f"--{name}" for name in missing)
+        raise UserError(
+            f"--protocol {config.protocol}: {config.model} does not record the features that it was trained on; give "
+            f"{flags}, such as the feature store"
+        )
+    return replace(config, **dict.fromkeys(missing, features))
 
 
 def evaluate_statistics(config: EvaluateConfig) -> None:

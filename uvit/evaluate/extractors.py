@@ -28,6 +28,14 @@ from transformers import (
 
 from uvit.config.evaluate import CLIP_SCORE_MODEL, CMMD_MODEL, DINOV2_MODEL, InceptionInput
 from uvit.errors import UserError
+from uvit.evaluate.efficientnet_lite import (
+    EFFICIENTNET_LITE0,
+    EFFICIENTNET_SIZE,
+    EFFICIENTNET_WIDTH,
+    efficientnet_pixels,
+    find_efficientnet_weights,
+    load_efficientnet,
+)
 from uvit.evaluate.inception import (
     WEIGHTS_SHA256_PREFIX,
     find_inception_weights,
@@ -183,6 +191,30 @@ def dinov2_extractor(place: str = DINOV2_MODEL, device: str | torch.device = "cp
         preprocess=dinov2_pixels,
         network=lambda pixels: {"features": model(pixels).pooler_output},
     )
+
+
+def efficientnet_extractor(place: str = EFFICIENTNET_LITE0, device: str | torch.device = "cpu") -> Extractor:
+    """EfficientNet-Lite0, with the weights of its Python package or of a file. Raises UserError if there are none."""
+    network, sha256 = load_efficientnet(find_efficientnet_weights(place))
+    network.to(device)
+    return Extractor(
+        name=EFFICIENTNET_LITE0,
+        distance=f"FD-{EFFICIENTNET_LITE0}",
+        width=EFFICIENTNET_WIDTH,
+        weights_hash=sha256,
+        recipe={"input": "stretched, bicubic without antialias", "size": EFFICIENTNET_SIZE, "layer": "mean of the map"},
+        device=torch.device(device),
+        preprocess=efficientnet_pixels,
+        network=lambda pixels: {"features": network(pixels.contiguous(memory_format=torch.channels_last))},
+    )
+
+
+def own_extractor(place: str, device: str | torch.device = "cpu") -> Extractor:
+    """What --feature_extractor names: a folder, `efficientnet_lite0` or its weight file, or a Hub id."""
+    path = Path(place)
+    if path.is_file() or (place == EFFICIENTNET_LITE0 and not path.is_dir()):
+        return efficientnet_extractor(place, device)
+    return folder_extractor(place, device)
 
 
 def folder_extractor(place: str, device: str | torch.device = "cpu") -> Extractor:

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 from uvit import __version__
-from uvit.checkpoint.folder import RECORD, checkpoint_folders
+from uvit.checkpoint.folder import RECORD, checkpoint_folders, read_checkpoint
 from uvit.config.evaluate import Scheduler
 from uvit.device import own_device
 from uvit.errors import UserError
 from uvit.evaluate.image_sets import CHUNK, LoadedImages
 from uvit.evaluate.prompts import Prompt, prompts_sha256
-from uvit.export.convert import build_pipeline, check_fit, open_checkpoint
+from uvit.export.convert import build_pipeline, check_fit, open_checkpoint, training_facts
 from uvit.export.reconstruct import open_average
 from uvit.progress import Progress
 from uvit.sample.command import sample_batch
@@ -96,7 +96,18 @@ def open_model(name: str, weights: str, device: str, dtype: str) -> Model:
             pipeline = build_pipeline(components).to(own_device(device), getattr(torch, dtype))
         pipeline.set_progress_bar_config(disable=True)
     networks = {network: getattr(pipeline, network) for network in ("unet", "vqvae", "text_encoder")}
-    return Model(pipeline, opened, {f"{name}_sha256": fingerprint(network) for name, network in networks.items()})
+    hashes = {f"{name}_sha256": fingerprint(each) for name, each in networks.items() if each is not None}
+    return Model(pipeline, opened, hashes)
+
+
+def trained_on(name: str) -> str | None:
+    """The features that the run of a pipeline or a checkpoint was trained on, as it records them; None: it does not."""
+    path = Path(name)
+    checkpoints = [path] if (path / RECORD).is_file() else checkpoint_folders(path)
+    records = [training_facts(path), training_facts(path / "pipeline")]
+    records += [read_checkpoint(checkpoint).record for checkpoint in checkpoints[-1:]]
+    found = (record["config"].get("feature_path") for record in records if record.get("config"))
+    return next((str(features) for features in found if features), None)
 
 
 class GeneratedImages:
@@ -172,7 +183,7 @@ class GeneratedImages:
 
     def _metadata(self, job: ImageJob) -> dict[str, str]:
         names = ("unet_sha256", "vqvae_sha256", "text_encoder_sha256", "dtype", *asdict(self.setting))
-        settings = {name: str(self.description[name]) for name in names}
+        settings = {name: str(self.description[name]) for name in names if name in self.description}
         return {"software": f"uvit {__version__}", **settings, "prompt": job.prompt, "seed": str(job.seed)}
 
 

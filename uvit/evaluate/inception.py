@@ -5,7 +5,6 @@ differs from torchvision's: average pools leave the padding out of the mean, and
 The modules have the names of that file. Shapes: B batch, images (B, 3, 299, 299).
 """
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from uvit.config.evaluate import InceptionInput
 from uvit.errors import UserError
-from uvit.weights.files import read_weights
+from uvit.evaluate.network_files import load_network_file
 
 INPUT_SIZE = 299
 NUM_CLASSES = 1008
@@ -223,23 +222,8 @@ def load_inception(path: Path) -> tuple[FIDInception, str]:
 
     Raises UserError where the file is not of this network.
     """
-    with torch.device("meta"):
-        network = FIDInception()
-    tensors = read_weights(path).tensors
-    wanted = network.state_dict()
-    for name, tensor in wanted.items():
-        if name.endswith("num_batches_tracked"):
-            tensors.setdefault(name, torch.zeros((), dtype=torch.int64))  # not used
-        elif name not in tensors or tensors[name].shape != tensor.shape:
-            found = f"has shape {tuple(tensors[name].shape)}" if name in tensors else "is missing"
-            raise UserError(
-                f"{path}: is not the Inception of FID ({name} {found}, and should have shape {tuple(tensor.shape)}); "
-                f"get {WEIGHTS_NAMES[0]} from {WEIGHTS_PAGE}"
-            )
-    network.load_state_dict({name: tensors[name].to(wanted[name].dtype) for name in wanted}, assign=True)
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return network.eval().requires_grad_(False), sha256
+    remedy = f"get {WEIGHTS_NAMES[0]} from {WEIGHTS_PAGE}"
+    return load_network_file(path, FIDInception, "the Inception of FID", remedy)
 
 
 # The input

@@ -21,8 +21,8 @@ from uvit.evaluate.extractors import (
     clip_extractor,
     cmmd_extractor,
     dinov2_extractor,
-    folder_extractor,
     inception_extractor,
+    own_extractor,
 )
 from uvit.evaluate.features import FeatureSet, PerImage
 from uvit.evaluate.frechet import (
@@ -152,7 +152,7 @@ def _build(kind: str, config: EvaluateConfig, device: torch.device) -> PerImage:
         return ImageFeatures(cmmd_extractor(config.cmmd_name_or_path, device))
     if kind == "dinov2":
         return ImageFeatures(dinov2_extractor(config.dinov2_name_or_path, device))
-    return ImageFeatures(folder_extractor(str(config.feature_extractor), device))
+    return ImageFeatures(own_extractor(str(config.feature_extractor), device))
 
 
 # Scores
@@ -244,13 +244,25 @@ def _scores_compared(
     if metric == "cmmd":
         return [Score("cmmd", cmmd(mine, real), "lower")]
     if metric == "retrieval":
-        ranks = retrieval_ranks(features, reference, prompts)
-        return [
-            Score(
-                f"retrieval_top{k}{suffix}", float((ranks < k).mean()), "higher",
-                details={"chance": min(1, k / len(reference)), "num_images": len(ranks)},
-            )
-            for k in (1, NEAREST)
-        ]  # fmt: skip
+        return _retrieval(config, suffix, features, reference, prompts)
     shares = precision_recall_density_coverage(mine, real, config.nearest_k)
     return [Score(f"{name}{suffix}", value, "higher") for name, value in vars(shares).items()]
+
+
+def _retrieval(
+    config: EvaluateConfig, suffix: str, features: FeatureSet, reference: FeatureSet, prompts: Sequence[Prompt]
+) -> list[Score]:
+    """The shares of images whose named image is nearest, or among the nearest; and the median rank, from 0."""
+    centered = config.retrieval_cosine == "centered"
+    ranks = retrieval_ranks(features, reference, prompts, centered)
+    suffix += "-centered" if centered else ""
+    scores = [
+        Score(
+            f"retrieval_top{k}{suffix}",
+            float((ranks < k).mean()),
+            "higher",
+            details={"chance": min(1, k / len(reference)), "num_images": len(ranks)},
+        )
+        for k in (1, NEAREST)
+    ]
+    return [*scores, Score(f"retrieval_median_rank{suffix}", float(np.median(ranks)), "lower")]

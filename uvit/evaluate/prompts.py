@@ -9,19 +9,21 @@ import hashlib
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from uvit.config.evaluate import PromptOrder
 from uvit.errors import UserError
 from uvit.evaluate.image_sets import image_id, is_store, open_stored_source
 from uvit.sources.open import open_source, require_random_access
 from uvit.sources.shapes import PairScene, Scene, ShapesSource, scenes
 from uvit.sources.types import PairError
 
-COCO_SEED = 1234  # part of the protocols: another one would give another list
+ORDER_SEED = 1234  # part of the protocols: another one would give another list
 PROMPT_COLUMNS = ("prompt", "text", "caption")
 CATEGORY_COLUMNS = ("category", "tag")
 
@@ -37,12 +39,15 @@ class Prompt:
     image: str = ""  # the id of the image that it is a caption of, as in the set of a source's images
 
 
-def list_prompts(prompts: str, split: str | None, most: int | None = None) -> list[Prompt]:
+def list_prompts(
+    prompts: str, split: str | None, most: int | None = None, order: PromptOrder = "listed"
+) -> list[Prompt]:
     """The first `most` prompts of what --prompts names.
 
     Args:
         split: of shapes and of sources.
         most: of COCO, whose order is without pattern, the first are a random choice.
+        order: `hashed`: the texts that occur once, in an order without pattern that depends on the texts alone.
 
     Raises UserError if there is no prompt, or one is not text.
     """
@@ -58,10 +63,17 @@ def list_prompts(prompts: str, split: str | None, most: int | None = None) -> li
         found = iter(_of_coco(path))
     else:
         found = _of_source(prompts, split or "train")
-    chosen = list(islice(found, most))
+    chosen = list(islice(_hashed(list(found)) if order == "hashed" else found, most))
     if not chosen:
         raise UserError(f"--prompts {prompts}: has no prompt")
     return chosen
+
+
+def _hashed(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts whose text occurs once, sorted by the SHA-256 of "1234 text": whatever the order of the source."""
+    times = Counter(prompt.text for prompt in prompts)
+    once = [prompt for prompt in prompts if times[prompt.text] == 1]
+    return sorted(once, key=lambda prompt: hashlib.sha256(f"{ORDER_SEED} {prompt.text}".encode()).hexdigest())
 
 
 def prompts_sha256(prompts: Sequence[Prompt]) -> str:
@@ -150,14 +162,14 @@ def _of_coco(path: Path) -> list[Prompt]:
         content = json.loads(gzip.decompress(data) if path.suffix.lower() == ".gz" else data)
         captions: dict[int, list[tuple[str, str, int]]] = {}
         for each in content["annotations"]:
-            order = hashlib.sha256(f"{COCO_SEED} caption {each['id']}".encode()).hexdigest()
+            order = hashlib.sha256(f"{ORDER_SEED} caption {each['id']}".encode()).hexdigest()
             captions.setdefault(each["image_id"], []).append((order, each["caption"], each["id"]))
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"--prompts {path}: is not a file of COCO captions, with `annotations` that have `id`, `image_id` and "
             f"`caption` ({' '.join(str(error).split())[:100]})"
         ) from None
-    images = sorted(captions, key=lambda image: hashlib.sha256(f"{COCO_SEED} image {image}".encode()).hexdigest())
+    images = sorted(captions, key=lambda image: hashlib.sha256(f"{ORDER_SEED} image {image}".encode()).hexdigest())
     drawn = [(image, min(captions[image])) for image in images]
     return [Prompt(" ".join(str(text).split()), f"image {image} caption {id}") for image, (_, text, id) in drawn]
 

@@ -1,6 +1,7 @@
 """The nearest real images of generated ones: what was memorised, and whether an image is the one that its prompt names.
 
-Nearness is the cosine of the features.
+Nearness is the cosine of the features; centered, that of their differences to the mean of the real images' features.
+Features that are never negative, as after a ReLU, have cosines close to 1 unless they are centered.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,11 +17,13 @@ from uvit.evaluate.features import FeatureSet
 from uvit.evaluate.prompts import Prompt
 
 NEAREST = 5
-ROUNDING = 1e-7  # of the cosine of features in float32
+ROUNDING = 1e-6  # of the cosine of features in float32: the twin of an image is not nearer than the image
 SIMILARITIES, FEWEST_QUERIES = 2**23, 64  # at once: 64 MiB in float64, unless there are very many real images
 
 
-def retrieval_ranks(generated: FeatureSet, reference: FeatureSet, prompts: Sequence[Prompt]) -> np.ndarray:
+def retrieval_ranks(
+    generated: FeatureSet, reference: FeatureSet, prompts: Sequence[Prompt], centered: bool = False
+) -> np.ndarray:
     """How many real images are nearer than the one that the prompt names, for each generated image whose prompt names
     one; 0 is right.
 
@@ -45,9 +48,11 @@ def retrieval_ranks(generated: FeatureSet, reference: FeatureSet, prompts: Seque
             "same source or feature store as --prompts and --reference (of COCO the folder, not the captions alone)"
         )
     named = [named_by[prompts[generated.rows[row]].text] for row in rows]
+    centre = mean_of(real) if centered else None
     ranks = []
     for part in torch.arange(len(rows)).split(max(FEWEST_QUERIES, SIMILARITIES // len(real))):
-        similar = torch.cat([similarities for _, similarities in _similarities(mine[[rows[i] for i in part]], real)], 1)
+        query = mine[[rows[i] for i in part]]
+        similar = torch.cat([similarities for _, similarities in _similarities(query, real, centre)], 1)
         own = torch.zeros_like(similar, dtype=torch.bool)
         for row, i in enumerate(part):
             own[row, named[i]] = True
@@ -56,11 +61,11 @@ def retrieval_ranks(generated: FeatureSet, reference: FeatureSet, prompts: Seque
     return torch.cat(ranks).numpy()
 
 
-def nearest_images(generated: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_images(generated: Tensor, reference: Tensor, centered: bool = False) -> tuple[Tensor, Tensor]:
     """(M, D) and (N, D) -> rows of the real images that are nearest, the nearest first, and cosines: (M, NEAREST)."""
     rows = torch.empty(len(generated), 0, dtype=torch.int64)
     cosines = torch.empty(len(generated), 0, dtype=torch.float64)
-    for start, similar in _similarities(generated, reference):
+    for start, similar in _similarities(generated, reference, mean_of(reference) if centered else None):
         numbers = torch.arange(start, start + similar.shape[1]).expand_as(similar)
         rows, cosines = torch.cat([rows, numbers], 1), torch.cat([cosines, similar], 1)
         cosines, order = cosines.topk(min(NEAREST, cosines.shape[1]))
@@ -68,8 +73,14 @@ def nearest_images(generated: Tensor, reference: Tensor) -> tuple[Tensor, Tensor
     return rows, cosines
 
 
-def _similarities(generated: Tensor, reference: Tensor) -> Iterator[tuple[int, Tensor]]:
+def mean_of(rows: Tensor) -> Tensor:
+    """(N, D) -> (D,), float64, in tiles."""
+    return torch.stack([tile.sum(0) for _, tile in tiles(rows)]).sum(0) / len(rows)
+
+
+def _similarities(generated: Tensor, reference: Tensor, centre: Tensor | None) -> Iterator[tuple[int, Tensor]]:
     """The cosines (M, n) of all generated images and some real ones, with the row of the first of these."""
-    query = F.normalize(generated.double(), dim=1)
+    shift = 0.0 if centre is None else centre
+    query = F.normalize(generated.double() - shift, dim=1)
     for start, tile in tiles(reference):
-        yield start, query @ F.normalize(tile, dim=1).T
+        yield start, query @ F.normalize(tile - shift, dim=1).T

@@ -33,10 +33,16 @@ def write_sheets(folder: Path, images: ImageSet, prompts: Sequence[Prompt]) -> N
 
 
 def write_neighbours(
-    folder: Path, images: ImageSet, features: FeatureSet, reference: ImageSet, real: FeatureSet
+    folder: Path,
+    images: ImageSet,
+    features: FeatureSet,
+    reference: ImageSet,
+    real: FeatureSet,
+    centered: bool = False,
 ) -> None:
     """The first images, each with the real ones nearest to it: copies show what was memorised."""
-    nearest, cosines = nearest_images(features.tensor("features")[:MAX_NEIGHBOUR_ROWS], real.tensor("features"))
+    mine = features.tensor("features")[:MAX_NEIGHBOUR_ROWS]
+    nearest, cosines = nearest_images(mine, real.tensor("features"), centered)
     shown, labels = list[Image.Image](), list[str]()
     for row, its_nearest, its_cosines in zip(features.rows, nearest.tolist(), cosines.tolist(), strict=False):
         shown += _load(images, [int(row)]) + _load(reference, [int(real.rows[i]) for i in its_nearest])

@@ -40,7 +40,7 @@ def card(
         "license": license_name or "unknown",
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
-        "tags": ["uvit", "latent-diffusion"],
+        "tags": ["uvit", "pixel-diffusion" if components.conventions.is_pixels else "latent-diffusion"],
     }
     size = components.unet.config["sample_size"]
     sides = [size, size] if isinstance(size, int) else size
@@ -87,9 +87,11 @@ def training_rows(components: Components, run: Path | None) -> dict[str, str]:
         "weights": {True: "EMA", False: "raw", None: UNKNOWN}[facts.get("ema")],
         "prediction type": conventions.prediction_type,
         "path": conventions.path,
-        "latent scale": conventions.describe_latents().removeprefix("latent scale "),
+        ("latents" if conventions.is_pixels else "latent scale"): conventions.describe_latents().removeprefix(
+            "latent scale "
+        ),
         "timesteps": conventions.timestep_labels,
-        "VAE (sha256)": (facts.get("vae_sha256") or UNKNOWN)[:12],
+        "VAE (sha256)": "none" if conventions.is_pixels else (facts.get("vae_sha256") or UNKNOWN)[:12],
         "text encoder (sha256)": (facts.get("text_encoder_sha256") or UNKNOWN)[:12],
         "software": ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items()) or UNKNOWN,
     }

@@ -18,11 +18,11 @@ from uvit.config.paths import expand_path
 from uvit.conventions import Conventions
 from uvit.errors import UserError
 from uvit.export.card import push, run_folder, write_card
-from uvit.export.formats import write_official, write_paddle, write_paddlemix, write_trainer
+from uvit.export.formats import check_unet, write_official, write_paddle, write_paddlemix, write_trainer
 from uvit.export.graph import write_export, write_onnx
 from uvit.export.standalone import write_code
 from uvit.io import back_up, write_folder_atomically, write_json
-from uvit.model import UViTT2IModel
+from uvit.modern_model import ModernUViTT2IModel
 from uvit.sample.fit import FITTED_FILE
 from uvit.sample.pipeline import UViTPipeline
 from uvit.sample.schedulers import build_scheduler, scheduler_from_config
@@ -37,10 +37,12 @@ from uvit.weights.components import (
 )
 from uvit.weights.detect import CONFIG, FLAGS, INDEX, is_third_party, missing_components
 from uvit.weights.encoders import check_fingerprint, check_finite, fingerprint, load_tokenizer, quiet
+from uvit.weights.unet import new_unet
 
 TRAINING_FILE = "training.json"  # in a pipeline folder: the training run that it comes from
 REPORT_FILE = "conversion.json"  # in a pipeline folder: the report of the conversion
 PIPELINE_FORMATS = ("pipeline", "diffusers")
+THIRD_PARTY_FORMATS = ("official", "paddle", "port", "trainer")
 # The encoders of the official U-ViT code, which made most features that do not name theirs.
 USUAL_ENCODERS = {
     "vqvae": "stabilityai/sd-vae-ft-ema",  # Stable Diffusion's VAE, with a decoder that was trained further
@@ -57,13 +59,20 @@ def convert(config: ConvertConfig) -> None:
     components = load_components(config, source)
     if components.unet is None and (config.to != "pipeline" or config.push_to_hub is not None):
         raise UserError(f"{source}: has no U-ViT, and --to {config.to} needs one ({'; '.join(components.report.read)})")
-    missing = [flag for name, flag in FLAGS.items() if getattr(components, name) is None]
-    is_pipeline = components.unet is not None and not missing
+    if isinstance(components.unet, ModernUViTT2IModel) and config.to in THIRD_PARTY_FORMATS:
+        raise UserError(
+            f"--to {config.to}: the formats of the official U-ViT code and of PaddleMIX have no place for the modern "
+            f"U-ViT of {source}; use --to pipeline, diffusers, export or onnx"
+        )
+    missing = [FLAGS[name] for name in components.missing() if name in FLAGS]
+    is_pipeline = not components.missing()
     if is_pipeline:
         check_fit(components, source)
     if missing and (config.to == "diffusers" or config.push_to_hub is not None):
         flags = ", ".join(f"--{flag}" for flag in missing)
         raise UserError(f"--to {config.to}: needs a complete pipeline; pass {flags}")
+    if config.to in THIRD_PARTY_FORMATS:
+        check_unet(components, config.to)
     run = run_folder(source)
 
     def write(folder: Path) -> None:
@@ -157,7 +166,8 @@ def open_own_pipeline(folder: Path) -> UViTPipeline:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{folder}: is not complete, or its components do not fit together ({reason})") from None
     for name in ("unet", "vqvae", "text_encoder"):
-        check_finite(getattr(pipeline, name).state_dict(), folder / name)
+        if (network := getattr(pipeline, name)) is not None:
+            check_finite(network.state_dict(), folder / name)
     return pipeline
 
 
@@ -187,7 +197,7 @@ def open_checkpoint(
     weights = found.load("ema" if has_ema else "weights")
     check_finite(weights, source)
     conventions = Conventions.recorded(record)
-    components = Components(unet=UViTT2IModel(**record["unet_config"], **asdict(conventions)), conventions=conventions)
+    components = Components(unet=new_unet(record["unet_config"], **asdict(conventions)), conventions=conventions)
     load_network(components.unet, weights, "unet.")
     components.unet.eval().requires_grad_(False)
     if has_ema:
@@ -208,7 +218,7 @@ def open_checkpoint(
             components.facts["text_encoder_sha256"] = check_fingerprint(
                 components.text_encoder, expected, FLAGS["text_encoder"], name
             )
-    if "vqvae" in wanted:
+    if "vqvae" in wanted and not (conventions.is_pixels and vae is None):
         try:
             load_recorded_vae(components, vae, record)
         except UserError as error:
@@ -228,7 +238,8 @@ def missing_encoders(source: Path) -> list[str]:
         "text_encoder": record["text_encoder_config"] or record["text_encoder"],
         "tokenizer": record["tokenizer"],
     }
-    return [name for name in FLAGS if known[name] is None]
+    is_pixels = Conventions.recorded(record).is_pixels
+    return [name for name in FLAGS if known[name] is None and not (name == "vqvae" and is_pixels)]
 
 
 def convert_command(source: Path, dest: Path, missing: Collection[str] = ()) -> str:
@@ -297,7 +308,7 @@ def write_pipeline(components: Components, folder: Path) -> None:
     modules = {name: getattr(components, name) for name in ("unet", *FLAGS)}
     if components.unet is not None:
         components.unet.register_to_config(**asdict(components.conventions))
-    missing = [name for name, module in modules.items() if module is None]
+    missing = components.missing()
     with quiet():
         if missing:
             for name, module in modules.items():

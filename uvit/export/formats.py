@@ -194,8 +194,22 @@ def write_trainer(components: Components, folder: Path) -> None:
     _report_lost_conventions(components, TRAINED, "the PaddleMIX trainer")
 
 
+def check_unet(components: Components, to: str) -> None:
+    """Raises UserError where the U-ViT has a part that those of the official code and of PaddleMIX have not."""
+    if (bottleneck := components.unet.config["bottleneck_dim"]) is not None:
+        raise UserError(
+            f"--to {to}: its U-ViT has no bottleneck in the patch embedding, and this one has bottleneck_dim "
+            f"{bottleneck}; use --to pipeline or --to diffusers"
+        )
+
+
 def check_encoders(components: Components, to: str, needs_all: bool = True) -> None:
     """Raises UserError where an encoder is missing, or PaddleMIX does not support it."""
+    if needs_all and components.conventions.is_pixels:
+        raise UserError(
+            f"--to {to}: PaddleMIX's pipeline decodes with a VAE, and this model works on pixels; --to paddle writes "
+            "the U-ViT alone"
+        )
     missing = [name for name in FLAGS if getattr(components, name) is None]
     if missing and needs_all:
         flags = ", ".join(f"--{FLAGS[name]}" for name in missing)
@@ -235,7 +249,9 @@ def _report_lost_conventions(
     """reader: the program that will read the weights, and that assumes these conventions."""
     conventions = components.conventions
     ours, theirs = (LatentSpace.recorded(asdict(each)) for each in (conventions, assumed))
-    if ours != theirs:
+    if ours.is_pixels:
+        components.report.dropped.append(f"x_0 are pixels: {reader} decodes with a VAE; change it in its source code")
+    elif ours != theirs:
         components.report.dropped.append(
             f"{ours.describe_latents()}: {reader} uses {theirs.latent_scale}; change it in its source code"
         )

@@ -11,11 +11,13 @@ import shutil
 from pathlib import Path
 
 import uvit
+from uvit.modern_model import ModernUViTT2IModel
 from uvit.sample.limited import LimitedDPMSolverScheduler
 
 PACKAGE = Path(uvit.__file__).parent
 ENTRY_MODULE = "sample.pipeline"
-NETWORK, SOLVER = "modeling_uvit", "limited_dpm_solver"  # modules in unet/ and scheduler/
+# Modules in unet/ and scheduler/. The modern network imports parts of the published one.
+NETWORK, MODERN_NETWORK, SOLVER = "modeling_uvit", "modeling_modern_uvit", "limited_dpm_solver"
 IMPORT = re.compile(r"^(\s*)from uvit\.([\w.]+) import ", re.MULTILINE)
 # Replaced modules: such a pipeline does not read other formats.
 STUBS = {
@@ -25,12 +27,19 @@ STUBS = {
 
 def write_code(folder: Path) -> None:
     """Add the code to a pipeline folder, and name its modules in model_index.json."""
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text(encoding="utf-8"))
     for name, text in collect_modules(ENTRY_MODULE).items():
         (folder / f"{name}.py").write_text(text, encoding="utf-8")
     shutil.copy(PACKAGE / "model.py", folder / "unet" / f"{NETWORK}.py")
-    path = folder / "model_index.json"
-    index = json.loads(path.read_text(encoding="utf-8"))
-    index |= {"_class_name": ["pipeline", "UViTPipeline"], "unet": [NETWORK, "UViTT2IModel"]}
+    network = NETWORK
+    if index["unet"][1] == ModernUViTT2IModel.__name__:
+        network = MODERN_NETWORK
+        text = (
+            (PACKAGE / "modern_model.py").read_text(encoding="utf-8").replace("from uvit.model ", f"from .{NETWORK} ")
+        )
+        (folder / "unet" / f"{network}.py").write_text(text, encoding="utf-8")
+    index |= {"_class_name": ["pipeline", "UViTPipeline"], "unet": [network, index["unet"][1]]}
     if index["scheduler"][1] == LimitedDPMSolverScheduler.__name__:
         shutil.copy(PACKAGE / "sample" / "limited.py", folder / "scheduler" / f"{SOLVER}.py")
         index["scheduler"] = [SOLVER, LimitedDPMSolverScheduler.__name__]

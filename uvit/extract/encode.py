@@ -24,14 +24,14 @@ from uvit.sources.types import Problem
 from uvit.store.shard import EncodedPairs
 from uvit.weights.encoders import are_truncated, downsampling_of, encode_images, encode_tokens, tokenize
 
-PIXELS_AT_ONCE = 2**18  # that a thread encodes on a CPU: the VAE's activations take much memory
+PIXELS_AT_ONCE = 2**16  # that a thread encodes on a CPU: more take memory and gain nothing
 
 
 @dataclass(frozen=True)
 class Encoders:
     """The VAE, the text encoder and the settings of the encoding. `encode` may run in several threads."""
 
-    vae: Any
+    vae: Any  # None: the images are stored as they are
     text_encoder: Any  # None: text embeddings are not stored
     tokenizer: Any
     device: torch.device
@@ -60,8 +60,9 @@ class Encoders:
         Raises UserError if the features of all pairs (without `skip`, of any pair) are NaN or infinite."""
         try:
             with self._computing():
-                flipped = self._images(batch.pixels[..., ::-1].copy()) if self.flip else None
-                moments, contexts = self._images(batch.pixels), self._contexts(token_ids)
+                flipped = self._images(batch.pixels[..., ::-1].copy()) if self.flip and self.vae else None
+                moments = self._images(batch.pixels) if self.vae else None
+                contexts = self._contexts(token_ids)
         except torch.OutOfMemoryError:
             raise UserError(
                 f"--batch_size {self.batch_size}: needs more memory than {self.device} has; run the same command with a"
@@ -90,7 +91,8 @@ class Encoders:
         return EncodedPairs(
             ids=[batch.ids[i] for i in kept],
             captions=[batch.captions[i] for i in kept],
-            moments=self._stored(moments).numpy()[kept],
+            moments=None if moments is None else self._stored(moments).numpy()[kept],
+            images=batch.pixels[kept] if self.vae is None else None,
             flipped=None if flipped is None else self._stored(flipped).numpy()[kept],
             contexts=None if contexts is None else self._stored(contexts).numpy()[kept_captions],
             token_ids=self._token_ids(token_ids[torch.from_numpy(kept_captions)]),

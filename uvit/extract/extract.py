@@ -26,6 +26,7 @@ import torch
 
 from uvit.config.extract import ExtractConfig
 from uvit.config.sharding import resolve_shard
+from uvit.conventions import PIXELS
 from uvit.device import own_device
 from uvit.errors import UserError
 from uvit.extract.encode import Encoders, encode_in_order, encoding_threads
@@ -64,7 +65,7 @@ def extract(config: ExtractConfig) -> None:
         vae, text_encoder = load_encoders(config)
         tokenizer, tokenizer_record = find_tokenizer(config, source, folder)
         check_tokenizer(config, tokenizer, text_encoder)
-        latent_space = latent_space_of(vae)
+        latent_space = PIXELS if vae is None else latent_space_of(vae)
         if config.latent_scale is not None:
             latent_space = replace(latent_space, latent_scale=config.latent_scale)
         described = latent_space.describe_latents().capitalize()
@@ -81,7 +82,7 @@ def extract(config: ExtractConfig) -> None:
         check_disk(source, writer)
         device = own_device(config.device)
         encoders = Encoders(
-            vae=vae.to(device),
+            vae=vae.to(device) if vae else None,
             text_encoder=text_encoder.to(device) if info.context_shape else None,
             tokenizer=tokenizer,
             device=device,
@@ -216,7 +217,21 @@ def report_index_problems(config: ExtractConfig, source: Source) -> None:
 
 
 def load_encoders(config: ExtractConfig) -> tuple[Any, Any]:
-    """(VAE, text encoder or None). Raises UserError if --resolution or --model_max_length does not fit them."""
+    """(VAE or None, text encoder or None). Raises UserError if the flags about their inputs do not fit them."""
+    vae = load_image_encoder(config)
+    if not config.text_encoder_name_or_path:
+        return vae, None
+    text_encoder = load_text_encoder(config.text_encoder_name_or_path)
+    positions = num_positions(text_encoder)
+    if positions is not None and config.model_max_length > positions:
+        raise UserError(f"--model_max_length {config.model_max_length}: the text encoder supports {positions} at most")
+    return vae, text_encoder
+
+
+def load_image_encoder(config: ExtractConfig) -> Any:
+    """The VAE. None: the pixels are stored. Raises UserError if --resolution does not fit it."""
+    if config.vae_name_or_path is None:
+        return None
     vae = load_vae(config.vae_name_or_path)
     if (channels := vae.config["in_channels"]) != 3:
         raise UserError(
@@ -228,13 +243,7 @@ def load_encoders(config: ExtractConfig) -> tuple[Any, Any]:
         raise UserError(
             f"--resolution {config.resolution}: must be a multiple of {factor}, the downsampling factor of the VAE"
         )
-    if not config.text_encoder_name_or_path:
-        return vae, None
-    text_encoder = load_text_encoder(config.text_encoder_name_or_path)
-    positions = num_positions(text_encoder)
-    if positions is not None and config.model_max_length > positions:
-        raise UserError(f"--model_max_length {config.model_max_length}: the text encoder supports {positions} at most")
-    return vae, text_encoder
+    return vae
 
 
 def check_tokenizer(config: ExtractConfig, tokenizer: Any, text_encoder: Any) -> None:

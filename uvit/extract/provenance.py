@@ -32,13 +32,14 @@ def describe_store(
     latent_space: LatentSpace,
 ) -> StoreInfo:
     """All settings that determine the stored features. Batch size, workers and device may change on resuming."""
-    side = config.resolution // downsampling_of(vae)
+    side = config.resolution if vae is None else config.resolution // downsampling_of(vae)
     wants_contexts, wants_tokens = config.text != "tokens", config.text != "contexts"
     return StoreInfo(
         num_source_pairs=len(source) if isinstance(source, RandomAccessSource) else None,
         shard_size=config.shard_size,
         dtype=config.dtype,
-        moments_shape=(2 * vae.config["latent_channels"], side, side),
+        moments_shape=None if vae is None else (2 * vae.config["latent_channels"], side, side),
+        images_shape=(3, side, side) if vae is None else None,
         flipped=config.random_flip,
         context_shape=(config.model_max_length, text_encoder.config.hidden_size) if wants_contexts else None,
         num_tokens=config.model_max_length,
@@ -61,7 +62,7 @@ def describe_store(
             "on_error": config.on_error,
             "precision": "bfloat16" if config.bf16 else "float16" if config.fp16 else "float32",
         },
-        vae={"name": _absolute(config.vae_name_or_path), "sha256": fingerprint(vae)},
+        vae={"name": _absolute(config.vae_name_or_path or ""), "sha256": fingerprint(vae)} if vae else None,
         text_encoder={
             "name": _absolute(config.text_encoder_name_or_path or ""),
             "sha256": fingerprint(text_encoder),
@@ -97,6 +98,8 @@ def find_tokenizer(config: ExtractConfig, source: Source, folder: Path) -> tuple
 
 
 def scale_reason(config: ExtractConfig, vae: Any, latent_space: LatentSpace) -> str:
+    if vae is None:
+        return "from --latents none"
     if config.latent_scale:
         return "from --latent_scale"
     stored = vae.config["scaling_factor"]

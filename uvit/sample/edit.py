@@ -28,7 +28,7 @@ class Original:
     """The images that sampling begins with."""
 
     pixels: Tensor  # (B, 3, H, W) in [-1, 1]
-    latents: Tensor  # (B, C, h, w) float32, x_0 as in training: the posterior mean, so that it uses no noise
+    latents: Tensor  # (B, C, h, w) float32, x_0 as in training: the posterior mean, without noise, or the pixels
     mask: Tensor | None  # (B, 1, H, W): 1 is repainted, 0 is kept
 
     def keep(self, scheduler: Any, step: int, latents: Tensor, noise: Tensor, path: DiffusionPath = "vp") -> Tensor:
@@ -52,13 +52,17 @@ def read_original(
     Args:
         mask_image: the same with one channel; white is repainted. None repaints everything.
         size: (H, W); images of another size are scaled.
+        vae: None for a model on pixels.
         batch: B. n images are repeated B / n times each, in order.
 
     Raises ValueError if B is not a multiple of the number of images or masks, or if one of them is no image.
     """
     pixels = 2 * _processed("image", image, size, VaeImageProcessor(do_normalize=False)) - 1
-    moments = encode_images(vae, pixels.to(device, vae.dtype))
-    latents = space.normalize(moments.chunk(2, dim=1)[0].float())
+    if space.is_pixels:
+        latents = pixels.to(device)
+    else:
+        moments = encode_images(vae, pixels.to(device, vae.dtype))
+        latents = space.normalize(moments.chunk(2, dim=1)[0].float())
     mask = None
     if mask_image is not None:
         processor = VaeImageProcessor(do_normalize=False, do_binarize=True, do_convert_grayscale=True)

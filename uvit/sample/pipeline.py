@@ -21,6 +21,7 @@ from uvit.conventions import (
     record_conventions,
     recorded_conventions,
 )
+from uvit.errors import UserError
 from uvit.images import to_pil
 from uvit.model import UViTT2IModel
 from uvit.sample.arguments import (
@@ -51,19 +52,21 @@ StepCallback = Callable[["UViTPipeline", int, Tensor, dict[str, Any]], dict[str,
 class UViTPipeline(DiffusionPipeline):
     """Generates images from prompts with a U-ViT.
 
-    The folder has the layout of published ones: `unet/` holds the U-ViT and `vqvae/` the VAE.
+    The folder has the layout of published ones: `unet/` holds the U-ViT and `vqvae/` the VAE. A U-ViT on pixels
+    (`latents` of its config) has no VAE: `vqvae` is None, and its latents are the images in [-1, 1].
 
     How the U-ViT is to be sampled (`Conventions` of `uvit.conventions`: the latent space, what is predicted, and the
     timesteps) is in its own config. The arguments here are for a U-ViT whose config lacks them, and are recorded in it.
     Without both, the latents are those of the VAE's config. The model_index.json repeats three, for older versions.
     """
 
-    vqvae: Any  # set by register_modules
+    vqvae: Any  # set by register_modules; None for a model on pixels
     text_encoder: Any
     tokenizer: Any
     unet: Any
     scheduler: Any
     model_cpu_offload_seq = "text_encoder->unet->vqvae"
+    _optional_components = ["vqvae"]  # noqa: RUF012 - diffusers' name
     _callback_tensor_inputs = CALLBACK_TENSORS  # diffusers' name
     _interrupt = False
     _guidance_scale = 1.0
@@ -71,7 +74,7 @@ class UViTPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        vqvae: AutoencoderKL,
+        vqvae: AutoencoderKL | None,
         text_encoder: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         unet: UViTT2IModel,
@@ -82,10 +85,12 @@ class UViTPipeline(DiffusionPipeline):
         latent_shift: PerChannel | None = None,
         latent_std: PerChannel | None = None,
         path: str | None = None,
+        latents: str | None = None,
     ):
         super().__init__()
         given: dict[str, Any] = {"latent_scale": latent_scale, "latent_shift": latent_shift, "latent_std": latent_std}
-        given |= {"timestep_labels": timestep_labels, "prediction_type": prediction_type, "path": path}
+        given |= {"timestep_labels": timestep_labels, "prediction_type": prediction_type}
+        given |= {"path": path, "latents": latents}
         record_conventions(unet, given)
         check_components(unet, vqvae, text_encoder, tokenizer)
         self.register_modules(
@@ -95,14 +100,14 @@ class UViTPipeline(DiffusionPipeline):
     @property
     def conventions(self) -> Conventions:
         """How the U-ViT is to be sampled: what its config says, and for latents that it does not know, the VAE's."""
-        space = asdict(latent_space_of(self.vqvae))
+        space = {} if self.vqvae is None else asdict(latent_space_of(self.vqvae))
         return Conventions.recorded(space | recorded_conventions(self.unet.config))
 
     @property
     def config(self) -> Any:
         """The config of diffusers, and the conventions."""
-        parts = self.__dict__.get("unet"), self.__dict__.get("vqvae")
-        conventions = {} if None in parts else asdict(self.conventions)
+        is_built = {"unet", "vqvae"} <= set(self.__dict__)
+        conventions = asdict(self.conventions) if is_built else {}
         return FrozenDict({**self._internal_dict, **conventions})
 
     def register_to_config(self, **settings: Any) -> None:
@@ -137,18 +142,23 @@ class UViTPipeline(DiffusionPipeline):
         return super().from_pretrained(pretrained_model_name_or_path, **options)
 
     def enable_vae_slicing(self) -> None:
-        """Decode one image at a time. Saves memory."""
-        self.vqvae.enable_slicing()
+        """Decode one image at a time. Saves memory. Like the next three, raises ValueError without a VAE."""
+        self._vae("enable_vae_slicing").enable_slicing()
 
     def disable_vae_slicing(self) -> None:
-        self.vqvae.disable_slicing()
+        self._vae("disable_vae_slicing").disable_slicing()
 
     def enable_vae_tiling(self) -> None:
         """Decode images larger than the VAE's training size in tiles. Saves memory."""
-        self.vqvae.enable_tiling()
+        self._vae("enable_vae_tiling").enable_tiling()
 
     def disable_vae_tiling(self) -> None:
-        self.vqvae.disable_tiling()
+        self._vae("disable_vae_tiling").disable_tiling()
+
+    def _vae(self, caller: str) -> AutoencoderKL:
+        if self.vqvae is None:
+            raise UserError(f"{caller}: this pipeline has no VAE; leave it out")
+        return self.vqvae
 
     def enable_attention_slicing(self, slice_size: Any = "auto") -> None:
         """Raises ValueError: attention is computed without its matrix of weights, so there is nothing to slice."""
@@ -236,6 +246,8 @@ class UViTPipeline(DiffusionPipeline):
         """
         conventions = self.conventions
         check_components(self.unet, self.vqvae, self.text_encoder, self.tokenizer)  # any may have been replaced
+        if self.vqvae is None and not conventions.is_pixels:
+            raise ValueError("the U-ViT works on a VAE's latents, but the pipeline has no VAE (vqvae); pass it")
         refuse_unsupported(unsupported, self.__call__)
         check_settings(num_inference_steps, num_images_per_prompt, guidance_scale, guidance_interval, eta, output_type)
         inputs = callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -344,7 +356,8 @@ class UViTPipeline(DiffusionPipeline):
         return read_original(self.vqvae, self.conventions, image, mask_image, size, shape[0], self._execution_device)
 
     def _decode(self, latents: Tensor, original: Original | None, output_type: str, prompt: Any) -> Any:
-        images = decode_latents(self.vqvae, latents.to(self.vqvae.dtype), self.conventions).float()
+        dtype = latents.dtype if self.vqvae is None else self.vqvae.dtype
+        images = decode_latents(self.vqvae, latents.to(dtype), self.conventions).float()
         check_images(images, prompt)
         if original is not None:
             images = original.paste(images)

@@ -4,6 +4,7 @@ import io
 import json
 import warnings
 from collections.abc import Collection, Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,11 @@ IMAGE_COLUMNS = (
 
 def usual_name(names: Collection[str], usual: Collection[str]) -> str | None:
     """The first of the usual names that is among `names`; else the first that is in another case, such as `Image`."""
+    return _usual_name(tuple(names), tuple(usual))
+
+
+@lru_cache  # the rows of a list have the same few names
+def _usual_name(names: tuple[str, ...], usual: tuple[str, ...]) -> str | None:
     for known in ({name: name for name in names}, {name.lower(): name for name in names}):
         if found := next((known[name] for name in usual if name in known), None):
             return found

@@ -104,8 +104,9 @@ class _Parquet:
         group = bisect_right(self._firsts, index) - 1
         return _row_of(_row_group(*self._groups[group], columns), index - self._firsts[group])
 
-    def column(self, name: str) -> list[Any]:
-        return [value for path, group in self._groups for value in _row_group(path, group, (name,))[name].to_pylist()]
+    def column(self, name: str) -> Iterator[Any]:
+        for path, group in self._groups:
+            yield from _row_group(path, group, (name,))[name].to_pylist()
 
 
 @lru_cache(maxsize=2)  # one for whole pairs, one for captions alone
@@ -195,9 +196,9 @@ class _Mapped:
     def row(self, index: int, columns: tuple[str, ...]) -> TableRow:
         return _row_of(self._dataset[index].select(list(columns)), 0)
 
-    def column(self, name: str) -> list[Any]:
-        tables = self._dataset.select_columns(name).iter(batch_size=10_000)
-        return [value for table in tables for value in table.column(name).to_pylist()]
+    def column(self, name: str) -> Iterator[Any]:
+        for table in self._dataset.select_columns(name).iter(batch_size=10_000):
+            yield from table.column(name).to_pylist()
 
 
 class _Streamed:

@@ -18,8 +18,9 @@ from uvit.sources.coco import find_captions, has_captions, open_coco
 from uvit.sources.combine import ConcatSource, ConcatStream, SplitRule, SplitSource, SplitStream
 from uvit.sources.files import NUM_CHECKED, FileSource
 from uvit.sources.folders import FolderSource, open_folder
-from uvit.sources.lists import LIST_SUFFIXES, lists_paths, names_images, open_list
+from uvit.sources.lists import LIST_SUFFIXES, names_images, open_list
 from uvit.sources.names import Listing, list_files, say_not_read, some_of, stem_of, suffix_of
+from uvit.sources.parquet_lists import lists_paths
 from uvit.sources.shapes import ShapesSource
 from uvit.sources.types import RandomAccessSource, Source
 
@@ -321,7 +322,8 @@ def _say_unread(entry: _Input, source: Source | None) -> None:
             files = [each for each in lists if isinstance(each, FileSource)]
             if any(Path(each.folder) != base for each in files):
                 return
-            used |= {normpath(name) for each in files for _, name, _ in each.entries}
+            listed = set(entry.listing.files)  # of the names that the lists hold, there may be many more
+            used |= {name for each in files for name in map(normpath, each.image_names()) if name in listed}
         else:
             used |= {stem_of(file) + ".parquet" for file in used}
         say_not_read(entry.name, entry.listing.unread(used))

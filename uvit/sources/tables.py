@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from PIL import Image
 
 from uvit.errors import UserError
@@ -17,6 +18,7 @@ from uvit.sources.decode import (
     usual_name,
 )
 from uvit.sources.img2dataset import REASONS, hint_of_urls, reason
+from uvit.sources.places import PlaceList, first_of_each, number_equal
 from uvit.sources.types import Pair, PairError, Problem, RandomAccessSource, Source
 
 # Not image_id: an image may have several rows, each with one caption.
@@ -149,7 +151,7 @@ class Table(Protocol):
     def __len__(self) -> int: ...
     def schema(self) -> Any: ...
     def row(self, index: int, columns: tuple[str, ...]) -> TableRow: ...
-    def column(self, name: str) -> list[Any]: ...
+    def column(self, name: str) -> Iterator[Any]: ...
 
 
 class StreamedTable(Protocol):
@@ -170,13 +172,13 @@ class TableSource(RandomAccessSource):
         if not len(table):
             raise UserError(f"--source {rows.place}: has no rows")
         if rows.columns.id:
-            seen = set[str]()
-            for index, value in enumerate(table.column(rows.columns.id)):
-                id = rows.id({rows.columns.id: value}, index)
-                if id in seen:
-                    message = f"{rows.place}, row {index}: {rows.columns.id} {id} appears a second time"
-                    self._problems[index] = Problem(id, "duplicate id", message)
-                seen.add(id)
+            name, ids = rows.columns.id, PlaceList()
+            for index, value in enumerate(table.column(name)):
+                ids.add_key(rows.id({name: value}, index))
+            for index in np.flatnonzero(~first_of_each(number_equal(*ids.keys()))).tolist():
+                id = rows.id(table.row(index, (name,)), index)
+                message = f"{rows.place}, row {index}: {name} {id} appears a second time"
+                self._problems[index] = Problem(id, "duplicate id", message)
 
     def __len__(self) -> int:
         return len(self._table)

@@ -42,8 +42,8 @@ def describe_split(split: Split) -> dict[str, Any]:
     }
     if split.kind == "npy":
         return common | _describe_npy(split)
-    keys = "dtype moments_shape context_shape num_tokens token_dtype latent_scale latent_shift latent_std source vae"
-    keys += " text_encoder tokenizer"
+    keys = "dtype moments_shape images_shape context_shape num_tokens token_dtype latent_scale latent_shift latent_std"
+    keys += " latents source vae text_encoder tokenizer"
     common |= {key: split.settings.get(key) for key in keys.split()}
     common["flipped"] = split.settings.get("flipped", False)
     if split.manifest is None:
@@ -85,16 +85,21 @@ def summary_rows(split: dict[str, Any]) -> list[tuple[str, str]]:
         if (truncated := split.get("num_truncated_captions")) is not None:
             share = truncated / max(1, captions)
             rows.append(("cut captions", f"{truncated:,} ({share:.2%}), of more than {split['num_tokens']} tokens"))
-    mirrored = ", also of the mirrored images" if split.get("flipped") else ""
-    rows.append(("moments", f"{_shape(split['moments_shape'])} {split['dtype']}{mirrored}"))
+    if shape := split.get("images_shape"):
+        rows.append(("images", f"{_shape(shape)} uint8" + ", mirrored at random in training" * split["flipped"]))
+    else:
+        mirrored = ", also of the mirrored images" if split.get("flipped") else ""
+        rows.append(("moments", f"{_shape(split['moments_shape'])} {split['dtype']}{mirrored}"))
     context = split["context_shape"]
     rows.append(("text embeddings", f"{_shape(context)} {split['dtype']}" if context else "not stored"))
     if split["layout"] != NPY_LAYOUT:
         tokens = split["token_dtype"]
         rows.append(("token ids", f"({split['num_tokens']},) {tokens}" if tokens else "not stored"))
-        rows += [(key.replace("_", " "), _encoder(split[key])) for key in ("vae", "text_encoder", "tokenizer")]
-        latents = LatentSpace.recorded(split).describe_latents()
-        rows.append(("latent scale", latents.removeprefix("latent scale ")))
+        space = LatentSpace.recorded(split)
+        encoders = ("text_encoder", "tokenizer") if space.is_pixels else ("vae", "text_encoder", "tokenizer")
+        rows += [(key.replace("_", " "), _encoder(split[key])) for key in encoders]
+        if not space.is_pixels:
+            rows.append(("latent scale", space.describe_latents().removeprefix("latent scale ")))
         source = with_image_settings(split["source"])
         rows += [(key.replace("_", " "), _value(value)) for key, value in source.items() if value not in (None, [])]
     rows.append(("on disk", f"{format_bytes(split['bytes'])} in {split['num_files']:,} files"))

@@ -12,7 +12,8 @@ from typing import Any
 from uvit.conventions import LatentSpace
 from uvit.errors import UserError
 
-STORE_FORMAT, VERSION = "uvit features", 2
+STORE_FORMAT, VERSION = "uvit features", 3
+LATENTS_VERSION = 2  # of stores with moments, which older versions of uvit can read
 # How images were prepared where `source` of a manifest does not say it: so did the versions before it was recorded.
 EARLIER_IMAGES = {"icc": "ignore", "crop_before_resize": False}
 
@@ -26,7 +27,8 @@ class Manifest:
     num_pairs: int
     flipped: bool
     dtype: str
-    moments_shape: tuple[int, ...]  # (2 C, h, w)
+    moments_shape: tuple[int, ...] | None  # (2 C, h, w)
+    images_shape: tuple[int, ...] | None  # (3, H, W); one of the two is None
     context_shape: tuple[int, ...] | None  # (T, D)
     num_tokens: int
     token_dtype: str | None
@@ -36,6 +38,14 @@ class Manifest:
     captions: list[int]  # of each shard
     num_truncated: int | None  # captions with more tokens than num_tokens; None: not known
     files: dict[str, dict[str, Any]]  # every file by its name: {"bytes", "sha256"}
+
+    @property
+    def latents_shape(self) -> tuple[int, ...]:
+        """(C, h, w) of the moments, or (3, H, W) of the images."""
+        if self.images_shape is not None:
+            return self.images_shape
+        assert self.moments_shape is not None
+        return self.moments_shape[0] // 2, *self.moments_shape[1:]
 
     def encoder(self, what: str, field: str) -> str | None:
         """`name` or `sha256` of `vae`, `text_encoder` or `tokenizer`. None: not known."""
@@ -81,12 +91,17 @@ def _checked(fields: dict[str, Any]) -> Manifest:
         for key in named or ():
             _typed(named, key, str, where=f"{what}.")
     _typed(fields, "latent_scale", int, float)
-    moments_shape = _shape(fields, "moments_shape", 3)
     try:
         latent_space = LatentSpace.recorded(fields)
-        latent_space.check_channels(moments_shape[0] // 2)
+        moments_shape = None if latent_space.is_pixels else _shape(fields, "moments_shape", 3)
+        images_shape = _shape(fields, "images_shape", 3) if latent_space.is_pixels else None
+        latent_space.check_channels(3 if moments_shape is None else moments_shape[0] // 2)
     except ValueError as error:
         raise _DamageError(str(error)) from None
+    if moments_shape is not None and moments_shape[0] % 2:
+        raise _DamageError(f"moments_shape is {list(moments_shape)}, but moments are means and as many log-variances")
+    if images_shape is not None and images_shape[0] != 3:
+        raise _DamageError(f"images_shape is {list(images_shape)}, but images have 3 channels")
     source = _typed(fields, "source", dict)
     shards = _typed(fields, "shards", list)
     num_pairs, num_captions = _count(fields, "num_pairs"), _count(fields, "num_captions")
@@ -102,6 +117,7 @@ def _checked(fields: dict[str, Any]) -> Manifest:
         flipped=False if old else _typed(fields, "flipped", bool),
         dtype=_choice(fields, "dtype", ("float16", "float32")),
         moments_shape=moments_shape,
+        images_shape=images_shape,
         context_shape=context_shape,
         num_tokens=_count(fields, "num_tokens"),
         token_dtype=token_dtype,

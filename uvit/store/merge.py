@@ -64,7 +64,7 @@ def check_compatible(stores: list[Store]) -> None:
                 list(differing.values()),
             )
     for key in ("vae", "text_encoder") if first.context_shape else ("vae",):
-        if expected[f"{key} sha256"] is None:
+        if expected[f"{key} sha256"] is None and not (key == "vae" and first.images_shape):
             name = key.replace("_", " ")
             print(f"Warning: these stores do not record their {name}, so it may differ between them.")
     sources = [source for _, manifest in stores for source in _extractions(manifest.fields["source"])]
@@ -99,7 +99,7 @@ def _common_settings(manifest: Manifest) -> dict[str, Any]:
     encoders: dict[str, Any] = {
         f"{what} sha256": manifest.encoder(what, "sha256") for what in ("vae", "text_encoder", "tokenizer")
     }
-    keys = "dtype moments_shape flipped context_shape num_tokens token_dtype"
+    keys = "dtype moments_shape images_shape flipped context_shape num_tokens token_dtype"
     return encoders | {key: getattr(manifest, key) for key in keys.split()} | asdict(manifest.latent_space)
 
 
@@ -110,6 +110,7 @@ def _info(stores: list[Store], split: str) -> StoreInfo:
         shard_size=max(max(manifest.rows) for _, manifest in stores),
         dtype=first.dtype,
         moments_shape=first.moments_shape,
+        images_shape=first.images_shape,
         flipped=first.flipped,
         context_shape=first.context_shape,
         num_tokens=first.num_tokens,

@@ -151,7 +151,7 @@ def _encoded(rows: range, pairs: list[list[np.ndarray] | Problem], info: StoreIn
     return EncodedPairs(
         ids=[str(row) for row, _ in kept],
         captions=[()] * len(kept),
-        moments=np.array([pair[0] for _, pair in kept], info.dtype).reshape(-1, *info.moments_shape),
+        moments=np.array([pair[0] for _, pair in kept], info.dtype).reshape(-1, *(info.moments_shape or ())),
         flipped=None,
         contexts=np.array(contexts, info.dtype).reshape(-1, *(info.context_shape or ())),
         token_ids=None,
@@ -210,6 +210,11 @@ class _Export:
     def __init__(self, split: Split, folder: Path, config: FeaturesExportConfig):
         self.name, self.source, self.folder = split.name, split.folder, folder
         store = FeatureStore(split.folder, flag="path")  # checks names, sizes and shapes
+        if store.moments_shape is None:
+            raise UserError(
+                f"--path {split.folder}: holds images for a model on pixels, and .npy features (U-ViT layout) hold the"
+                " moments of a VAE; train on the store itself"
+            )
         self.shards = store.manifest["shards"]
         self.num_pairs, self.num_captions = store.num_samples, int(store.manifest["num_captions"])
         self.encode = None if store.context_shape else _encoder(store, config)

@@ -35,6 +35,13 @@ class NpyFeatures:
         for name, shape, num_axes in (("0.npy", self.moments_shape, 3), ("0_0.npy", context.shape, 2)):
             if len(shape) != num_axes or 0 in shape:
                 raise UserError(f"--{flag}: {self.folder / name} has shape {shape}, which must have {num_axes} axes")
+        if self.moments_shape[0] % 2:
+            raise UserError(
+                f"--{flag}: {self.folder / '0.npy'} has shape {self.moments_shape}, but moments are means and as many"
+                " log-variances"
+            )
+        self.latents_shape = (self.moments_shape[0] // 2, *self.moments_shape[1:])
+        self.is_pixels = False
         self.context_shape: tuple[int, ...] | None = context.shape
         self.num_tokens: int | None = context.shape[0]
         empty = folder / EMPTY_CONTEXT

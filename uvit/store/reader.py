@@ -4,6 +4,7 @@ A split of a store is a folder. `manifest.json` describes it, and shard i consis
 
     moments-0000i.npy     (rows, 2 C, h, w)
     flipped-0000i.npy     the same for the mirrored images, with --random_flip
+    images-0000i.npy      (rows, 3, H, W) uint8 in place of both, for a model on pixels
     contexts-0000i.npy    (captions, T, D), the text embeddings; and/or
     tokens-0000i.npy      (captions, T), the token ids
     counts-0000i.npy      (rows,) int32, the number of captions of each pair
@@ -11,7 +12,7 @@ A split of a store is a folder. `manifest.json` describes it, and shard i consis
 
 `empty_context.npy` and/or `empty_tokens.npy` belong to the empty caption. `uvit.store.writer` writes these files.
 
-Shapes: B batch, C latent channels, (h, w) latent size, T text tokens, D width of the text embeddings.
+Shapes: B batch, C latent channels, (h, w) latent size, (H, W) pixels, T text tokens, D width of the text embeddings.
 """
 
 import functools
@@ -71,7 +72,8 @@ class FeatureStore:
         self.manifest: dict[str, Any] = manifest.fields
         self.split = manifest.split
         self.num_samples = manifest.num_pairs
-        self.moments_shape = manifest.moments_shape
+        self.moments_shape, self.latents_shape = manifest.moments_shape, manifest.latents_shape
+        self.is_pixels = manifest.images_shape is not None
         self.flipped = manifest.flipped
         self.context_shape = manifest.context_shape
         self.num_tokens: int | None = manifest.num_tokens
@@ -90,8 +92,12 @@ class FeatureStore:
         self._open_files = OpenFiles(self.folder)
         dtype, token_dtype = np.dtype(manifest.dtype), np.dtype(manifest.token_dtype or np.uint16)
         rows, captions = manifest.rows, manifest.captions
-        self._moments = self._array("moments", rows, self.moments_shape, dtype)
-        self._flipped = self._array("flipped", rows, self.moments_shape, dtype) if self.flipped else None
+        self._flipped = None
+        if manifest.moments_shape is None:
+            self._latents = self._array("images", rows, self.latents_shape, np.dtype(np.uint8))
+        else:
+            self._latents = self._array("moments", rows, manifest.moments_shape, dtype)
+            self._flipped = self._array("flipped", rows, manifest.moments_shape, dtype) if self.flipped else None
         self._contexts = self._tokens = self.empty_context = self.empty_token_ids = None
         if self.context_shape:
             self._contexts = self._array("contexts", captions, self.context_shape, dtype)
@@ -112,11 +118,11 @@ class FeatureStore:
         """See Features. Raises UserError if a file can no longer be read."""
         first, end = self._first_caption[rows], self._first_caption[rows + 1]
         captions = np.minimum(first + (caption_draws * (end - first)).astype(np.int64), end - 1)
-        moments = self._moments.empty(len(rows))
-        requests = self._moments.requests(rows, moments)
-        if flip_draws is not None:
+        latents = self._latents.empty(len(rows))
+        requests = self._latents.requests(rows, latents)
+        if flip_draws is not None and not self.is_pixels:
             assert self._flipped is not None, "mirrored images were not stored"
-            mirrored = self._flipped.requests(rows, moments)
+            mirrored = self._flipped.requests(rows, latents)
             requests = [
                 flipped if draw < 0.5 else plain
                 for plain, flipped, draw in zip(requests, mirrored, flip_draws.tolist(), strict=True)
@@ -132,7 +138,12 @@ class FeatureStore:
             read_all(self._open_files, requests)
         except (OSError, EOFError) as error:
             raise self._error(f"{error}; copy it again, or extract it again") from None
-        return FeatureBatch(moments, context, token_ids)
+        if not self.is_pixels:
+            return FeatureBatch(latents, context, token_ids)
+        if flip_draws is not None:
+            mirror = flip_draws < 0.5
+            latents[mirror] = latents[mirror, ..., ::-1]
+        return FeatureBatch(None, context, token_ids, images=latents)
 
     def captions(self, row: int) -> tuple[str, ...]:
         """See Features."""
@@ -150,7 +161,7 @@ class FeatureStore:
         return FeatureStore, (self.folder, self.flag)
 
     def _line(self, row: int) -> dict[str, Any]:
-        shard, index = self._moments.find(row)
+        shard, index = self._latents.find(row)
         return json.loads(_lines(self.folder / f"captions-{shard:05d}.jsonl")[index])
 
     def _check_sizes(self) -> None:

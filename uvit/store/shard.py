@@ -35,13 +35,14 @@ class EncodedPairs:
 
     ids: list[str]  # b
     captions: list[tuple[str, ...]]  # b
-    moments: np.ndarray  # (b, 2 C, h, w)
+    moments: np.ndarray | None  # (b, 2 C, h, w)
     flipped: np.ndarray | None  # (b, 2 C, h, w), of the mirrored images
     contexts: np.ndarray | None  # (c, T, D)
     token_ids: np.ndarray | None  # (c, T)
     problems: tuple[Problem, ...] = ()  # of these pairs, and of the pairs between them that were skipped
     num_truncated: int | None = None  # captions of which the last tokens are cut off; None: not known
     counts: list[int] | None = None  # b: captions per pair, if their text is not known and `captions` has empty tuples
+    images: np.ndarray | None = None  # (b, 3, H, W) uint8, in place of moments
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ class ShardWriter:
         ]
         items = {
             "moments": part.moments,
+            "images": part.images,
             "flipped": part.flipped,
             "contexts": part.contexts,
             "tokens": part.token_ids,

@@ -1,6 +1,7 @@
 """`uvit features sample`: decode a few pairs into one image, to check what a model is trained on."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from uvit.config.store import FeaturesSampleConfig
 from uvit.conventions import LatentSpace
 from uvit.device import pick_device
 from uvit.errors import UserError
-from uvit.images import contact_sheet, save_png, to_pil
+from uvit.images import contact_sheet, save_png, to_pil, to_unit
 from uvit.store.reader import open_features
 from uvit.store.types import Features
 from uvit.weights.components import load_vae
@@ -24,18 +25,11 @@ def show(config: FeaturesSampleConfig) -> None:
     """The command. Raises UserError if there are no features, no such rows or no VAE."""
     features = open_features(config.path, config.split, flag="path")
     rows = choose_rows(config, features.num_samples)
-    name = config.vae_name_or_path or features.vae_name
-    if name is None:
-        raise UserError(f"--path {config.path}: does not record its VAE; give --vae_name_or_path")
-    vae = load_vae(name)
-    if 2 * vae.config["latent_channels"] != features.moments_shape[0]:
+    vae = None if features.is_pixels else load_own_vae(config, features).to(pick_device(config.device))
+    if features.is_pixels and config.vae_name_or_path:
         raise UserError(
-            f"--vae_name_or_path {name}: has {vae.config['latent_channels']} latent channels, but the moments of shape"
-            f" {features.moments_shape} need {features.moments_shape[0] // 2}; give the VAE that made them"
+            f"--vae_name_or_path {config.vae_name_or_path}: {config.path} holds images, which need no VAE; leave it out"
         )
-    if features.vae_sha256 not in (None, fingerprint(vae)):
-        print(f"Warning: the VAE at {name} did not make these features: its weights differ.")
-    vae = vae.to(pick_device(config.device))
     images: list[Image.Image] = []
     labels: list[str] = []
     sides = (PLAIN, MIRRORED) if features.flipped else (PLAIN,)
@@ -52,6 +46,22 @@ def show(config: FeaturesSampleConfig) -> None:
     print(f"{config.output}: {len(rows)} of {features.num_samples:,} pairs, rows {', '.join(map(str, rows))}")
 
 
+def load_own_vae(config: FeaturesSampleConfig, features: Features) -> Any:
+    """The VAE of --vae_name_or_path, or else that which the features name. Raises UserError if it does not fit them."""
+    name = config.vae_name_or_path or features.vae_name
+    if name is None:
+        raise UserError(f"--path {config.path}: does not record its VAE; give --vae_name_or_path")
+    vae = load_vae(name)
+    if vae.config["latent_channels"] != features.latents_shape[0]:
+        raise UserError(
+            f"--vae_name_or_path {name}: has {vae.config['latent_channels']} latent channels, but the features are"
+            f" moments of {features.latents_shape[0]}; give the VAE that made them"
+        )
+    if features.vae_sha256 not in (None, fingerprint(vae)):
+        print(f"Warning: the VAE at {name} did not make these features: its weights differ.")
+    return vae
+
+
 def choose_rows(config: FeaturesSampleConfig, num_samples: int) -> list[int]:
     """--rows, or --num_images random rows in ascending order. Raises UserError for rows that do not exist."""
     rows = config.row_numbers()
@@ -63,9 +73,11 @@ def choose_rows(config: FeaturesSampleConfig, num_samples: int) -> list[int]:
     return rows
 
 
-def decode_pairs(vae: torch.nn.Module, features: Features, rows: list[int], side: float) -> list[Image.Image]:
-    """Decode the mean of the rows' moments. `side`: PLAIN or MIRRORED."""
+def decode_pairs(vae: Any, features: Features, rows: list[int], side: float) -> list[Image.Image]:
+    """Decode the mean of the rows' moments, or show their images (`vae` is None). `side`: PLAIN or MIRRORED."""
     flip_draws = np.full(len(rows), side) if features.flipped else None
-    batch = features.read(np.array(rows), np.zeros(len(rows)), flip_draws)
-    mean, _ = torch.from_numpy(batch.moments).float().chunk(2, dim=1)
-    return to_pil(decode_latents(vae, mean.to(next(vae.parameters()).device), LatentSpace(1.0)))
+    latents = features.read(np.array(rows), np.zeros(len(rows)), flip_draws).latents()
+    if vae is None:
+        return to_pil(to_unit(latents))
+    means = torch.from_numpy(latents).float()
+    return to_pil(decode_latents(vae, means.to(next(vae.parameters()).device), LatentSpace(1.0)))

@@ -10,19 +10,25 @@ from uvit.conventions import LatentSpace
 
 @dataclass(frozen=True)
 class FeatureBatch:
-    """The features of B samples. At least one of `context` and `token_ids` is present."""
+    """The features of B samples: `moments` or `images`, and at least one of `context` and `token_ids`."""
 
-    moments: np.ndarray  # (B, 2 C, h, w), as stored (float16 or float32)
+    moments: np.ndarray | None  # (B, 2 C, h, w), as stored (float16 or float32)
     context: np.ndarray | None  # (B, T, D), as stored
     token_ids: np.ndarray | None  # (B, T), integers
+    images: np.ndarray | None = None  # (B, 3, H, W), uint8
+
+    def latents(self) -> np.ndarray:
+        """The means of the moments (B, C, h, w), as stored, or the images (B, 3, H, W) uint8."""
+        return self.images if self.moments is None else np.split(self.moments, 2, axis=1)[0]  # type: ignore[return-value]
 
 
 class Features(Protocol):
-    """The moments of a dataset, and its text embeddings or token ids. Picklable."""
+    """The moments or the images of a dataset, and its text embeddings or token ids. Picklable."""
 
     num_samples: int
-    moments_shape: tuple[int, ...]  # (2 C, h, w)
-    flipped: bool  # the moments of the mirrored images are stored too
+    latents_shape: tuple[int, ...]  # (C, h, w) of the moments; or (3, H, W): images are stored, for a model on pixels
+    is_pixels: bool  # images are stored
+    flipped: bool  # mirrored images can be read: their moments are stored too, or images are stored
     context_shape: tuple[int, ...] | None  # (T, D); None: only token ids are stored
     num_tokens: int | None  # T
     latent_space: LatentSpace | None  # None: not known
@@ -38,7 +44,7 @@ class Features(Protocol):
     def read(self, rows: np.ndarray, caption_draws: np.ndarray, flip_draws: np.ndarray | None = None) -> FeatureBatch:
         """Read the samples `rows`, (B,) int64. `caption_draws`, (B,) in [0, 1), picks the caption of each.
 
-        `flip_draws`, (B,) in [0, 1), is for stores with `flipped`: below 0.5, the mirrored image's moments are read.
+        `flip_draws`, (B,) in [0, 1), is for stores with `flipped`: below 0.5, the mirrored image is read.
         The caller may change the arrays.
         """
         ...

@@ -136,7 +136,7 @@ def _check_content(folder: Path, name: str, manifest: Manifest) -> str | None:
     """Compare the content with the manifest, and check that all values are finite."""
     if name == "problems.jsonl":
         return _check_problems(folder / name, manifest)
-    match = re.fullmatch(r"(moments|flipped|contexts|tokens|counts)-(\d{5})\.npy", name)
+    match = re.fullmatch(r"(moments|flipped|images|contexts|tokens|counts)-(\d{5})\.npy", name)
     if match is None or int(match[2]) >= len(manifest.rows):
         shape = {"empty_context.npy": manifest.context_shape, "empty_tokens.npy": (manifest.num_tokens,)}.get(name)
         dtype = manifest.dtype if name == "empty_context.npy" else manifest.token_dtype
@@ -152,7 +152,9 @@ def _check_content(folder: Path, name: str, manifest: Manifest) -> str | None:
         return _check_array(folder / name, (captions, manifest.num_tokens), manifest.token_dtype)
     if kind == "contexts":
         return _check_array(folder / name, (captions, *(manifest.context_shape or ())), manifest.dtype)
-    problem = _check_array(folder / name, (rows, *manifest.moments_shape), manifest.dtype, finite=False)
+    if kind == "images":
+        return _check_array(folder / name, (rows, *(manifest.images_shape or ())), "uint8")
+    problem = _check_array(folder / name, (rows, *(manifest.moments_shape or ())), manifest.dtype, finite=False)
     if problem or not (bad := _not_finite(np.load(folder / name, mmap_mode="r"))):
         return problem
     names = ", ".join(_names(folder, shard, bad[:MAX_NAMED])) + (", ..." if len(bad) > MAX_NAMED else "")

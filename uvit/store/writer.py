@@ -20,7 +20,7 @@ import numpy as np
 from uvit.conventions import LatentSpace, PerChannel
 from uvit.errors import UserError, differences
 from uvit.io import write_bytes, write_json, write_json_once
-from uvit.store.manifest import STORE_FORMAT, VERSION, with_image_settings
+from uvit.store.manifest import LATENTS_VERSION, STORE_FORMAT, VERSION, with_image_settings
 from uvit.store.shard import ArrayInfo, ShardWriter, committed_row, file_records, read_record, record_name
 
 
@@ -31,8 +31,8 @@ class StoreInfo:
     num_source_pairs: int | None  # None: not known in advance
     shard_size: int  # source pairs per shard, except the last; skipped pairs count too
     dtype: str  # of moments and text embeddings: float16 or float32
-    moments_shape: tuple[int, ...]  # (2 C, h, w)
-    flipped: bool  # the moments of the mirrored images are stored too
+    moments_shape: tuple[int, ...] | None  # (2 C, h, w)
+    flipped: bool  # the moments of the mirrored images are stored too; images are mirrored when they are read
     context_shape: tuple[int, ...] | None  # (T, D); None: text embeddings are not stored
     num_tokens: int  # T
     token_dtype: str | None  # uint16 or int32; None: token ids are not stored
@@ -44,13 +44,19 @@ class StoreInfo:
     tokenizer: dict[str, str] | None
     latent_shift: PerChannel = 0.0  # with latent_scale, a LatentSpace
     latent_std: PerChannel = 1.0
+    latents: str = "vae"
+    images_shape: tuple[int, ...] | None = None  # (3, H, W), in place of moments; see PIXELS of `uvit.conventions`
 
     def arrays(self) -> dict[str, ArrayInfo]:
         """The arrays of a shard, by kind."""
         dtype = np.dtype(self.dtype)
-        arrays = {"moments": ArrayInfo(self.moments_shape, dtype)}
-        if self.flipped:
-            arrays["flipped"] = arrays["moments"]
+        arrays = {}
+        if self.images_shape:
+            arrays["images"] = ArrayInfo(self.images_shape, np.dtype(np.uint8))
+        if self.moments_shape:
+            arrays["moments"] = ArrayInfo(self.moments_shape, dtype)
+            if self.flipped:
+                arrays["flipped"] = arrays["moments"]
         if self.context_shape:
             arrays["contexts"] = ArrayInfo(self.context_shape, dtype, per_caption=True)
         if self.token_dtype:
@@ -196,7 +202,7 @@ class StoreWriter:
         files += sorted(path for path in (self.folder / "tokenizer").glob("*") if path.is_file())
         manifest = {
             "format": STORE_FORMAT,
-            "version": VERSION,
+            "version": VERSION if self.info.images_shape else LATENTS_VERSION,
             **asdict(self.info),
             "num_pairs": num_pairs,
             "num_captions": sum(shard["captions"] for shard in shards),

@@ -44,6 +44,7 @@ class Checkpointer:
         self.run = run
         limit = run.config.save_total_limit
         self.saver = Saver(run.output_dir, limit, run.world.rank, all_gather_channel(run.world))
+        run.before_update = self.saver.wait_for_copy
         if run.resumed_from:
             self.saver.spare.add(run.resumed_from)  # to go back to it again
         if run.best:
@@ -52,14 +53,17 @@ class Checkpointer:
         self.started_step: int | None = None  # of the last checkpoint
 
     def save(self) -> None:
-        """Start to write checkpoint-{step}. Wait for the checkpoint before it, if it is not complete yet."""
+        """Start to write checkpoint-{step}. Wait for the checkpoint before it, if it is not complete yet.
+
+        Its tensors are copied during the next step, which waits for that with its update (`run.before_update`).
+        """
         run = self.run
         state = run_state(run)
         self._check_replicas(state)
         self._check_ema()
         if not run.guards.skipped_in_a_row:
             run.guards.last_good_checkpoint = f"checkpoint-{run.step}"
-        self.saver.save(
+        self.saver.start(
             run.step, {name: to_checkpoint_layout(tensors, run.world) for name, tensors in state.items()}, run.record()
         )
         run.checkpoint, self.started_step = run.output_dir / f"checkpoint-{run.step}", run.step

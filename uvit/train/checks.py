@@ -29,17 +29,18 @@ def check_features(
     """Raises UserError if the features do not fit the model and the flags. `--flag path` is where the features are."""
     model = unet.config
     where = f"--{flag} {path}"
-    channels, height, width = features.moments_shape
-    if channels != 2 * model.in_channels:
+    channels, height, width = features.latents_shape
+    what = "images" if features.is_pixels else "latents"
+    if channels != model.in_channels:
         raise UserError(
-            f"{where}: its latents have {channels // 2} channels, and the model's have {model.in_channels}; "
+            f"{where}: its {what} have {channels} channels, and the model's have {model.in_channels}; "
             "choose another --uvit_config_file"
         )
     rows, columns = unet.grid
     p = unet.patch_size
     if height % p or width % p or height // p > rows or width // p > columns:
         raise UserError(
-            f"{where}: its latents are {height}x{width}, and the model's sample_size is {rows * p}x{columns * p}; "
+            f"{where}: its {what} are {height}x{width}, and the model's sample_size is {rows * p}x{columns * p}; "
             "choose another --uvit_config_file"
         )
     if use_tokens:
@@ -100,6 +101,12 @@ def differing_fingerprints(
 
 def check_validation(config: TrainConfig, features: Features, validation: Features, flag: str, path: str) -> None:
     """Raises UserError if other encoders made the features to validate on than made the features to train on."""
+    if features.is_pixels != validation.is_pixels:
+        kinds = ["pixels" if either.is_pixels else "latents" for either in (validation, features)]
+        raise UserError(
+            f"--{flag} {path}: its split {config.validation_split} holds {kinds[0]}, and the training features "
+            f"{kinds[1]}; extract it with the same --latents"
+        )
     ours, theirs = (fingerprints(either, config.train_text_encoder) for either in (features, validation))
     if found := differing_fingerprints(ours, theirs, ("of the training features", "of these")):
         raise UserError(
@@ -143,6 +150,13 @@ def check_named_encoders(config: TrainConfig, features: Features, unet: UViTT2IM
     }  # fmt: skip
     found = dict.fromkeys(FLAGS)
     for component, flag in FLAGS.items():
+        if component == "vqvae" and features.is_pixels:
+            if config.vae_name_or_path is not None:
+                raise UserError(
+                    f"--vae_name_or_path {config.vae_name_or_path}: --feature_path {config.feature_path} holds pixels, "
+                    "which need no VAE; leave it out"
+                )
+            continue
         name = first_that_has(component, config.pretrained_model_name_or_path, getattr(config, flag))
         flag = "pretrained_model_name_or_path" if name == config.pretrained_model_name_or_path else flag
         if name is None or (component == "text_encoder" and config.train_text_encoder):  # that one is checked anyway
@@ -169,14 +183,17 @@ def check_sizes(
 
 
 def check_latents(features: Features, space: LatentSpace, path: str) -> None:
-    """Print a warning if the standard deviation of the scaled latents is far from 1, that of the noise."""
+    """Print a warning if the standard deviation of the scaled latents is far from 1, that of the noise.
+
+    That of images in [-1, 1] may be anything but 0: nothing scales them.
+    """
     rows = np.linspace(0, features.num_samples - 1, min(NUM_LATENTS, features.num_samples)).astype(np.int64)
-    means = np.split(features.read(rows, np.zeros(len(rows))).moments.astype(np.float64), 2, axis=1)[0]
+    stored = features.read(rows, np.zeros(len(rows))).latents().astype(np.float64)
     with np.errstate(invalid="ignore"):  # of what is not finite
-        std = float(np.std(space.normalize(torch.from_numpy(means)).numpy()))
-    if USUAL_STD[0] <= std <= USUAL_STD[1]:
+        std = float(np.std(space.normalize(torch.from_numpy(stored)).numpy()))
+    if USUAL_STD[0] <= std <= USUAL_STD[1] or (features.is_pixels and std > 0):
         return
-    where = f"--feature_path {path}: the latents of {len(rows)} samples"
+    where = f"--feature_path {path}: the {'images' if features.is_pixels else 'latents'} of {len(rows)} samples"
     if not std > 0:
         print(f"warning: {where} are all equal or not finite; check the features before training on them")
         return

@@ -25,7 +25,8 @@ from uvit.train.muon import block_matrices
 from uvit.train.optimizer import iteration_dtype
 from uvit.train.profiling import count_flops, meta_unet
 from uvit.train.schedule import run_warnings
-from uvit.train.setup import Run, build_run, model_config
+from uvit.train.setup import Run, build_run
+from uvit.weights.unet import model_config
 
 MIB = 2**20
 
@@ -41,7 +42,7 @@ def describe_plan(config: TrainConfig) -> str:
     num_unet, num_text = (num_parameters(network) for network in (unet, text_encoder))
     num_data_ranks, samples = run.world.num_data_ranks, run.samples_per_step
     steps_per_epoch = features.num_samples / samples
-    forward_flops, both_flops = count_flops(model_config(unet), size=features.moments_shape[1:])  # type: ignore[arg-type]
+    forward_flops, both_flops = count_flops(model_config(unet), size=features.latents_shape[1:])  # type: ignore[arg-type]
     if config.recompute:
         both_flops += forward_flops
     text_flops = 0 if frozen is None else count_text_flops(frozen, features.num_tokens or 0)
@@ -134,7 +135,7 @@ def plan_of_run(run: Run) -> ResourcePlan:
     return make_plan(
         run.config,
         model_config(run.master_model["unet"]),
-        run.features.moments_shape[1:],  # type: ignore[arg-type]
+        run.features.latents_shape[1:],  # type: ignore[arg-type]
         trained_text_encoder(run),
         run.pad_token_id,
         frozen_bytes=sum(parameter.nbytes for parameter in run.frozen_text_encoder.parameters())
@@ -189,6 +190,7 @@ def make_plan(
         tp=degrees.tp,
         text_encoder=text_encoder,
         pad_token_id=pad_token_id,
+        fused_attention=None if config.device == "cpu" else True,
     )
     accumulates = config.gradient_accumulation_steps > 1
     earlier = width * num_all if accumulates else 0  # gradients of earlier microbatches: of all shards, until the last

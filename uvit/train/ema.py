@@ -4,6 +4,7 @@ import copy
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -72,5 +73,15 @@ def local_parameters(model: nn.Module) -> list[Tensor]:
 @torch.no_grad()
 def checksum(model: nn.Module) -> int:
     """Sum the bits of the float32 parameters of this process. It changes when a parameter changes."""
-    sums = [local.view(torch.int32).sum(dtype=torch.int64) for local in local_parameters(model)]
+    parameters = local_parameters(model)
+    if all(local.is_cpu for local in parameters):
+        return sum(map(_sum_of_bits, parameters))
+    sums = [local.view(torch.int32).sum(dtype=torch.int64) for local in parameters]
     return int(torch.stack(sums).sum().item())
+
+
+def _sum_of_bits(values: Tensor) -> int:
+    """With NumPy: 64 bits at a time, and in this thread, so that no other program on the cores delays it."""
+    flat = values.reshape(-1).numpy()
+    even = flat.size // 2 * 2
+    return int(flat[:even].view(np.int64).sum()) + int(flat[even:].view(np.int32).sum())

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from uvit.config.evaluate import EvaluateConfig, Metric
@@ -27,7 +26,14 @@ from uvit.images import to_uint8
 from uvit.progress import Progress, write
 from uvit.sources.shapes import scenes
 from uvit.train.setup import Run, load_features_tokenizer, load_frozen_text_encoder
-from uvit.train.validate import load_run_vae, local_batches, sample_images, text_embeddings, with_empty_caption
+from uvit.train.validate import (
+    Decoder,
+    load_decoder,
+    local_batches,
+    sample_images,
+    text_embeddings,
+    with_empty_caption,
+)
 from uvit.weights.encoders import downsampling_of, encode_tokens, tokenize
 
 GUIDANCE_SCALE = 2.0  # the default of `uvit evaluate`
@@ -40,16 +46,16 @@ class Evaluation:
         scores: metric -> name of each of its scores, the most important first -> "lower" or "higher" is better.
     """
 
-    def __init__(self, run: Run, vae: AutoencoderKL | None):
+    def __init__(self, run: Run, decoder: Decoder | None):
         """Load and try everything. Raises UserError if a metric cannot be computed."""
         self.run = run
         self.extractors: dict[str, PerImage] = {}  # by metric; in the main process alone
         self.reference: dict[str, FeatureSet | FeatureStatistics] = {}  # by name of the extractor
         with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):  # networks draw initial weights
-            self.vae = vae or load_run_vae(run)
+            self.decoder = decoder or load_decoder(run)
             self.prompts, self.texts = choose_prompts(run)
             self.config = evaluate_config(run)
-            self.resolution = run.features.moments_shape[1] * downsampling_of(self.vae)
+            self.resolution = run.features.latents_shape[1] * downsampling_of(self.decoder.vae)
             self.scores = on_main(self._open, run.world)
         count = len(self.prompts)
         if count < run.config.eval_prompts:
@@ -156,16 +162,15 @@ class Evaluation:
     def _generate_batch(self, rows: np.ndarray) -> np.ndarray | None:
         run = self.run
         contexts = text_embeddings(run, self.texts[np.append(rows, len(self.prompts))])
-        channels, height, width = run.features.moments_shape
-        shape = (1, channels // 2, height, width)
+        shape = (1, *run.features.latents_shape)
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(row)) for row in rows.tolist()]
-        images = sample_images(run, self.vae, torch.cat(noise).to(run.device), contexts, GUIDANCE_SCALE)
+        images = sample_images(run, self.decoder, torch.cat(noise).to(run.device), contexts, GUIDANCE_SCALE)
         return to_uint8(images).permute(0, 2, 3, 1).cpu().numpy() if bool(images.isfinite().all()) else None
 
 
-def open_evaluation(run: Run, vae: AutoencoderKL | None) -> Evaluation | None:
-    """None if no flag asks for one. `vae`: that of the previews, if there are previews."""
-    return Evaluation(run, vae) if run.config.eval_metrics else None
+def open_evaluation(run: Run, decoder: Decoder | None) -> Evaluation | None:
+    """None if no flag asks for one. `decoder`: that of the previews, if there are previews."""
+    return Evaluation(run, decoder) if run.config.eval_metrics else None
 
 
 def evaluate_config(run: Run) -> EvaluateConfig:

@@ -32,15 +32,16 @@ class Batch:
     """All inputs of one forward pass of training. No random number is drawn after this.
 
     Captions that are dropped for guidance are already replaced by the empty one. One of `context` and `token_ids` is
-    None.
+    None, and so are `moments` and `posterior_noise`, or `images`.
     """
 
-    moments: Tensor  # (B, 2 C, h, w), as stored
+    moments: Tensor | None  # (B, 2 C, h, w), as stored
     context: Tensor | None  # (B, T, D), as stored
     token_ids: Tensor | None  # (B, T), int64
-    posterior_noise: Tensor  # (B, C, h, w), float32
+    posterior_noise: Tensor | None  # (B, C, h, w), float32
     noise: Tensor  # (B, C, h, w), float32
     timesteps: Tensor  # (B,), in (0, 1000]: int64, or float32 where they are fractional
+    images: Tensor | None = None  # (B, 3, H, W), uint8, mirrored where they are; then C, h, w are 3, H, W
 
     def to(self, device: torch.device) -> "Batch":
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -87,21 +88,22 @@ class RandomDraws:
     captions: np.ndarray  # (B,) in [0, 1): chooses one of the captions
     dropped: np.ndarray  # (B,) bool: the empty caption replaces the caption
     timesteps: np.ndarray  # (B,) int64, 1..1000
-    posterior_noise: np.ndarray  # (B, C, h, w) float32
+    posterior_noise: np.ndarray | None  # (B, C, h, w) float32; None: not drawn, as images have no posterior
     noise: np.ndarray  # (B, C, h, w) float32
 
 
 def random_draws(
-    counters: np.ndarray, seed: int, latent_shape: tuple[int, ...], noise_offset: float = 0.0
+    counters: np.ndarray, seed: int, latent_shape: tuple[int, ...], noise_offset: float = 0.0, posterior: bool = True
 ) -> RandomDraws:
     """The random numbers of the samples with these counters. Each sample has its own part of a Philox stream."""
     num_samples = len(counters)
     uniform = np.empty((num_samples, 3))
-    posterior_noise = np.empty((num_samples, *latent_shape), dtype=np.float32)
-    noise = np.empty_like(posterior_noise)
+    noise = np.empty((num_samples, *latent_shape), dtype=np.float32)
+    posterior_noise = np.empty_like(noise) if posterior else None
     for i, generator in enumerate(_generators(counters, seed, DRAWS)):
         generator.random(out=uniform[i])
-        generator.standard_normal(dtype=np.float32, out=posterior_noise[i])
+        if posterior_noise is not None:
+            generator.standard_normal(dtype=np.float32, out=posterior_noise[i])
         generator.standard_normal(dtype=np.float32, out=noise[i])
         if noise_offset:
             noise[i] += noise_offset * generator.standard_normal((latent_shape[0], 1, 1), dtype=np.float32)
@@ -176,8 +178,8 @@ class BatchDataset:
     def __getitem__(self, index: int) -> Batch:
         features = self.features
         counters = self.first_sample + np.arange(index * self.batch_size, (index + 1) * self.batch_size)
-        channels, height, width = features.moments_shape
-        draws = random_draws(counters, self.seed, (channels // 2, height, width), self.config.noise_offset)
+        posterior = not features.is_pixels
+        draws = random_draws(counters, self.seed, features.latents_shape, self.config.noise_offset, posterior)
         timesteps = (
             draws.timesteps if self.config.whole_timesteps() else timestep_draws(counters, self.seed, self.config)
         )
@@ -193,13 +195,18 @@ class BatchDataset:
             context = read.context
             context[draws.dropped] = features.empty_context
         return Batch(
-            moments=torch.from_numpy(read.moments),
-            context=None if context is None else torch.from_numpy(context),
-            token_ids=None if token_ids is None else torch.from_numpy(token_ids),
-            posterior_noise=torch.from_numpy(draws.posterior_noise),
+            moments=to_tensor(read.moments),
+            context=to_tensor(context),
+            token_ids=to_tensor(token_ids),
+            posterior_noise=to_tensor(draws.posterior_noise),
             noise=torch.from_numpy(draws.noise),
             timesteps=torch.from_numpy(timesteps),
+            images=to_tensor(read.images),
         )
+
+
+def to_tensor(array: np.ndarray | None) -> Tensor | None:
+    return None if array is None else torch.from_numpy(array)
 
 
 def prefetch(batches: BatchDataset, items: range, num_workers: int, device: torch.device) -> Iterator[Batch]:

@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from uvit.model import Attention
+from uvit.modern_model import ModernAttention
 from uvit.train.muon import Muon, block_matrices, shape_batches
 from uvit.train.profiling import meta_inputs, meta_unet
 from uvit.weights.encoders import encode_tokens
@@ -46,6 +48,7 @@ def trace_step(
     tp: int = 1,
     text_encoder: nn.Module | None = None,
     pad_token_id: int = 0,
+    fused_attention: bool | None = True,
 ) -> MemoryTrace:
     """The memory of a forward and backward pass of the U-ViT.
 
@@ -57,10 +60,14 @@ def trace_step(
         dtype, autocast: of the weights that compute, and of autocast (float32: no autocast).
         tp: trace one of so many tensor parallel processes.
         text_encoder: a text encoder on the meta device that is trained along with the U-ViT.
+        fused_attention: as on a GPU. None: as on a CPU, which keeps the weights of attention in half precision.
     """
     unet = meta_unet(model_config, tp)
     if recompute:
         unet.enable_gradient_checkpointing()
+    for module in unet.modules():
+        if isinstance(module, Attention | ModernAttention):
+            module.fused = fused_attention
     encoder = copy.deepcopy(text_encoder)
     networks = nn.ModuleList([unet, encoder] if encoder else [unet]).train()
     if autocast != torch.float32:
@@ -118,7 +125,7 @@ def trace_muon(networks: Iterable[nn.Module], dtype: torch.dtype) -> int:
 def layer_norms_in_float32(networks: nn.Module) -> None:
     """Compute them as a GPU's autocast does."""
     for module in networks.modules():
-        if isinstance(module, nn.LayerNorm):
+        if isinstance(module, nn.LayerNorm | nn.RMSNorm):
             module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
 
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from uvit.model import UViTT2IModel
-from uvit.train.setup import Run, model_config
+from uvit.train.setup import Run
+from uvit.weights.unet import model_config, new_unet
 
 # FLOP/s of dense matrix products, from the vendors' data sheets: (words of the GPU's name, 16 bits, float32).
 PEAKS = (
@@ -49,7 +50,7 @@ class MfuReference:
 
 
 def mfu_reference(run: Run) -> MfuReference:
-    _, height, width = run.features.moments_shape
+    _, height, width = run.features.latents_shape
     _, flops = count_flops(model_config(run.master_model["unet"]), size=(height, width))
     dtype, device = run.precision.dtype, run.device
     kind = str(dtype).removeprefix("torch.")
@@ -97,13 +98,14 @@ def measured_peak(dtype: torch.dtype) -> float:
 def meta_unet(model_config: dict[str, Any], tp: int = 1) -> UViTT2IModel:
     """A U-ViT that has shapes and no content. `tp`: as one of so many tensor parallel processes holds it."""
     with torch.device("meta"):
-        unet = UViTT2IModel(**model_config).train()
+        unet = new_unet(model_config).train()
         for block in [*unet.in_blocks, unet.mid_block, *unet.out_blocks] if tp > 1 else []:
             attention, mlp = block.attn, block.mlp
-            dim, hidden = mlp.fc1.in_features, mlp.fc1.out_features
+            dim, (wide, hidden) = mlp.fc1.in_features, (mlp.fc1.out_features, mlp.fc2.in_features)
             attention.qkv = nn.Linear(dim, 3 * dim // tp, bias=attention.qkv.bias is not None)
             attention.proj = nn.Linear(dim // tp, dim)
-            mlp.fc1, mlp.fc2 = nn.Linear(dim, hidden // tp), nn.Linear(hidden // tp, dim)
+            mlp.fc1 = nn.Linear(dim, wide // tp, bias=mlp.fc1.bias is not None)
+            mlp.fc2 = nn.Linear(hidden // tp, dim)
     return unet
 
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel
 
 import uvit
-from uvit.config.model import KINDS, resolve_model_config
+from uvit.config.model import resolve_model_config
 from uvit.config.train import TrainConfig
 from uvit.conventions import Conventions, recorded_conventions
 from uvit.device import keep_freed_memory
@@ -43,6 +43,7 @@ from uvit.train.precision import Precision
 from uvit.weights.components import as_trained, load_text_encoder, load_vae, read_network
 from uvit.weights.detect import first_that_has, is_third_party
 from uvit.weights.encoders import assume_latent_space, check_fingerprint, is_local_path, load_tokenizer
+from uvit.weights.unet import model_config, new_unet, unet_class
 
 BATCH_FLAGS = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "dp_degree", "sharding_parallel_degree",
@@ -81,6 +82,7 @@ class Run:
     resumed_from: str | None = None  # the last --resume_from_checkpoint: a name in the run's folder, or a whole path
     best: dict[str, Any] | None = None  # what best.json says: metric, value, step, checkpoint
     lock: WriterLock | None = None  # of the run's folder, in the main process
+    before_update: Callable[[], None] = lambda: None  # waits until a checkpoint has copied the tensors
 
     @property
     def samples_per_step(self) -> int:
@@ -127,11 +129,6 @@ def text_encoder_config(model: nn.ModuleDict) -> dict[str, Any] | None:
         return None
     encoder: Any = model["text_encoder"]
     return json.loads(encoder.config.to_json_string())
-
-
-def model_config(unet: Any) -> dict[str, Any]:
-    """The sizes among the constructor's arguments, without the conventions, and without what diffusers adds."""
-    return {key: unet.config[key] for key in KINDS}
 
 
 def build_run(config: TrainConfig, output_dir: Path, world: World | None = None) -> Run:
@@ -215,8 +212,9 @@ def plan_steps(run: Run) -> None:
 def encoder_sources(config: TrainConfig, features: Features) -> dict[str, str | None]:
     """Names or paths: of the pipeline to start from if it has them, or else of a flag, or else of the features."""
     pretrained = config.pretrained_model_name_or_path
+    vae = first_that_has("vqvae", pretrained, config.vae_name_or_path, features.vae_name)
     return {
-        "vae": first_that_has("vqvae", pretrained, config.vae_name_or_path, features.vae_name),
+        "vae": None if features.is_pixels else vae,
         "text_encoder": first_that_has(
             "text_encoder", pretrained, config.text_encoder_name_or_path, features.text_encoder_name
         ),
@@ -235,9 +233,14 @@ def training_conventions(
     trained = as_trained(Conventions.recorded(before))
     if features.latent_space is not None:
         space = features.latent_space
+        if config.latent_scale is not None and space.is_pixels:
+            raise UserError(
+                f"--latent_scale {config.latent_scale}: --feature_path {config.feature_path} holds pixels, which are "
+                "not scaled; leave it out"
+            )
         if config.latent_scale is not None:
             space = replace(space, latent_scale=config.latent_scale)
-    elif before["latent_scale"] is not None:
+    elif before["latent_scale"] is not None and not trained.is_pixels:
         space = trained if config.latent_scale is None else replace(trained, latent_scale=config.latent_scale)
     else:
         try:
@@ -296,7 +299,7 @@ def open_validation(config: TrainConfig, features: Features, unet: UViTT2IModel,
 def build_unet(config: TrainConfig, device: torch.device) -> UViTT2IModel:
     if config.pretrained_model_name_or_path is None:
         with init_device(device):
-            unet = UViTT2IModel(**resolve_model_config(config.uvit_config_file))
+            unet = new_unet(resolve_model_config(config.uvit_config_file))
         rescale_initialisation(unet, config.weight_init_std, config.position_init_std)
         return unet
     name = config.pretrained_model_name_or_path
@@ -305,7 +308,8 @@ def build_unet(config: TrainConfig, device: torch.device) -> UViTT2IModel:
     if is_local_path(name) and not Path(name).exists():
         raise UserError(f"--pretrained_model_name_or_path {name}: there is no such file or folder")
     try:
-        return UViTT2IModel.from_pretrained(name, subfolder="unet", use_safetensors=True)
+        saved: dict[str, Any] = UViTT2IModel.load_config(name, subfolder="unet")
+        return unet_class(saved).from_pretrained(name, subfolder="unet", use_safetensors=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # there is none, or it is damaged
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"--pretrained_model_name_or_path {name}: has no U-ViT in unet/ ({reason})") from None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from uvit.diffusion import add_noise, draw_latents
 from uvit.diffusion import loss as diffusion_loss
 from uvit.distributed.ops import all_of, any_of, clip_gradients, grad_norm, mean_over_data
+from uvit.images import to_unit
 from uvit.train.guards import next_kept_sample
 from uvit.train.loader import Batch
 from uvit.train.optimizer import learning_rate_factor, set_learning_rate
@@ -45,13 +46,22 @@ def compute_loss(run: Run, model: nn.Module, batch: Batch, weights: Mapping[str,
     """
     unet = model["unet"]  # type: ignore[index]
     dtype = next(unet.parameters()).dtype  # float32, or the low precision of a copy at O2
-    x_0 = run.conventions.normalize(draw_latents(batch.moments.float(), batch.posterior_noise))
+    x_0 = clean_latents(run, batch)
     path, prediction_type = run.conventions.path, run.conventions.prediction_type
     x_n = add_noise(x_0, batch.noise, batch.timesteps, path)
     with run.precision.autocast():
         context = batch_context(run, model, batch)
         prediction = unet(x_n.to(dtype), batch.timesteps, context.to(dtype))
     return diffusion_loss(prediction, x_0, batch.noise, batch.timesteps, prediction_type, path=path, **weights)
+
+
+def clean_latents(run: Run, batch: Batch) -> Tensor:
+    """x_0 (B, C, h, w), float32: a sample of the VAE's posterior, scaled; or the images in [-1, 1]."""
+    if batch.images is not None:
+        return to_unit(batch.images)
+    assert batch.moments is not None
+    assert batch.posterior_noise is not None
+    return run.conventions.normalize(draw_latents(batch.moments.float(), batch.posterior_noise))
 
 
 def batch_context(run: Run, model: nn.Module, batch: Batch) -> Tensor:
@@ -102,6 +112,7 @@ def train_step(run: Run, batches: Iterator[Batch]) -> StepResult:
     skipped = any_of(not finite or guards.is_spike(norm), run.world)
     finite = all_of(finite, run.world) if skipped else True
     with clock.compute("optimizer"):
+        run.before_update()
         precision.step(optimizer, update=not skipped, finite=finite)
         if run.ema:
             run.ema.update(run.master_model, run.step + 1, skipped)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 
 from uvit.checkpoint.folder import read_checkpoint
@@ -49,7 +48,7 @@ from uvit.train.rollback import roll_back, truncate_skipped_samples
 from uvit.train.schedule import describe_samples_done, run_warnings
 from uvit.train.setup import Run, build_run
 from uvit.train.step import StepResult, train_step
-from uvit.train.validate import is_due, load_preview_vae, preview_sheet, validate
+from uvit.train.validate import Decoder, is_due, load_preview_decoder, preview_sheet, validate
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # errors of writing only
 FOLDER_ERRORS = DISK_ERRORS | {errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM}
@@ -96,13 +95,13 @@ def run_training(config: TrainConfig, world: World) -> int:
                 for sentence in run_warnings(run):
                     print(f"warning: {sentence}")
                 with stop_signals() as stop:
-                    vae = load_preview_vae(run)
-                    evaluation = open_evaluation(run, vae)
+                    decoder = load_preview_decoder(run)
+                    evaluation = open_evaluation(run, decoder)
                     tracked = tracked_score(run, evaluation)
                     mfu = mfu_reference(run) if world.is_main else None
                     if mfu:
                         print(mfu.sentence)
-                    while not training_loop(run, stop, vae, evaluation, tracked, mfu):
+                    while not training_loop(run, stop, decoder, evaluation, tracked, mfu):
                         roll_back(run)
                 if run.step < run.max_steps:
                     status = report_stop(stop, run.step, run.max_steps)
@@ -115,7 +114,7 @@ def run_training(config: TrainConfig, world: World) -> int:
 def training_loop(
     run: Run,
     stop: StopSignal,
-    vae: AutoencoderKL | None,
+    preview_decoder: Decoder | None,
     evaluation: Evaluation | None,
     tracked: Tracked | None,
     mfu: MfuReference | None,
@@ -146,8 +145,8 @@ def training_loop(
                 metrics.step(record)
                 if run.guards.skipped_in_a_row >= config.max_nonfinite_steps:
                     return False
-                if vae and run.step % config.image_logging_steps == 0:
-                    metrics.image("preview", preview_sheet(run, vae), run.step)
+                if preview_decoder and run.step % config.image_logging_steps == 0:
+                    metrics.image("preview", preview_sheet(run, preview_decoder), run.step)
                 if run.ema and run.ema.lengths and snapshot_is_due(run):
                     run.ema.write_snapshots(run.output_dir, run.step, run.world)
                 if best or run.step % config.save_steps == 0:

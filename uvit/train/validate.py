@@ -7,7 +7,7 @@ own random numbers.
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,15 +16,16 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 
+from uvit.conventions import LatentSpace
 from uvit.diffusion import NUM_TIMESTEPS
 from uvit.distributed.mesh import World
 from uvit.distributed.ops import mean_over_data
 from uvit.errors import UserError
-from uvit.images import contact_sheet, save_png, to_pil
+from uvit.images import contact_sheet, save_png, to_pil, to_unit
 from uvit.sample.denoise import denoise
 from uvit.sample.schedulers import build_scheduler
 from uvit.store.types import FeatureBatch, Features
-from uvit.train.loader import Batch, permute
+from uvit.train.loader import Batch, permute, to_tensor
 from uvit.train.setup import Run
 from uvit.train.step import batch_context, compute_loss, encode_text
 from uvit.weights.components import load_vae
@@ -101,22 +102,23 @@ def validation_rows(num_samples: int, wanted: int) -> np.ndarray:
 
 def read_batch(features: Features, rows: np.ndarray, use_tokens: bool) -> tuple[Batch, Tensor]:
     """(batch, noise for each timestep (B, 8, C, h, w)). First captions; none is dropped, no image is flipped."""
-    channels, height, width = features.moments_shape
-    shape = (1 + NUM_VALIDATION_TIMESTEPS, channels // 2, height, width)
+    num_posterior = 0 if features.is_pixels else 1
+    shape = (num_posterior + NUM_VALIDATION_TIMESTEPS, *features.latents_shape)
     read = features.read(rows, np.zeros(len(rows)))
     # Each row has its own part of the stream, so its noise depends on neither the batch nor the run's seed.
     streams = [np.random.Philox(key=[0, VALIDATION_STREAM], counter=[0, 0, 0, row]) for row in rows.tolist()]
     normal = [np.random.Generator(stream).standard_normal(shape, dtype=np.float32) for stream in streams]
     noise = torch.from_numpy(np.stack(normal))
     batch = Batch(
-        moments=torch.from_numpy(read.moments),
-        context=None if use_tokens else torch.from_numpy(read.context),
+        moments=to_tensor(read.moments),
+        images=to_tensor(read.images),
+        context=None if use_tokens else to_tensor(read.context),
         token_ids=torch.from_numpy(read.token_ids.astype(np.int64)) if use_tokens else None,  # type: ignore[union-attr]
-        posterior_noise=noise[:, 0],
-        noise=noise[:, 1],
+        posterior_noise=noise[:, 0] if num_posterior else None,
+        noise=noise[:, num_posterior],
         timesteps=torch.zeros(len(rows), dtype=torch.int64),
     )
-    return batch, noise[:, 1:]
+    return batch, noise[:, num_posterior:]
 
 
 def _finite(value: float) -> float | None:
@@ -126,8 +128,20 @@ def _finite(value: float) -> float | None:
 # Previews: images of the EMA model, for fixed captions and noise
 
 
-def load_preview_vae(run: Run) -> AutoencoderKL | None:
-    """The VAE for the previews. None: previews are turned off, or no flag names a VAE and that of the features fails.
+@dataclass(frozen=True)
+class Decoder:
+    """Decodes x_0 to images: with the VAE of the features, on the run's device, or without one (`vae` is None)."""
+
+    vae: AutoencoderKL | None
+    space: LatentSpace
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, 3, H, W) in [-1, 1]."""
+        return decode_latents(self.vae, latents, self.space)
+
+
+def load_preview_decoder(run: Run) -> Decoder | None:
+    """None: previews are turned off, or no flag names a VAE and that of the features cannot be loaded.
 
     Raises UserError if a flag names a VAE that cannot be loaded or did not make the features.
     """
@@ -135,7 +149,7 @@ def load_preview_vae(run: Run) -> AutoencoderKL | None:
     if config.image_logging_steps <= 0:
         return None
     try:
-        return load_run_vae(run)
+        return load_decoder(run)
     except UserError as error:
         if first_that_has("vqvae", config.pretrained_model_name_or_path, config.vae_name_or_path):
             raise
@@ -143,31 +157,37 @@ def load_preview_vae(run: Run) -> AutoencoderKL | None:
         return None
 
 
-def load_run_vae(run: Run) -> AutoencoderKL:
-    """The VAE of the features, on the run's device. Raises UserError if it cannot be loaded or is another one."""
+def load_decoder(run: Run) -> Decoder:
+    """Raises UserError if the VAE of the features cannot be loaded or is another one."""
     config = run.config
+    if run.conventions.is_pixels:
+        return Decoder(None, run.conventions)
     flags = (config.pretrained_model_name_or_path, config.vae_name_or_path)
     name = first_that_has("vqvae", *flags, run.features.vae_name)
     if name is None:
         raise UserError("the features do not name the VAE that made them; pass --vae_name_or_path")
     vae = load_vae(name)
     check_fingerprint(vae, run.features.vae_sha256, "vae_name_or_path", name)
-    return vae.to(run.device)
+    return Decoder(vae.to(run.device), run.conventions)
 
 
 @torch.no_grad()
-def preview_sheet(run: Run, vae: AutoencoderKL) -> Image.Image:
-    """Rows: training images decoded by the VAE, samples with guidance 1.0 and with 7.5. Also saved in previews/."""
+def preview_sheet(run: Run, decode: Decoder) -> Image.Image:
+    """Rows: training images as the VAE decodes them, samples with guidance 1.0 and with 7.5. Also saved in previews/.
+
+    Without a VAE, the training images are those that are stored.
+    """
     rows = np.arange(min(MAX_IMAGES, run.features.num_samples))
     read = run.features.read(rows, np.zeros(len(rows)))
     contexts = text_embeddings(run, with_empty_caption(run.features, read, run.batches.use_tokens))
-    means = torch.from_numpy(read.moments).to(run.device).float().chunk(2, dim=1)[0]
+    stored = torch.from_numpy(read.latents()).to(run.device)
+    x_0 = to_unit(stored) if run.features.is_pixels else run.conventions.normalize(stored.float())
     generator = np.random.Generator(np.random.Philox(key=[run.config.seed, PREVIEW_STREAM]))
-    noise = torch.from_numpy(generator.standard_normal(means.shape, dtype=np.float32)).to(run.device)
+    noise = torch.from_numpy(generator.standard_normal(x_0.shape, dtype=np.float32)).to(run.device)
 
-    images = to_pil(decode_latents(vae, run.conventions.normalize(means), run.conventions))
+    images = to_pil(decode(x_0))
     for guidance_scale in GUIDANCE_SCALES:
-        images += to_pil(sample_images(run, vae, noise, contexts, guidance_scale))
+        images += to_pil(sample_images(run, decode, noise, contexts, guidance_scale))
     captions = [run.features.captions(int(row)) for row in rows]
     labels = [texts[0] if texts else "" for texts in captions]
     labels += [f"guidance {scale}" for scale in GUIDANCE_SCALES for _ in rows]
@@ -194,7 +214,7 @@ def text_embeddings(run: Run, texts: Tensor) -> Tensor:
     return encode_text(run, run.ema_model, texts) if run.batches.use_tokens else texts.float()
 
 
-def sample_images(run: Run, vae: AutoencoderKL, noise: Tensor, contexts: Tensor, guidance_scale: float) -> Tensor:
+def sample_images(run: Run, decode: Decoder, noise: Tensor, contexts: Tensor, guidance_scale: float) -> Tensor:
     """Noise (N, C, h, w) and text embeddings (N + 1, T, D) -> images (N, 3, H, W) in [-1, 1]."""
     latents = denoise(
         run.ema_model["unet"],
@@ -207,4 +227,4 @@ def sample_images(run: Run, vae: AutoencoderKL, noise: Tensor, contexts: Tensor,
         prediction_type=run.conventions.prediction_type,
         path=run.conventions.path,
     )
-    return decode_latents(vae, latents, run.conventions)
+    return decode(latents)

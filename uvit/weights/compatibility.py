@@ -15,6 +15,11 @@ def check_components(
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
     """Raises ValueError if components are of different models. Those that are None are not checked."""
+    if LatentSpace.recorded(unet.config).is_pixels:
+        if vqvae is not None:
+            raise ValueError("the U-ViT works on pixels, without a VAE, but there is one; leave it out")
+        if unet.config.in_channels != 3:
+            raise ValueError(f"the U-ViT works on pixels, which have 3 channels, but takes {unet.config.in_channels}")
     if vqvae is not None:
         channels, in_channels = vqvae.config.latent_channels, unet.config.in_channels
         if channels != in_channels:

@@ -45,7 +45,7 @@ from uvit.weights.encoders import (
 from uvit.weights.networks import Location, NetworkWeights, locate, read_networks
 from uvit.weights.report import Report, shorten
 from uvit.weights.text_encoder import text_encoder_from_tensors
-from uvit.weights.unet import unet_from_tensors
+from uvit.weights.unet import model_config, unet_from_tensors
 from uvit.weights.vae import vae_from_tensors
 
 CONVENTIONS = "uvit_conventions.json"  # `uvit convert` writes it beside weights in other formats
@@ -84,6 +84,11 @@ class Components:
     facts: dict[str, Any] = field(default_factory=dict)
     report: Report = field(default_factory=Report)
 
+    def missing(self) -> list[str]:
+        """The parts of a pipeline that are not there. A model on pixels needs no VAE."""
+        names = [name for name in ("unet", *FLAGS) if getattr(self, name) is None]
+        return [name for name in names if name != "vqvae" or not self.conventions.is_pixels]
+
 
 # All components of a source
 
@@ -110,7 +115,7 @@ def read_components(
             continue
         for weights in read_networks(location, use_ema, config_file, overridden, report):
             if weights.is_raw:
-                weights = replace(weights, config=dict(found["unet"].config))
+                weights = replace(weights, config=model_config(found["unet"]))
                 raw_unet = build_network(weights, Report()).state_dict()
                 continue
             if weights.component in found:
@@ -260,6 +265,8 @@ def pipeline_components(name_or_path: Any, given: Mapping[str, Any]) -> dict[str
         modules["scheduler"] = given["scheduler"]
         del modules["scheduler_config"]
     missing = [name.removesuffix("_config") for name, module in modules.items() if module is None]
+    if components.conventions.is_pixels:
+        missing = [name for name in missing if name != "vqvae"]
     if missing:
         raise UserError(f"{path}: has no {', '.join(missing)}; pass them, or make a pipeline with `uvit convert`")
     return modules | asdict(components.conventions)

@@ -240,9 +240,15 @@ def component_folders(folder: Path) -> dict[str, Path]:
 
 
 def listed_components(pipeline: Path) -> list[str]:
-    """The components that model_index.json lists."""
+    """The components that model_index.json lists, without those that it says are None."""
     index = read_config(pipeline / INDEX)
-    return sorted(name for name, value in index.items() if isinstance(value, list) and not name.startswith("_"))
+    listed = {name: value for name, value in index.items() if isinstance(value, list) and not name.startswith("_")}
+    return sorted(name for name, value in listed.items() if value[:1] != [None])
+
+
+def left_out_components(pipeline: Path) -> set[str]:
+    """The components that model_index.json says are None: the VAE of a model on pixels."""
+    return {name for name, value in read_config(pipeline / INDEX).items() if value == [None, None]}
 
 
 def missing_components(pipeline: Path) -> list[str]:

@@ -236,9 +236,9 @@ def assume_latent_space(vae: Any | None, name: str | None, latent_scale: float |
     return space
 
 
-def downsampling_of(vae: Any) -> int:
-    """Pixels per latent along a side: H / h."""
-    return 2 ** (len(vae.config["block_out_channels"]) - 1)
+def downsampling_of(vae: Any | None) -> int:
+    """Pixels per latent along a side: H / h. Without a VAE, for a model on pixels, 1."""
+    return 1 if vae is None else 2 ** (len(vae.config["block_out_channels"]) - 1)
 
 
 def encode_images(vae: Any, pixels: Tensor) -> Tensor:
@@ -250,9 +250,9 @@ def encode_images(vae: Any, pixels: Tensor) -> Tensor:
     return torch.cat([posterior.mean, posterior.logvar], dim=1)  # logvar is clamped by diffusers
 
 
-def decode_latents(vae: Any, latents: Tensor, space: LatentSpace) -> Tensor:
-    """Latents x_0 (B, C, h, w), as in training -> images (B, 3, H, W) in [-1, 1]."""
-    images = vae.decode(space.denormalize(latents)).sample
+def decode_latents(vae: Any | None, latents: Tensor, space: LatentSpace) -> Tensor:
+    """Latents x_0 (B, C, h, w), as in training -> images (B, 3, H, W) in [-1, 1]. `vae` is not used for pixels."""
+    images = latents if space.is_pixels else vae.decode(space.denormalize(latents)).sample  # type: ignore[union-attr]
     return torch.where(images.isinf(), torch.nan, images.clamp(-1, 1))  # clamping must not hide an infinity
 
 

@@ -25,6 +25,7 @@ from uvit.weights.detect import (
     find_networks,
     is_ema_file,
     is_paddlemix_folder,
+    left_out_components,
     listed_components,
     network_config,
     unwrap,
@@ -97,7 +98,7 @@ def locate(source: Path, overridden: Collection[str] = ()) -> list[Location]:
 def _locate_in_pipeline(folder: Path, overridden: Collection[str]) -> list[Location]:
     """PaddleMIX's networks are read from their arrays; of a pipeline with its own code, only the U-ViT is."""
     present = {name for name in listed_components(folder) if (folder / name).is_dir()}
-    missing = sorted({*COMPONENT_FOLDERS, "scheduler"} - set(overridden) - present)
+    missing = sorted({*COMPONENT_FOLDERS, "scheduler"} - set(overridden) - present - left_out_components(folder))
     if missing:
         raise UserError(f"{folder}: is not complete, it has no {', '.join(missing)}")
     paddlemix = is_paddlemix_folder(folder)

