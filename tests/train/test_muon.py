@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tests.port import tiny_unet
 from uvit.errors import UserError
+from uvit.modern_model import ModernUViTT2IModel
 from uvit.train.memory import MemoryTracker, trace_muon
 from uvit.train.muon import Muon, block_matrices, orthogonalize, shape_batches
 from uvit.train.optimizer import build_optimizer, set_learning_rate
@@ -47,13 +48,12 @@ def test_block_matrices_are_those_of_blocks_and_know_their_parts() -> None:
     assert {found[parameter] for name, parameter in unet.named_parameters() if name.endswith("qkv.weight")} == {3}
     assert {found[parameter] for name, parameter in unet.named_parameters() if name.endswith("fc1.weight")} == {1}
 
-    class Gated(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc1, self.fc2 = nn.Linear(4, 12, bias=False), nn.Linear(6, 4)
 
-    network = nn.ModuleList([Gated()])
-    assert list(block_matrices(network).values()) == [2, 1]
+def test_gates_and_values_of_the_modern_block_are_two_matrices() -> None:
+    unet = ModernUViTT2IModel(num_layers=2, num_attention_heads=2, attention_head_dim=16, clip_dim=8, num_text_tokens=4)
+    found = block_matrices(unet)
+    numbers = {name.split(".")[-2]: found[p] for name, p in unet.named_parameters() if p in found}
+    assert numbers == {"qkv": 3, "proj": 1, "fc1": 2, "fc2": 1, "skip_linear": 1}
 
 
 def test_a_step_is_torch_s_of_each_matrix_by_itself(tiny_config: Any) -> None:
@@ -139,5 +139,5 @@ def test_a_run_resumes_bit_for_bit_and_logs_both_rates(tiny_config: Any, tmp_pat
     again = tensors(tmp_path / "run" / "checkpoint-6")
     assert whole.keys() == again.keys()
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
-    with pytest.raises(UserError, match=r"optimizer; pass the same .*\n  optim: was muon, now adamw"):
+    with pytest.raises(UserError, match=r"optimizer or EMA; pass the same .*\n  optim: was muon, now adamw"):
         train(tiny_config(resume_from_checkpoint="checkpoint-3"))

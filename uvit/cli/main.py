@@ -138,6 +138,13 @@ COMMANDS = {
         "uvit.export.convert:convert",
         positional=("source", "dest"),
     ),
+    "ema": Command(
+        "Use a model",
+        "choose the length of a run's EMA weights after training",
+        "uvit.config.ema:EmaConfig",
+        "uvit.export.reconstruct:make_average",
+        positional=("run",),
+    ),
     "evaluate": Command(
         "Use a model",
         "measure a model's images, or compare two sets of images",

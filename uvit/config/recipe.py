@@ -15,6 +15,7 @@ from uvit.config.bounds import (
     Seed,
     check_bounds,
 )
+from uvit.config.ema import EmaLength
 from uvit.config.paths import PathFlag, expand_paths
 from uvit.errors import UserError
 
@@ -77,6 +78,12 @@ class RecipeConfig:
     """Keep an exponential moving average (EMA) of the weights, for validation, previews and the pipeline."""
     ema_decay: Fraction = 0.9999
     """Decay of the EMA weights per optimizer step."""
+    ema_lengths: tuple[EmaLength, ...] = ()
+    """Instead of --ema_decay, average the steps so far with a weight that is a power of the step: these are the lengths
+    of the averages, as fractions of the run, such as 0.05 0.1 (EDM2). The first is that of the EMA weights. Snapshots
+    of all in OUTPUT_DIR/ema let `uvit ema` make any other length later."""
+    ema_snapshot_steps: PositiveInt | None = None
+    """Steps between snapshots of the averages of --ema_lengths. Default: --save_steps."""
     ema_update_steps: PositiveInt = 1
     """Steps between updates of the EMA weights, each with the decay of so many steps: 10 makes them almost free."""
 
@@ -146,6 +153,19 @@ class RecipeConfig:
                 "--weight_init_std and --position_init_std are for initial weights: leave them out with "
                 f"--pretrained_model_name_or_path {self.pretrained_model_name_or_path}"
             )
+        given = " ".join(f"{length:g}" for length in self.ema_lengths)
+        if len(set(given.split())) < len(self.ema_lengths):
+            raise UserError(f"--ema_lengths {given}: names a length twice")
+        if self.ema_lengths and not self.use_ema:
+            raise UserError(f"--ema_lengths {given}: needs EMA weights; leave --use_ema False out")
+        if self.ema_snapshot_steps is not None and not self.ema_lengths:
+            raise UserError(f"--ema_snapshot_steps {self.ema_snapshot_steps}: needs --ema_lengths")
+        for name in ("ema_snapshot_steps", "save_steps") if self.ema_lengths else ():
+            if (steps := getattr(self, name)) is not None and steps % self.ema_update_steps:
+                raise UserError(
+                    f"--{name} {steps}: must be a multiple of --ema_update_steps {self.ema_update_steps} with "
+                    "--ema_lengths"
+                )
         if self.optim == "adamw" and self.muon_learning_rate is not None:
             raise UserError(f"--muon_learning_rate {self.muon_learning_rate}: needs --optim muon")
         if self.optim == "muon" and not self.learning_rate:

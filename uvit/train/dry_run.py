@@ -176,7 +176,7 @@ def make_plan(
     always = {
         "weights": 4 * num_local,
         "optimizer": 8 * num_local - 4 * num_local_elements(matrices, degrees.shard),
-        "EMA": 4 * num_local if config.use_ema else 0,
+        "EMA": 4 * num_local * (len(config.ema_lengths) or 1) if config.use_ema else 0,
     }
     saving = sum(always.values())
     always |= {"low-precision copy": width * num_local if has_copy else 0, "frozen text encoder": frozen_bytes}

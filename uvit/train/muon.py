@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 
 from uvit.checkpoint.tensors import local_offset
-from uvit.distributed.ops import local_tensor
+from uvit.distributed.ops import local_tensor, whole_tensor
 
 MOMENTUM = 0.95
 NUM_ITERATIONS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
@@ -65,7 +65,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(averages, grads, 1 - MOMENTUM)
         directions = [part.to(self.dtype) for part in torch._foreach_lerp(grads, averages, MOMENTUM)]  # Nesterov's
         matrices = [
-            to_matrices(gather(part, parameter), parameter, num_matrices)
+            to_matrices(whole_tensor(part, parameter), parameter, num_matrices)
             for part, parameter in zip(directions, parameters, strict=True)
         ]
         rows, columns = matrices[0].shape[1:]
@@ -124,21 +124,6 @@ def shape_batches(parameters: list[Tensor], num_matrices: int) -> Iterator[list[
 
 
 # Matrices of parameters that are sharded
-
-
-def gather(part: Tensor, parameter: Tensor) -> Tensor:
-    """The whole tensor of which `part` is this process's part, laid out as `parameter`."""
-    if not isinstance(parameter, DTensor):
-        return part
-    whole = DTensor.from_local(
-        part, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape,
-        stride=parameter.stride(),
-    )  # fmt: skip
-    placements = list(parameter.placements)
-    for i in range(len(placements)):  # one axis after another: torch warns where two axes cut one dim
-        placements[i] = Replicate()
-        whole = whole.redistribute(placements=placements)
-    return whole.to_local()
 
 
 def own_part(whole: Tensor, parameter: Tensor) -> Tensor:

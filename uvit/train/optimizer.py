@@ -86,7 +86,8 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA 
     init_optimizer_state(optimizer)
     names = {parameter: name for name, parameter in model.named_parameters()}
     state = {"weights": model.state_dict(), "optimizer": flatten_optimizer(optimizer, names)}
-    return state | ({"ema": ema.model.state_dict()} if ema else {})
+    averages = {"ema": ema.model.state_dict(), "ema_lengths": ema.further_tensors()} if ema else {}
+    return state | {group: tensors for group, tensors in averages.items() if tensors}
 
 
 # The learning rate

@@ -147,6 +147,8 @@ def training_loop(
                     return False
                 if preview_decoder and run.step % config.image_logging_steps == 0:
                     metrics.image("preview", preview_sheet(run, preview_decoder), run.step)
+                if run.ema and run.ema.lengths and snapshot_is_due(run):
+                    run.ema.write_snapshots(run.output_dir, run.step, run.world)
                 if best or run.step % config.save_steps == 0:
                     metrics.flush()
                     with run.clock.wait("save"):
@@ -175,6 +177,13 @@ def load_batches(run: Run) -> Iterator[Batch]:
         num_batches = count * config.gradient_accumulation_steps
         items = range(world.data_rank, num_batches * world.num_data_ranks, world.num_data_ranks)
         yield from prefetch(run.batches, items, config.dataloader_num_workers, run.device)
+
+
+def snapshot_is_due(run: Run) -> bool:
+    """After every --ema_snapshot_steps steps and after the last, if the averages are up to date then."""
+    every = run.config.ema_snapshot_steps or run.config.save_steps
+    is_last = run.step == run.max_steps and run.step % run.config.ema_update_steps == 0
+    return run.step % every == 0 or is_last
 
 
 def step_metrics(run: Run, result: StepResult, seconds: float) -> dict[str, Any]:
