@@ -200,6 +200,7 @@ def check_same_run(run: Run, checkpoint: Checkpoint) -> None:
     before, now = (
         {key: record[key] for key in settings if record[key] is not None}
         | {"train_text_encoder": record["text_encoder_config"] is not None, "fp16": bool(record["loss_scale"])}
+        | {"align": record["config"].get("align", "none")}
         for record in (theirs, ours)
     )
     if before["train_text_encoder"] != now["train_text_encoder"]:

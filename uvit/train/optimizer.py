@@ -15,11 +15,11 @@ from uvit.train.ema import EMA
 
 
 def build_optimizer(model: nn.ModuleDict, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the U-ViT and a trained text encoder, each with its own peak learning rate (`peak_lr`)."""
+    """AdamW over the U-ViT, a trained text encoder and a projector, each with its peak learning rate (`peak_lr`)."""
     rates = {"unet": config.unet_learning_rate, "text_encoder": config.text_encoder_learning_rate}
     groups: list[dict[str, Any]] = []
     for name, network in model.items():
-        rate = config.learning_rate if rates[name] is None else rates[name]
+        rate = config.learning_rate if rates.get(name) is None else rates[name]
         groups += [{"params": group, "lr": rate, "peak_lr": rate} for group in fused_groups(network.parameters())]
     return torch.optim.AdamW(
         groups,
