@@ -23,6 +23,10 @@ from uvit.errors import UserError
         ({"uniform_share": 0.25}, "--uniform_share 0.25: needs --timestep_sampling logit_normal"),
         ({"timestep_sampling": "logit_normal", "uniform_share": 1.0}, "--uniform_share 1.0: must be"),
         ({"timestep_shift": 0.0}, "--timestep_shift 0.0: must be above 0"),
+        ({"align_block": 3}, "--align_block 3: needs --align"),
+        ({"align_until": 0.5}, "--align_until 0.5: needs --align"),
+        ({"align": "sra", "align_until": 2.5}, "--align_until 2.5: must be a number of steps, or a fraction below 1"),
+        ({"align": "sra", "align_until": 0.0}, "--align_until 0.0: must be above 0"),
     ],
 )
 def test_what_makes_no_sense_is_one_sentence(flags: dict[str, Any], message: str) -> None:

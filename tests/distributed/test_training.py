@@ -36,6 +36,7 @@ EPOCH_STEPS = [(4, 32), (8, 56), (11, 86), (13, 92)]  # (steps, samples) of 26, 
 FLOAT16 = "--fp16 --feature_path FOLDER/bad/store --max_steps 6 --save_steps 6"
 EVALUATED = """--max_steps 4 --save_steps 4 --eval_steps 2 --eval_metrics fd attributes --eval_prompts 5
     --feature_extractor FOLDER/vit --num_inference_steps 2 --keep_best fd"""
+ALIGNED = "--align sra --align_until 3 --max_steps 4 --save_steps 4"
 HALVES = ("replicas", "sharded")  # where the processes read different samples
 
 
@@ -53,6 +54,7 @@ def worlds() -> list[World]:
         before = f"epochs-{i}/run/checkpoint-{EPOCH_STEPS[i][0]}"
     found.append(World("one-float16", ONE, FLOAT16))
     found += [World(f"{name}-evaluated", degrees, EVALUATED) for name, degrees in {"one": ONE, **LAYOUTS}.items()]
+    found += [World(f"{name}-aligned", degrees, ALIGNED) for name, degrees in {"one": ONE, **LAYOUTS}.items()]
     return found + [World(f"{name}-float16", LAYOUTS[name], FLOAT16) for name in HALVES]
 
 
@@ -128,6 +130,14 @@ def test_two_processes_evaluate_what_one_does(folder: Path, name: str) -> None:
 def test_two_processes_train_what_one_does(folder: Path, name: str) -> None:
     """Sums in another order differ by float32's rounding; `test_equality` says how far that goes."""
     same_but_for_rounding(folder / name / "run", folder / "one" / "run", step=10)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_two_processes_align_what_one_does(folder: Path, name: str) -> None:
+    run, alone = (folder / f"{which}-aligned" / "run" for which in (name, "one"))
+    same_but_for_rounding(run, alone, step=4)
+    found, expected = ([line.get("align_loss") for line in lines(each)] for each in (run, alone))
+    assert found[:3] == pytest.approx(expected[:3], rel=1e-5) and found[3] is expected[3] is None
 
 
 def test_every_layout_can_go_on_where_any_other_was(folder: Path) -> None:

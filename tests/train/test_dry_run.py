@@ -29,6 +29,7 @@ from uvit.distributed.parallelize import parallelize
 from uvit.errors import UserError
 from uvit.train.dry_run import (
     build_meta_run,
+    count_projector_flops,
     count_text_flops,
     describe_plan,
     dtypes,
@@ -36,6 +37,7 @@ from uvit.train.dry_run import (
     make_plan,
     num_local_elements,
     plan_of_run,
+    projector_of,
 )
 from uvit.train.memory import layer_norms_in_float32
 from uvit.train.profiling import meta_unet
@@ -59,6 +61,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "autocast": {"bf16": True},
     "copy": {"bf16": True, "fp16_opt_level": "O2"},
     "muon": {"optim": "muon", "use_ema": False},
+    "aligned": {"align": "sra"},
 }
 CASES = [  # each kind of flags with each axis that it has to do with
     ("1x1x1", "plain"),
@@ -69,6 +72,8 @@ CASES = [  # each kind of flags with each axis that it has to do with
     ("1x2x1", "accumulation"),
     ("1x1x2", "autocast"),
     ("1x1x2", "recompute"),
+    ("1x1x1", "aligned"),
+    ("1x2x1", "aligned"),
     ("4x8x2", "accumulation"),
     ("1x1x1", "muon"),
     ("2x2x2", "muon"),
@@ -194,7 +199,7 @@ def test_a_process_takes_the_memory_and_sends_what_is_planned(
     flags: Callable[..., TrainConfig], layout: str, kind: str
 ) -> None:
     config = flags(layout, **FLAGS[kind])
-    plan = make_plan(config, MODEL, SIZE)
+    plan = make_plan(config, MODEL, SIZE, projector=projector_of(build_meta_run(config)))
     with first_of(degrees_of(layout)) as world:
         taken, sent = train_three_steps(config, world)
     # Besides: the batch and other small things; and not all of the gathered blocks are there at the fullest moment.
@@ -276,6 +281,16 @@ def test_text_encoders_are_counted(tiny_config: Any, token_store: str, tmp_path:
     trained = build_run(tiny_config(train_text_encoder=True), tmp_path)
     weights = sum(parameter.nbytes for parameter in trained.master_model.parameters())
     assert plan_of_run(build_meta_run(trained.config)).memory["weights"] == weights
+
+
+def test_a_projector_is_counted(tiny_config: Any, tmp_path: Path) -> None:
+    """Its two layers of 16 x 16 weights and 16 biases, on each of four patches."""
+    plain, aligned = (describe_plan(tiny_config(align=align)) for align in ("none", "sra"))
+    assert "and 544 of the projector of --align sra" in aligned and "projector" not in plain
+    run = build_run(tiny_config(align="sra"), tmp_path)
+    weights = sum(parameter.nbytes for parameter in run.master_model.parameters())
+    assert plan_of_run(build_meta_run(run.config)).memory["weights"] == weights
+    assert count_projector_flops(run.master_model["projector"].to("meta"), run.master_model["unet"], (4, 4)) == 4096
 
 
 def test_the_validation_is_described(tiny_config: Any) -> None:

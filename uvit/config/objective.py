@@ -1,9 +1,9 @@
 """Flags of `uvit train` for the objective: what the network predicts, at which noise, and how its error counts."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from uvit.config.bounds import Fraction, NonNegativeFloat, PositiveFloat, RealNumber
+from uvit.config.bounds import Bounds, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, RealNumber
 from uvit.conventions import DiffusionPath, LossType, PredictionType, prediction_problem
 from uvit.errors import UserError
 
@@ -47,6 +47,17 @@ class ObjectiveConfig:
     """Move a drawn noise level t to s t / (1 + (s - 1) t): above 1 to more noise, for high resolutions. On a linear
     path, the steps of the solvers move alike."""
 
+    # Alignment
+    align: Literal["none", "sra"] = "none"
+    """Also predict something of the image from the tokens of an early block, by a small network that is trained along
+    and is no part of the pipeline. sra: the patches of the clean latents or pixels (SRA 2)."""
+    align_weight: PositiveFloat = 0.5
+    """How much the alignment loss counts."""
+    align_block: PositiveInt = 2
+    """The block whose image tokens are aligned, counted from 1."""
+    align_until: Annotated[float, Bounds(above=0)] | None = None
+    """Align only before this step, or, below 1, in this fraction of all steps (HASTE). Default: to the end."""
+
     def __post_init__(self) -> None:
         if problem := prediction_problem(self.path, self.prediction_type):
             raise UserError(f"--prediction_type {self.prediction_type}: {problem}")
@@ -62,6 +73,11 @@ class ObjectiveConfig:
             for name, default in (("logit_mean", 0.0), ("logit_std", 1.0), ("uniform_share", 0.0)):
                 if (value := getattr(self, name)) != default:
                     raise UserError(f"--{name} {value:g}: needs --timestep_sampling logit_normal")
+        for name, unused in (("align_weight", 0.5), ("align_block", 2), ("align_until", None)):
+            if self.align == "none" and (value := getattr(self, name)) != unused:
+                raise UserError(f"--{name} {value:g}: needs --align")
+        if self.align_until is not None and self.align_until > 1 and self.align_until % 1:
+            raise UserError(f"--align_until {self.align_until:g}: must be a number of steps, or a fraction below 1")
 
     def whole_timesteps(self) -> bool:
         """Whether all timesteps 1..1000 are equally frequent, as in U-ViT, and no others are drawn."""

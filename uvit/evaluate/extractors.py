@@ -15,16 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    AutoImageProcessor,
-    AutoModel,
-    AutoTokenizer,
-    CLIPModel,
-    CLIPVisionModelWithProjection,
-    Dinov2Model,
-)
+from transformers import AutoTokenizer, CLIPModel, CLIPVisionModelWithProjection, Dinov2Model
 
 from uvit.config.evaluate import CLIP_SCORE_MODEL, CMMD_MODEL, DINOV2_MODEL, InceptionInput
 from uvit.errors import UserError
@@ -42,7 +34,8 @@ from uvit.evaluate.inception import (
     inception_input,
     load_inception,
 )
-from uvit.weights.encoders import check_finite, fingerprint, is_local_path, quiet
+from uvit.weights.encoders import fingerprint
+from uvit.weights.vision import from_folder_or_cache, load_vision_model, load_whole_model
 
 WEIGHTS_SIZES = {CLIP_SCORE_MODEL: "1.7 GB", CMMD_MODEL: "1.7 GB", DINOV2_MODEL: "1.2 GB"}  # of model.safetensors
 
@@ -126,7 +119,7 @@ def clip_extractor(place: str = CLIP_SCORE_MODEL, device: str | torch.device = "
     """A CLIP with both towers, for the CLIP score: projected embeddings of images and, with `texts`, of captions."""
 
     def load(place: str) -> tuple[Any, Any]:
-        model, _ = _load_model(CLIPModel, place)
+        model, _ = load_whole_model(CLIPModel, place)
         tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
         if len(tokenizer) != model.config.text_config.vocab_size:  # without files, transformers makes an empty one
             raise ValueError(
@@ -134,7 +127,7 @@ def clip_extractor(place: str = CLIP_SCORE_MODEL, device: str | torch.device = "
             )
         return model, tokenizer
 
-    model, tokenizer = _from_folder_or_cache(load, place, "a CLIP with its tokenizer")
+    model, tokenizer = from_folder_or_cache(load, place, "a CLIP with its tokenizer", WEIGHTS_SIZES.get(place, ""))
     model.to(device)
     size, max_length = model.config.vision_config.image_size, model.config.text_config.max_position_embeddings
 
@@ -159,8 +152,8 @@ def clip_extractor(place: str = CLIP_SCORE_MODEL, device: str | torch.device = "
 
 def cmmd_extractor(place: str = CMMD_MODEL, device: str | torch.device = "cpu") -> Extractor:
     """The image tower of a CLIP, preprocessed as the code of the CMMD paper does."""
-    load = functools.partial(_load_model, CLIPVisionModelWithProjection)
-    model, _ = _from_folder_or_cache(load, place, "a CLIP")
+    load = functools.partial(load_whole_model, CLIPVisionModelWithProjection)
+    model, _ = from_folder_or_cache(load, place, "a CLIP", WEIGHTS_SIZES.get(place, ""))
     model.to(device)
     size = model.config.image_size
     return Extractor(
@@ -177,7 +170,8 @@ def cmmd_extractor(place: str = CMMD_MODEL, device: str | torch.device = "cpu") 
 
 def dinov2_extractor(place: str = DINOV2_MODEL, device: str | torch.device = "cpu") -> Extractor:
     """The class token of a DINOv2, preprocessed as dgm-eval does: the whole image, bicubic to 224 x 224."""
-    model, _ = _from_folder_or_cache(functools.partial(_load_model, Dinov2Model), place, "a DINOv2")
+    load = functools.partial(load_whole_model, Dinov2Model)
+    model, _ = from_folder_or_cache(load, place, "a DINOv2", WEIGHTS_SIZES.get(place, ""))
     weights_hash = fingerprint(model)
     scale_positions(model, DINOV2_SIZE)
     model.to(device)
@@ -225,11 +219,7 @@ def folder_extractor(place: str, device: str | torch.device = "cpu") -> Extracto
     network from images of one size to features.
     """
 
-    def load(place: str) -> tuple[Any, bool, Any]:
-        model, has_pooler = _load_model(AutoModel, place)
-        return model, has_pooler, AutoImageProcessor.from_pretrained(place, backend="pil", local_files_only=True)
-
-    model, has_pooler, processor = _from_folder_or_cache(load, place, "a vision model with its image processor")
+    model, has_pooler, processor = load_vision_model(place)
     model.to(device)
 
     def preprocess(image: np.ndarray) -> Tensor:
@@ -319,43 +309,6 @@ def scale_positions(model: Any, size: int) -> None:
     grid = F.interpolate(grid, scale_factor=(factor, factor), mode="bicubic")
     scaled = torch.cat([embeddings[:, :1], grid.permute(0, 2, 3, 1).reshape(1, new * new, -1)], dim=1)
     model.embeddings.position_embeddings = nn.Parameter(scaled, requires_grad=False)
-
-
-# Loading
-
-
-def _load_model(cls: Any, place: str) -> tuple[Any, bool]:
-    """A model with whole and finite weights, float32, eval mode, frozen; and whether there are weights of a pooler."""
-    model, info = cls.from_pretrained(
-        place, use_safetensors=True, dtype=torch.float32, output_loading_info=True, local_files_only=True
-    )
-    missing = [name for name in info["missing_keys"] if "pooler" not in name]
-    if missing:
-        raise ValueError(f"its weights lack {len(missing)} parameters, the first being {sorted(missing)[0]}")
-    check_finite(model.state_dict(), place)
-    return model.eval().requires_grad_(False), not info["missing_keys"]
-
-
-def _from_folder_or_cache(load: Callable[[str], Any], place: str, what: str) -> Any:
-    """Load from a folder, or from the local Hub cache. Raises UserError that says where the files go."""
-    folder = Path(place)
-    if folder.is_file() or (is_local_path(place) and not folder.is_dir()):
-        problem = "is a file" if folder.is_file() else "no such folder"
-        raise UserError(f"{place}: {problem}; give the folder of {what}")
-    try:
-        with quiet():
-            return load(place)
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
-        reason = " ".join(str(error).split()).split(". ")[0][:200]
-        if folder.is_dir():
-            raise UserError(f"{place}: {what} cannot be loaded from there ({reason})") from None
-        size = f" ({WEIGHTS_SIZES[place]})" if place in WEIGHTS_SIZES else ""
-        raise UserError(
-            f"{place}: its files{size} are not in the Hub cache on this machine; get them with "
-            f"`hf download {place}` where there is a network, or name a folder that has them"
-        ) from None
 
 
 def _name(place: str) -> str:

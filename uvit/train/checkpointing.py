@@ -203,6 +203,7 @@ def check_same_run(run: Run, checkpoint: Checkpoint) -> None:
         | {
             "optim": record["config"].get("optim", "adamw"),
             "ema_lengths": list(record["config"].get("ema_lengths", [])),
+            "align": record["config"].get("align", "none"),
         }
         for record in (theirs, ours)
     )

@@ -20,6 +20,7 @@ from uvit.config.train import TrainConfig
 from uvit.device import pick_device
 from uvit.distributed.mesh import Degrees, World
 from uvit.model import Block, UViTT2IModel
+from uvit.train.alignment import alignment_targets
 from uvit.train.memory import trace_muon, trace_step
 from uvit.train.muon import block_matrices
 from uvit.train.optimizer import iteration_dtype
@@ -46,11 +47,14 @@ def describe_plan(config: TrainConfig) -> str:
     if config.recompute:
         both_flops += forward_flops
     text_flops = 0 if frozen is None else count_text_flops(frozen, features.num_tokens or 0)
-    step_flops = (both_flops + text_flops) * samples
+    projector = projector_of(run)
+    align_flops = 0 if projector is None else 3 * count_projector_flops(projector, unet, features.latents_shape[1:])
+    step_flops = (both_flops + text_flops + align_flops) * samples
     ranks = f" x {num_data_ranks} data ranks" if num_data_ranks > 1 else ""
     lines = [
         f"model        {config.pretrained_model_name_or_path or config.uvit_config_file}: {num_unet:,} parameters"
-        + (f", and {num_text:,} of the text encoder" if num_text else ""),
+        + (f", and {num_text:,} of the text encoder" if num_text else "")
+        + (f", and {num_parameters(projector):,} of the projector of --align {config.align}" if projector else ""),
         f"work         {forward_flops / 1e9:,.1f} GFLOP per forward pass of one sample, "
         + (f"{text_flops / 1e9:,.1f} of the frozen text encoder, " if frozen is not None else "")
         + f"{step_flops / 1e12:,.2f} TFLOP per step",
@@ -76,6 +80,10 @@ def build_meta_run(config: TrainConfig) -> Run:
 
 def trained_text_encoder(run: Run) -> nn.Module | None:
     return dict(run.master_model.items()).get("text_encoder")
+
+
+def projector_of(run: Run) -> nn.Module | None:
+    return dict(run.master_model.items()).get("projector")
 
 
 def plan_lines(plan: "ResourcePlan", degrees: Degrees) -> list[str]:
@@ -118,6 +126,16 @@ def count_text_flops(text_encoder: Any, num_tokens: int) -> int:
     return counter.get_total_flops()
 
 
+def count_projector_flops(projector: nn.Module, unet: Any, size: tuple[int, ...]) -> int:
+    """FLOPs of predicting the targets of one sample, for latents of this size."""
+    with torch.device("meta"):
+        targets = alignment_targets(unet, torch.empty(1, unet.config.in_channels, *size))
+        tokens = torch.empty(1, targets[0, 0].numel(), unet.norm.weight.shape[0])
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        projector(tokens, targets)
+    return counter.get_total_flops()
+
+
 # The plan
 
 
@@ -141,6 +159,7 @@ def plan_of_run(run: Run) -> ResourcePlan:
         frozen_bytes=sum(parameter.nbytes for parameter in run.frozen_text_encoder.parameters())
         if run.frozen_text_encoder is not None
         else 0,
+        projector=projector_of(run),
     )
 
 
@@ -151,6 +170,7 @@ def make_plan(
     text_encoder: nn.Module | None = None,
     pad_token_id: int = 0,
     frozen_bytes: int = 0,
+    projector: nn.Module | None = None,
 ) -> ResourcePlan:
     """What a run needs.
 
@@ -158,12 +178,13 @@ def make_plan(
         size: height and width of the latents.
         text_encoder: on the meta device, if it is trained along with the U-ViT.
         frozen_bytes: size of a text encoder that is not trained.
+        projector: on the meta device, of --align.
     """
     degrees = Degrees(config.dp_degree, config.sharding_parallel_degree, config.tensor_parallel_degree)
     compute, autocast = dtypes(config)
     width, has_copy = compute.itemsize, compute != torch.float32
     unet = meta_unet(model_config, degrees.tp)
-    units = gather_units(unet, text_encoder)
+    units = gather_units(unet, text_encoder, projector)
     num_all = sum(num_local_elements(unit) for unit in units)
     num_local = sum(num_local_elements(unit, degrees.shard) for unit in units)
 
@@ -190,6 +211,8 @@ def make_plan(
         tp=degrees.tp,
         text_encoder=text_encoder,
         pad_token_id=pad_token_id,
+        projector=projector,
+        align_block=config.align_block if projector else 1,
         fused_attention=None if config.device == "cpu" else True,
     )
     accumulates = config.gradient_accumulation_steps > 1
@@ -221,12 +244,17 @@ def dtypes(config: TrainConfig) -> tuple[torch.dtype, torch.dtype]:
 # Memory of the weights
 
 
-def gather_units(unet: UViTT2IModel, text_encoder: nn.Module | None) -> list[list[Tensor]]:
-    """Parameters that sharded processes gather together: of each block, of the rest of the U-ViT, of the encoder."""
+def gather_units(
+    unet: UViTT2IModel, text_encoder: nn.Module | None, projector: nn.Module | None = None
+) -> list[list[Tensor]]:
+    """Parameters that sharded processes gather together: of the projector, of each block, of the rest of the U-ViT, of
+    the encoder.
+    """
     blocks = [list(block.parameters()) for block in blocks_of(unet)]
     in_blocks = {parameter for block in blocks for parameter in block}
     rest = [parameter for parameter in unet.parameters() if parameter not in in_blocks]
-    return [*blocks, rest, *([list(text_encoder.parameters())] if text_encoder else [])]
+    first, last = ([list(other.parameters())] if other is not None else [] for other in (projector, text_encoder))
+    return [*first, *blocks, rest, *last]
 
 
 def blocks_of(unet: UViTT2IModel) -> list[Block]:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from uvit.model import Attention
 from uvit.modern_model import ModernAttention
+from uvit.train.alignment import alignment_targets, recorded_tokens
 from uvit.train.muon import Muon, block_matrices, shape_batches
 from uvit.train.profiling import meta_inputs, meta_unet
 from uvit.weights.encoders import encode_tokens
@@ -48,6 +49,8 @@ def trace_step(
     tp: int = 1,
     text_encoder: nn.Module | None = None,
     pad_token_id: int = 0,
+    projector: nn.Module | None = None,
+    align_block: int = 1,
     fused_attention: bool | None = True,
 ) -> MemoryTrace:
     """The memory of a forward and backward pass of the U-ViT.
@@ -60,6 +63,7 @@ def trace_step(
         dtype, autocast: of the weights that compute, and of autocast (float32: no autocast).
         tp: trace one of so many tensor parallel processes.
         text_encoder: a text encoder on the meta device that is trained along with the U-ViT.
+        projector: on the meta device, to be aligned with the tokens of block `align_block`.
         fused_attention: as on a GPU. None: as on a CPU, which keeps the weights of attention in half precision.
     """
     unet = meta_unet(model_config, tp)
@@ -68,8 +72,8 @@ def trace_step(
     for module in unet.modules():
         if isinstance(module, Attention | ModernAttention):
             module.fused = fused_attention
-    encoder = copy.deepcopy(text_encoder)
-    networks = nn.ModuleList([unet, encoder] if encoder else [unet]).train()
+    encoder, projector = copy.deepcopy((text_encoder, projector))
+    networks = nn.ModuleList(network for network in (unet, encoder, projector) if network).train()
     if autocast != torch.float32:
         layer_norms_in_float32(networks)
     # Fake tensors of a CPU, and not the meta device: attention has a fused kernel on the former only.
@@ -85,7 +89,11 @@ def trace_step(
             with torch.autocast("cpu", autocast, enabled=autocast != torch.float32):
                 if encoder:
                     context = encode_tokens(encoder, torch.zeros(context.shape[:2], dtype=torch.int64), pad_token_id)
-                return unet(latents.to(dtype), timesteps, context.to(dtype)).float().square().mean()
+                if projector is None:
+                    return unet(latents.to(dtype), timesteps, context.to(dtype)).float().square().mean()
+                with recorded_tokens(unet, align_block) as tokens:
+                    loss = unet(latents.to(dtype), timesteps, context.to(dtype)).float().square().mean()
+                return loss + projector(tokens[0], alignment_targets(unet, latents))
 
         return trace_memory(networks, compute_loss)
 

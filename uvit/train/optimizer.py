@@ -17,7 +17,7 @@ from uvit.train.muon import Muon, block_matrices
 
 
 def build_optimizer(model: nn.ModuleDict, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over the U-ViT and a trained text encoder, each with its own peak learning rate (`peak_lr`).
+    """AdamW over the U-ViT, a trained text encoder and a projector, each with its peak learning rate (`peak_lr`).
 
     With `--optim muon`, Muon takes the matrices of their blocks. Its rate is scaled with the network's.
     """
@@ -25,7 +25,7 @@ def build_optimizer(model: nn.ModuleDict, config: TrainConfig) -> torch.optim.Op
     groups: list[dict[str, Any]] = []
     matrix_groups: list[dict[str, Any]] = []
     for name, network in model.items():
-        own = rates[name]
+        own = rates.get(name)
         rate = config.learning_rate if own is None else own
         matrices = block_matrices(network) if config.optim == "muon" else {}
         others = [parameter for parameter in network.parameters() if parameter not in matrices]

@@ -25,6 +25,7 @@ from uvit.lock import WriterLock
 from uvit.model import INIT_STD, UViTT2IModel
 from uvit.store.reader import open_features
 from uvit.store.types import Features
+from uvit.train.alignment import build_projector
 from uvit.train.checks import (
     check_features,
     check_named_encoders,
@@ -61,7 +62,7 @@ class Run:
     features: Features
     validation: Features | None  # the features to validate on
     batches: BatchDataset
-    master_model: nn.ModuleDict  # float32: unet, and text_encoder if it is trained
+    master_model: nn.ModuleDict  # float32: unet, text_encoder if it is trained, and with --align projector
     optimizer: torch.optim.Optimizer
     ema: EMA | None
     precision: Precision
@@ -159,6 +160,9 @@ def build_run(config: TrainConfig, output_dir: Path, world: World | None = None)
         frozen.to(device)
     else:
         text_encoder_sha256 = features.text_encoder_sha256
+    if config.align != "none":
+        with init_device(device):
+            master_model["projector"] = build_projector(config, unet)
     master_model.to(device).train()
     ema = EMA(master_model, config.ema_decay, config.ema_update_steps, config.ema_lengths) if config.use_ema else None
     precision = Precision(config, master_model, device)
@@ -277,8 +281,9 @@ def parallelize_models(
         computes = model is compute_model
         unet: Any = model["unet"]  # type: ignore[index]
         parallelize(unet, world, recompute=computes and config.recompute, compile=computes and config.compile)
-        if "text_encoder" in model:  # type: ignore[operator]
-            shard(model["text_encoder"], world)  # type: ignore[index]
+        for name, network in model.items():  # type: ignore[operator]
+            if name != "unet":
+                shard(network, world)
 
 
 def open_validation(config: TrainConfig, features: Features, unet: UViTT2IModel, use_tokens: bool) -> Features | None:

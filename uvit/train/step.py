@@ -13,6 +13,7 @@ from uvit.diffusion import add_noise, draw_latents
 from uvit.diffusion import loss as diffusion_loss
 from uvit.distributed.ops import all_of, any_of, clip_gradients, grad_norm, mean_over_data
 from uvit.images import to_unit
+from uvit.train.alignment import alignment_targets, is_aligning, recorded_tokens
 from uvit.train.guards import next_kept_sample
 from uvit.train.loader import Batch
 from uvit.train.optimizer import learning_rate_factor, set_learning_rate
@@ -26,14 +27,27 @@ class StepResult:
     grad_norm: float
     lr: float
     skipped: bool  # if so, nothing was updated
+    align_loss: float | None = None  # None: nothing is aligned
 
     @property
     def finite(self) -> bool:
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+        return all(math.isfinite(value or 0) for value in (self.loss, self.grad_norm, self.align_loss))
+
+
+def batch_losses(run: Run, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """What training minimises: `batch_loss`, and the alignment loss if there is one. Float32 scalars."""
+    if not is_aligning(run.config, run.step, run.max_steps):
+        return batch_loss(run, batch), None
+    model: Any = run.precision.compute_model
+    with recorded_tokens(model["unet"], run.config.align_block) as tokens:
+        loss = batch_loss(run, batch)
+    targets = alignment_targets(model["unet"], clean_latents(run, batch))
+    with run.precision.autocast():
+        return loss, model["projector"](tokens[0], targets)
 
 
 def batch_loss(run: Run, batch: Batch) -> Tensor:
-    """The loss that training minimises. A float32 scalar."""
+    """The loss of the U-ViT's predictions, weighted as in training. A float32 scalar."""
     return compute_loss(run, run.precision.compute_model, batch, run.config.loss_settings())
 
 
@@ -88,16 +102,21 @@ def train_step(run: Run, batches: Iterator[Batch]) -> StepResult:
     config, precision, optimizer, clock, guards = run.config, run.precision, run.optimizer, run.clock, run.guards
     lr = set_learning_rate(optimizer, learning_rate_factor(run.step, config, run.max_steps, run.schedule_steps))
 
-    total_loss = torch.zeros((), device=run.device)
-    for i in range(config.gradient_accumulation_steps):
-        run.gradients.microbatch(last=i == config.gradient_accumulation_steps - 1)
+    num_batches = config.gradient_accumulation_steps
+    total_loss, total_align_loss = (torch.zeros((), device=run.device) for _ in range(2))
+    for i in range(num_batches):
+        run.gradients.microbatch(last=i == num_batches - 1)
         with clock.wait("data"):
             batch = next(batches)
         with clock.compute("forward"):
-            loss = batch_loss(run, batch) / config.gradient_accumulation_steps
+            loss, align_loss = batch_losses(run, batch)
+            loss = loss / num_batches
+            total_loss += loss.detach()
+            if align_loss is not None:
+                loss = loss + config.align_weight * align_loss / num_batches
+                total_align_loss += align_loss.detach() / num_batches
         with clock.compute("backward"):
             precision.backward(loss)
-        total_loss += loss.detach()
 
     with clock.compute("backward"):
         run.gradients.finish()
@@ -108,7 +127,8 @@ def train_step(run: Run, batches: Iterator[Batch]) -> StepResult:
             clip_gradients(parameters, config.max_grad_norm, total_norm)
 
     mean_loss, norm = mean_over_data(total_loss, run.world).item(), total_norm.item()
-    finite = math.isfinite(mean_loss) and math.isfinite(norm)
+    mean_align_loss = None if align_loss is None else mean_over_data(total_align_loss, run.world).item()
+    finite = all(math.isfinite(value or 0) for value in (mean_loss, norm, mean_align_loss))
     skipped = any_of(not finite or guards.is_spike(norm), run.world)
     finite = all_of(finite, run.world) if skipped else True
     with clock.compute("optimizer"):
@@ -120,4 +140,4 @@ def train_step(run: Run, batches: Iterator[Batch]) -> StepResult:
     first_sample = next_kept_sample(run.samples, run.samples_per_step, guards.skipped_samples)
     run.step, run.samples = run.step + 1, first_sample + run.samples_per_step
     guards.record_step(run.step, first_sample, norm if finite else None, skipped)
-    return StepResult(mean_loss, norm, lr, skipped)
+    return StepResult(mean_loss, norm, lr, skipped, mean_align_loss)

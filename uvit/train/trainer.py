@@ -192,6 +192,7 @@ def step_metrics(run: Run, result: StepResult, seconds: float) -> dict[str, Any]
         "step": run.step,
         "samples": run.samples,
         "loss": result.loss if result.finite else None,
+        **({} if result.align_loss is None else {"align_loss": result.align_loss if result.finite else None}),
         "grad_norm": result.grad_norm if result.finite else None,
         "lr": result.lr,
         **({} if (muon_lr := muon_rate(run.optimizer)) is None else {"muon_lr": muon_lr}),
