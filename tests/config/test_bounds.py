@@ -166,7 +166,7 @@ def test_what_is_at_the_bounds_is_accepted(command: str, name: str, tmp_path: Pa
     if bounds.most is None and bounds.below is None:
         inside.append(LARGEST if flag.kind is int else 1e308)
     if bounds.above is not None:
-        inside.append(bounds.above + 0.5)
+        inside.append(bounds.above + (0.5 if bounds.most is None else (bounds.most - bounds.above) / 2))
     if bounds.below is not None:
         inside.append(math.nextafter(bounds.below, -math.inf))
     if name in UNSUPPORTED:

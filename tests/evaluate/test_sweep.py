@@ -15,6 +15,13 @@ def test_settings_are_every_combination_and_labels_say_what_varies() -> None:
     assert list_settings(EvaluateConfig("m", "o").resolved())[1] == []
 
 
+def test_lengths_of_ema_weights_are_swept_beside_the_named_weights() -> None:
+    lengths, varied = list_settings(EvaluateConfig("m", "o", ema_lengths=(0.05, 0.1)).resolved())
+    assert ([setting.ema for setting in lengths], varied) == (["0.05", "0.1"], ["ema"])
+    both, _ = list_settings(EvaluateConfig("m", "o", ema=("raw",), ema_lengths=(0.1,)).resolved())
+    assert [setting.ema for setting in both] == ["raw", "0.1"]
+
+
 def test_the_best_is_chosen_on_one_half_and_judged_on_the_other() -> None:
     first = [[Score("fid", value, "lower")] for value in (3.0, 1.0, 2.0)]
     second = [[Score("fid", value, "lower")] for value in (1.0, 5.0, 2.0)]
