@@ -262,7 +262,7 @@ def _run(name: str, arguments: list[str]) -> int:
         print(to_yaml(config), end="")
         return 0
     is_uncompiled = name in UNCOMPILED and not getattr(config, "compile", False)
-    return _load_once(command.run, is_uncompiled, is_distributed=name == "train")(config) or 0
+    return _load_once(command.run, is_uncompiled, is_distributed="WORLD_SIZE" in os.environ)(config) or 0
 
 
 def _load_once(path: str, is_uncompiled: bool, is_distributed: bool):  # type: ignore[no-untyped-def]

@@ -58,6 +58,7 @@ _COMPILER_NAMES = {
     "assume_constant_result": _unchanged,
     "disable": _unchanged,
     "eval_frame": _EvalFrame,
+    "graph_break": lambda *_, **__: None,
 }
 
 
@@ -100,6 +101,7 @@ def _compiler(name: str) -> ModuleType:
     for stand_in in (COMPILER, INDEXING):
         if isinstance(sys.modules.get(stand_in), _StandIn):
             del sys.modules[stand_in]
+            vars(sys.modules["torch"]).pop(stand_in.removeprefix("torch."), None)
     importlib.import_module(COMPILER)
     return importlib.import_module(name)
 
