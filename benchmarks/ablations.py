@@ -14,6 +14,7 @@ import io
 import json
 import math
 import re
+import shutil
 import statistics
 import sys
 import tempfile
@@ -30,11 +31,11 @@ from uvit.cli.main import main as run_uvit
 from uvit.cli.parse import parse
 from uvit.config.model import resolve_model_config
 from uvit.config.train import TrainConfig
-from uvit.io import write_bytes, write_json
+from uvit.io import link_or_copy, write_bytes, write_folder_atomically, write_json
 
 TABLE = Path(__file__).with_name("ablations.yaml")
 WINDOWS, WINDOW = 6, 10  # the step time is the median over windows of so many steps, without the first
-POINTS = 20  # validations in a run
+POINTS = 10  # validations in a run
 WARMUP = "0.04"  # of the steps
 CLEAR = 0.04  # smaller differences are no finding, however small the spread
 COLOURS = [(31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75),
@@ -119,14 +120,25 @@ def run_arm(table: dict[str, dict[str, Row]], data: str, arm: str, options: argp
         record = {"seconds_per_step": measure_step(arguments), **settings}
         write_json(measured, record)
     steps = max(1, round(options.seconds / record["seconds_per_step"]))
-    words = ["--max_steps", str(steps), "--eval_steps", str(max(1, steps // POINTS))]
+    words = ["--max_steps", str(steps), "--eval_steps", str(-(-steps // POINTS))]
     for seed in options.seeds:
         run = folder / f"seed-{seed}"
         print(f"{data}, {arm}, seed {seed}: {steps} steps of {record['seconds_per_step'] * 1000:.1f} ms", flush=True)
         check(run_uvit(["train", *arguments, *words, "--seed", str(seed), "--output_dir", str(run / "run")]))
+        lend(out / "reference", run / "evaluation" / "reference")
         judge = [*table["data"][data]["evaluate"].split(), *options.evaluate.split()]
         target = ["--output_dir", str(run / "evaluation"), "--disable_tqdm"]
         check(run_uvit(["evaluate", str(run / "run"), *judge, *target]))
+        lend(run / "evaluation" / "reference", out / "reference")
+
+
+def lend(source: Path, target: Path) -> None:
+    """The features of the real images are the same for all runs: the first one computes them."""
+    if source.exists() and not target.exists():
+        with write_folder_atomically(target) as aside:
+            shutil.copytree(
+                source, aside, dirs_exist_ok=True, copy_function=lambda one, other: link_or_copy(Path(one), Path(other))
+            )
 
 
 def check(status: int) -> None:

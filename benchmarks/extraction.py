@@ -35,7 +35,7 @@ SD_CONFIG = {
     "latent_channels": 4,
     "sample_size": 512,
 }
-PIXELS = {"shapes": 2**23, "sd": 2**19}  # of all images of a measurement: some ten seconds
+PIXELS = {"shapes": 2**23, "sd": 2**18}  # of all images of a measurement: some ten seconds
 WORDS = "a red blue green small large photo of the cat dog house tree on under near street table"
 NUM_FIRST = 4  # images that are extracted beforehand
 

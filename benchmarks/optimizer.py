@@ -7,6 +7,9 @@ each float32 parameter. The first line is the yardstick: an in-place multiplicat
 write. `plain` updates as uvit did before: it multiplies by the clipping factor, 1 or not, at every step; `uvit` does
 what train_step does, without clipping and with it; `cached` makes AdamW and EMA follow one another in blocks of 64 Ki
 parameters, so that the EMA finds the weights in the cache.
+
+With --muon: the step of uvit's Muon in bfloat16, which takes all matrices of one shape together and q, k and v apart,
+against torch.optim.Muon, which takes one parameter after another and qkv as one matrix.
 """
 
 import argparse
@@ -23,6 +26,7 @@ from uvit.distributed.mesh import single_process_world
 from uvit.distributed.ops import clip_gradients, grad_norm, local_tensor
 from uvit.model import UViTT2IModel
 from uvit.train.ema import EMA
+from uvit.train.muon import Muon, block_matrices
 
 BLOCK = 65536
 DECAY = 0.9999
@@ -44,6 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="uvit_t2i_small")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--muon", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -52,6 +57,9 @@ def main() -> None:
     parameters = list(unet.parameters())
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter) * 1e-4
+    if options.muon:
+        compare_muon(unet, options.rounds)
+        return
     settings = {"betas": (0.9, 0.9), "weight_decay": 0.03}
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True, **settings)  # type: ignore[arg-type]
     optimizer.step()
@@ -121,6 +129,24 @@ def main() -> None:
         print(
             f"| {name} | {sizes[name]} | {seconds * 1e3:.1f} | {total / seconds / 1e9:.1f} | {total / rate * 1e3:.1f} |"
         )
+
+
+def compare_muon(unet: UViTT2IModel, rounds: int) -> None:
+    matrices = block_matrices(unet)
+    groups = [
+        {
+            "params": [matrix for matrix, number in matrices.items() if number == count],
+            "num_matrices": count,
+            "lr": 1e-3,
+        }
+        for count in sorted(set(matrices.values()))
+    ]
+    ours = Muon(groups, torch.optim.AdamW([torch.zeros(1)]), 0.03, torch.bfloat16)
+    theirs = torch.optim.Muon(list(matrices), adjust_lr_fn="match_rms_adamw")
+    found = median_times({"uvit": ours.step, "torch.optim.Muon": theirs.step}, rounds)
+    print("| | ms |\n|---|---:|")
+    for name, seconds in found.items():
+        print(f"| {name} | {seconds * 1e3:.0f} |")
 
 
 def split(tensors: list[Tensor]) -> list[Tensor]:

@@ -19,6 +19,8 @@ BESIDE = {
     ("train", "logit_std"): ["--timestep_sampling", "logit_normal"],
     ("train", "uniform_share"): ["--timestep_sampling", "logit_normal"],
     ("train", "min_lr"): ["--learning_rate", "1e308"],
+    ("train", "ema_snapshot_steps"): ["--ema_lengths", "0.1"],
+    ("train", "muon_learning_rate"): ["--optim", "muon"],
 }
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks.ablations import against, arms_of, draw_curves, ledger_table, main, read_table, settings_of
+from benchmarks.ablations import against, arms_of, draw_curves, ledger_table, lend, main, read_table, settings_of
 from uvit.cli.main import main as run_uvit
 from uvit.cli.parse import parse
 from uvit.config.evaluate import EvaluateConfig
@@ -58,15 +58,16 @@ def test_a_tiny_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         "evaluate": "--protocol shapes --max_prompts 2 --num_inference_steps 1 --guidance_scale 1 2",
         "model": TINY,
     }
-    arms = {"base": {}, "wide": {"model": {"attention_head_dim": 32}}, "v": {"train": "--prediction_type v_prediction"}}
+    arms = {"base": {}, "v": {"train": "--prediction_type v_prediction"}}
     table = tmp_path / "table.yaml"
     table.write_text(yaml.safe_dump({"data": {"tiny": data}, "arms": arms}))
     common = ["--features", str(features), "--table", str(table), "--seconds", "0.1", "--output_dir", str(tmp_path)]
-    main(["tiny", "base", "v", *common, "--seeds", "1", "2"])
+    main(["tiny", "base", *common, "--seeds", "1", "2"])
+    main(["tiny", "v", *common, "--seeds", "1"])
     out = tmp_path / "tiny-0.1s"
     rows = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
     found = [(row["arm"], row["seed"], row["setting"]) for row in rows]
-    assert found == [(arm, seed, f"guidance_scale {g}.0") for arm in ("base", "v") for seed in (1, 2) for g in (1, 2)]
+    assert found == [(*run, f"guidance_scale {g}.0") for run in (("base", 1), ("base", 2), ("v", 1)) for g in (1, 2)]
     for row in rows:
         assert row["steps"] == max(1, round(0.1 / row["seconds_per_step"])) and row["val_loss"][0][0] == row["steps"]
         assert set(row["scores"]) >= {"prompts", "attributes"}
@@ -83,6 +84,20 @@ def test_a_tiny_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         table.write_text(yaml.safe_dump({"data": {"tiny": data}, "arms": {"base": changed}}))
         with pytest.raises(SystemExit, match="was run with other settings"):
             main(["tiny", "base", *common])
+
+
+def test_features_of_real_images_are_lent_and_never_replaced(tmp_path: Path) -> None:
+    first, shared, second = (tmp_path / name / "reference" for name in ("first", "shared", "second"))
+    lend(first, shared)  # not there yet
+    assert not shared.exists()
+    (first / "vit").mkdir(parents=True)
+    (first / "vit" / "00000.safetensors").write_text("features")
+    lend(first, shared)
+    lend(shared, second)
+    assert (second / "vit" / "00000.safetensors").read_text() == "features"
+    (second / "vit" / "00000.safetensors").unlink()
+    lend(shared, second)
+    assert not (second / "vit" / "00000.safetensors").exists()
 
 
 def test_what_is_no_arm_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -310,6 +310,19 @@ def test_sample_and_evaluate(trained: Path, folder: Path, tmp_path: Path) -> Non
     assert (tmp_path / "report/report.json").is_file()
 
 
+def test_the_modern_model_on_a_linear_path(train_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    sizes = {key: value for key, value in MODEL.items() if key != "attention_head_dim"}
+    modern = {"_class_name": "ModernUViTT2IModel", **sizes, "attention_head_dim": 16}
+    (tmp_path / "model.json").write_text(json.dumps(modern))
+    flags = {"path": "linear", "prediction_type": "sample", "loss_type": "v", "eval_metrics": (), "max_steps": 2}
+    model, output = str(tmp_path / "model.json"), str(tmp_path / "run")
+    run_training(train_config(uvit_config_file=model, output_dir=output, **flags))
+    pipeline = UViTPipeline.from_pretrained(tmp_path / "run/pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.conventions == Conventions(1.0, latents="pixels", path="linear", prediction_type="sample")
+    assert pipeline("a red circle", num_inference_steps=3, output_type="pt").images.shape == (1, 3, 16, 16)
+
+
 @pytest.mark.parametrize("to", ["pipeline", "diffusers"])
 def test_conversion_there_and_back(to: str, trained: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"

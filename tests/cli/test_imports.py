@@ -2,9 +2,11 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+PIPELINE = Path(__file__).parents[1] / "fixtures" / "v0.1" / "run" / "pipeline"
 SLOW = ("torch", "diffusers", "transformers")
 CODE = """
 import sys
@@ -54,3 +56,20 @@ def test_commands_that_compute_import_no_libraries_of_other_tasks() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert result.stdout == "True []\n"
+
+
+def test_an_image_needs_no_compiler_no_symbols_and_no_distribution(tmp_path: Path) -> None:
+    """torch's compiler with sympy, and its distributed tensors, take a third of the time until the first image."""
+    unused = ("torch._dynamo.convert_frame", "torch._inductor", "sympy", "torch.distributed.tensor")
+    code = (
+        "import sys; from uvit.cli.main import main\n"
+        "status = main(sys.argv[1:])\n"
+        f"print([status, *(name for name in {unused} if name in sys.modules)])"
+    )
+    words = ["sample", "a", "--pipeline", str(PIPELINE), "--num_inference_steps", "1", "--device", "cpu"]
+    words += ["--output_dir", str(tmp_path)]
+    result = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=300, check=True
+    )
+    assert result.stdout.splitlines()[-1] == "[0]"
+    assert list(tmp_path.glob("*.png"))

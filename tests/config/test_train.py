@@ -47,6 +47,18 @@ def test_the_flags_of_the_recipe_come_first_and_share_no_group_with_the_others()
         ({"adam_beta2": 1.0}, "--adam_beta2 1.0: must be at least 0 and below 1"),
         ({"snr_gamma": 0.0}, "--snr_gamma 0.0: must be above 0"),
         ({"save_total_limit": 0}, "--save_total_limit 0: must be at least 1; leave it out to keep all"),
+        ({"muon_learning_rate": 0.01}, "--muon_learning_rate 0.01: needs --optim muon"),
+        (
+            {"optim": "muon", "learning_rate": 0.0},
+            "--learning_rate 0: must be above 0 with --optim muon, whose rate changes in proportion",
+        ),
+        ({"ema_lengths": (0.1, 0.1)}, "--ema_lengths 0.1 0.1: names a length twice"),
+        ({"ema_lengths": (0.1,), "use_ema": False}, "--ema_lengths 0.1: needs EMA weights; leave --use_ema False out"),
+        ({"ema_snapshot_steps": 5}, "--ema_snapshot_steps 5: needs --ema_lengths"),
+        (
+            {"ema_lengths": (0.1,), "ema_update_steps": 7},
+            "--save_steps 5000: must be a multiple of --ema_update_steps 7 with --ema_lengths",
+        ),
         ({"image_logging_steps": 75}, "--image_logging_steps 75: must be a multiple of --logging_steps 50"),
         ({"bf16": True, "fp16": True}, "--bf16 and --fp16: choose one"),
         ({"do_train": False}, "--do_train False: there is nothing to do; use --dry_run to look without training"),

@@ -1,8 +1,11 @@
 """What each process of a spawned world finds about its layout, for the tests to judge."""
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -13,12 +16,15 @@ from uvit.distributed import ops
 from uvit.distributed.mesh import World
 from uvit.distributed.parallelize import parallelize
 from uvit.model import UViTT2IModel
+from uvit.train.ema import EMA
 
 
 def check(world: World, unet: UViTT2IModel, inputs: tuple[Tensor, Tensor, Tensor]) -> dict[str, Any]:
     whole = {name: parameter.detach().clone() for name, parameter in unet.named_parameters()}
+    snapshot = written_average(unet, world)
     parallelize(unet, world)
     return {
+        "snapshot": alike(snapshot, whole) if world.is_main else list(snapshot),
         "place": [world.data_rank, world.num_data_ranks, world.tp_rank, world.is_main],
         "held": {name: ops.local_tensor(parameter).numel() for name, parameter in unet.named_parameters()},
         "inner": inner_widths(unet, inputs),
@@ -39,6 +45,17 @@ def alike(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
         for name in found.keys() | wanted.keys()
         if name not in found or name not in wanted or not torch.equal(found[name], wanted[name])
     ]
+
+
+def written_average(unet: UViTT2IModel, world: World) -> dict[str, Tensor]:
+    """What is in the snapshot of an average of these weights, laid out as they will be; nothing but in the main one."""
+    ema = EMA(unet, 0.9, lengths=(0.1,))
+    parallelize(ema.model, world)  # type: ignore[arg-type]
+    with TemporaryDirectory() as folder:
+        ema.write_snapshots(Path(folder), 1, world)
+        return {
+            name: tensor for path in Path(folder).rglob("*.safetensors") for name, tensor in load_file(path).items()
+        }
 
 
 def inner_widths(unet: UViTT2IModel, inputs: tuple[Tensor, Tensor, Tensor]) -> dict[str, list[int]]:

@@ -21,10 +21,10 @@ from uvit.distributed.mesh import Degrees, World, init_distributed
 
 OF_TWO = {
     "2x1x1": ["plain", "all"],
-    "1x2x1": ["plain", "all", "copy", "modern"],
-    "1x1x2": ["plain", "all", "bf16", "modern"],
+    "1x2x1": ["plain", "all", "copy", "modern", "muon"],
+    "1x1x2": ["plain", "all", "bf16", "modern", "muon"],
 }
-OF_FOUR = {"2x1x2": ["all"], "1x2x2": ["all", "modern"], "2x2x1": ["all"]}
+OF_FOUR = {"2x1x2": ["all"], "1x2x2": ["all", "modern", "muon"], "2x2x1": ["all"]}
 
 
 @dataclass(frozen=True)

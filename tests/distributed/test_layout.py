@@ -31,3 +31,8 @@ def test_in_a_world_of_one_tensors_are_handed_on(alone: World) -> None:
     whole = full(tensors, alone)
     from_checkpoint_layout(tensors, {name: tensor + 1 for name, tensor in tensors.items()}, alone)
     assert all(torch.equal(tensors[name], tensor + 1) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_main_process_writes_whole_averages(worlds: Worlds, layout: str) -> None:
+    assert all(found["snapshot"] == [] for found in worlds.checks(layout))

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from tests.distributed.checks import check
 from tests.distributed.whole import full
+from uvit.config.train import TrainConfig
 from uvit.distributed import mesh, ops
 from uvit.distributed.mesh import Degrees, World
 from uvit.distributed.parallelize import parallelize
 from uvit.model import UViTT2IModel
 from uvit.modern_model import ModernUViTT2IModel
+from uvit.train.optimizer import build_optimizer
 
 STEPS = 8
 GLOBAL_BATCH = 8
@@ -39,6 +41,7 @@ CASES: dict[str, dict[str, bool | int | float]] = {
     "plain": {},
     "bf16": {"bf16": True},
     "copy": {"low_precision_copy": True},
+    "muon": {"muon": True},
     "all": {"recompute": True, "num_microbatches": 2, "max_norm": 0.1},
     "modern": {"modern": True, "recompute": True, "num_microbatches": 2, "max_norm": 0.1},
 }
@@ -79,6 +82,7 @@ def train(
     low_precision_copy: bool = False,
     max_norm: float = 0.0,
     modern: bool = False,
+    muon: bool = False,
 ) -> dict[str, Tensor]:
     """8 AdamW steps -> in the main process losses, grad norms and the whole weights, average and moments, by name.
 
@@ -90,8 +94,8 @@ def train(
     computes = copy.deepcopy(unet).bfloat16() if low_precision_copy else unet
     for network in [unet, average] + [computes] * low_precision_copy:
         parallelize(network, world, recompute=recompute)
-    groups = [{"params": group} for group in ops.fused_groups(unet.parameters())]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.9), weight_decay=0.03, fused=True)
+    flags = {"optim": "muon" if muon else "adamw", "learning_rate": LEARNING_RATE}
+    optimizer = build_optimizer(nn.ModuleDict({"unet": unet}), TrainConfig("features", "out", **flags))  # type: ignore[arg-type]
     gradients = ops.GradientAverage(computes, world, bucket_bytes=100_000)
     losses, norms = [], []
     for step in range(STEPS):
@@ -122,7 +126,12 @@ def train(
         losses.append(ops.mean_over_data(loss, world))
         norms.append(norm)
     names = {parameter: name for name, parameter in unet.named_parameters()}
-    moments = {f"exp_avg_sq/{names[p]}": values["exp_avg_sq"] for p, values in optimizer.state.items()}
+    moments = {
+        f"{key}/{names[p]}": values[key]
+        for p, values in optimizer.state.items()
+        for key in ("exp_avg_sq", "momentum")
+        if key in values
+    }
     trained = {
         f"{kind}/{name}": p
         for kind, network in (("unet", unet), ("ema", average))

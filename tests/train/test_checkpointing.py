@@ -128,7 +128,8 @@ def test_other_timestep_labels_are_refused(tiny_config: Any, tmp_path: Path) -> 
     assert record["timestep_labels"] == "1..1000"
     path.write_text(json.dumps(record | {"timestep_labels": "0..999", "record_sha256": ""}))
     with pytest.raises(
-        UserError, match=r"another model or precision; .*\n  timestep_labels: was 0\.\.999, now 1\.\.1000"
+        UserError,
+        match=r"another model, precision, optimizer or EMA; .*\n  timestep_labels: was 0\.\.999, now 1\.\.1000",
     ):
         train(tiny_config())
 

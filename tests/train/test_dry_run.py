@@ -60,6 +60,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "recompute": {"recompute": True, "use_ema": False},
     "autocast": {"bf16": True},
     "copy": {"bf16": True, "fp16_opt_level": "O2"},
+    "muon": {"optim": "muon", "use_ema": False},
     "aligned": {"align": "sra"},
 }
 CASES = [  # each kind of flags with each axis that it has to do with
@@ -74,6 +75,8 @@ CASES = [  # each kind of flags with each axis that it has to do with
     ("1x1x1", "aligned"),
     ("1x2x1", "aligned"),
     ("4x8x2", "accumulation"),
+    ("1x1x1", "muon"),
+    ("2x2x2", "muon"),
 ]
 
 
@@ -142,7 +145,13 @@ class Sent(TorchDispatchMode):
         return result
 
 
-TIMES_SENT = {"allreduce_": 2, "all_reduce": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1}
+TIMES_SENT = {
+    "allreduce_": 2,
+    "all_reduce": 2,
+    "_allgather_base_": 1,
+    "_reduce_scatter_base_": 1,
+    "all_gather_into_tensor": 1,
+}
 
 
 def size_of_group(argument: Any) -> int:

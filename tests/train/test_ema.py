@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from uvit.checkpoint.averages import gamma_of
 from uvit.train.ema import EMA, checksum
 
 
@@ -51,6 +52,21 @@ def test_a_skipped_step_does_not_count_by_itself() -> None:
     before = checksum(ema.model)
     ema.update(model, 1, skipped=True)
     assert checksum(ema.model) == before
+
+
+def test_lengths_weigh_steps_by_a_power_and_begin_with_the_weights() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    ema = EMA(model, decay=0.5, lengths=(0.1, 0.2))
+    values = torch.randn(9, generator=torch.Generator().manual_seed(0))
+    for step, value in enumerate(values.tolist(), start=1):
+        nn.init.constant_(model.weight, value)
+        ema.update(model, step)
+        if step == 1:
+            assert ema.model.weight.item() == pytest.approx(value)
+    for length, average in zip(ema.lengths, ema.models, strict=True):
+        ends = (torch.arange(10, dtype=torch.float64) / 9) ** (gamma_of(length) + 1)
+        assert average.weight.item() == pytest.approx((ends.diff() * values).sum().item(), rel=1e-5)
+    assert list(ema.further_tensors()) == ["0.2/weight"]
 
 
 def test_bits_tell_whether_anything_moved() -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from uvit import __version__
 from uvit.cli.help import show_help
 from uvit.cli.parse import parse
+from uvit.cli.quick_imports import import_less
 from uvit.errors import UserError
 from uvit.io import takes_files, to_yaml
 
@@ -137,6 +138,13 @@ COMMANDS = {
         "uvit.export.convert:convert",
         positional=("source", "dest"),
     ),
+    "ema": Command(
+        "Use a model",
+        "choose the length of a run's EMA weights after training",
+        "uvit.config.ema:EmaConfig",
+        "uvit.export.reconstruct:make_average",
+        positional=("run",),
+    ),
     "evaluate": Command(
         "Use a model",
         "measure a model's images, or compare two sets of images",
@@ -165,6 +173,8 @@ COMMANDS = {
         "uvit.bench.run:bench",
     ),
 }
+
+UNCOMPILED = ("sample", "evaluate", "extract", "train")  # they compute, without torch.compile unless --compile says so
 
 
 def usage(prefix: str = "") -> str:
@@ -251,10 +261,11 @@ def _run(name: str, arguments: list[str]) -> int:
     if print_config:
         print(to_yaml(config), end="")
         return 0
-    return _load_once(command.run)(config) or 0
+    is_uncompiled = name in UNCOMPILED and not getattr(config, "compile", False)
+    return _load_once(command.run, is_uncompiled, is_distributed=name == "train")(config) or 0
 
 
-def _load_once(path: str):  # type: ignore[no-untyped-def]
+def _load_once(path: str, is_uncompiled: bool, is_distributed: bool):  # type: ignore[no-untyped-def]
     """`_load` without garbage collection, if it is the process's first: imports make a million objects that all stay.
 
     It takes a third off the time until a command computes. Later collections leave these objects out.
@@ -263,6 +274,8 @@ def _load_once(path: str):  # type: ignore[no-untyped-def]
         return _load(path)
     gc.disable()
     try:
+        if is_uncompiled:
+            import_less(is_distributed)
         return _load(path)
     finally:
         gc.enable()

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from uvit.config.bounds import BatchSize, Bounds, PositiveInt, Seed, check_bounds
+from uvit.config.ema import EmaLength
 from uvit.config.paths import PathFlag, expand_paths
 from uvit.config.sample import Guidance, InferenceSteps, Timestep
 from uvit.config.sharding import parse_shard
@@ -145,6 +146,8 @@ class EvaluateConfig:
     numbers. Default: 1 1000."""
     ema: tuple[WeightsChoice, ...] = ()
     """The weights of a run or a checkpoint: ema, or raw (those that are trained). Default: ema."""
+    ema_lengths: tuple[EmaLength, ...] = ()
+    """Of a run with --ema_lengths: EMA weights of these lengths, as `uvit ema` makes them."""
     seed: Seed = 0
     """Seed of the first image; every further image adds 1."""
     batch_size: BatchSize | None = None
@@ -210,7 +213,7 @@ class EvaluateConfig:
             raise UserError(f"--guidance_interval {given}: must be pairs of timesteps in 1..1000, the lower one first")
         if len(set(pairs)) < len(pairs):
             raise UserError(f"--guidance_interval {given}: names an interval twice")
-        for name in ("metrics", "guidance_scale", "num_inference_steps", "scheduler", "ema"):
+        for name in ("metrics", "guidance_scale", "num_inference_steps", "scheduler", "ema", "ema_lengths"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise UserError(f"--{name} {' '.join(map(str, values))}: names a value twice")
@@ -220,7 +223,13 @@ class EvaluateConfig:
     def resolved(self) -> "EvaluateConfig":
         """With the values of the protocol and the defaults in place of what was not given."""
         preset = {**DEFAULTS, **(PROTOCOLS[self.protocol] if self.protocol else {})}
+        if self.ema_lengths:
+            del preset["ema"]
         return replace(self, **{name: value for name, value in preset.items() if getattr(self, name) in (None, ())})
+
+    def weights(self) -> tuple[str, ...]:
+        """Which weights to measure: ema, raw, or the length of an average."""
+        return (*self.ema, *(f"{length:g}" for length in self.ema_lengths))
 
     def protocol_changes(self) -> dict[str, Any]:
         """The flags that were given, and differ from the protocol."""

@@ -15,6 +15,7 @@ from uvit.config.bounds import (
     Seed,
     check_bounds,
 )
+from uvit.config.ema import EmaLength
 from uvit.config.paths import PathFlag, expand_paths
 from uvit.errors import UserError
 
@@ -77,6 +78,12 @@ class RecipeConfig:
     """Keep an exponential moving average (EMA) of the weights, for validation, previews and the pipeline."""
     ema_decay: Fraction = 0.9999
     """Decay of the EMA weights per optimizer step."""
+    ema_lengths: tuple[EmaLength, ...] = ()
+    """Instead of --ema_decay, average the steps so far with a weight that is a power of the step: these are the lengths
+    of the averages, as fractions of the run, such as 0.05 0.1 (EDM2). The first is that of the EMA weights. Snapshots
+    of all in OUTPUT_DIR/ema let `uvit ema` make any other length later."""
+    ema_snapshot_steps: PositiveInt | None = None
+    """Steps between snapshots of the averages of --ema_lengths. Default: --save_steps."""
     ema_update_steps: PositiveInt = 1
     """Steps between updates of the EMA weights, each with the decay of so many steps: 10 makes them almost free."""
 
@@ -89,9 +96,9 @@ class RecipeConfig:
     text_encoder_layers: Annotated[int, Bounds(least=1, most=1000)] = 2
     """Layers of a text encoder trained from scratch (--train_text_encoder without --text_encoder_name_or_path)."""
     text_encoder_learning_rate: NonNegativeFloat | None = None
-    """Learning rate of the text encoder. Default: --learning_rate."""
+    """Learning rate of the text encoder. Default: --learning_rate. That of Muon changes in proportion."""
     unet_learning_rate: NonNegativeFloat | None = None
-    """Learning rate of the U-ViT. Default: --learning_rate."""
+    """Learning rate of the U-ViT. Default: --learning_rate. That of Muon changes in proportion."""
 
     # Batches
     gradient_accumulation_steps: PositiveInt = 1
@@ -103,10 +110,13 @@ class RecipeConfig:
     """Seed of the initial weights, the data order and all random numbers of training."""
 
     # Optimizer
-    optim: Literal["adamw"] = "adamw"
-    """AdamW with decoupled weight decay on all parameters."""
+    optim: Literal["adamw", "muon"] = "adamw"
+    """adamw: AdamW with decoupled weight decay on all parameters. muon: Muon for the matrices of transformer blocks,
+    and AdamW for the rest. A step takes longer, above all in small batches, and teaches more."""
+    muon_learning_rate: PositiveFloat | None = None
+    """Peak learning rate of Muon. Default: 0.002."""
     weight_decay: NonNegativeFloat = 0.03
-    """Weight decay of AdamW."""
+    """Weight decay of the optimizer."""
     adam_beta1: Fraction = 0.9
     """Decay of AdamW's average of gradients."""
     adam_beta2: Fraction = 0.9
@@ -143,7 +153,28 @@ class RecipeConfig:
                 "--weight_init_std and --position_init_std are for initial weights: leave them out with "
                 f"--pretrained_model_name_or_path {self.pretrained_model_name_or_path}"
             )
+        given = " ".join(f"{length:g}" for length in self.ema_lengths)
+        if len(set(given.split())) < len(self.ema_lengths):
+            raise UserError(f"--ema_lengths {given}: names a length twice")
+        if self.ema_lengths and not self.use_ema:
+            raise UserError(f"--ema_lengths {given}: needs EMA weights; leave --use_ema False out")
+        if self.ema_snapshot_steps is not None and not self.ema_lengths:
+            raise UserError(f"--ema_snapshot_steps {self.ema_snapshot_steps}: needs --ema_lengths")
+        for name in ("ema_snapshot_steps", "save_steps") if self.ema_lengths else ():
+            if (steps := getattr(self, name)) is not None and steps % self.ema_update_steps:
+                raise UserError(
+                    f"--{name} {steps}: must be a multiple of --ema_update_steps {self.ema_update_steps} with "
+                    "--ema_lengths"
+                )
+        if self.optim == "adamw" and self.muon_learning_rate is not None:
+            raise UserError(f"--muon_learning_rate {self.muon_learning_rate}: needs --optim muon")
+        if self.optim == "muon" and not self.learning_rate:
+            raise UserError("--learning_rate 0: must be above 0 with --optim muon, whose rate changes in proportion")
         if self.min_lr > self.learning_rate:
             raise UserError(f"--min_lr {self.min_lr}: must not be above --learning_rate {self.learning_rate}")
         if self.lr_scheduler_type == "polynomial" and self.lr_end > self.learning_rate > 0:
             raise UserError(f"--lr_end {self.lr_end}: must not be above --learning_rate {self.learning_rate}")
+
+    @property
+    def peak_muon_learning_rate(self) -> float:
+        return 0.002 if self.muon_learning_rate is None else self.muon_learning_rate

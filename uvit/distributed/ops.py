@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from uvit.distributed.mesh import World
 from uvit.errors import UserError
@@ -38,6 +38,21 @@ def sharded_axes(tensor: Tensor) -> tuple[str, ...]:
         return ()
     names = tensor.device_mesh.mesh_dim_names or ()
     return tuple(name for name, p in zip(names, tensor.placements, strict=True) if not p.is_replicate())
+
+
+@torch.no_grad()
+def whole_tensor(part: Tensor, like: Tensor) -> Tensor:
+    """The whole tensor of which `part` is this process's part, laid out as `like`, in every process."""
+    if not isinstance(like, DTensor):
+        return part
+    whole = DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+    placements = list(like.placements)
+    for i in range(len(placements)):  # one axis after another: torch warns where two axes cut one dim
+        placements[i] = Replicate()
+        whole = whole.redistribute(placements=placements)
+    return whole.to_local()
 
 
 def fused_groups(parameters: Iterable[Tensor]) -> list[list[Tensor]]:

@@ -198,7 +198,7 @@ def list_measured(config: EvaluateConfig, prompts: Sequence[Prompt], clock: "Sto
         raise UserError(f"{config.model}: is a model, which generates an image for each prompt; give --prompts")
     settings, varied = list_settings(config)
     with clock("start"):
-        models = {ema: open_model(config.model, ema, config.device, config.dtype) for ema in config.ema}
+        models = {ema: open_model(config.model, ema, config.device, config.dtype) for ema in config.weights()}
     for setting in settings:
         for repeat in range(config.repeats):
             words = [folder_name(setting.label(varied))] if varied else []

@@ -13,12 +13,13 @@ from PIL import Image
 
 from uvit import __version__
 from uvit.checkpoint.folder import RECORD, checkpoint_folders, read_checkpoint
-from uvit.config.evaluate import Scheduler, WeightsChoice
+from uvit.config.evaluate import Scheduler
 from uvit.device import own_device
 from uvit.errors import UserError
 from uvit.evaluate.image_sets import CHUNK, LoadedImages
 from uvit.evaluate.prompts import Prompt, prompts_sha256
 from uvit.export.convert import build_pipeline, check_fit, open_checkpoint, training_facts
+from uvit.export.reconstruct import open_average
 from uvit.progress import Progress
 from uvit.sample.command import sample_batch
 from uvit.sample.files import is_generated, numbered, read_image, save_image
@@ -37,7 +38,7 @@ class Setting:
     guidance_interval: tuple[float, float]
     num_inference_steps: int
     scheduler: Scheduler
-    ema: WeightsChoice
+    ema: str  # ema, raw, or the length of an average
 
     def label(self, names: Sequence[str]) -> str:
         """Such as `guidance_scale 2, ema raw`: the fields that differ within the sweep."""
@@ -69,8 +70,8 @@ class Model:
         return named_scheduler(self.pipeline, self.path, name)
 
 
-def open_model(name: str, weights: WeightsChoice, device: str, dtype: str) -> Model:
-    """The model of a path with its EMA weights or its raw ones.
+def open_model(name: str, weights: str, device: str, dtype: str) -> Model:
+    """The model of a path with its EMA weights, its raw ones, or EMA weights of a length.
 
     A run that has a pipeline gives that for its EMA weights; otherwise the last checkpoint is opened. Raises UserError
     if it does not have the weights.
@@ -80,11 +81,14 @@ def open_model(name: str, weights: WeightsChoice, device: str, dtype: str) -> Mo
     if weights == "ema" and opened is not None:
         pipeline = open_pipeline(str(opened), device, dtype)
     else:
-        checkpoints = [path] if (path / RECORD).is_file() else checkpoint_folders(path)
+        is_length = weights not in ("ema", "raw")
+        checkpoints = [path] if (path / RECORD).is_file() and not is_length else checkpoint_folders(path)
+        if not checkpoints and is_length:
+            raise UserError(f"--ema_lengths {weights}: {name} is not a run with snapshots; give a run's folder")
         if not checkpoints:
             raise UserError(f"--ema raw: {name} has one set of weights; give a run or a checkpoint")
         opened = checkpoints[-1]
-        components = open_checkpoint(opened, weights == "ema")
+        components = open_average(path, float(weights)) if is_length else open_checkpoint(opened, weights == "ema")
         if weights == "ema" and not components.facts["ema"]:
             raise UserError(f"--ema ema: {opened} has no EMA weights; give --ema raw")
         check_fit(components, opened)

@@ -19,7 +19,7 @@ def list_settings(config: EvaluateConfig) -> tuple[list[Setting], list[str]]:
     """(every combination of the flags with several values, the names of these flags)."""
     numbers = config.guidance_interval
     intervals = list(zip(numbers[::2], numbers[1::2], strict=True))
-    values = (config.guidance_scale, intervals, config.num_inference_steps, config.scheduler, config.ema)
+    values = (config.guidance_scale, intervals, config.num_inference_steps, config.scheduler, config.weights())
     names = [field.name for field in fields(Setting)]
     settings = [Setting(*combination) for combination in product(*values)]
     return settings, [name for name, several in zip(names, values, strict=True) if len(several) > 1]

@@ -71,7 +71,7 @@ def convert(config: ConvertConfig) -> None:
     if missing and (config.to == "diffusers" or config.push_to_hub is not None):
         flags = ", ".join(f"--{flag}" for flag in missing)
         raise UserError(f"--to {config.to}: needs a complete pipeline; pass {flags}")
-    if config.to in ("official", "paddle", "port", "trainer"):
+    if config.to in THIRD_PARTY_FORMATS:
         check_unet(components, config.to)
     run = run_folder(source)
 

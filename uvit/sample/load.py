@@ -13,6 +13,7 @@ from uvit.errors import UserError
 from uvit.sample.fit import read_plans
 from uvit.sample.pipeline import UViTPipeline
 from uvit.sample.schedulers import DEFAULT_SCHEDULER, MultistepScheduler, build_scheduler, steps_shift
+from uvit.weights.clip_text import read_clip_text
 from uvit.weights.detect import INDEX
 from uvit.weights.encoders import quiet
 
@@ -64,7 +65,9 @@ def open_pipeline(
         )
     with quiet():
         try:
-            pipeline = UViTPipeline.from_pretrained(folder, dtype=getattr(torch, dtype))
+            encoder = read_clip_text(folder / "text_encoder", getattr(torch, dtype))
+            given = {} if encoder is None else {"text_encoder": encoder}
+            pipeline = UViTPipeline.from_pretrained(folder, dtype=getattr(torch, dtype), **given)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # truncated or missing files
             reason = " ".join(str(error).split())[:300]
             raise UserError(

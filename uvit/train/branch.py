@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from uvit.checkpoint.averages import SNAPSHOTS
 from uvit.checkpoint.folder import BEST, Checkpoint, checkpoint_folders, read_best, read_checkpoint
 from uvit.distributed.mesh import World
 from uvit.distributed.ops import all_gather, on_main
@@ -162,6 +163,10 @@ def _set_aside_files(run: Run, later: Later, aside: Path) -> None:
         if int(re.sub(r"\D", "", path.stem)) > later.step:
             (aside / "previews").mkdir(exist_ok=True)
             move_path(path, aside / "previews" / path.name)
+    for path in sorted((run.output_dir / SNAPSHOTS).glob("step-*.safetensors")):
+        if int(path.name.split("-")[1]) > later.step:
+            (aside / SNAPSHOTS).mkdir(exist_ok=True)
+            move_path(path, aside / SNAPSHOTS / path.name)
     pipeline = run.output_dir / "pipeline"
     if training_facts(pipeline).get("step", later.step) > later.step:
         move_path(pipeline, aside / pipeline.name)

@@ -201,14 +201,18 @@ def check_same_run(run: Run, checkpoint: Checkpoint) -> None:
     before, now = (
         {key: record[key] for key in settings if record[key] is not None}
         | {"train_text_encoder": record["text_encoder_config"] is not None, "fp16": bool(record["loss_scale"])}
-        | {"align": record["config"].get("align", "none")}
+        | {
+            "optim": record["config"].get("optim", "adamw"),
+            "ema_lengths": list(record["config"].get("ema_lengths", [])),
+            "align": record["config"].get("align", "none"),
+        }
         for record in (theirs, ours)
     )
     if before["train_text_encoder"] != now["train_text_encoder"]:
         del (before if before["train_text_encoder"] else now)["text_encoder_config"]
     features, model = differing_fingerprints(was_made_by, made_by), differences(before, now)
     if features or model:
-        how = ["with another model or precision"] if model else []
+        how = ["with another model, precision, optimizer or EMA"] if model else []
         if features:
             how.append(f"on features by other encoders than those of --feature_path {run.config.feature_path}")
         raise UserError(

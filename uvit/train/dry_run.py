@@ -21,7 +21,9 @@ from uvit.device import pick_device
 from uvit.distributed.mesh import Degrees, World
 from uvit.model import Block, UViTT2IModel
 from uvit.train.alignment import Projector, empty_targets
-from uvit.train.memory import trace_step
+from uvit.train.memory import trace_muon, trace_step
+from uvit.train.muon import block_matrices
+from uvit.train.optimizer import iteration_dtype
 from uvit.train.profiling import count_flops, meta_unet
 from uvit.train.schedule import run_warnings
 from uvit.train.setup import Run, build_run
@@ -186,7 +188,17 @@ def make_plan(
     num_all = sum(num_local_elements(unit) for unit in units)
     num_local = sum(num_local_elements(unit, degrees.shard) for unit in units)
 
-    always = {"weights": 4 * num_local, "optimizer": 8 * num_local, "EMA": 4 * num_local if config.use_ema else 0}
+    matrices: list[Tensor] = []
+    muon_bytes = 0  # what their update takes
+    if config.optim == "muon":
+        networks: list[nn.Module] = [meta_unet(model_config), *([text_encoder] if text_encoder else [])]
+        matrices = [*block_matrices(unet), *(block_matrices(text_encoder) if text_encoder else [])]
+        muon_bytes = trace_muon(networks, iteration_dtype(config))
+    always = {
+        "weights": 4 * num_local,
+        "optimizer": 8 * num_local - 4 * num_local_elements(matrices, degrees.shard),
+        "EMA": 4 * num_local * (len(config.ema_lengths) or 1) if config.use_ema else 0,
+    }
     saving = sum(always.values())
     always |= {"low-precision copy": width * num_local if has_copy else 0, "frozen text encoder": frozen_bytes}
     trace = trace_step(
@@ -206,18 +218,21 @@ def make_plan(
     accumulates = config.gradient_accumulation_steps > 1
     earlier = width * num_all if accumulates else 0  # gradients of earlier microbatches: of all shards, until the last
     stays = 0.0 if accumulates else num_local / num_all  # what a process keeps of each gradient
-    sent = float(degrees.dp > 1 and degrees.shard == 1)  # and what it copies to a bucket, to be sent
-    activations, gradients = trace.peak(stays + sent)
+    copied = float(degrees.dp > 1 and degrees.shard == 1)  # and what it copies to a bucket, to be sent
+    activations, gradients = trace.peak(stays + copied)
     in_backward = {
         "activations": activations,
         "gradients": earlier + round(stays * gradients),
-        "gradients being sent": round(sent * gradients),
+        "gradients being sent": round(copied * gradients),
         "gathered blocks": gathered_bytes(units, width) if degrees.shard > 1 else 0,
     }
-    in_update = {"gradients": 4 * num_local}
+    in_update = {"gradients": 4 * num_local, "Muon": muon_bytes}
     peak = max(in_backward, in_update, key=lambda part: sum(part.values()))
     memory = {name: num_bytes for name, num_bytes in (always | peak).items() if num_bytes}
-    return ResourcePlan(memory, saving, sent_bytes(config, degrees, unet, size, width * num_all, width * num_local))
+    sent = sent_bytes(config, degrees, unet, size, width * num_all, width * num_local)
+    return ResourcePlan(
+        memory, saving, sent | gathered_for_muon(matrices, unet, degrees, iteration_dtype(config).itemsize)
+    )
 
 
 def dtypes(config: TrainConfig) -> tuple[torch.dtype, torch.dtype]:
@@ -284,6 +299,19 @@ def sent_bytes(
         "activations within blocks": num_microbatches * 2 * (tp - 1) / tp * summed_bytes(config, unet, size),
     }
     return {name: round(num_bytes) for name, num_bytes in sent.items() if num_bytes}
+
+
+def gathered_for_muon(matrices: Iterable[Tensor], unet: UViTT2IModel, degrees: Degrees, width: int) -> dict[str, int]:
+    """Of the block matrices that a process of a tensor parallel group has: all shards first; then the parts of all
+    ranks of the group, where it splits the matrix.
+    """
+    shard, tp = degrees.shard, degrees.tp
+    num_elements = sum(matrix.numel() for matrix in matrices)
+    whole = {weight for name, weight in unet.named_parameters() if "skip_linear" in name}
+    split = set(unet.parameters()) - whole
+    num_split = sum(matrix.numel() for matrix in matrices if matrix in split)
+    num_bytes = width * ((shard - 1) / shard * num_elements + (tp - 1) * num_split)
+    return {"matrices for Muon": round(num_bytes)} if num_bytes else {}
 
 
 def summed_bytes(config: TrainConfig, unet: UViTT2IModel, size: tuple[int, int]) -> int:

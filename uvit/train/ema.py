@@ -1,12 +1,17 @@
-"""The exponential moving average (EMA) of the weights."""
+"""The exponential moving average (EMA) of the weights, and power-function averages of several lengths."""
 
 import copy
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from uvit.distributed.ops import local_tensor
+from uvit.checkpoint.averages import Snapshot, decay_of, write_snapshot
+from uvit.checkpoint.layout import to_checkpoint_layout
+from uvit.distributed.mesh import World
+from uvit.distributed.ops import local_tensor, on_main, whole_tensor
 
 
 class EMA:
@@ -14,12 +19,19 @@ class EMA:
 
     With `update_steps` above 1 it looks at the weights after each `update_steps`-th step only, with the decay of so
     many steps. An update reads and writes as many bytes as two fifths of AdamW's.
+
+    With `lengths` it keeps a power-function average of each (`uvit.checkpoint.averages`). `model` is the first.
     """
 
-    def __init__(self, model: nn.Module, decay: float, update_steps: int = 1):
-        self.decay, self.update_steps = decay, update_steps
-        self.model = copy.deepcopy(model).float().eval().requires_grad_(False)
-        self._pairs: tuple[list[Tensor], list[Tensor]] | None = None  # the memory of the averages, and of the weights
+    def __init__(self, model: nn.Module, decay: float, update_steps: int = 1, lengths: Sequence[float] = ()):
+        self.decay, self.update_steps, self.lengths = decay, update_steps, tuple(lengths)
+        self.models = [copy.deepcopy(model).float().eval().requires_grad_(False) for _ in self.lengths or [None]]
+        self._weights: list[Tensor] = []  # the memory of the weights, and of each of the averages
+        self._averages: list[list[Tensor]] = []
+
+    @property
+    def model(self) -> nn.Module:
+        return self.models[0]
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int, skipped: bool = False) -> None:
@@ -27,13 +39,30 @@ class EMA:
 
         Args:
             step: how many steps there were.
-            skipped: whether the last one left the weights as they were. By itself it does not count.
+            skipped: whether the last one left the weights as they were. With a constant decay, it does not count then.
         """
-        if step % self.update_steps or (skipped and self.update_steps == 1):
+        if step % self.update_steps or (skipped and self.update_steps == 1 and not self.lengths):
             return
-        if self._pairs is None:  # once: at the first update, the models have their layout
-            self._pairs = local_parameters(self.model), local_parameters(model)
-        torch._foreach_lerp_(*self._pairs, 1 - self.decay**self.update_steps)
+        if not self._weights:  # once: at the first update, the models have their layout
+            self._weights, self._averages = local_parameters(model), list(map(local_parameters, self.models))
+        decays = [decay_of(length, step, self.update_steps) for length in self.lengths]
+        for averages, decay in zip(self._averages, decays or [self.decay**self.update_steps], strict=True):
+            torch._foreach_lerp_(averages, self._weights, 1 - decay)
+
+    def further_tensors(self) -> dict[str, Tensor]:
+        """The tensors of all averages but the first, named `0.1/unet.pos_embed` and so on."""
+        pairs = zip(self.lengths[1:], self.models[1:], strict=True)
+        return {f"{length:g}/{name}": tensor for length, model in pairs for name, tensor in model.state_dict().items()}
+
+    def write_snapshots(self, run: Path, step: int, world: World) -> None:
+        """Write all averages after `step` steps. All processes call this together; the main one writes."""
+        for length, model in zip(self.lengths, self.models, strict=True):
+            tensors = {}
+            for name, tensor in to_checkpoint_layout(model.state_dict(), world).items():
+                whole = whole_tensor(local_tensor(tensor), tensor)
+                if world.is_main:
+                    tensors[name] = whole.to("cpu", copy=True).contiguous()
+            on_main(lambda length=length, found=tensors: write_snapshot(run, Snapshot(step, length), found), world)  # type: ignore[misc]
 
 
 def local_parameters(model: nn.Module) -> list[Tensor]:

@@ -6,7 +6,7 @@ tensors that are still alive are recorded.
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from uvit.model import Attention
 from uvit.modern_model import ModernAttention
 from uvit.train.alignment import Projector, empty_targets, recorded_tokens
+from uvit.train.muon import Muon, block_matrices, shape_batches
 from uvit.train.profiling import meta_inputs, meta_unet
 from uvit.weights.encoders import encode_tokens
 
@@ -95,6 +96,38 @@ def trace_step(
                 return loss + projector(tokens[0], empty_targets(unet, projector, latents))
 
         return trace_memory(networks, compute_loss)
+
+
+def trace_muon(networks: Iterable[nn.Module], dtype: torch.dtype) -> int:
+    """Bytes that Muon's step takes at its peak, without weights, gradients and momentum.
+
+    They are those of a single process. Sharded processes take at most as much. `dtype`: of the iterations.
+    """
+    peak = 0
+
+    def after_operation(num_bytes: int) -> None:
+        nonlocal peak
+        peak = max(peak, num_bytes)
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        groups: dict[int, list[Tensor]] = {}
+        for network in networks:
+            for weight, num_matrices in block_matrices(network).items():
+                groups.setdefault(num_matrices, []).append(torch.zeros(weight.shape))
+        parameters = [parameter for group in groups.values() for parameter in group]
+        for parameter in parameters:
+            parameter.grad = torch.zeros(parameter.shape)
+        others = torch.optim.AdamW([torch.zeros(1)])
+        optimizer = Muon(
+            [{"params": group, "num_matrices": count} for count, group in groups.items()], others, 0, dtype
+        )
+        kept = [optimizer.momentum(parameter) for parameter in parameters]
+        kept += [tensor for parameter in parameters for tensor in (parameter, parameter.grad) if tensor is not None]
+        with MemoryTracker(kept, after_operation):
+            for count, group in groups.items():
+                for batch in shape_batches(group, count):
+                    optimizer.update(batch, count, 0.0, 0.0)
+    return peak
 
 
 def layer_norms_in_float32(networks: nn.Module) -> None:

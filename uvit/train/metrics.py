@@ -90,6 +90,8 @@ class Metrics:
         rate, mfu = self.samples_per_step / seconds, self.mfu_reference.utilisation(seconds)
         waiting = data_wait_share(self.times)
         line = f"loss {loss:.4f}, |grad| {grad_norm:.3g}, lr {record['lr']:.2e}, {rate:.1f} samples/s"
+        if "muon_lr" in record:
+            line += f", muon_lr {record['muon_lr']:.2e}"
         if mfu is not None:
             line += f", {mfu:.0%} MFU"
         if waiting > SHARE_TO_SHOW:
@@ -109,6 +111,7 @@ class Metrics:
             "peak_memory_gib": record["peak_memory_bytes"] / 2**30,
         }
         points |= {} if mfu is None else {"mfu": mfu}
+        points |= {"muon_lr": record["muon_lr"]} if "muon_lr" in record else {}
         points |= {name: float(np.mean([times[name] for times in self.times])) for name in self.times[0]}
         self._show({f"train/{name}": value for name, value in points.items()}, record["step"])
 

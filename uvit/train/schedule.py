@@ -89,7 +89,7 @@ def run_warnings(run: Run) -> list[str]:
         )
     sentences += small_data(run.features.num_samples, run.samples_per_step)
     if run.ema:
-        sentences += slow_ema(config.ema_decay, num_steps)
+        sentences += [] if config.ema_lengths else slow_ema(config.ema_decay, num_steps)
     profiled, left = config.profiled_steps(), num_steps - run.step
     if profiled and profiled[1] >= left:
         sentences.append(

@@ -63,7 +63,7 @@ class Run:
     validation: Features | None  # the features to validate on
     batches: BatchDataset
     master_model: nn.ModuleDict  # float32: unet, text_encoder if it is trained, and with --align projector
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     ema: EMA | None
     precision: Precision
     conventions: Conventions  # what x_0 is, and what the model predicts
@@ -165,9 +165,9 @@ def build_run(config: TrainConfig, output_dir: Path, world: World | None = None)
         with init_device(device):
             master_model["projector"] = build_projector(config, unet, features)
     master_model.to(device).train()
-    ema = EMA(master_model, config.ema_decay, config.ema_update_steps) if config.use_ema else None
+    ema = EMA(master_model, config.ema_decay, config.ema_update_steps, config.ema_lengths) if config.use_ema else None
     precision = Precision(config, master_model, device)
-    parallelize_models(config, world, master_model, precision.compute_model, ema.model if ema else master_model)
+    parallelize_models(config, world, master_model, precision.compute_model, ema.models if ema else [])
     optimizer = build_optimizer(master_model, config)
     run = Run(
         config=config,
@@ -268,13 +268,17 @@ def training_conventions(
 
 
 def parallelize_models(
-    config: TrainConfig, world: World, master_model: nn.ModuleDict, compute_model: nn.ModuleDict, ema_model: nn.Module
+    config: TrainConfig,
+    world: World,
+    master_model: nn.ModuleDict,
+    compute_model: nn.ModuleDict,
+    ema_models: list[nn.Module],
 ) -> None:
     """Distribute the models over the processes, each alike; some of them may be the same model."""
     if world.device.type == "meta":  # a dry run: the other processes do not exist
         check_divisibility(master_model["unet"].mid_block, world)  # type: ignore[arg-type]
         return
-    for model in dict.fromkeys([master_model, compute_model, ema_model]):
+    for model in dict.fromkeys([master_model, compute_model, *ema_models]):
         computes = model is compute_model
         unet: Any = model["unet"]  # type: ignore[index]
         parallelize(unet, world, recompute=computes and config.recompute, compile=computes and config.compile)

@@ -32,6 +32,7 @@ from uvit.train.evaluation import Evaluation, open_evaluation
 from uvit.train.guards import step_ranges
 from uvit.train.loader import Batch, prefetch
 from uvit.train.metrics import Metrics, NullMetrics, check_trackers, logs_folder
+from uvit.train.optimizer import muon_rate
 from uvit.train.process import (
     StopSignal,
     deterministic_mode,
@@ -146,6 +147,8 @@ def training_loop(
                     return False
                 if preview_decoder and run.step % config.image_logging_steps == 0:
                     metrics.image("preview", preview_sheet(run, preview_decoder), run.step)
+                if run.ema and run.ema.lengths and snapshot_is_due(run):
+                    run.ema.write_snapshots(run.output_dir, run.step, run.world)
                 if best or run.step % config.save_steps == 0:
                     metrics.flush()
                     with run.clock.wait("save"):
@@ -176,6 +179,13 @@ def load_batches(run: Run) -> Iterator[Batch]:
         yield from prefetch(run.batches, items, config.dataloader_num_workers, run.device)
 
 
+def snapshot_is_due(run: Run) -> bool:
+    """After every --ema_snapshot_steps steps and after the last, if the averages are up to date then."""
+    every = run.config.ema_snapshot_steps or run.config.save_steps
+    is_last = run.step == run.max_steps and run.step % run.config.ema_update_steps == 0
+    return run.step % every == 0 or is_last
+
+
 def step_metrics(run: Run, result: StepResult, seconds: float) -> dict[str, Any]:
     """A line of metrics.jsonl. `save_seconds` are of the save before this step, and not part of `seconds`."""
     return {
@@ -185,6 +195,7 @@ def step_metrics(run: Run, result: StepResult, seconds: float) -> dict[str, Any]
         **({} if result.align_loss is None else {"align_loss": result.align_loss if result.finite else None}),
         "grad_norm": result.grad_norm if result.finite else None,
         "lr": result.lr,
+        **({} if (muon_lr := muon_rate(run.optimizer)) is None else {"muon_lr": muon_lr}),
         "skipped": int(result.skipped),
         "seconds": round(seconds, 6),
         **run.clock.read(),

@@ -22,6 +22,7 @@ from transformers import logging as transformers_logging
 
 from uvit.conventions import LATENT_SCALE, LatentSpace
 from uvit.errors import UserError
+from uvit.weights.clip_text import read_clip_text
 
 STABLE_DIFFUSION_SCALE = 0.18215
 WEIGHT_SUFFIXES = (".safetensors", ".pdparams", ".pth", ".pt", ".ckpt", ".bin")
@@ -54,6 +55,8 @@ def load_transformers_encoder(name_or_path: str) -> Any:
     """A text encoder of CLIP's, T5's or BERT's kind, found and prepared like the VAE."""
 
     def load(place: str, **options: Any) -> Any:
+        if (encoder := read_clip_text(Path(place, options.get("subfolder", "")), torch.float32)) is not None:
+            return _complete(encoder, [])
         config = AutoConfig.from_pretrained(place, **options)
         # From a CLIP with both towers, only the text tower is loaded.
         cls: Any = CLIPTextModel if config.model_type in ("clip", "clip_text_model") else AutoModelForTextEncoding
