@@ -1,6 +1,7 @@
 """The projector of --align: what it is trained on, that it is saved and not exported, and what it does not change."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.extract.test_teacher import tiny_dinov2
 from tests.train.conftest import TINY_MODEL
 from uvit.checkpoint.folder import read_checkpoint
+from uvit.config.extract import ExtractConfig
 from uvit.errors import UserError
+from uvit.extract.extract import extract
 from uvit.train.alignment import Projector, alignment_targets, recorded_tokens
+from uvit.train.dry_run import build_meta_run, plan_of_run
 from uvit.train.loader import prefetch
 from uvit.train.setup import Run, build_run
 from uvit.train.step import batch_losses, train_step
@@ -64,7 +69,7 @@ def test_targets_and_tokens_are_of_the_same_patches(aligned_config: Any, model: 
     one = torch.randn(2, 4, 4, 4)
     other = one.clone()
     other[:, :, 2:, :2] += 1  # the first patch of the second row
-    differs = (alignment_targets(unet, other) != alignment_targets(unet, one)).any(1).any(0)
+    differs = (alignment_targets("sra", unet, other) != alignment_targets("sra", unet, one)).any(1).any(0)
     assert differs.tolist() == [[False, False], [True, False]]
     torch.nn.init.zeros_(unet.in_blocks[0].attn.proj.weight)
     with torch.no_grad(), recorded_tokens(unet, 1) as tokens:
@@ -77,7 +82,7 @@ def test_targets_and_tokens_are_of_the_same_patches(aligned_config: Any, model: 
 
 
 def test_the_loss_is_squared_near_the_targets_and_linear_far_from_them() -> None:
-    projector, targets = Projector(3, 3), torch.zeros(1, 3, 2, 1)
+    projector, targets = Projector("sra", 3, 3), torch.zeros(1, 3, 2, 1)
     projector.layers = torch.nn.Sequential()
     for error, expected in ((0.01, 0.01**2 / 0.1), (2.0, 2.0 - 0.025)):
         tokens = torch.full((1, 5, 3), 9.0)
@@ -142,6 +147,76 @@ def test_predictions_that_are_not_finite_change_nothing(aligned_config: Any) -> 
     assert result.skipped and not result.finite and equal(before, weights(run))
 
 
+# Teachers
+
+
+@pytest.fixture(scope="module")
+def taught_store(tmp_path_factory: pytest.TempPathFactory, encoders: tuple[Path, Path]) -> str:
+    """72 pairs with the features of a DINOv2, 4 x 4, for images of 2 x 2 tokens."""
+    folder = tmp_path_factory.mktemp("taught")
+    vae, text = map(str, encoders)
+    extract(
+        ExtractConfig(
+            source=("shapes",), split="heldout", output_dir=str(folder), vae_name_or_path=vae,
+            text_encoder_name_or_path=text, resolution=16, model_max_length=16, num_workers=0, disable_tqdm=True,
+            teacher=str(tiny_dinov2(folder / "dinov2")),
+        )
+    )  # fmt: skip
+    (folder / "heldout").rename(folder / "train")
+    return str(folder)
+
+
+def test_features_are_resampled_to_the_tokens_and_lose_what_is_everywhere_the_same(aligned_config: Any) -> None:
+    unet: Any = build_run(aligned_config(), Path()).master_model["unet"]
+    x_0, features = torch.zeros(2, 4, 4, 4), torch.randn(2, 3, 2, 2)
+    assert torch.equal(alignment_targets("repa", unet, x_0, features.half()), features.half().float())
+    coarse = alignment_targets("repa", unet, x_0, features.repeat_interleave(8, 2).repeat_interleave(8, 3))
+    assert ((coarse - features).abs() < (features.amax((2, 3)) - features.amin((2, 3)))[..., None, None] / 2).all()
+    targets = alignment_targets("irepa", unet, x_0, features)
+    same = alignment_targets("irepa", unet, x_0, 3 * features + 5)
+    torch.testing.assert_close(targets, same, rtol=0, atol=1e-4)
+    torch.testing.assert_close(targets.mean((2, 3)), torch.zeros(2, 3), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["repa", "irepa"])
+def test_the_loss_is_of_the_angle_between_features(kind: str) -> None:
+    projector, targets = Projector(kind, 3, 3), torch.randn(2, 3, 2, 4)
+    projector.layers = torch.nn.Sequential()
+    tokens = torch.cat([torch.randn(2, 5, 3), 7 * targets.flatten(2).transpose(1, 2)], dim=1)
+    assert projector(tokens, targets).item() == pytest.approx(0, abs=1e-6)
+    assert projector(tokens, -targets).item() == pytest.approx(2)
+
+
+@pytest.mark.parametrize("model", CLASSES)
+@pytest.mark.parametrize("align", ["repa", "irepa"])
+def test_features_of_a_teacher_are_learned(aligned_config: Any, taught_store: str, model: str, align: str) -> None:
+    run = start(aligned_config(model, align=align, feature_path=taught_store, bf16=True, fp16_opt_level="O2"))
+    [batch] = prefetch(run.batches, range(1), 0, run.device)
+    assert batch.teacher is not None and batch.teacher.shape == (4, 32, 4, 4) and batch.teacher.dtype == torch.float16
+    losses = [train_step(run, iter([batch])).align_loss for _ in range(6)]
+    assert losses[-1] < losses[0]  # type: ignore[operator]
+    assert plan_of_run(build_meta_run(run.config)).memory["weights"] == sum(
+        parameter.nbytes for parameter in run.master_model.parameters()
+    )
+
+
+def test_a_run_goes_on_with_the_same_teacher_alone(aligned_config: Any, taught_store: str, tmp_path: Path) -> None:
+    flags = {"align": "irepa", "feature_path": taught_store, "save_steps": 2}
+    train(aligned_config(**flags, max_steps=4))
+    whole = tensors(tmp_path / "run" / "checkpoint-4")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    train(aligned_config(**flags, max_steps=4))
+    assert all(torch.equal(value, whole[name]) for name, value in tensors(tmp_path / "run" / "checkpoint-4").items())
+    other = tmp_path / "other"
+    shutil.copytree(taught_store, other)
+    path = other / "train" / "manifest.json"
+    fields = json.loads(path.read_text())
+    fields["teacher"]["sha256"] = "0" * 64
+    path.write_text(json.dumps(fields))
+    with pytest.raises(UserError, match="was trained on features by other encoders"):
+        train(aligned_config(**{**flags, "feature_path": str(other)}))
+
+
 # A run
 
 
@@ -181,6 +256,7 @@ def test_a_run_resumes_bit_for_bit_stops_aligning_and_exports_the_model_alone(
     ("flags", "message"),
     [
         ({"align_block": 4}, "--align_block 4: the model has 3 blocks; choose an earlier one"),
+        ({"align": "repa"}, "has no features of a teacher; extract it with --teacher, or choose --align sra"),
         ({"compile": True}, "--compile: compiled blocks do not hand out the tokens that --align needs"),
     ],
 )

@@ -197,6 +197,10 @@ class ExtractConfig:
     """Also encode the mirrored image. Training then picks one of the two at random each time. With --latents none,
     training mirrors the images itself, and nothing more is stored."""
 
+    teacher: PathFlag | None = None
+    """A vision model of transformers, by folder or Hub id, such as a DINOv2: also store the features that it finds in
+    the images, in float16, for `uvit train --align`. They take much space."""
+
     # Text
     tokenizer_name: PathFlag | None = None
     """A tokenizer's folder or Hub id. Default: the text encoder's tokenizer; without one, a tokenizer is trained on the
@@ -238,6 +242,10 @@ class ExtractConfig:
         for flag in ("vae_name_or_path", "latent_scale"):
             if self.latents == "none" and (given := getattr(self, flag)) is not None:
                 raise UserError(f"--{flag} {given}: --latents none stores pixels, without a VAE; leave one of them out")
+        if self.teacher is not None and self.random_flip:
+            raise UserError(
+                f"--teacher {self.teacher} and --random_flip: features of mirrored images are not stored; choose one"
+            )
         if self.bf16 and self.fp16:
             raise UserError("--bf16 and --fp16: choose one")
         if self.text != "tokens" and not self.text_encoder_name_or_path:

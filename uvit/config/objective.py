@@ -48,9 +48,10 @@ class ObjectiveConfig:
     path, the steps of the solvers move alike."""
 
     # Alignment
-    align: Literal["none", "sra"] = "none"
+    align: Literal["none", "sra", "repa", "irepa"] = "none"
     """Also predict something of the image from the tokens of an early block, by a small network that is trained along
-    and is no part of the pipeline. sra: the patches of the clean latents or pixels (SRA 2)."""
+    and is no part of the pipeline. sra: the patches of the clean latents or pixels (SRA 2); repa: the features of the
+    store's --teacher (REPA); irepa: these without their mean over the image, by a convolution (iREPA)."""
     align_weight: PositiveFloat = 0.5
     """How much the alignment loss counts."""
     align_block: PositiveInt = 2
@@ -82,6 +83,10 @@ class ObjectiveConfig:
     def whole_timesteps(self) -> bool:
         """Whether all timesteps 1..1000 are equally frequent, as in U-ViT, and no others are drawn."""
         return self.path != "linear" and self.timestep_sampling == "uniform" and self.timestep_shift == 1
+
+    def needs_teacher(self) -> bool:
+        """Whether features of a teacher are aligned with."""
+        return self.align in ("repa", "irepa")
 
     def loss_settings(self) -> dict[str, float | str | None]:
         """The arguments of `uvit.diffusion.loss_weight`."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from uvit.errors import UserError
+from uvit.extract.teacher import Teacher
 from uvit.extract.workers import Decoded
 from uvit.images import to_unit
 from uvit.sources.types import Problem
@@ -42,6 +43,7 @@ class Encoders:
     dtype: np.dtype  # of moments and text embeddings
     token_dtype: np.dtype | None  # None: token ids are not stored
     skip: bool  # skip a pair with NaN or infinite features; False: stop
+    teacher: Teacher | None = None  # None: its features are not stored
     stopped: threading.Event = field(default_factory=threading.Event)  # set: stop as soon as possible
 
     def tokenize(self, captions: list[str]) -> Tensor:
@@ -63,6 +65,7 @@ class Encoders:
                 flipped = self._images(batch.pixels[..., ::-1].copy()) if self.flip and self.vae else None
                 moments = self._images(batch.pixels) if self.vae else None
                 contexts = self._contexts(token_ids)
+                teacher = self._teacher_features(batch.pixels)
         except torch.OutOfMemoryError:
             raise UserError(
                 f"--batch_size {self.batch_size}: needs more memory than {self.device} has; run the same command with a"
@@ -76,6 +79,7 @@ class Encoders:
             ("moments", moments, np.arange(len(batch.ids))),
             ("moments", flipped, np.arange(len(batch.ids))),
             ("text embeddings", contexts, owners),
+            ("teacher's features", teacher, np.arange(len(batch.ids))),
         ):
             if features is None:
                 continue
@@ -98,6 +102,7 @@ class Encoders:
             token_ids=self._token_ids(token_ids[torch.from_numpy(kept_captions)]),
             problems=(*batch.problems, *problems),
             num_truncated=int(truncated[kept_captions].sum()),
+            teacher=None if teacher is None else teacher.numpy()[kept],
         )
 
     def empty(self) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -138,6 +143,14 @@ class Encoders:
         ]
         width = self.text_encoder.config.hidden_size
         return torch.cat(parts).cpu() if parts else torch.empty((0, self.num_tokens, width))
+
+    def _teacher_features(self, pixels: np.ndarray) -> Tensor | None:
+        """(B, 3, R, R) uint8 -> (B, C, h, w) float16, on the CPU."""
+        if self.teacher is None:
+            return None
+        parts = [self.teacher.encode(part.numpy()) for part in self._split(pixels, self.batch_size)]
+        features = torch.cat(parts) if parts else torch.empty((0, *self.teacher.features_shape))
+        return features.to(torch.float16)
 
     def _split(self, items: np.ndarray, size: int) -> Iterator[Tensor]:
         for start in range(0, len(items), size):

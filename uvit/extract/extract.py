@@ -30,7 +30,8 @@ from uvit.conventions import PIXELS
 from uvit.device import own_device
 from uvit.errors import UserError
 from uvit.extract.encode import Encoders, encode_in_order, encoding_threads
-from uvit.extract.provenance import describe_store, find_tokenizer, scale_reason
+from uvit.extract.provenance import absolute_name, describe_store, find_tokenizer, scale_reason
+from uvit.extract.teacher import load_teacher
 from uvit.extract.tokenizer import save_tokenizer
 from uvit.extract.workers import Decoded, Preprocessing, ShardPlan, decode_batches
 from uvit.io import format_bytes, read_json
@@ -63,6 +64,7 @@ def extract(config: ExtractConfig) -> None:
     report_index_problems(config, source)
     with extraction_errors(config):
         vae, text_encoder = load_encoders(config)
+        teacher = load_teacher(config.teacher, absolute_name(config.teacher)) if config.teacher else None
         tokenizer, tokenizer_record = find_tokenizer(config, source, folder)
         check_tokenizer(config, tokenizer, text_encoder)
         latent_space = PIXELS if vae is None else latent_space_of(vae)
@@ -70,7 +72,7 @@ def extract(config: ExtractConfig) -> None:
             latent_space = replace(latent_space, latent_scale=config.latent_scale)
         described = latent_space.describe_latents().capitalize()
         print(f"{described}: {scale_reason(config, vae, latent_space)}.")
-        info = describe_store(config, source, vae, text_encoder, tokenizer, tokenizer_record, latent_space)
+        info = describe_store(config, source, vae, text_encoder, tokenizer, tokenizer_record, latent_space, teacher)
         writer = StoreWriter(folder, info)
         if writer.complete:
             print_summary(folder)
@@ -93,6 +95,7 @@ def extract(config: ExtractConfig) -> None:
             dtype=np.dtype(config.dtype),
             token_dtype=np.dtype(info.token_dtype) if info.token_dtype else None,
             skip=config.on_error == "skip",
+            teacher=teacher.to(device) if teacher else None,
         )
         started = {int(path.stem[-5:]) for name in ("shard-*.json", ".partial-*") for path in folder.glob(name)}
         next_rows = {shard: writer.next_row(shard) for shard in started}

@@ -7,6 +7,7 @@ from typing import Any
 from uvit.config.extract import ExtractConfig
 from uvit.conventions import LatentSpace
 from uvit.errors import UserError
+from uvit.extract.teacher import Teacher
 from uvit.extract.tokenizer import train_tokenizer
 from uvit.sources.types import RandomAccessSource, Source
 from uvit.store.shard import read_record
@@ -30,6 +31,7 @@ def describe_store(
     tokenizer: Any,
     tokenizer_record: dict[str, str],
     latent_space: LatentSpace,
+    teacher: Teacher | None = None,
 ) -> StoreInfo:
     """All settings that determine the stored features. Batch size, workers and device may change on resuming."""
     side = config.resolution if vae is None else config.resolution // downsampling_of(vae)
@@ -47,10 +49,10 @@ def describe_store(
         **asdict(latent_space),
         split=config.split,
         source={
-            "source": [_absolute(name) for name in config.source],
+            "source": [absolute_name(name) for name in config.source],
             "split": config.split,
             "val_every": config.val_every,
-            "image_folder": [_absolute(name) for name in config.image_folder],
+            "image_folder": [absolute_name(name) for name in config.image_folder],
             "image_column": config.image_column,
             "caption_column": config.caption_column,
             "resolution": config.resolution,
@@ -62,14 +64,16 @@ def describe_store(
             "on_error": config.on_error,
             "precision": "bfloat16" if config.bf16 else "float16" if config.fp16 else "float32",
         },
-        vae={"name": _absolute(config.vae_name_or_path or ""), "sha256": fingerprint(vae)} if vae else None,
+        vae={"name": absolute_name(config.vae_name_or_path or ""), "sha256": fingerprint(vae)} if vae else None,
         text_encoder={
-            "name": _absolute(config.text_encoder_name_or_path or ""),
+            "name": absolute_name(config.text_encoder_name_or_path or ""),
             "sha256": fingerprint(text_encoder),
         }
         if text_encoder
         else None,
         tokenizer=tokenizer_record,
+        teacher=teacher.record if teacher else None,
+        teacher_shape=teacher.features_shape if teacher else None,
     )
 
 
@@ -80,7 +84,7 @@ def find_tokenizer(config: ExtractConfig, source: Source, folder: Path) -> tuple
     """
     if given := config.tokenizer_name or config.text_encoder_name_or_path:
         tokenizer = load_tokenizer(given)
-        return tokenizer, _record(_absolute(given), tokenizer)
+        return tokenizer, _record(absolute_name(given), tokenizer)
     for split in (folder, folder.with_name("train"), *sorted(folder.parent.glob("*"))):
         if (split / "tokenizer").is_dir() and (split / "settings.json").is_file():
             tokenizer = load_tokenizer(str(split / "tokenizer"))
@@ -93,7 +97,7 @@ def find_tokenizer(config: ExtractConfig, source: Source, folder: Path) -> tuple
                 print(f"Tokenizer: the one of {split}.")
             return tokenizer, _record(read_record(split / "settings.json")["tokenizer"]["name"], tokenizer)
     tokenizer = train_tokenizer(source.all_captions(), config.vocab_size or VOCAB_SIZE, config.model_max_length)
-    sources = ", ".join(_absolute(name) for name in config.source)
+    sources = ", ".join(absolute_name(name) for name in config.source)
     return tokenizer, _record(f"built from the captions of {sources}", tokenizer)
 
 
@@ -112,7 +116,7 @@ def _record(name: str, tokenizer: Any) -> dict[str, str]:
     return {"name": name, "sha256": tokenizer_fingerprint(tokenizer)}
 
 
-def _absolute(name_or_path: str) -> str:
+def absolute_name(name_or_path: str) -> str:
     """A local file or folder as an absolute path; Hub ids, URLs and built-in names as they are."""
     path = Path(name_or_path)
     return str(path.resolve()) if path.exists() else name_or_path

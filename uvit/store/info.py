@@ -42,8 +42,8 @@ def describe_split(split: Split) -> dict[str, Any]:
     }
     if split.kind == "npy":
         return common | _describe_npy(split)
-    keys = "dtype moments_shape images_shape context_shape num_tokens token_dtype latent_scale latent_shift latent_std"
-    keys += " latents source vae text_encoder tokenizer"
+    keys = "dtype moments_shape images_shape teacher_shape context_shape num_tokens token_dtype"
+    keys += " latent_scale latent_shift latent_std latents source vae text_encoder tokenizer teacher"
     common |= {key: split.settings.get(key) for key in keys.split()}
     common["flipped"] = split.settings.get("flipped", False)
     if split.manifest is None:
@@ -90,13 +90,16 @@ def summary_rows(split: dict[str, Any]) -> list[tuple[str, str]]:
     else:
         mirrored = ", also of the mirrored images" if split.get("flipped") else ""
         rows.append(("moments", f"{_shape(split['moments_shape'])} {split['dtype']}{mirrored}"))
+    if shape := split.get("teacher_shape"):
+        rows.append(("teacher's features", f"{_shape(shape)} float16"))
     context = split["context_shape"]
     rows.append(("text embeddings", f"{_shape(context)} {split['dtype']}" if context else "not stored"))
     if split["layout"] != NPY_LAYOUT:
         tokens = split["token_dtype"]
         rows.append(("token ids", f"({split['num_tokens']},) {tokens}" if tokens else "not stored"))
         space = LatentSpace.recorded(split)
-        encoders = ("text_encoder", "tokenizer") if space.is_pixels else ("vae", "text_encoder", "tokenizer")
+        encoders = ["text_encoder", "tokenizer"] if space.is_pixels else ["vae", "text_encoder", "tokenizer"]
+        encoders += ["teacher"] if split["teacher_shape"] else []
         rows += [(key.replace("_", " "), _encoder(split[key])) for key in encoders]
         if not space.is_pixels:
             rows.append(("latent scale", space.describe_latents().removeprefix("latent scale ")))

@@ -29,6 +29,7 @@ class Manifest:
     dtype: str
     moments_shape: tuple[int, ...] | None  # (2 C, h, w)
     images_shape: tuple[int, ...] | None  # (3, H, W); one of the two is None
+    teacher_shape: tuple[int, ...] | None  # (C, h, w) of the features of a vision model
     context_shape: tuple[int, ...] | None  # (T, D)
     num_tokens: int
     token_dtype: str | None
@@ -48,8 +49,8 @@ class Manifest:
         return self.moments_shape[0] // 2, *self.moments_shape[1:]
 
     def encoder(self, what: str, field: str) -> str | None:
-        """`name` or `sha256` of `vae`, `text_encoder` or `tokenizer`. None: not known."""
-        return (self.fields[what] or {}).get(field) or None
+        """`name` or `sha256` of `vae`, `text_encoder`, `tokenizer` or `teacher`. None: not known."""
+        return (self.fields.get(what) or {}).get(field) or None
 
 
 def read_manifest(folder: Path, error: Callable[[str], UserError]) -> Manifest:
@@ -86,7 +87,8 @@ def _checked(fields: dict[str, Any]) -> Manifest:
     token_dtype = _choice(fields, "token_dtype", ("uint16", "int32", None))
     if context_shape is None and token_dtype is None:
         raise _DamageError("it has neither text embeddings (context_shape) nor token ids (token_dtype)")
-    for what in ("vae", "text_encoder", "tokenizer"):
+    teacher_shape = _shape(fields, "teacher_shape", 3) if fields.get("teacher_shape") is not None else None
+    for what in ("vae", "text_encoder", "tokenizer", *(["teacher"] if teacher_shape else [])):
         named = _typed(fields, what, dict, type(None))
         for key in named or ():
             _typed(named, key, str, where=f"{what}.")
@@ -118,6 +120,7 @@ def _checked(fields: dict[str, Any]) -> Manifest:
         dtype=_choice(fields, "dtype", ("float16", "float32")),
         moments_shape=moments_shape,
         images_shape=images_shape,
+        teacher_shape=teacher_shape,
         context_shape=context_shape,
         num_tokens=_count(fields, "num_tokens"),
         token_dtype=token_dtype,

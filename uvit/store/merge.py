@@ -97,9 +97,9 @@ def count_ids(folder: Path) -> tuple[int, int]:
 def _common_settings(manifest: Manifest) -> dict[str, Any]:
     """The settings that must be equal in all stores."""
     encoders: dict[str, Any] = {
-        f"{what} sha256": manifest.encoder(what, "sha256") for what in ("vae", "text_encoder", "tokenizer")
+        f"{what} sha256": manifest.encoder(what, "sha256") for what in ("vae", "text_encoder", "tokenizer", "teacher")
     }
-    keys = "dtype moments_shape images_shape flipped context_shape num_tokens token_dtype"
+    keys = "dtype moments_shape images_shape teacher_shape flipped context_shape num_tokens token_dtype"
     return encoders | {key: getattr(manifest, key) for key in keys.split()} | asdict(manifest.latent_space)
 
 
@@ -111,6 +111,8 @@ def _info(stores: list[Store], split: str) -> StoreInfo:
         dtype=first.dtype,
         moments_shape=first.moments_shape,
         images_shape=first.images_shape,
+        teacher=first.fields.get("teacher"),
+        teacher_shape=first.teacher_shape,
         flipped=first.flipped,
         context_shape=first.context_shape,
         num_tokens=first.num_tokens,

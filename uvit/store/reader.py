@@ -5,6 +5,7 @@ A split of a store is a folder. `manifest.json` describes it, and shard i consis
     moments-0000i.npy     (rows, 2 C, h, w)
     flipped-0000i.npy     the same for the mirrored images, with --random_flip
     images-0000i.npy      (rows, 3, H, W) uint8 in place of both, for a model on pixels
+    teacher-0000i.npy     (rows, C', h', w') float16, the features of a vision model, with --teacher
     contexts-0000i.npy    (captions, T, D), the text embeddings; and/or
     tokens-0000i.npy      (captions, T), the token ids
     counts-0000i.npy      (rows,) int32, the number of captions of each pair
@@ -75,6 +76,7 @@ class FeatureStore:
         self.moments_shape, self.latents_shape = manifest.moments_shape, manifest.latents_shape
         self.is_pixels = manifest.images_shape is not None
         self.flipped = manifest.flipped
+        self.teacher_shape, self.teacher_sha256 = manifest.teacher_shape, manifest.encoder("teacher", "sha256")
         self.context_shape = manifest.context_shape
         self.num_tokens: int | None = manifest.num_tokens
         self.latent_space: LatentSpace | None = manifest.latent_space
@@ -98,6 +100,9 @@ class FeatureStore:
         else:
             self._latents = self._array("moments", rows, manifest.moments_shape, dtype)
             self._flipped = self._array("flipped", rows, manifest.moments_shape, dtype) if self.flipped else None
+        self._teacher = None
+        if manifest.teacher_shape:
+            self._teacher = self._array("teacher", rows, manifest.teacher_shape, np.dtype(np.float16))
         self._contexts = self._tokens = self.empty_context = self.empty_token_ids = None
         if self.context_shape:
             self._contexts = self._array("contexts", captions, self.context_shape, dtype)
@@ -134,16 +139,20 @@ class FeatureStore:
         if self._tokens is not None:
             token_ids = self._tokens.empty(len(rows))
             requests += self._tokens.requests(captions, token_ids)
-        try:
-            read_all(self._open_files, requests)
-        except (OSError, EOFError) as error:
-            raise self._error(f"{error}; copy it again, or extract it again") from None
+        self._read(requests)
         if not self.is_pixels:
             return FeatureBatch(latents, context, token_ids)
         if flip_draws is not None:
             mirror = flip_draws < 0.5
             latents[mirror] = latents[mirror, ..., ::-1]
         return FeatureBatch(None, context, token_ids, images=latents)
+
+    def read_teacher(self, rows: np.ndarray) -> np.ndarray:
+        """The teacher's features of the samples `rows`: (B, *teacher_shape) float16. Raises UserError like `read`."""
+        assert self._teacher is not None, "no features of a teacher are stored"
+        features = self._teacher.empty(len(rows))
+        self._read(self._teacher.requests(rows, features))
+        return features
 
     def captions(self, row: int) -> tuple[str, ...]:
         """See Features."""
@@ -159,6 +168,12 @@ class FeatureStore:
 
     def __reduce__(self) -> tuple[type["FeatureStore"], tuple[Path, str]]:
         return FeatureStore, (self.folder, self.flag)
+
+    def _read(self, requests: list[ReadRequest]) -> None:
+        try:
+            read_all(self._open_files, requests)
+        except (OSError, EOFError) as error:
+            raise self._error(f"{error}; copy it again, or extract it again") from None
 
     def _line(self, row: int) -> dict[str, Any]:
         shard, index = self._latents.find(row)

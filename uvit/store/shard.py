@@ -43,6 +43,7 @@ class EncodedPairs:
     num_truncated: int | None = None  # captions of which the last tokens are cut off; None: not known
     counts: list[int] | None = None  # b: captions per pair, if their text is not known and `captions` has empty tuples
     images: np.ndarray | None = None  # (b, 3, H, W) uint8, in place of moments
+    teacher: np.ndarray | None = None  # (b, C, h, w) float16, features of a vision model
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class ShardWriter:
             "moments": part.moments,
             "images": part.images,
             "flipped": part.flipped,
+            "teacher": part.teacher,
             "contexts": part.contexts,
             "tokens": part.token_ids,
             "counts": np.array(counts, dtype=np.int32),

@@ -136,7 +136,7 @@ def _check_content(folder: Path, name: str, manifest: Manifest) -> str | None:
     """Compare the content with the manifest, and check that all values are finite."""
     if name == "problems.jsonl":
         return _check_problems(folder / name, manifest)
-    match = re.fullmatch(r"(moments|flipped|images|contexts|tokens|counts)-(\d{5})\.npy", name)
+    match = re.fullmatch(r"(moments|flipped|images|teacher|contexts|tokens|counts)-(\d{5})\.npy", name)
     if match is None or int(match[2]) >= len(manifest.rows):
         shape = {"empty_context.npy": manifest.context_shape, "empty_tokens.npy": (manifest.num_tokens,)}.get(name)
         dtype = manifest.dtype if name == "empty_context.npy" else manifest.token_dtype
@@ -152,6 +152,8 @@ def _check_content(folder: Path, name: str, manifest: Manifest) -> str | None:
         return _check_array(folder / name, (captions, manifest.num_tokens), manifest.token_dtype)
     if kind == "contexts":
         return _check_array(folder / name, (captions, *(manifest.context_shape or ())), manifest.dtype)
+    if kind == "teacher":
+        return _check_array(folder / name, (rows, *(manifest.teacher_shape or ())), "float16")
     if kind == "images":
         return _check_array(folder / name, (rows, *(manifest.images_shape or ())), "uint8")
     problem = _check_array(folder / name, (rows, *(manifest.moments_shape or ())), manifest.dtype, finite=False)

@@ -46,6 +46,8 @@ class StoreInfo:
     latent_std: PerChannel = 1.0
     latents: str = "vae"
     images_shape: tuple[int, ...] | None = None  # (3, H, W), in place of moments; see PIXELS of `uvit.conventions`
+    teacher: dict[str, str] | None = None  # the vision model whose features are stored too
+    teacher_shape: tuple[int, ...] | None = None  # (C, h, w)
 
     def arrays(self) -> dict[str, ArrayInfo]:
         """The arrays of a shard, by kind."""
@@ -57,6 +59,8 @@ class StoreInfo:
             arrays["moments"] = ArrayInfo(self.moments_shape, dtype)
             if self.flipped:
                 arrays["flipped"] = arrays["moments"]
+        if self.teacher_shape:
+            arrays["teacher"] = ArrayInfo(self.teacher_shape, np.dtype(np.float16))
         if self.context_shape:
             arrays["contexts"] = ArrayInfo(self.context_shape, dtype, per_caption=True)
         if self.token_dtype:

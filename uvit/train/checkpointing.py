@@ -195,6 +195,7 @@ def check_same_run(run: Run, checkpoint: Checkpoint) -> None:
     check_command(checkpoint, "uvit train")
     ours, theirs = ({**each, **asdict(Conventions.recorded(each))} for each in (run.record(), checkpoint.record))
     key_of = {"VAE": "vae_sha256", "text encoder": "text_encoder_sha256", "tokenizer": "tokenizer_sha256"}
+    key_of["teacher"] = "teacher_sha256"
     was_made_by, made_by = ({what: record.get(key) for what, key in key_of.items()} for record in (theirs, ours))
     settings = "unet_config", "text_encoder_config", *asdict(run.conventions)
     before, now = (

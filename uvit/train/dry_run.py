@@ -20,7 +20,7 @@ from uvit.config.train import TrainConfig
 from uvit.device import pick_device
 from uvit.distributed.mesh import Degrees, World
 from uvit.model import Block, UViTT2IModel
-from uvit.train.alignment import alignment_targets
+from uvit.train.alignment import Projector, empty_targets
 from uvit.train.memory import trace_muon, trace_step
 from uvit.train.muon import block_matrices
 from uvit.train.optimizer import iteration_dtype
@@ -82,8 +82,8 @@ def trained_text_encoder(run: Run) -> nn.Module | None:
     return dict(run.master_model.items()).get("text_encoder")
 
 
-def projector_of(run: Run) -> nn.Module | None:
-    return dict(run.master_model.items()).get("projector")
+def projector_of(run: Run) -> Projector | None:
+    return dict(run.master_model.items()).get("projector")  # type: ignore[return-value]
 
 
 def plan_lines(plan: "ResourcePlan", degrees: Degrees) -> list[str]:
@@ -126,10 +126,10 @@ def count_text_flops(text_encoder: Any, num_tokens: int) -> int:
     return counter.get_total_flops()
 
 
-def count_projector_flops(projector: nn.Module, unet: Any, size: tuple[int, ...]) -> int:
+def count_projector_flops(projector: Projector, unet: Any, size: tuple[int, ...]) -> int:
     """FLOPs of predicting the targets of one sample, for latents of this size."""
     with torch.device("meta"):
-        targets = alignment_targets(unet, torch.empty(1, unet.config.in_channels, *size))
+        targets = empty_targets(unet, projector, torch.empty(1, unet.config.in_channels, *size))
         tokens = torch.empty(1, targets[0, 0].numel(), unet.norm.weight.shape[0])
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         projector(tokens, targets)
@@ -170,7 +170,7 @@ def make_plan(
     text_encoder: nn.Module | None = None,
     pad_token_id: int = 0,
     frozen_bytes: int = 0,
-    projector: nn.Module | None = None,
+    projector: Projector | None = None,
 ) -> ResourcePlan:
     """What a run needs.
 
@@ -245,7 +245,7 @@ def dtypes(config: TrainConfig) -> tuple[torch.dtype, torch.dtype]:
 
 
 def gather_units(
-    unet: UViTT2IModel, text_encoder: nn.Module | None, projector: nn.Module | None = None
+    unet: UViTT2IModel, text_encoder: nn.Module | None, projector: Projector | None = None
 ) -> list[list[Tensor]]:
     """Parameters that sharded processes gather together: of the projector, of each block, of the rest of the U-ViT, of
     the encoder.

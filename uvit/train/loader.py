@@ -17,6 +17,7 @@ from torch import Tensor
 
 from uvit.config.objective import ObjectiveConfig
 from uvit.diffusion import CONTEXT_DROP_PROBABILITY, NUM_TIMESTEPS
+from uvit.store.reader import FeatureStore
 from uvit.store.types import Features
 from uvit.train.epochs import EpochRange, locate_samples
 
@@ -42,6 +43,7 @@ class Batch:
     noise: Tensor  # (B, C, h, w), float32
     timesteps: Tensor  # (B,), in (0, 1000]: int64, or float32 where they are fractional
     images: Tensor | None = None  # (B, 3, H, W), uint8, mirrored where they are; then C, h, w are 3, H, W
+    teacher: Tensor | None = None  # (B, C', h', w'), float16, the features that are aligned with
 
     def to(self, device: torch.device) -> "Batch":
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -184,7 +186,12 @@ class BatchDataset:
             draws.timesteps if self.config.whole_timesteps() else timestep_draws(counters, self.seed, self.config)
         )
         flips = flip_draws(counters, self.seed) if features.flipped else None
-        read = features.read(self.rows(counters), draws.captions, flips)
+        rows = self.rows(counters)
+        read = features.read(rows, draws.captions, flips)
+        teacher = None
+        if self.config.needs_teacher():
+            assert isinstance(features, FeatureStore)
+            teacher = features.read_teacher(rows)
         context, token_ids = None, None
         if self.use_tokens:
             assert read.token_ids is not None and features.empty_token_ids is not None
@@ -202,6 +209,7 @@ class BatchDataset:
             noise=torch.from_numpy(draws.noise),
             timesteps=torch.from_numpy(timesteps),
             images=to_tensor(read.images),
+            teacher=to_tensor(teacher),
         )
 
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from uvit.model import Attention
 from uvit.modern_model import ModernAttention
-from uvit.train.alignment import alignment_targets, recorded_tokens
+from uvit.train.alignment import Projector, empty_targets, recorded_tokens
 from uvit.train.muon import Muon, block_matrices, shape_batches
 from uvit.train.profiling import meta_inputs, meta_unet
 from uvit.weights.encoders import encode_tokens
@@ -49,7 +49,7 @@ def trace_step(
     tp: int = 1,
     text_encoder: nn.Module | None = None,
     pad_token_id: int = 0,
-    projector: nn.Module | None = None,
+    projector: Projector | None = None,
     align_block: int = 1,
     fused_attention: bool | None = True,
 ) -> MemoryTrace:
@@ -93,7 +93,7 @@ def trace_step(
                     return unet(latents.to(dtype), timesteps, context.to(dtype)).float().square().mean()
                 with recorded_tokens(unet, align_block) as tokens:
                     loss = unet(latents.to(dtype), timesteps, context.to(dtype)).float().square().mean()
-                return loss + projector(tokens[0], alignment_targets(unet, latents))
+                return loss + projector(tokens[0], empty_targets(unet, projector, latents))
 
         return trace_memory(networks, compute_loss)
 

@@ -25,7 +25,7 @@ from uvit.lock import WriterLock
 from uvit.model import INIT_STD, UViTT2IModel
 from uvit.store.reader import open_features
 from uvit.store.types import Features
-from uvit.train.alignment import build_projector
+from uvit.train.alignment import build_projector, teacher_sha256
 from uvit.train.checks import (
     check_features,
     check_named_encoders,
@@ -109,6 +109,7 @@ class Run:
             "vae_sha256": features.vae_sha256,
             "text_encoder_sha256": self.text_encoder_sha256,
             "tokenizer_sha256": fingerprints(features, config.train_text_encoder)["tokenizer"],
+            "teacher_sha256": teacher_sha256(features) if config.needs_teacher() else None,
             "loss_scale": self.precision.scale.state_dict(),
             "guards": self.guards.state_dict(),
             "degrees": str(self.world.degrees),
@@ -162,7 +163,7 @@ def build_run(config: TrainConfig, output_dir: Path, world: World | None = None)
         text_encoder_sha256 = features.text_encoder_sha256
     if config.align != "none":
         with init_device(device):
-            master_model["projector"] = build_projector(config, unet)
+            master_model["projector"] = build_projector(config, unet, features)
     master_model.to(device).train()
     ema = EMA(master_model, config.ema_decay, config.ema_update_steps, config.ema_lengths) if config.use_ema else None
     precision = Precision(config, master_model, device)

@@ -41,7 +41,7 @@ def batch_losses(run: Run, batch: Batch) -> tuple[Tensor, Tensor | None]:
     model: Any = run.precision.compute_model
     with recorded_tokens(model["unet"], run.config.align_block) as tokens:
         loss = batch_loss(run, batch)
-    targets = alignment_targets(model["unet"], clean_latents(run, batch))
+    targets = alignment_targets(run.config.align, model["unet"], clean_latents(run, batch), batch.teacher)
     with run.precision.autocast():
         return loss, model["projector"](tokens[0], targets)
 
