@@ -101,8 +101,9 @@ def test_a_long_screen_has_groups_and_the_most_used_flags_come_first(name: str) 
 def test_the_groups_of_train() -> None:
     groups = list(dict.fromkeys(group for group, _ in read_source(TrainConfig).values()))
     assert groups == [
-        "Most used", "Data", "Model", "Text encoder", "Batches", "Optimizer", "Objective", "Precision and speed",
-        "Validation", "Evaluation", "Logging", "Checkpoints", "Parallelism", "Accepted for PaddleMIX command lines",
+        "Most used", "Data", "Model", "Text encoder", "Batches", "Optimizer", "Objective", "Alignment",
+        "Precision and speed", "Validation", "Evaluation", "Logging", "Checkpoints", "Parallelism",
+        "Accepted for PaddleMIX command lines",
     ]  # fmt: skip
 
 

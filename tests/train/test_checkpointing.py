@@ -74,6 +74,12 @@ def test_a_slow_average_moves_enough(decay: float, tiny_config: Any, tmp_path: P
     assert len(checkpoint_folders(tmp_path / "run")) == 6
 
 
+def test_a_run_that_was_killed_before_it_pruned_prunes_when_it_resumes(tiny_config: Any, tmp_path: Path) -> None:
+    assert train(tiny_config(save_steps=1)) == 0
+    assert train(tiny_config(save_steps=1, save_total_limit=2)) == 0  # has nothing left to train or to save
+    assert [folder.name for folder in checkpoint_folders(tmp_path / "run")] == ["checkpoint-5", "checkpoint-6"]
+
+
 def test_a_checkpoint_is_begun_once_a_step(run: Run) -> None:
     with Checkpointer(run) as saving:
         step(run)

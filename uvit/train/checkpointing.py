@@ -45,10 +45,7 @@ class Checkpointer:
         limit = run.config.save_total_limit
         self.saver = Saver(run.output_dir, limit, run.world.rank, all_gather_channel(run.world))
         run.before_update = self.saver.wait_for_copy
-        if run.resumed_from:
-            self.saver.spare.add(run.resumed_from)  # to go back to it again
-        if run.best:
-            self.saver.spare.add(run.best["checkpoint"])
+        self.saver.spare |= spared(run)
         self.checksums, self.checked_step = self._checksums(), run.step
         self.started_step: int | None = None  # of the last checkpoint
 
@@ -136,6 +133,11 @@ class Checkpointer:
         return f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
 
 
+def spared(run: Run) -> set[str]:
+    """The checkpoints that are never pruned: the one to go back to again, and the best."""
+    return {name for name in (run.resumed_from, run.best and run.best["checkpoint"]) if name}
+
+
 def run_state(run: Run) -> dict[str, dict[str, Tensor]]:
     return training_state(run.master_model, run.optimizer, run.ema)
 
@@ -168,6 +170,7 @@ def resume(run: Run) -> None:
     restore(run, checkpoint)
     if world.is_main:
         set_aside(run, later)
+        keep_latest(run.output_dir, run.config.save_total_limit, spared(run))  # a kill may have come before that
     for sentence in describe_resume(run, checkpoint):
         print(sentence)
 
