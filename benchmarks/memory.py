@@ -170,7 +170,7 @@ def on_an_a100() -> None:
     sizes = resolve_model_config("uvit_t2i_huge") | {"num_text_tokens": 1}
     print("\nH/2 on one A100, class-conditional, batch 128, fp16, GB")
     for recompute, reported in ((False, 54.3), (True, 18.9)):
-        config = TrainConfig("", "", fp16=True, recompute=recompute, per_device_train_batch_size=128)
+        config = TrainConfig("features", "run", fp16=True, recompute=recompute, per_device_train_batch_size=128)
         planned = sum(make_plan(config, sizes, (32, 32)).memory.values()) / 1e9
         print(f"recompute {recompute}: planned {planned:.1f}, reported {reported}, {planned / reported:.1%}")
 

@@ -269,7 +269,7 @@ def test_attention_by_products_is_close_to_the_fused_kernel() -> None:
         return [((a - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
 
     for products, kernel in zip(errors(fused=False), errors(fused=True), strict=True):
-        assert products < 2.5 * kernel  # q k^T is rounded too: 2.2 times at most, where its deviation is 1
+        assert products < 2.5 * kernel  # q k^T is rounded too: 1.4 to 1.6 times on a Xeon with AMX
         assert products < 2**-7  # a last place of bfloat16
 
 

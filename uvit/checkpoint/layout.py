@@ -48,9 +48,8 @@ def from_checkpoint_layout(named_tensors: Mapping[str, Tensor], loaded: Mapping[
     for name, tensor in named_tensors.items():
         if (parts := num_parts(name, named_tensors)) > 1:
             tp = world.degrees.tp
-            rows = (
-                gather_rows(loaded[name], world).flatten(0, 1).unflatten(0, (parts, tp, -1))
-            )  # (3, tp, D/tp, columns)
+            rows = gather_rows(loaded[name], world).flatten(0, 1)  # (3 D, columns)
+            rows = rows.unflatten(0, (parts, tp, -1))  # (3, tp, D / tp, columns)
             local_tensor(tensor).copy_(rows[:, world.tp_rank].flatten(0, 1))
         elif loaded[name] is not tensor:
             local_tensor(tensor).copy_(local_tensor(loaded[name]))
