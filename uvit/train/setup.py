@@ -194,7 +194,7 @@ def build_run(config: TrainConfig, output_dir: Path, world: World | None = None)
         max_steps=config.max_steps,
         schedule_steps=config.max_steps,
         world=world,
-        gradients=GradientAverage(precision.compute_model, world),
+        gradients=GradientAverage(precision.compute_model, world, master=master_model),
         guards=Guards(config.spike_factor),
         clock=Clock(device),
     )
