@@ -114,7 +114,7 @@ def train(
         if low_precision_copy:
             for master, parameter in zip(unet.parameters(), computes.parameters(), strict=True):
                 master.grad, parameter.grad = parameter.grad.float(), None
-        norm = ops.grad_norm(unet.parameters(), world)
+        norm = ops.GradientNorm(unet.parameters(), world)()
         if max_norm:
             ops.clip_gradients(unet.parameters(), max_norm, norm)
         optimizer.step()
