@@ -32,6 +32,7 @@ from uvit.train.evaluation import Evaluation, open_evaluation
 from uvit.train.guards import step_ranges
 from uvit.train.loader import Batch, prefetch
 from uvit.train.metrics import Metrics, NullMetrics, check_trackers, logs_folder
+from uvit.train.placement import place_features
 from uvit.train.process import (
     StopSignal,
     deterministic_mode,
@@ -98,6 +99,8 @@ def run_training(config: TrainConfig, world: World) -> int:
                     decoder = load_preview_decoder(run)
                     evaluation = open_evaluation(run, decoder)
                     tracked = tracked_score(run, evaluation)
+                    if said := place_features(run):
+                        print(said)
                     mfu = mfu_reference(run) if world.is_main else None
                     if mfu:
                         print(mfu.sentence)
