@@ -1,5 +1,7 @@
 """Gradients, norms, flags and replicas, over processes and in one."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -81,8 +83,22 @@ def test_plain_parameters_are_one_fused_group() -> None:
     assert [id(parameter) for parameter in group] == [id(parameter) for parameter in parameters]
 
 
-def test_digests_tell_bits_apart() -> None:
-    zeros = torch.zeros(3, 5)
-    assert ops.digest(zeros) == ops.digest(zeros.clone())
-    assert ops.digest(zeros) != ops.digest(-zeros)
-    assert 0 <= ops.digest(zeros.bfloat16()) < 2**63
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8])
+@pytest.mark.parametrize("checksum", [ops.digest, ops.sum_of_bits])
+def test_checksums_tell_bits_and_places_apart(
+    checksum: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "DIGEST_ELEMENTS", 7)  # 15 elements in three parts
+    one = torch.arange(15).to(dtype)
+    found = [checksum(one).item(), checksum(one.flip(0)).item(), checksum(one.roll(1)).item()]
+    for place in range(15):
+        other = one.clone()
+        other.view(torch.uint8)[place * other.element_size()] ^= 1
+        found.append(checksum(other).item())
+    assert checksum(one.clone()) == found[0]
+    assert len(set(found)) == len(found)
+
+
+def test_a_checksum_counts_the_sign_of_zero() -> None:
+    zeros = torch.zeros(15)
+    assert ops.digest(zeros) != ops.digest(-zeros) and ops.sum_of_bits(zeros) != ops.sum_of_bits(-zeros)

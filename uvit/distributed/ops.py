@@ -20,6 +20,8 @@ T = TypeVar("T")
 
 # Normalize each head of queries and keys: under tensor parallelism, a process has the gradient of its own heads only.
 HEAD_NORMS = ("attn.q_norm.weight", "attn.k_norm.weight")
+ODD = 0x1E3779B97F4A7C15  # 2^64 / golden ratio, without its first bit: spreads the numbers of neighbours
+DIGEST_ELEMENTS = 2**22  # at a time: a checksum needs 32 bytes for each
 BUCKET_BYTES = 25 * 2**20  # gradients per all-reduce: few calls, and early enough to overlap with the backward
 
 
@@ -78,24 +80,46 @@ class GradientAverage:
     Fully sharded networks average by themselves; this class only selects the microbatch. For replicas, a bucket of
     gradients is summed as soon as it is complete, while the backward continues. A parameter must have a gradient in all
     processes or in none. The gradients of HEAD_NORMS are summed over the tensor parallel processes too.
+
+    Args:
+        networks: what computes.
+        master: the same networks in float32, if `networks` is a copy of them in low precision. It gets the gradients:
+            they are added up over microbatches, and over processes, in float32.
     """
 
-    def __init__(self, networks: nn.Module, world: World, bucket_bytes: int = BUCKET_BYTES):
+    def __init__(
+        self, networks: nn.Module, world: World, bucket_bytes: int = BUCKET_BYTES, master: nn.Module | None = None
+    ):
         self.world = world
+        owners = networks if master is None else master
+        self.owner = dict(zip(networks.parameters(), owners.parameters(), strict=True))  # who keeps the gradient
+        self.has_copy = owners is not networks
         self.sharded = [module for module in networks.modules() if isinstance(module, FSDPModule)]
         self.buckets: list[list[nn.Parameter]] = []
         self.missing: list[int] = []  # how many gradients each bucket still waits for
         self.last = False
         self.sent: list[tuple[list[Tensor], Tensor, dist.Work]] = []
         split_heads = world.degrees.tp > 1
-        self.head_norms = [p for name, p in networks.named_parameters() if split_heads and name.endswith(HEAD_NORMS)]
+        self.head_norms = [p for name, p in owners.named_parameters() if split_heads and name.endswith(HEAD_NORMS)]
+        trained = [parameter for parameter in networks.parameters() if parameter.requires_grad]
+        if self.has_copy and not self.sharded:
+            for parameter in trained:
+                parameter.register_post_accumulate_grad_hook(self._hand_over)
         if world.degrees.dp > 1 and not self.sharded:
-            self._hook([p for p in networks.parameters() if p.requires_grad], bucket_bytes)
+            self._hook(trained, bucket_bytes)
+
+    @torch.no_grad()
+    def _hand_over(self, parameter: Tensor) -> None:
+        """Add a copy's gradient to that of the float32 parameter."""
+        owner, grad = self.owner[parameter], parameter.grad  # type: ignore[index]
+        assert grad is not None
+        owner.grad = grad.float() if owner.grad is None else owner.grad.add_(grad)
+        parameter.grad = None
 
     def _hook(self, parameters: list[nn.Parameter], bucket_bytes: int) -> None:
         filled = bucket_bytes
         for parameter in reversed(parameters):  # roughly the order in which the backward reaches them
-            size = local_tensor(parameter).nbytes
+            size = local_tensor(self.owner[parameter]).nbytes
             if filled + size > bucket_bytes or parameter.dtype != self.buckets[-1][0].dtype:
                 self.buckets.append([])
                 filled = 0
@@ -116,7 +140,8 @@ class GradientAverage:
     @torch.no_grad()
     def _send(self) -> None:
         parameters = self.buckets[len(self.sent)]
-        grads = [local_tensor(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        owners = [self.owner[parameter] for parameter in parameters]
+        grads = [local_tensor(owner.grad) for owner in owners if owner.grad is not None]
         if not grads:
             grads = [torch.zeros(1, device=self.world.device)]
         flat = torch.cat([grad.flatten() for grad in grads])
@@ -134,7 +159,11 @@ class GradientAverage:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Call after the last backward. Every gradient is then the mean over the data ranks."""
+        """Call after the last backward. Every gradient is then the mean over the data ranks, in float32."""
+        if self.has_copy and self.sharded:
+            for parameter in self.owner:
+                if parameter.grad is not None:
+                    self._hand_over(parameter)
         while len(self.sent) < len(self.buckets):  # buckets with parameters that have no gradient
             self._send()
         for grads, flat, work in self.sent:
@@ -299,12 +328,12 @@ def on_main(function: Callable[[], T], world: World) -> T:
 def differing_replicas(tensors: Mapping[str, Tensor], world: World) -> list[str]:
     """The names of tensors that differ in any bit between replicas; empty if all are equal.
 
-    Reads every byte, so do not call it at every step.
+    Reads every byte, where the tensors are, so do not call it at every step.
     """
     if not world.parallel:
         return []
     names = list(tensors)
-    digests = torch.tensor([digest(tensors[name]) for name in names], device=world.device)
+    digests = torch.stack([digest(tensors[name]) for name in names])
     differs = torch.zeros_like(digests)
     for axis in world.axes():
         lowest, highest = digests.clone(), digests.clone()
@@ -316,7 +345,25 @@ def differing_replicas(tensors: Mapping[str, Tensor], world: World) -> list[str]
     return [name for name, found in zip(names, differs.tolist(), strict=True) if found]
 
 
-def digest(tensor: Tensor) -> int:
-    """63 bits of the SHA-256 of the local tensor."""
-    raw = local_tensor(tensor).cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return int.from_bytes(hashlib.sha256(raw.data).digest()[:8], "little") >> 1
+@torch.no_grad()
+def digest(tensor: Tensor) -> Tensor:
+    """A checksum of the local tensor's bits: int64, on its device."""
+    local = local_tensor(tensor).contiguous().flatten()
+    if not local.is_cpu:
+        return sum_of_bits(local)
+    sha256 = hashlib.sha256(local.view(torch.uint8).numpy().data).digest()  # on a CPU the faster of the two
+    return torch.tensor(int.from_bytes(sha256[:8], "little", signed=True))
+
+
+def sum_of_bits(local: Tensor) -> Tensor:
+    """The sum of a flat tensor's bits, each element times an odd number of its place, modulo 2^64.
+
+    A change of a single element always changes it, and other changes almost always. Nothing leaves the device.
+    """
+    bits = local.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for start in range(0, len(bits), DIGEST_ELEMENTS):
+        part = bits[start : start + DIGEST_ELEMENTS]
+        places = torch.arange(start, start + len(part), device=bits.device)
+        total += ((places * ODD ^ places * ODD >> 29) | 1).mul_(part).sum()
+    return total

@@ -1,7 +1,8 @@
 """The precision of training: float32, or bfloat16 or float16 at one of two levels.
 
 O1: autocast over float32 weights. O2: a low-precision copy of the model computes, and its gradients go to the float32
-master model. The optimizer, the EMA and the checkpoints use the master model only. float16 scales the loss.
+master model, where they are added up (see `GradientAverage`). The optimizer, the EMA and the checkpoints
+use the master model only. float16 scales the loss.
 """
 
 import copy
@@ -78,11 +79,7 @@ class Precision:
 
     @torch.no_grad()
     def collect_gradients(self) -> None:
-        """After the last backward of a step: give the master model its gradients, in float32 and unscaled."""
-        if self.has_copy:
-            for master, copied in zip(self.master_model.parameters(), self.compute_model.parameters(), strict=True):
-                master.grad = None if copied.grad is None else copied.grad.float()
-                copied.grad = None
+        """After the last backward of a step: undo the scale of the gradients."""
         if self.scale.enabled:
             torch._foreach_mul_(local_grads(self.master_model.parameters()), 1 / self.scale.value)
 

@@ -197,7 +197,7 @@ def build_run(config: TrainConfig, output_dir: Path, world: World | None = None)
         max_steps=config.max_steps,
         schedule_steps=config.max_steps,
         world=world,
-        gradients=GradientAverage(precision.compute_model, world),
+        gradients=GradientAverage(precision.compute_model, world, master=master_model),
         grad_norm=GradientNorm(master_model.parameters(), world),
         guards=Guards(config.spike_factor, device),
         clock=Clock(device),

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uvit.diffusion import add_noise, draw_latents
-from uvit.diffusion import loss as diffusion_loss
+from uvit.diffusion import add_noise, draw_latents, sample_losses
 from uvit.distributed.ops import clip_gradients, sum_over_all
 from uvit.images import to_unit
 from uvit.train.alignment import alignment_targets, is_aligning, recorded_tokens
@@ -74,11 +73,13 @@ def batch_losses(run: Run, batch: Batch) -> tuple[Tensor, Tensor | None]:
 
 def batch_loss(run: Run, batch: Batch) -> Tensor:
     """The loss of the U-ViT's predictions, weighted as in training. A float32 scalar."""
-    return compute_loss(run, run.precision.compute_model, batch, run.config.loss_settings())
+    return compute_losses(run, run.precision.compute_model, batch, run.config.loss_settings()).mean()
 
 
-def compute_loss(run: Run, model: nn.Module, batch: Batch, weights: Mapping[str, Any] = MappingProxyType({})) -> Tensor:
-    """Add noise to the latents, predict, compare: U-ViT's eq. 1 for epsilon.
+def compute_losses(
+    run: Run, model: nn.Module, batch: Batch, weights: Mapping[str, Any] = MappingProxyType({})
+) -> Tensor:
+    """Add noise to the latents, predict, compare: U-ViT's eq. 1 for epsilon. (B,) float32.
 
     Args:
         model: one of the run's.
@@ -92,7 +93,7 @@ def compute_loss(run: Run, model: nn.Module, batch: Batch, weights: Mapping[str,
     with run.precision.autocast():
         context = batch_context(run, model, batch)
         prediction = unet(x_n.to(dtype), batch.timesteps, context.to(dtype))
-    return diffusion_loss(prediction, x_0, batch.noise, batch.timesteps, prediction_type, path=path, **weights)
+    return sample_losses(prediction, x_0, batch.noise, batch.timesteps, prediction_type, path=path, **weights)
 
 
 def clean_latents(run: Run, batch: Batch) -> Tensor:

@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 
 from uvit.checkpoint.folder import read_checkpoint
 from uvit.config.train import TrainConfig
-from uvit.distributed.mesh import Degrees, World, init_distributed
+from uvit.device import use_tf32
+from uvit.distributed.mesh import START_TIMEOUT, Degrees, World, init_distributed, set_step_timeout, set_timeout
 from uvit.distributed.mesh import destroy_distributed as shutdown
 from uvit.distributed.ops import LateFlag, any_of, barrier, on_main
 from uvit.errors import UserError
@@ -27,7 +28,7 @@ from uvit.train.best import Tracked, new_best, settle_best, tracked_score
 from uvit.train.checkpointing import Checkpointer, resume
 from uvit.train.checks import check_latents
 from uvit.train.clock import peak_memory_bytes
-from uvit.train.dry_run import describe_plan
+from uvit.train.dry_run import describe_plan, does_not_fit
 from uvit.train.evaluation import Evaluation, open_evaluation
 from uvit.train.guards import step_ranges
 from uvit.train.loader import Batch, prefetch
@@ -67,12 +68,16 @@ def train(config: TrainConfig) -> int:
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
     with deterministic_mode(config.deterministic and on_gpu):
         world = init_distributed(degrees, config.device)
+        use_tf32(config.tf32)
         try:
             # Only the main process prints: what it says holds for all processes.
             silence = contextlib.nullcontext() if world.is_main else contextlib.redirect_stdout(None)
             with silence, disk_errors(config, DISK_ERRORS):
                 name = f"process_{world.rank}_of_{world.size}"
                 return run_in_named_frame(name, lambda: run_training(config, world))
+        except torch.OutOfMemoryError:
+            num_bytes = torch.cuda.get_device_properties(world.device).total_memory
+            raise does_not_fit(config, f"{num_bytes / 2**30:.0f} GiB of {world.device}", num_bytes) from None
         finally:
             shutdown(world)
 
@@ -108,6 +113,7 @@ def run_training(config: TrainConfig, world: World) -> int:
                         roll_back(run)
                 if run.step < run.max_steps:
                     status = report_stop(stop, run.step, run.max_steps)
+        set_timeout(world, START_TIMEOUT)  # the others wait while the main process exports
         if status == 0 and world.is_main:
             export_pipeline(run)
         barrier(world)  # all must be there to restart, should the main process fail to export
@@ -141,6 +147,8 @@ def training_loop(
                 started = time.perf_counter()
                 unread.append(train_step(run, batches))
                 seconds += time.perf_counter() - started
+                if run.step == first_step + 1:
+                    set_step_timeout(run.world, config.hang_timeout)
                 profile(run.step - first_step)
                 stopping = late_stop(bool(stop.signal))
                 if not (stopping or is_reading(run)):
