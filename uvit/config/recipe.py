@@ -42,8 +42,8 @@ class RecipeConfig:
     """Peak learning rate."""
     warmup_steps: NonNegativeInt = 5000
     """Optimizer steps over which the learning rate rises from 0."""
-    bf16: bool = False
-    """Compute in bfloat16."""
+    bf16: bool | None = None
+    """Compute in bfloat16. Default: on a GPU that has it, unless --fp16."""
     save_steps: PositiveInt = 5000
     """Steps between checkpoints. The last step is always saved."""
     image_logging_steps: Annotated[int, Bounds(least=-1, hint="-1 turns previews off")] = 1000

@@ -161,7 +161,7 @@ def build_run(config: TrainConfig, output_dir: Path, world: World | None = None)
         master_model["text_encoder"], pad_token_id = build_text_encoder(config, features, unet, device)
     elif use_tokens:
         frozen, pad_token_id, text_encoder_sha256 = load_frozen_text_encoder(config, features, unet)
-        frozen.to(device)
+        frozen.to(device, torch.bfloat16 if config.bf16 and device.type == "cuda" else torch.float32)
     else:
         text_encoder_sha256 = features.text_encoder_sha256
     if config.align != "none":
@@ -285,7 +285,7 @@ def parallelize_models(
     for model in dict.fromkeys([master_model, compute_model, *ema_models]):
         computes = model is compute_model
         unet: Any = model["unet"]  # type: ignore[index]
-        parallelize(unet, world, recompute=computes and config.recompute, compile=computes and config.compile)
+        parallelize(unet, world, recompute=computes and config.recompute, compile=computes and bool(config.compile))
         for name, network in model.items():  # type: ignore[operator]
             if name != "unet":
                 shard(network, world)

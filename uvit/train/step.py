@@ -114,7 +114,9 @@ def batch_context(run: Run, model: nn.Module, batch: Batch) -> Tensor:
 
 
 def encode_text(run: Run, model: nn.Module, token_ids: Tensor) -> Tensor:
-    """(B, T) -> (B, T, D): by the model's own text encoder, or else by the frozen one, in float32."""
+    """(B, T) -> (B, T, D): by the model's own text encoder, or else by the frozen one in its dtype: float32, but
+    bfloat16 on a GPU with --bf16.
+    """
     if run.frozen_text_encoder is None:
         return encode_tokens(model["text_encoder"], token_ids, run.pad_token_id)  # type: ignore[index]
     with torch.no_grad(), torch.autocast(run.device.type, enabled=False):  # as in an extraction

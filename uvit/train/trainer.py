@@ -28,6 +28,7 @@ from uvit.train.best import Tracked, new_best, settle_best, tracked_score
 from uvit.train.checkpointing import Checkpointer, resume
 from uvit.train.checks import check_latents
 from uvit.train.clock import peak_memory_bytes
+from uvit.train.device_defaults import describe_speed, with_device_defaults
 from uvit.train.dry_run import describe_plan, does_not_fit
 from uvit.train.evaluation import Evaluation, open_evaluation
 from uvit.train.guards import step_ranges
@@ -69,6 +70,7 @@ def train(config: TrainConfig) -> int:
     with deterministic_mode(config.deterministic and on_gpu):
         world = init_distributed(degrees, config.device)
         use_tf32(config.tf32)
+        config = with_device_defaults(config, world.device)
         try:
             # Only the main process prints: what it says holds for all processes.
             silence = contextlib.nullcontext() if world.is_main else contextlib.redirect_stdout(None)
@@ -98,6 +100,8 @@ def run_training(config: TrainConfig, world: World) -> int:
             if run.step >= run.max_steps:
                 print(f"{run.output_dir}: all {run.step} steps are done ({describe_samples_done(run)})")
             else:
+                if run.device.type == "cuda":
+                    print(describe_speed(config))
                 for sentence in run_warnings(run):
                     print(f"warning: {sentence}")
                 with stop_signals() as stop:
