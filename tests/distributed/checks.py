@@ -84,10 +84,11 @@ def forward_alone(unet: UViTT2IModel, inputs: tuple[Tensor, Tensor, Tensor]) -> 
 
 
 def numbers(world: World) -> dict[str, Any]:
+    late = ops.LateFlag(world)
     return {
         "mean": ops.mean_over_data(torch.tensor(float(world.data_rank)), world).item(),
         "any": [ops.any_of(world.rank == 1, world), ops.any_of(False, world)],
-        "all": [ops.all_of(world.rank == 1, world), ops.all_of(True, world)],
+        "late": [late(flag) for flag in (world.rank == 1, False, False)],
         "from_main": ops.broadcast({"rank": world.rank}, world),
     }
 
@@ -118,7 +119,7 @@ def infinite(world: World, unet: UViTT2IModel, inputs: tuple[Tensor, Tensor, Ten
         assert grad is not None
         if found and last and world.degrees.dp == 1:  # replicas would have shared it
             ops.local_tensor(grad).view(-1)[0] = torch.inf
-        found.append(bool(ops.grad_norm(unet.parameters(), world).isfinite()))
+        found.append(bool(ops.GradientNorm(unet.parameters(), world)().isfinite()))
         unet.zero_grad()
     return found
 

@@ -19,7 +19,7 @@ def test_numbers_and_flags_agree_in_all_processes(worlds: Worlds, layout: str) -
     wanted = {
         "mean": (dp * shard - 1) / 2,
         "any": [True, False],
-        "all": [False, True],
+        "late": [False, True, False],
         "from_main": {"rank": 0},
     }
     assert all(found["numbers"] == wanted for found in worlds.checks(layout))
@@ -55,7 +55,8 @@ def test_a_bit_that_differs_between_replicas_is_found_everywhere(
 def test_in_a_world_of_one_nothing_is_asked_of_others(alone: World) -> None:
     assert ops.mean_over_data(torch.tensor(3.0), alone).item() == 3
     assert [ops.any_of(True, alone), ops.any_of(False, alone)] == [True, False]
-    assert [ops.all_of(True, alone), ops.all_of(False, alone)] == [True, False]
+    late = ops.LateFlag(alone)
+    assert [late(True), late(False)] == [True, False]
     assert ops.broadcast("x", alone) == "x"
     assert ops.differing_replicas({"x": torch.zeros(2)}, alone) == []
     ops.barrier(alone)
@@ -67,12 +68,12 @@ def test_norm_and_clipping_are_torch_s(alone: World) -> None:
     for parameter, other in zip(ours, theirs, strict=True):
         parameter.grad = torch.randn(parameter.shape)
         other.grad = parameter.grad.clone()
-    norm = ops.grad_norm([*ours, nn.Parameter(torch.zeros(1))], alone)
+    norm = ops.GradientNorm([*ours, nn.Parameter(torch.zeros(1))], alone)()
     ops.clip_gradients(ours, 0.5, norm)
     assert norm == torch.nn.utils.clip_grad_norm_(theirs, 0.5)
     for parameter, other in zip(ours, theirs, strict=True):
         assert torch.equal(parameter.grad, other.grad)  # type: ignore[arg-type]
-    ops.clip_gradients(ours, 100.0, ops.grad_norm(ours, alone))
+    ops.clip_gradients(ours, 100.0, ops.GradientNorm(ours, alone)())
     assert torch.equal(ours[0].grad, theirs[0].grad)  # type: ignore[arg-type]
 
 

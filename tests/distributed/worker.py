@@ -111,7 +111,7 @@ def train(
             share.backward()
             loss += share.detach()
         gradients.finish()
-        norm = ops.grad_norm(unet.parameters(), world)
+        norm = ops.GradientNorm(unet.parameters(), world)()
         if max_norm:
             ops.clip_gradients(unet.parameters(), max_norm, norm)
         optimizer.step()

@@ -50,8 +50,9 @@ class TrainConfig(ObjectiveConfig, RecipeConfig):
     fast. Without --bf16 and --fp16 these are all products."""
     recompute: bool = False
     """Activation checkpointing: recompute activations in the backward pass. Less memory, a third more compute."""
-    compile: bool = False
-    """Compile the U-ViT with torch.compile. The first step then takes minutes."""
+    compile: bool | None = None
+    """Compile the blocks of the U-ViT with torch.compile. The first step then takes a minute, or more on a CPU.
+    Default: on a GPU, for 1000 steps or more without --align."""
     deterministic: bool = False
     """On a GPU, use only deterministic kernels; the slowdown has not been measured. A CPU is always deterministic."""
     hang_timeout: NonNegativeFloat = 600.0

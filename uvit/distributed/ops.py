@@ -178,36 +178,54 @@ class GradientAverage:
             torch._foreach_copy_(grads, list(flat.split([len(grad) for grad in grads])))
 
 
-@torch.no_grad()
-def grad_norm(parameters: Iterable[Tensor], world: World) -> Tensor:
-    """The 2-norm of all gradients together, the same in every process: a 0-d tensor.
+class GradientNorm:
+    """The 2-norm of all gradients together, the same in every process: a 0-d tensor, for which nobody waits.
 
     Call it after the gradients are averaged: replicas then have equal gradients, and nothing is summed over `dp`. A NaN
     or Inf in one process gives a NaN or Inf norm in all. (torch's own function does not accept several meshes.)
     """
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not world.parallel:
-        return torch.nn.utils.get_total_norm(grads)
-    # Sums of squares by the axes along which the gradients are sharded. `dp` only replicates.
-    parts: dict[tuple[str, ...], list[Tensor]] = {(): [], ("shard",): [], ("tp",): [], ("shard", "tp"): []}
-    for grad in grads:
-        parts[sharded_axes(grad)].append(local_tensor(grad))
-    keys = list(parts)
-    squares = torch.stack([torch.nn.utils.get_total_norm(group).square().to(world.device) for group in parts.values()])
-    for axis in world.axes("shard", "tp"):
-        sharded = torch.tensor([axis in key for key in keys], device=world.device)
-        total = squares.clone()
-        dist.all_reduce(total, group=world.group(axis))
-        squares = torch.where(sharded, total, squares)
-    return squares.sum().sqrt()
+
+    def __init__(self, parameters: Iterable[Tensor], world: World):
+        self.world, self.parameters = world, list(parameters)
+        # Sums of squares by the axes along which the gradients are sharded. `dp` only replicates.
+        self.parts: dict[tuple[str, ...], list[Tensor]] = {(): [], ("shard",): [], ("tp",): [], ("shard", "tp"): []}
+        for parameter in self.parameters if world.parallel else ():
+            self.parts[sharded_axes(parameter)].append(parameter)
+        self.sharded = {
+            axis: torch.tensor([axis in axes for axes in self.parts], device=world.device)
+            for axis in world.axes("shard", "tp")
+        }
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        if not self.world.parallel:
+            return torch.nn.utils.get_total_norm(local_grads(self.parameters))
+        norms = [torch.nn.utils.get_total_norm(local_grads(part)) for part in self.parts.values()]
+        squares = torch.stack([norm.square().to(self.world.device) for norm in norms])
+        for axis, sharded in self.sharded.items():
+            total = squares.clone()
+            dist.all_reduce(total, group=self.world.group(axis))
+            squares = torch.where(sharded, total, squares)
+        return squares.sum().sqrt()
+
+
+def local_grads(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """The local gradients of the parameters that have one."""
+    return [local_tensor(parameter.grad) for parameter in parameters if parameter.grad is not None]
 
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float, norm: Tensor) -> None:
     """Scale all gradients so that their norm is at most `max_norm`. `norm` is their norm now."""
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    if factor != 1:  # most gradients of most runs: a factor of 1 would only read and write them
-        torch._foreach_mul_([local_tensor(p.grad) for p in parameters if p.grad is not None], factor)
+    if is_known(factor) and factor == 1:
+        return  # most gradients of most runs: a factor of 1 would only read and write them
+    torch._foreach_mul_(local_grads(parameters), factor)
+
+
+def is_known(flag: Tensor) -> bool:
+    """Whether the host has the value of a tensor already. It would wait for that of another device."""
+    return flag.device.type == "cpu"
 
 
 # Numbers, flags, objects
@@ -221,18 +239,49 @@ def mean_over_data(value: Tensor, world: World) -> Tensor:
     return value / world.num_data_ranks if world.num_data_ranks > 1 else value
 
 
+def sum_over_all(values: Tensor, world: World) -> Tensor:
+    """The sums of numbers over all processes."""
+    values = values.detach().clone()
+    if world.parallel:
+        dist.all_reduce(values)
+    return values
+
+
 def any_of(flag: bool, world: World) -> bool:
-    """Whether the flag is set in any process."""
+    """Whether the flag is set in any process. Hosts wait for one another, and not for their devices."""
     if not world.parallel:
         return flag
-    value = torch.tensor(int(flag), device=world.device)
+    value = torch.tensor(int(flag))
     dist.all_reduce(value, dist.ReduceOp.MAX)
     return bool(value.item())
 
 
-def all_of(flag: bool, world: World) -> bool:
-    """Whether the flag is set in every process."""
-    return not any_of(not flag, world)
+class LateFlag:
+    """A flag that may be set in any process. All know it one call later, so that a call need not wait for the others.
+
+    A process that is alone knows it at once.
+    """
+
+    def __init__(self, world: World):
+        self.world = world
+        self.sent: tuple[Tensor, dist.Work] | None = None
+
+    def __call__(self, flag: bool) -> bool:
+        if not self.world.parallel:
+            return flag
+        known = self._receive()
+        value = torch.tensor(int(flag))
+        work = dist.all_reduce(value, dist.ReduceOp.MAX, async_op=True)
+        assert work is not None
+        self.sent = (value, work)
+        return known
+
+    def _receive(self) -> bool:
+        if self.sent is None:
+            return False
+        value, work = self.sent
+        work.wait()
+        return bool(value.item())
 
 
 def barrier(world: World) -> None:

@@ -22,6 +22,7 @@ from uvit.distributed.mesh import Degrees, World
 from uvit.errors import UserError
 from uvit.model import Block, UViTT2IModel
 from uvit.train.alignment import Projector, empty_targets
+from uvit.train.device_defaults import with_device_defaults
 from uvit.train.memory import trace_muon, trace_step
 from uvit.train.muon import block_matrices
 from uvit.train.optimizer import iteration_dtype
@@ -74,7 +75,7 @@ def describe_plan(config: TrainConfig) -> str:
 
 def build_meta_run(config: TrainConfig) -> Run:
     """The run as its first process would build it, on the meta device. Other processes are not needed."""
-    pick_device(config.device)  # raises UserError where the device cannot be used
+    config = with_device_defaults(config, pick_device(config.device))
     degrees = Degrees(config.dp_degree, config.sharding_parallel_degree, config.tensor_parallel_degree)
     world = World(0, degrees.product, degrees, torch.device("meta"), None)
     return build_run(config, Path(config.output_dir), world)

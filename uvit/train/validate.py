@@ -97,8 +97,7 @@ def equal_batch_size(num_rows: int, batch_size: int) -> int:
 
 def uncompiled(run: Run) -> contextlib.AbstractContextManager[object]:
     """Run the network as it is, not as it is compiled: for batches of training alone, and with gradients."""
-    compiled = any(module._compiled_call_impl is not None for module in run.precision.compute_model.modules())
-    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager") if run.config.compile else contextlib.nullcontext()
 
 
 def local_batches(rows: np.ndarray, batch_size: int, world: World) -> Iterator[tuple[bool, np.ndarray]]:
