@@ -309,6 +309,7 @@ def pinned(tensor: Tensor) -> Tensor:
 def pretend_gpus() -> Iterator[State]:
     """Two H100s, in this thread and in those that it starts."""
     STATE.start()
+    torch.utils._device._device_constructors()  # remembers torch.empty, as it is before it is replaced here
     run, empty, to = threading.Thread.run, torch.empty, torch.Tensor.to
 
     def run_with_gpus(thread: threading.Thread) -> None:
