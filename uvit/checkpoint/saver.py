@@ -138,7 +138,7 @@ class Saver:
                     buffer = torch.empty(key.size, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
                 self._buffers[key] = buffer.copy_(tensor.detach(), non_blocking=True)
             for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
-                torch.cuda.synchronize(device)  # a thread's current device is cuda:0, wherever the tensors are
+                torch.cuda.synchronize(device)  # which need not be the current one
         finally:
             self._copied.set()
 
