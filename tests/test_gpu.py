@@ -381,7 +381,13 @@ def check_device(parts: Path, out: Path, folder: Path) -> None:
 FAULTS: list[tuple[str, str, str, Callable[[Path, Path, Path], None]]] = [
     ("uvit.model:timestep_embedding", "device=timestep.device, ", "", check_step),
     ("uvit.diffusion:alphas_cumprod", ".to(device)", "", check_step),
-    ("uvit.train.step:train_step", "loss.detach()", "loss.item()", check_step),
+    (
+        "uvit.train.step:forward_backward",
+        "parts = [loss.detach()",
+        "parts = [loss.detach() * bool(loss > 0)",
+        check_step,
+    ),
+    ("uvit.train.adamw:FusedAdamW.step", ", alpha=1)", ")", check_step),
     ("uvit.train.loader:PreparedBatch.to", "non_blocking=True", "non_blocking=False", check_step),
     ("uvit.train.loader:prefetch", "batches.prepare(item).pin_memory()", "batches.prepare(item)", check_step),
     ("uvit.train.loader:copy_ahead", "current.wait_event(copied)", "pass", check_step),
