@@ -34,8 +34,8 @@ class FusedAdamW(torch.optim.AdamW):
             grads = local_grads(group["params"])
             if skipped is None:
                 torch._foreach_add_(steps, 1)
-            else:  # without alpha, torch takes a tensor for a number, and reads it
-                torch._foreach_add_(steps, 1.0 - skipped.float(), alpha=1)
+            else:
+                torch._foreach_add_(steps, [1.0 - skipped.float()] * len(steps))  # a single tensor would be read
             beta1, beta2 = group["betas"]
             torch._fused_adamw_(
                 params, grads, exp_avgs, exp_avg_sqs, [], steps,
