@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.pretend_gpu import pretend_gpus
 from tests.tiny import tiny_vit_folder
 from uvit.config.extract import ExtractConfig
 from uvit.config.objective import ObjectiveConfig
@@ -58,3 +59,23 @@ def test_other_stores_in_several_files(kind: str, encoders: tuple[Path, Path], t
     )
     flags = {"align": "repa"} if kind == "teacher" else {}
     assert_same_batches(FeatureStore(tmp_path / "store" / "train"), 10, False, **flags)
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_a_gpu_gathers_and_draws_the_same_without_a_wait(store: Path, tokens: bool) -> None:
+    features, config = FeatureStore(store / "train"), ObjectiveConfig(noise_device="device", noise_offset=0.1)
+    wanted = [BatchDataset(features, 50, 3, use_tokens=tokens, config=config)[i] for i in range(4)]
+    with pretend_gpus() as gpus:
+        device = torch.device("cuda", 1)
+        batches = BatchDataset(features, 50, 3, use_tokens=tokens, config=config)
+        batches.memory = FeaturesInMemory(features, tokens, False, device)
+        found = prefetch(batches, range(4), 0, device)
+        first = next(found)  # makes the table of normal numbers
+        gpus.waits.clear()
+        rest = list(found)
+        assert not gpus.waits
+        for one, other in zip([first, *rest], wanted, strict=True):
+            for field in fields(one):
+                ours, theirs = getattr(one, field.name), getattr(other, field.name)
+                assert (ours is None) == (theirs is None), field.name
+                assert ours is None or torch.equal(ours.cpu(), theirs), field.name
