@@ -206,7 +206,7 @@ class UViTT2IModel(ModelMixin, ConfigMixin):
         patches = self.patch_embed(latents)                                                      # (B, h w, D)
         time = timestep_embedding(timestep, patches.shape[-1]).to(patches.dtype)[:, None]        # (B, 1, D)
         x = torch.cat([time, self.context_embed(context), patches], dim=1)                       # (B, L, D)
-        x = x + self._positions(h, w)
+        x = x + self._positions(h, w).to(x.dtype)  # autocast computes tokens and all that follows in low precision
 
         skips = []
         for block in self.in_blocks:

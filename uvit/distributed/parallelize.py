@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -28,10 +28,21 @@ def parallelize(unet: UViTT2IModel, world: World, *, recompute: bool = False, co
     if recompute:
         unet.enable_gradient_checkpointing()
     if compile:
-        # Gathering the parameters of a block breaks the graph, so sharded blocks are compiled one by one.
-        for module in blocks if world.degrees.shard > 1 else [unet]:
-            module.compile()
+        compile_blocks(blocks)
     shard(unet, world, blocks)
+
+
+def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> None:
+    """Compile the blocks one by one, each kind of block once.
+
+    The backward of one graph of the whole network would hand out its gradients when it is done, too late to send them
+    meanwhile. And of a deep network, most blocks would be compiled again and again. Only `forward` is compiled: what
+    gathers sharded parameters, around it, would break the graph.
+    """
+    # Kinds of block x with and without gradients x batches and sizes of latents.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    for block in blocks:
+        block.forward = torch.compile(block.forward, backend=backend, fullgraph=True, dynamic=False)
 
 
 def check_divisibility(block: Block, world: World) -> None:
@@ -108,7 +119,9 @@ def shard(module: nn.Module, world: World, blocks: Iterable[nn.Module] = ()) -> 
         even = [dim for dim, length in enumerate(parameter.shape) if dim not in sharded and length % size == 0]
         return Shard(even[0] if even else 0)
 
+    # Gradients of a low-precision copy are added up, over microbatches and processes, in float32.
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for part in [*blocks, module]:
         # After a forward without a backward (previews, validation) the root must not stay gathered: optimizer, EMA and
         # checkpoints need the shards.
-        fully_shard(part, mesh=mesh, shard_placement_fn=dim_to_shard, reshard_after_forward=True)
+        fully_shard(part, mesh=mesh, mp_policy=policy, shard_placement_fn=dim_to_shard, reshard_after_forward=True)
