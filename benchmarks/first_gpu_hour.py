@@ -44,7 +44,7 @@ BATCHES = (32, 64, 128, 256, 512)
 # A precision: (its flags, the largest relative difference from float32 on the CPU of: a loss, a gradient norm, the
 # change of the weights in five steps). Ten times what half precision on a CPU differs by, with a U-ViT of 2 and of 8
 # layers: 1e-4, 1e-3 and 9e-3 in bf16, 9e-6, 1e-4 and 1e-3 in fp16, whose 10 bits of mantissa TF32 has as well.
-EXACT = ("--bf16", "False")
+EXACT = ("--bf16", "False", "--tf32", "False")
 PRECISIONS: dict[str, tuple[tuple[str, ...], tuple[float, float, float]]] = {
     "float32": (EXACT, (1e-5, 1e-4, 1e-3)),
     "TF32": (("--bf16", "False"), (1e-4, 1e-3, 1e-2)),
@@ -99,7 +99,10 @@ class Hour:
         if self.tiny and launch == ("-m",):
             printed = io.StringIO()
             with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-                status = uvit_main(list(words))
+                try:
+                    status = uvit_main(list(words))
+                except Exception as error:  # in a process of its own, a traceback and status 1
+                    raise CommandError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
             text = printed.getvalue()
         else:
             command = [sys.executable, *launch, "uvit", *words]
@@ -165,11 +168,11 @@ def check_card(hour: Hour) -> Iterator[str]:
         raise WrongError(
             f"torch {torch.__version__} sees no GPU: install the build for your CUDA version (pytorch.org)"
         )
-    properties = torch.cuda.get_device_properties(hour.device)
-    yield f"| GPU | {torch.cuda.device_count()} x {properties.name}, {properties.total_memory / 2**30:.1f} GiB |"
-    yield f"| compute capability | {properties.major}.{properties.minor} |"
+    name, memory = torch.cuda.get_device_name(hour.device), torch.cuda.get_device_properties(hour.device).total_memory
+    yield f"| GPU | {torch.cuda.device_count()} x {name}, {memory / 2**30:.1f} GiB |"
+    yield f"| bf16 | {'yes' if torch.cuda.is_bf16_supported(including_emulation=False) else 'no'} |"
     yield f"| CUDA, cuDNN | {torch.version.cuda}, {torch.backends.cudnn.version()} |"
-    peaks = [known_peak(properties.name, dtype) for dtype in (torch.bfloat16, torch.float32)]
+    peaks = [known_peak(name, dtype) for dtype in (torch.bfloat16, torch.float32)]
     words = ", ".join("unknown" if peak is None else f"{peak / 1e12:,.0f} TFLOP/s" for peak in peaks)
     yield f"| peak of the data sheet, 16 bits and float32 | {words} |"
 

@@ -150,41 +150,40 @@ def batch(total: int, flags: list[str]) -> None:
     """Print flags for the largest part of `total` samples that each process can take at a time, by the plan."""
     from uvit.cli.parse import parse
     from uvit.config.train import TrainConfig
-    from uvit.train.dry_run import build_meta_run, plan_of_run
+    from uvit.train.dry_run import ALLOCATOR_OVERHEAD, DRIVER_BYTES, build_meta_run, fitting_config, plan_of_run
 
     first, _ = parse(TrainConfig, flags, prog="uvit train")
     num_data_ranks = first.dp_degree * first.sharding_parallel_degree
     if total % num_data_ranks:
         raise SystemExit(f"{total} samples a step: cannot be divided among {num_data_ranks} processes")
     share, (limit, where) = total // num_data_ranks, memory_limit(first.device, num_data_ranks)
-    sizes = [size for size in range(share, 0, -1) if share % size == 0]
-    for recompute in ([], ["--recompute"]):
-        for size in sizes:
-            chosen = ["--per_device_train_batch_size", str(size), "--gradient_accumulation_steps", str(share // size)]
-            config, _ = parse(TrainConfig, [*flags, *chosen, *recompute], prog="uvit train")
-            needed = sum(plan_of_run(build_meta_run(config)).memory.values())
-            if needed <= limit:
-                note = f"{size} samples at a time need {needed / 2**30:,.1f} GiB of {limit / 2**30:,.1f} {where}"
-                print(f"{note}: {' '.join([*chosen, *recompute])}", file=sys.stderr)
-                print(" ".join([*chosen, *recompute]))
-                return
-    raise SystemExit(f"{first.uvit_config_file}: not even one sample fits into {limit / 2**30:,.1f} GiB {where}")
+    whole = ["--per_device_train_batch_size", str(share), "--gradient_accumulation_steps", "1"]
+    chosen: TrainConfig | None = parse(TrainConfig, [*flags, *whole], prog="uvit train")[0]
+    assert chosen is not None
+    needed = sum(plan_of_run(build_meta_run(chosen)).memory.values())
+    if needed * ALLOCATOR_OVERHEAD + DRIVER_BYTES > limit:
+        chosen = fitting_config(chosen, limit)
+    if chosen is None:
+        raise SystemExit(f"{first.uvit_config_file}: not even one sample fits into {limit / 2**30:,.1f} GiB {where}")
+    size, steps = chosen.per_device_train_batch_size, chosen.gradient_accumulation_steps
+    print(f"{size} samples at a time fit into {limit / 2**30:,.1f} GiB {where}", file=sys.stderr)
+    recompute = " --recompute" if chosen.recompute else ""
+    print(f"--per_device_train_batch_size {size} --gradient_accumulation_steps {steps}{recompute}")
 
 
 def memory_limit(device: str, num_processes: int) -> tuple[int, str]:
-    """-> (bytes that the plan of a process may take, of what): a tenth stays free, and what the plan does not count."""
+    """-> (bytes that a process may take, of what): a tenth stays free."""
     import torch
 
     from uvit.device import pick_device
 
     if pick_device(device).type == "cuda":
         sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
-        # The driver and its libraries take about a gigabyte, and the allocator a twentieth.
-        return int((0.9 * min(sizes) - 2**30) / 1.05), "of the GPU"
+        return int(0.9 * min(sizes)), "of a GPU"
     available = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text(encoding="utf-8"))
     if available is None:
         raise SystemExit("the free memory of this machine is not known; give --per_device_train_batch_size yourself")
-    return int(0.9 * int(available[1]) * 1024 / num_processes) - 2**30, "of this machine"
+    return int(0.9 * int(available[1]) * 1024 / num_processes), "of this machine"
 
 
 # The validation curve
