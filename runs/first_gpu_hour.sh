@@ -10,4 +10,5 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True} # as runs/coco.sh
+uvit --version
 exec python "$here/benchmarks/first_gpu_hour.py" --output_dir "output/first_gpu_hour/$(date +%Y-%m-%d-%H%M%S)" "$@"
