@@ -13,10 +13,10 @@ import time
 
 import torch
 
+from uvit.compiling import compile_blocks
 from uvit.config.model import resolve_model_config
 from uvit.distributed.mesh import Degrees, World, destroy_distributed, init_distributed
 from uvit.distributed.ops import BUCKET_BYTES, GradientAverage, barrier
-from uvit.distributed.parallelize import compile_blocks
 from uvit.model import UViTT2IModel
 from uvit.weights.unet import new_unet
 

@@ -44,6 +44,11 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device is a GPU with matrix products in bfloat16."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def use_tf32(enabled: bool) -> None:
     """Whether a GPU computes float32 matrix products and convolutions in TF32: with 10 bits of mantissa instead of 23,
     summed in float32, and several times as fast. A CPU always computes in float32.

@@ -128,6 +128,7 @@ class UViTT2IModel(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012 - diffusers reads it off the class
+    _repeated_blocks = ["Block"]  # noqa: RUF012 - the same, for compile_repeated_blocks
 
     @register_to_config
     def __init__(

@@ -127,6 +127,7 @@ class ModernUViTT2IModel(UViTT2IModel):
     """
 
     _no_split_modules = ["ModernBlock"]  # noqa: RUF012 - diffusers reads it off the class
+    _repeated_blocks = ["ModernBlock"]  # noqa: RUF012 - the same, for compile_repeated_blocks
 
     @register_to_config
     def __init__(

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from uvit.compiling import compile_blocks
 from uvit.distributed.mesh import World
 from uvit.errors import UserError
 from uvit.model import Block, UViTT2IModel
@@ -30,19 +31,6 @@ def parallelize(unet: UViTT2IModel, world: World, *, recompute: bool = False, co
     if compile:
         compile_blocks(blocks)
     shard(unet, world, blocks)
-
-
-def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> None:
-    """Compile the blocks one by one, each kind of block once.
-
-    The backward of one graph of the whole network would hand out its gradients when it is done, too late to send them
-    meanwhile. And of a deep network, most blocks would be compiled again and again. Only `forward` is compiled: what
-    gathers sharded parameters, around it, would break the graph.
-    """
-    # Kinds of block x with and without gradients x batches and sizes of latents.
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    for block in blocks:
-        block.forward = torch.compile(block.forward, backend=backend, fullgraph=True, dynamic=False)
 
 
 def check_divisibility(block: Block, world: World) -> None:

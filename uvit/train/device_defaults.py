@@ -6,6 +6,7 @@ import torch
 from torch.utils._triton import has_triton
 
 from uvit.config.train import TrainConfig
+from uvit.device import has_bf16
 
 COMPILED_FROM = 1000  # steps: in a shorter run, compiling takes longer than it saves
 
@@ -15,7 +16,7 @@ def with_device_defaults(config: TrainConfig, device: torch.device) -> TrainConf
     on_gpu = device.type == "cuda"
     bf16, compiles = config.bf16, config.compile
     if bf16 is None:
-        bf16 = on_gpu and not config.fp16 and torch.cuda.is_bf16_supported(including_emulation=False)
+        bf16 = has_bf16(device) and not config.fp16
     if compiles is None:
         is_long = config.max_steps >= COMPILED_FROM or config.num_train_epochs is not None
         compiles = on_gpu and is_long and config.align == "none" and has_triton()

@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NOISE = 7  # the stream, beside those of loader.py and validate.py
+NOISE_STREAM = 7  # the stream, beside those of loader.py and validate.py
 WORD = 2**64
 MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)  # of Philox4x64
 WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
-NUM_ROUNDS = 10
+PHILOX_ROUNDS = 10
 LOW = 0xFFFFFFFF  # the low half of a word
 GRID = 2.0**-20
 BLOCK = 16  # normal numbers of four words
-CHUNK = 16384  # pairs at a time: few calls, and what they need stays in a core's cache
+PAIRS_AT_A_TIME = 16384  # pairs at a time: few calls, and what they need stays in a core's cache
 
 
 @functools.cache
@@ -52,9 +52,9 @@ def draw_noise(
     size, num_noises = math.prod(latent_shape), 1 + posterior
     num = num_noises * size + (latent_shape[0] if noise_offset else 0)
     if isinstance(first, Tensor):
-        normal = normal_on_device(first, count, seed, NOISE, num)
+        normal = normal_on_device(first, count, seed, NOISE_STREAM, num)
     else:
-        normal = torch.from_numpy(normal_on_host(first, count, seed, NOISE, num))
+        normal = torch.from_numpy(normal_on_host(first, count, seed, NOISE_STREAM, num))
     *posterior_noise, noise = normal[:, : num_noises * size].view(count, num_noises, *latent_shape).unbind(1)
     if noise_offset:
         noise = noise + noise_offset * normal[:, num_noises * size :, None, None]
@@ -73,8 +73,8 @@ def normal_on_host(first: int, count: int, seed: int, stream: int, num: int) -> 
     state["state"]["counter"][0] = first * num_blocks
     bits.state = state
     out = np.empty((count * num_blocks * BLOCK // 2, 2), np.float32)
-    for start in range(0, len(out), CHUNK):
-        pairs = out[start : start + CHUNK]
+    for start in range(0, len(out), PAIRS_AT_A_TIME):
+        pairs = out[start : start + PAIRS_AT_A_TIME]
         places = bits.random_raw(len(pairs) // 2).view("<u2").astype(np.intp)
         t, u = table.take(places, mode="wrap").reshape(pairs.shape).T
         np.add(t, u, out=pairs[:, 0])
@@ -99,7 +99,7 @@ def philox(blocks: Tensor, seed: int, stream: int) -> Tensor:
     """
     zero = torch.zeros_like(blocks)
     words, keys = [blocks, zero, zero, zero], [seed, stream]
-    for _ in range(NUM_ROUNDS):
+    for _ in range(PHILOX_ROUNDS):
         high0, low0 = multiply(words[0], MULTIPLIERS[0])
         high1, low1 = multiply(words[2], MULTIPLIERS[1])
         words = [high1 ^ words[1] ^ signed(keys[0]), low1, high0 ^ words[3] ^ signed(keys[1]), low0]
