@@ -23,7 +23,7 @@ PHILOX_ROUNDS = 10
 LOW = 0xFFFFFFFF  # the low half of a word
 GRID = 2.0**-20
 BLOCK = 16  # normal numbers of four words
-PAIRS_AT_A_TIME = 16384  # pairs at a time: few calls, and what they need stays in a core's cache
+CHUNK_PAIRS = 16384  # pairs at a time: few calls, and what they need stays in a core's cache
 
 
 @functools.cache
@@ -73,8 +73,8 @@ def normal_on_host(first: int, count: int, seed: int, stream: int, num: int) -> 
     state["state"]["counter"][0] = first * num_blocks
     bits.state = state
     out = np.empty((count * num_blocks * BLOCK // 2, 2), np.float32)
-    for start in range(0, len(out), PAIRS_AT_A_TIME):
-        pairs = out[start : start + PAIRS_AT_A_TIME]
+    for start in range(0, len(out), CHUNK_PAIRS):
+        pairs = out[start : start + CHUNK_PAIRS]
         places = bits.random_raw(len(pairs) // 2).view("<u2").astype(np.intp)
         t, u = table.take(places, mode="wrap").reshape(pairs.shape).T
         np.add(t, u, out=pairs[:, 0])

@@ -35,7 +35,7 @@ def place_features(run: Run) -> str | None:
         target, where, limit = torch.device("cpu"), "the main memory", available_bytes()
         needed = num_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # each process has its own
     else:
-        target, where, limit = device, "the GPU's memory", torch.cuda.mem_get_info(device)[1]
+        target, where, limit = device, "the GPU's memory", torch.cuda.get_device_properties(device).total_memory
         needed = num_bytes + sum(plan_of_run(build_meta_run(config)).memory.values())
     if needed > (1 - SPARE) * limit:
         sentence = (
