@@ -1,5 +1,6 @@
 """The first hour on a GPU, very small and on the CPU; and that it stops at what is wrong."""
 
+import contextlib
 import importlib.util
 import re
 import sys
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
+from tests.pretend_gpu import pretend_gpus
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 spec = importlib.util.spec_from_file_location("first_gpu_hour", BENCHMARKS / "first_gpu_hour.py")
@@ -81,3 +84,23 @@ def test_without_a_gpu_it_says_what_to_install(tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(SystemExit):
         hour.main(["--tiny", "--output_dir", str(tmp_path / "hour")])
     assert "is not empty; every hour needs a folder of its own" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_training_on_a_pretended_gpu_equals_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = hour.Hour.uvit
+
+    def uvit(self: Any, *words: str) -> str:
+        with pretend_gpus() if "cuda:1" in words else contextlib.nullcontext():
+            return here(self, *words)
+
+    monkeypatch.setattr(hour.Hour, "uvit", uvit)
+    monkeypatch.setattr(hour, "PRECISIONS", {"float32": hour.PRECISIONS["float32"]})
+    arguments = ["--device", "cuda:1", "--tiny", "--output_dir", str(tmp_path / "hour"), "--only", "training"]
+    assert hour.main(arguments) == 0
+    assert "| float32 | 0.0e+00 | 0.0e+00 | 0.0e+00 |" in (tmp_path / "hour" / "report.md").read_text()
+    with pretend_gpus():
+        assert (
+            hour.main(["--device", "cuda:1", "--tiny", "--output_dir", str(tmp_path / "card"), "--only", "card"]) == 0
+        )
+    assert "| GPU | 2 x NVIDIA H100 80GB HBM3, 80.0 GiB |" in (tmp_path / "card" / "report.md").read_text()
