@@ -41,12 +41,15 @@ train+=("${more[@]}")
 data=$out/data models=$out/data/models run=$out/$preset
 mkdir -p "$out"
 
-# One process for each GPU, bound to the processors beside it. Segments that grow leave less memory unused.
+# One process for each GPU, bound to the processors beside it where numactl is installed. Segments that grow leave less memory unused.
 gpus=${GPUS:-$(python -c 'import torch; print(torch.cuda.device_count())')}
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 launch=(python -m)
 if [ "$gpus" -gt 1 ]; then
-    launch=(torchrun --standalone --nproc_per_node "$gpus" --numa-binding node -m)
+    numa=()
+    # torchrun calls both
+    if command -v numactl >/dev/null && command -v nvidia-smi >/dev/null; then numa=(--numa-binding node); fi
+    launch=(torchrun --standalone --nproc_per_node "$gpus" "${numa[@]}" -m)
     train+=(--dp_degree "$gpus")
 fi
 
