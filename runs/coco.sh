@@ -60,8 +60,11 @@ if [ "${1:-}" != --tiny ]; then
     hf download openai/clip-vit-large-patch14 config.json model.safetensors tokenizer.json tokenizer_config.json \
         vocab.json merges.txt special_tokens_map.json --local-dir "$models/clip"
     inception=$models/pt_inception-2015-12-05-6726825d.pth
-    [ -e "$inception" ] || { curl --fail --location --retry 5 -C - -o "$inception.part" \
-        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/${inception##*/}" && mv "$inception.part" "$inception"; }
+    if [ ! -e "$inception" ]; then
+        curl --fail --location --retry 5 -C - -o "$inception.part" \
+            "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/${inception##*/}"
+        mv "$inception.part" "$inception"
+    fi
     statistics=(--metric fid --inception_weights "$inception")
     judge=(--metrics fid --inception_weights "$inception")
 fi
@@ -78,7 +81,8 @@ echo "== 3. The batch: $total samples a step, as many at a time as fit into memo
 chosen=$out/$preset.$gpus-gpus # kept: a run that resumes is not to change its batch
 if [ ! -e "$chosen" ]; then
     python "$here/runs/coco.py" batch "$total" "${recipe[@]}" --feature_path "$out/features" --output_dir "$run" \
-        "${train[@]}" >"$chosen.part" && mv "$chosen.part" "$chosen"
+        "${train[@]}" >"$chosen.part"
+    mv "$chosen.part" "$chosen"
 fi
 read -ra batch <"$chosen"
 

@@ -112,6 +112,53 @@ def test_from_zip_files_to_a_report_and_again(tmp_path: Path) -> None:
     assert before and {path: path.stat().st_mtime_ns for path in before} == before
 
 
+RECORDER = """#!/bin/bash
+echo "$(basename "$0") $*" >>"{log}"
+for word in "$@"; do
+    last=$next next=$word
+    case $last in --output_dir) out=$next ;; -o) mkdir -p "$(dirname "$next")" && touch "$next" ;; esac
+done
+if [ -n "$out" ]; then mkdir -p "$out" && echo "# Evaluation" >"$out/report.md"; fi
+case "$*" in *no_such_preset*) exit 7 ;; *"coco.py batch"*) echo --per_device_train_batch_size 64 ;; esac
+"""
+
+
+def recorded(tmp_path: Path, *arguments: str) -> tuple[int, list[str]]:
+    """-> (exit status, the commands that the script would run on two GPUs, for the whole of COCO)"""
+    folder, log = tmp_path / "recorders", tmp_path / "log"
+    folder.mkdir(exist_ok=True)
+    for name in ("uvit", "python", "torchrun", "hf", "curl"):
+        (folder / name).write_text(RECORDER.format(log=log))
+        (folder / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "UVIT_COCO_DIR": str(tmp_path / "out")}
+    command = ["bash", RUNS / "coco.sh", *arguments]
+    status = subprocess.run(command, env=environment | {"GPUS": "2"}, stdout=subprocess.DEVNULL).returncode
+    return status, [line.replace(f"{tmp_path}/", "").replace(f"{RUNS}/", "") for line in log.read_text().splitlines()]
+
+
+def test_the_whole_of_coco_on_two_gpus(tmp_path: Path) -> None:
+    status, commands = recorded(tmp_path, "coco_s2_deep")
+    assert status == 0
+    assert [" ".join(command.split()[:2]) for command in commands if "coco.py" in command] == ["python coco.py"] * 5
+    assert "python coco.py unpack out/data --official" in commands
+    parallel = [command.split(" -m uvit ")[1] for command in commands if command.startswith("torchrun --standalone")]
+    assert [command.split()[0] for command in parallel] == ["extract", "extract", "train", "evaluate"]
+    train = parallel[2]
+    assert "--config coco_s2_deep" in train and train.endswith("--dp_degree 2 --per_device_train_batch_size 64")
+    assert "--protocol uvit-coco --prompts out/data/annotations/captions_val2014.json" in parallel[3]
+    assert all("--icc ignore" in command and "--resolution 256" in command for command in parallel[:2])
+    assert sum(command.startswith("hf download") for command in commands) == 2
+    assert sum(command.startswith("curl") for command in commands) == 1
+    assert any(
+        "evaluate statistics" in command and "--metric fid --inception_weights" in command for command in commands
+    )
+
+
+def test_a_step_that_fails_ends_the_script(tmp_path: Path) -> None:
+    status, commands = recorded(tmp_path, "no_such_preset")  # the choice of the batch is the first to see it
+    assert status == 7 and "coco.py batch" in commands[-1]
+
+
 def zip_files(data: Path) -> None:
     data.mkdir(exist_ok=True)
     for name in coco.OFFICIAL:
