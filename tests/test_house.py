@@ -50,7 +50,7 @@ PLACES = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 UNTESTED = {"uvit/__init__.py", "uvit/__main__.py"}
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
 # Imported where they are needed, with a sentence where they are not installed.
-OPTIONAL = {"datasets", "onnxruntime", "pyarrow", "wandb"}
+OPTIONAL = {"datasets", "gradio", "onnxruntime", "pyarrow", "wandb"}
 
 
 def module_name(path: Path) -> str:
