@@ -15,6 +15,7 @@ from PIL import Image
 from selenium import webdriver
 from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.support.ui import WebDriverWait
 
 import uvit
 from tests.serve.page_server import PageServer
@@ -93,8 +94,6 @@ class Person:
         return self.driver.execute_script(script, *values)
 
     def until(self, condition: Callable[[], Any]) -> Any:
-        from selenium.webdriver.support.ui import WebDriverWait
-
         return WebDriverWait(self.driver, SECONDS, poll_frequency=0.05).until(lambda _: condition())
 
     def see(self, *texts: str) -> None:
@@ -424,13 +423,13 @@ def test_a_full_queue_is_waited_for_and_a_request_can_be_cancelled(person: Perso
 def test_a_training_run_is_watched_and_sampled_from(person: Person, server: PageServer) -> None:
     person.open("#training")
     person.see(f"step {server.step} of", "Learning rate", "Gradient norm", "Checkpoints")
-    assert person.find("#preview").is_displayed()
+    person.until(lambda: person.find("#preview").is_displayed() and person.js("return $('preview').naturalWidth"))
     server.train()  # goes on
     person.see(f"step {server.step} of", f"step {server.step}\nSample from it")
     loss = json.loads((server.run_folder / "logs" / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
     person.see(f"step {server.step}: loss {float(f'{loss:.3g}'):g}")
     assert person.js("return document.querySelectorAll('#charts svg').length") >= 5
-    assert person.find("#preview_number").text == str(server.step)
+    person.until(lambda: person.find("#preview_number").text == str(server.step))
 
     person.find("#charts svg").send_keys(Keys.ARROW_LEFT)  # a chart is read with the keyboard
     assert f"step {server.step}:" not in person.find("#charts output").text
