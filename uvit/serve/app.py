@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import re
 import secrets
 import time
 from collections import OrderedDict
@@ -14,6 +15,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -23,11 +25,31 @@ from uvit.errors import UserError
 from uvit.serve.access import Access
 from uvit.serve.models import ServedModel, find_model
 from uvit.serve.queue import Dispatcher, Ticket
-from uvit.serve.requests import GenerationRequest, ImageTask, RequestError, error_body, tasks_of
+from uvit.serve.requests import EditRequest, GenerationRequest, ImageTask, RequestError, error_body, tasks_of
+from uvit.serve.runs import run_routes
 
 PAGE = Path(__file__).with_name("page.html")
 MAX_STORED_BYTES = 256 * 2**20  # of images that are answered by url
 KEEP_ALIVE_SECONDS = 15.0  # between two signs of life in a stream
+
+
+MAX_FILES, MAX_FIELDS = 2, 50  # of a form
+_FILE = {"type": "string", "format": "binary"}
+_FORM = EditRequest.model_json_schema()
+EDIT_FORM = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": _FORM
+                | {
+                    "properties": {"image": _FILE, "mask": _FILE, **_FORM["properties"]},
+                    "required": ["image", "prompt"],
+                }
+            }
+        },
+    }
+}
 
 
 class ImageStore:
@@ -106,6 +128,11 @@ def build_app(config: ServeConfig, models: dict[str, ServedModel], dispatcher: D
     @app.post("/v1/images/generations", response_model=None)
     async def generate(body: GenerationRequest, request: Request) -> Response:
         return await answer(body, tasks_of(body, find_model(models, body.model), config), request)
+
+    @app.post("/v1/images/edits", response_model=None, openapi_extra=EDIT_FORM)
+    async def edit(request: Request) -> Response:
+        body, image, mask = await read_form(request)
+        return await answer(body, tasks_of(body, find_model(models, body.model), config, image, mask), request)
 
     async def answer(body: GenerationRequest, tasks: Sequence[ImageTask], request: Request) -> Response:
         ticket = dispatcher.submit(tasks)
@@ -201,6 +228,12 @@ def build_app(config: ServeConfig, models: dict[str, ServedModel], dispatcher: D
             raise RequestError(f"image {id}: is not kept any more", 404, code="not_found")
         return Response(store.images[id], media_type="image/png", headers={"Cache-Control": "private, max-age=3600"})
 
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(dispatcher.metrics(), media_type="text/plain; version=0.0.4")
+
+    app.include_router(run_routes(models))
+
     @app.exception_handler(UserError)
     async def user_error(request: Request, error: UserError) -> Response:
         refused = error if isinstance(error, RequestError) else RequestError(str(error.args[0]))
@@ -225,6 +258,29 @@ def build_app(config: ServeConfig, models: dict[str, ServedModel], dispatcher: D
         return JSONResponse({"error": error_body(RequestError("the server failed; its log says why", 500))}, 500)
 
     return app
+
+
+async def read_form(request: Request) -> tuple[EditRequest, bytes, bytes | None]:
+    """The fields, the image and the mask of an edit. Raises RequestError or RequestValidationError."""
+    fields: dict[str, Any] = {}
+    files: dict[str, bytes] = {}
+    async with request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS) as form:
+        for name, value in form.multi_items():
+            plain = name.removesuffix("[]")  # the names of lists, as the client of OpenAI sends them
+            if isinstance(value, str):
+                items = re.split(r"[\s,]+", value.strip()) if plain == "guidance_interval" else [value]
+                fields[plain] = [*fields.get(plain, []), *items] if plain == "guidance_interval" else value
+            elif plain in files:
+                raise RequestError(f"--{plain}: there are several; send one", param=plain)
+            else:
+                files[plain] = await value.read()
+    image, mask = files.pop("image", None), files.pop("mask", None)
+    if image is None:
+        raise RequestError("--image: is missing; send an image file in a form (multipart/form-data)", param="image")
+    try:
+        return EditRequest.model_validate(fields | dict.fromkeys(files, "a file")), image, mask
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from None
 
 
 def failure(event: dict[str, Any]) -> RequestError:

@@ -86,7 +86,7 @@ class LoadedModel:
         """The steps of an image, and how many times they ask the network."""
         config = task.config
         image, mask = self.uploads(task, max_pixels)
-        height, width = task.size or (None, None)
+        height, width = self.size(task)
         (scale,) = config.guidance_scale
         scheduler = self.scheduler(config.scheduler)
         settings = ImageSettings(
@@ -100,11 +100,21 @@ class LoadedModel:
         count = max(1, int(config.num_inference_steps * share + 1e-9))
         return steps, count * scheduler.order - (scheduler.order - 1)
 
+    def size(self, task: ImageTask) -> tuple[int, int]:
+        """(height, width) of an image. Raises UserError if the model has no such size."""
+        height, width = task.size or self.pipeline.resolution
+        try:
+            shape = self.pipeline._latents_shape(1, height, width)
+            self.pipeline.unet._patch_grid(*shape[2:])
+        except ValueError as error:
+            raise UserError(f"--size {width}x{height}: {error}") from None
+        return height, width
+
     def uploads(self, task: ImageTask, max_pixels: int) -> tuple[Image.Image | None, Image.Image | None]:
         """The image and the mask of a task, in the size of the image to generate. Raises UserError."""
         if task.image is None:
             return None, None
-        size = (task.size or self.pipeline.resolution)[::-1]
+        size = self.size(task)[::-1]
         opened = []
         for name, data in (("image", task.image), ("mask", task.mask)):
             if data is None:

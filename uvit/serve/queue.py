@@ -34,6 +34,7 @@ class Ticket:
     events: asyncio.Queue[dict[str, Any]] = field(default_factory=asyncio.Queue)
     left: int = 0  # images that are not finished
     position: int | None = None  # the last one that was told
+    submitted: float = field(default_factory=time.monotonic)
 
     @property
     def id(self) -> str:
@@ -101,6 +102,7 @@ class Dispatcher:
         self.described: dict[ModelRef, asyncio.Future[dict[str, Any]]] = {}
         self.is_draining = False
         self.finished: deque[float] = deque()  # when the last images were
+        self.queue_seconds, self.image_seconds = [0.0, 0.0], [0.0, 0.0]  # sum and count, since the submission
         self.counts = dict.fromkeys(("images", "failed", "cancelled", "rejected", "worker_restarts"), 0)
 
     # Workers
@@ -148,6 +150,7 @@ class Dispatcher:
                 return
             fields = ("png", "settings", "warnings") if kind == "done" else ("message", "is_user_error")
             self.counts["images" if kind == "done" else "failed"] += 1
+            self._note_time(self.image_seconds, key[0])
             self.finished.append(time.monotonic())
             self._tell(key, kind, **dict(zip(fields, values, strict=True)))
         self._dispatch()
@@ -242,6 +245,19 @@ class Dispatcher:
     def num_running(self) -> int:
         return sum(len(worker.tasks) for worker in self.workers)
 
+    def metrics(self) -> str:
+        """In Prometheus' text format."""
+        gauges = {"waiting": len(self.waiting), "running": self.num_running, "workers": len(self.workers)}
+        lines = []
+        for name, value in gauges.items():
+            lines += [f"# TYPE uvit_{name} gauge", f"uvit_{name} {value}"]
+        for name, value in self.counts.items():
+            lines += [f"# TYPE uvit_{name}_total counter", f"uvit_{name}_total {value}"]
+        for name, seconds in (("queue", self.queue_seconds), ("image", self.image_seconds)):
+            lines += [f"# TYPE uvit_{name}_seconds summary"]
+            lines += [f"uvit_{name}_seconds_sum {seconds[0]:.6f}", f"uvit_{name}_seconds_count {seconds[1]:.0f}"]
+        return "\n".join(lines) + "\n"
+
     def _free_places(self) -> int:
         return sum(self.config.max_batch_size - len(worker.tasks) for worker in self.workers)
 
@@ -250,6 +266,7 @@ class Dispatcher:
             task = self.waiting.popleft()
             worker.tasks[task.id, task.index] = task
             worker.send("task", task)
+            self._note_time(self.queue_seconds, task.id)
         self._tell_positions()
 
     def _worker_for(self, task: ImageTask) -> WorkerProcess | None:
@@ -271,6 +288,11 @@ class Dispatcher:
                 ticket.position = i
                 ticket.events.put_nowait({"type": "queued", "position": i})
             seen.add(task.id)
+
+    def _note_time(self, seconds: list[float], id: str) -> None:
+        if ticket := self.tickets.get(id):
+            seconds[0] += time.monotonic() - ticket.submitted
+            seconds[1] += 1
 
     def _tell(self, key: Key, kind: str, **event: Any) -> None:
         ticket = self.tickets.get(key[0])

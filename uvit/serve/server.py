@@ -61,6 +61,7 @@ async def run(
             dispatcher,
             config.drain_timeout,
         )
+        listening.listen()
         on_open()
         await server.serve(sockets=[listening])
     finally:

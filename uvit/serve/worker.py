@@ -107,16 +107,15 @@ class Worker:
         for key, running in self.running.items():
             by_model.setdefault(id(running.loaded), []).append(key)
         for keys in by_model.values():
-            inputs = [self.running[key].inputs for key in keys]
+            network = self.running[keys[0]].loaded.network
             try:
-                predictions = self.running[keys[0]].loaded.network(inputs)
-            except Exception as error:
-                for key in keys:
-                    self.fail(key, error)
-                continue
+                predictions = network([self.running[key].inputs for key in keys])
+            except Exception:  # perhaps there is too little memory for all of them, or one of them is at fault
+                predictions = [None] * len(keys)
             for key, prediction in zip(keys, predictions, strict=True):
+                running = self.running[key]
                 try:
-                    self.step(key, self.running[key], prediction)
+                    self.step(key, running, network([running.inputs])[0] if prediction is None else prediction)
                 except Exception as error:
                     self.fail(key, error)
 
