@@ -43,7 +43,7 @@ def test_everything_that_the_page_says_it_says_in_chinese_too() -> None:
     table = re.search(r"const CHINESE = \{(.*?)\n\};", SCRIPT, re.S)
     assert table is not None
     chinese = dict(re.findall(r'"([^"]+)":\s*"([^"]+)"', table[1]))
-    said = {text for text in re.findall(r"data-t(?:\s[^>]*)?>([^<]+)<", PAGE)}
+    said = set(re.findall(r"data-t(?:\s[^>]*)?>([^<]+)<", PAGE))
     said |= set(re.findall(r'data-(?:label|hint|title)="([^"]+)"', PAGE))
     rest = SCRIPT.replace(table[0], "")
     for call in re.findall(r"\b(?:t|say|announce|trouble|chart)\((.*)", rest) + re.findall(r"(label: .*)", rest):
@@ -59,8 +59,9 @@ def test_everything_that_the_page_says_it_says_in_chinese_too() -> None:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PageServer]:
-    with PageServer(tmp_path_factory.mktemp("served")) as server:
-        yield server
+    server = PageServer(tmp_path_factory.mktemp("page"))
+    yield server
+    server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +71,8 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     options.set_capability("unhandledPromptBehavior", "accept")
     flags = "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    flags += f" --disable-component-update --disable-sync --lang=en --user-data-dir={tmp_path_factory.mktemp('browser')}"
-    for flag in [*flags.split(), "--disable-dev-shm-usage", "--window-size=1280,1000"]:
+    flags += " --disable-component-update --disable-sync --disable-dev-shm-usage --lang=en --window-size=1280,1000"
+    for flag in [*flags.split(), f"--user-data-dir={tmp_path_factory.mktemp('browser')}"]:
         options.add_argument(flag)
     driver = webdriver.Chrome(options=options, service=Service(str(DRIVER)))
     yield driver
@@ -108,11 +109,14 @@ class Person:
         self.js("arguments[0].scrollIntoView({block: 'center'})", self.find(selector))
         self.find(selector).click()
 
+    def choose(self, select: Any, value: str) -> None:
+        self.js("arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('change'))", select, value)
+
     def fill(self, **fields: Any) -> None:
         for name, value in fields.items():
             field = self.find(f"[name={name}]")
             if field.tag_name == "select":
-                self.js("arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('change'))", field, value)
+                self.choose(field, value)
             else:
                 field.clear()
                 field.send_keys(str(value))
@@ -150,10 +154,11 @@ class Person:
 
     def drop(self, path: Path, selector: str) -> None:
         script = """
-            const bytes = Uint8Array.from(atob(arguments[1]), (letter) => letter.charCodeAt(0)), data = new DataTransfer();
-            data.items.add(new File([bytes], arguments[2], {type: "image/png"}));
+            const bytes = Uint8Array.from(atob(arguments[1]), (letter) => letter.charCodeAt(0));
+            const dataTransfer = new DataTransfer();
+            dataTransfer.items.add(new File([bytes], arguments[2], {type: "image/png"}));
             for (const type of ["dragenter", "dragover", "drop"])
-                arguments[0].dispatchEvent(new DragEvent(type, {dataTransfer: data, bubbles: true, cancelable: true}));"""
+                arguments[0].dispatchEvent(new DragEvent(type, {dataTransfer, bubbles: true, cancelable: true}));"""
         self.js(script, self.find(selector), base64.b64encode(path.read_bytes()).decode(), path.name)
 
     def keys(self, *keys: str) -> None:
@@ -166,7 +171,7 @@ class Person:
 @pytest.fixture
 def person(chromium: Any, server: PageServer) -> Iterator[Person]:
     """A person with an empty gallery, who speaks English. In the end the browser has nothing to complain of."""
-    person = Person(chromium, server.url).open()
+    person = Person(chromium, server.served.url).open()
     clear = "localStorage.clear(); sessionStorage.clear(); stored('readwrite', (all) => all.clear()).then(arguments[0])"
     chromium.execute_async_script(clear)
     chromium.get_log("browser")
@@ -239,18 +244,29 @@ def test_two_models_side_by_side_start_from_the_same_seeds(person: Person, serve
 
 
 @in_browser
-def test_a_dropped_png_gives_its_settings_back(person: Person, tmp_path: Path) -> None:
-    text = {"prompt": "一个红色的圆", "seed": "12", "negative_prompt": "blue", "num_inference_steps": "9"}
-    text |= {"guidance_scale": "4.5", "guidance_interval": "100 900", "scheduler": "ddim", "software": "uvit"}
-    save_png(Image.new("RGB", (8, 8)), tmp_path / "ours.png", text)
+def test_a_dropped_png_gives_its_settings_back(person: Person, server: PageServer, tmp_path: Path) -> None:
+    fields = {
+        "seed": 12,
+        "negative_prompt": "blue",
+        "num_inference_steps": 4,
+        "guidance_scale": 4.5,
+        "scheduler": "ddim",
+    }
+    answer = server.served.generate("一个红色的圆", guidance_interval=[100, 900], **fields).json()
+    (tmp_path / "ours.png").write_bytes(base64.b64decode(answer["data"][0]["b64_json"]))
     person.drop(tmp_path / "ours.png", "#gallery")
     person.until(lambda: person.value("prompt") == "一个红色的圆")
-    names = ("seed", "negative_prompt", "num_inference_steps", "guidance_scale", "lowest", "highest", "scheduler")
-    assert [person.value(name) for name in names] == ["12", "blue", "9", "4.5", "100", "900", "ddim"]
+    expected = {name: str(value) for name, value in fields.items()} | {"lowest": "100", "highest": "900"}
+    assert {name: person.value(name) for name in expected} == expected
+    text = {"prompt": "a cat", "seed": "3", "num_inference_steps": "9", "scheduler": "dpmsolver++"}
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "sampled.png", text)  # as `uvit sample` does
+    person.drop(tmp_path / "sampled.png", "#form")
+    person.until(lambda: person.value("prompt") == "a cat")
+    assert (person.value("num_inference_steps"), person.value("negative_prompt")) == ("9", "")
     Image.new("RGB", (8, 8)).save(tmp_path / "other.png")
     person.drop(tmp_path / "other.png", "#gallery")
     person.see("other.png: has no settings of uvit")
-    assert person.value("prompt") == "一个红色的圆"
+    assert person.value("prompt") == "a cat"
 
 
 @in_browser
@@ -335,14 +351,17 @@ CONTRAST = """
     const light = (colour) => rgba(colour).slice(0, 3).map((level) => level / 255)
         .map((c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
         .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
-    const behind = (each) => { while (each && rgba(getComputedStyle(each).backgroundColor)[3] === 0) each = each.parentElement;
-        return getComputedStyle(each ?? document.body).backgroundColor; };
+    const ground = (each) => getComputedStyle(each).backgroundColor;
+    const covers = (each) => each === document.body || rgba(ground(each))[3] > 0;
+    const behind = (each) => covers(each) ? ground(each) : behind(each.parentElement);
     let worst = [99, ""];
     for (const each of document.querySelectorAll("body *")) {
-        const text = [...each.childNodes].some((node) => node.nodeType === 3 && node.data.trim()) || each.matches("input, select");
-        if (!text || !each.checkVisibility() || each.matches(":disabled, :disabled *, script, option, .unseen")) continue;
+        const text = [...each.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
+        if (!text && !each.matches("input, select")) continue;
+        if (!each.checkVisibility() || each.matches(":disabled, :disabled *, script, option, .unseen")) continue;
         const style = getComputedStyle(each), colour = each.closest("svg") ? style.fill : style.color;
-        const [low, high] = [light(colour), light(behind(each))].sort((a, b) => a - b), ratio = (high + 0.05) / (low + 0.05);
+        const [low, high] = [light(colour), light(behind(each))].sort((a, b) => a - b);
+        const ratio = (high + 0.05) / (low + 0.05);
         if (ratio < worst[0]) worst = [ratio, each.outerHTML];
     }
     return worst;"""
@@ -361,7 +380,7 @@ def test_names_contrast_and_width(person: Person) -> None:
             if view == "#training":
                 person.until(lambda: person.js("return document.querySelector('#charts svg')"))
             for theme in ("light", "dark"):
-                person.js("$('theme').value = arguments[0]; $('theme').onchange({target: $('theme')})", theme)
+                person.choose(person.find("#theme"), theme)
                 ratio, element = person.js(CONTRAST)
                 assert ratio >= 4.5, (view, theme, element)
             assert person.js(NAMELESS) == []
@@ -377,7 +396,7 @@ def test_names_contrast_and_width(person: Person) -> None:
 def test_the_language_can_be_chosen_and_is_remembered(person: Person) -> None:
     assert person.js("return document.documentElement.lang") == "en"
     person.generate(prompt="a red square", num_inference_steps=1, seed=5)
-    person.js("$('language').value = 'zh'; $('language').onchange({target: $('language')})")
+    person.choose(person.find("#language"), "zh")
     person.see("提示词", "反向提示词", "采样步数", "引导系数", "种子 5")
     person.open()
     person.see("提示词", "种子 5")
@@ -447,7 +466,7 @@ def test_a_stopped_server_is_waited_for_and_a_key_is_asked_for(person: Person, s
     person.see("The server does not answer.")
     person.click("#form > .primary")
     person.see("The images follow when it is back.")
-    server.start("--api_key", "secret")
+    server.start(api_key="secret")
     person.until(lambda: person.find("#key").is_displayed())
     person.find("#api_key").send_keys("secret", Keys.ENTER)
     tiles = person.wait_for_images(2)  # the gallery is still there, and what was asked for has come
