@@ -50,13 +50,19 @@ def read_table(path: Path = TABLE) -> dict[str, dict[str, Row]]:
     """{"data": {name: ...}, "arms": {name: ...}}"""
     table = yaml.safe_load(path.read_text(encoding="utf-8"))
     for name, arm in table["arms"].items():
-        if unknown := set(arm) - {"train", "model", "data"}:
-            raise SystemExit(f"{path}: the arm {name} has {', '.join(sorted(unknown))}; it may have train, model, data")
+        if unknown := set(arm) - {"train", "model", "data", "evaluate"}:
+            allowed = "it may have train, model, data, evaluate"
+            raise SystemExit(f"{path}: the arm {name} has {', '.join(sorted(unknown))}; {allowed}")
     return dict(table)
 
 
 def arms_of(table: dict[str, dict[str, Row]], data: str) -> list[str]:
     return [name for name, arm in table["arms"].items() if data in arm.get("data", [data])]
+
+
+def judge_of(table: dict[str, dict[str, Row]], data: str, arm: str) -> list[str]:
+    """The flags of `uvit evaluate` for an arm."""
+    return f"{table['data'][data]['evaluate']} {table['arms'][arm].get('evaluate', '')}".split()
 
 
 def settings_of(table: dict[str, dict[str, Row]], data: str, arm: str, features: str, out: Path) -> Row:
@@ -126,7 +132,7 @@ def run_arm(table: dict[str, dict[str, Row]], data: str, arm: str, options: argp
         print(f"{data}, {arm}, seed {seed}: {steps} steps of {record['seconds_per_step'] * 1000:.1f} ms", flush=True)
         check(run_uvit(["train", *arguments, *words, "--seed", str(seed), "--output_dir", str(run / "run")]))
         lend(out / "reference", run / "evaluation" / "reference")
-        judge = [*table["data"][data]["evaluate"].split(), *options.evaluate.split()]
+        judge = [*judge_of(table, data, arm), *options.evaluate.split()]
         target = ["--output_dir", str(run / "evaluation"), "--disable_tqdm"]
         check(run_uvit(["evaluate", str(run / "run"), *judge, *target]))
         lend(run / "evaluation" / "reference", out / "reference")

@@ -23,7 +23,7 @@ from torch import Tensor
 from uvit.config.model import resolve_model_config
 from uvit.device import keep_freed_memory
 from uvit.distributed.mesh import single_process_world
-from uvit.distributed.ops import clip_gradients, grad_norm, local_tensor
+from uvit.distributed.ops import GradientNorm, clip_gradients, local_tensor
 from uvit.model import UViTT2IModel
 from uvit.train.ema import EMA
 from uvit.train.muon import Muon, block_matrices
@@ -65,18 +65,19 @@ def main() -> None:
     optimizer.step()
     ema, rare = EMA(unet, DECAY), EMA(unet, DECAY, update_steps=10)
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = grad_norm(parameters, world)
+    grad_norm = GradientNorm(parameters, world)
+    norm = grad_norm()
     steps = [0]
 
     def plain() -> None:
-        factor = torch.clamp(1e9 / (grad_norm(parameters, world) + 1e-6), max=1.0)
+        factor = torch.clamp(1e9 / (grad_norm() + 1e-6), max=1.0)
         torch._foreach_mul_([local_tensor(grad) for grad in grads], factor)
         optimizer.step()
         averages = [local_tensor(parameter) for parameter in ema.model.parameters()]
         torch._foreach_lerp_(averages, [local_tensor(parameter) for parameter in parameters], 1 - DECAY)
 
     def ours(average: EMA, max_norm: float) -> None:
-        clip_gradients(parameters, max_norm, grad_norm(parameters, world))
+        clip_gradients(parameters, max_norm, grad_norm())
         optimizer.step()
         steps[0] += 1
         average.update(unet, steps[0])
@@ -91,7 +92,7 @@ def main() -> None:
     count = torch.tensor(3.0)
 
     def cached() -> None:
-        clip_gradients(parameters, 1e9, grad_norm(parameters, world))
+        clip_gradients(parameters, 1e9, grad_norm())
         for weight, grad, mean, square, average in blocks:
             torch._fused_adamw_(
                 [weight], [grad], [mean], [square], [], [count],
@@ -103,7 +104,7 @@ def main() -> None:
     parts = median_times(
         {
             "yardstick": lambda: torch._foreach_mul_(averages, 1.0),
-            "norm": lambda: grad_norm(parameters, world),
+            "norm": lambda: grad_norm(),
             "clip": lambda: clip_gradients(parameters, float(norm) * 0.999, norm),
             "AdamW": optimizer.step,
             "EMA": lambda: ema.update(unet, 1),

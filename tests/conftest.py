@@ -1,5 +1,6 @@
 """The property tests draw the same examples each time: a red test stays red until it is fixed. And shared encoders."""
 
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,17 @@ __all__ = ["coco_folder", "drawn", "image_tar"]  # fixtures
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+
+# A process has one fork server. Started by any test, it has imported what all of them fork processes for.
+multiprocessing.set_forkserver_preload(
+    [
+        "tests.distributed.worker",
+        "tests.test_kills",
+        "uvit.train.autoencoder",
+        "uvit.evaluate.evaluate",
+        "uvit.store.merge",
+    ]
+)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,17 @@ import pytest
 import torch
 import yaml
 
-from benchmarks.ablations import against, arms_of, draw_curves, ledger_table, lend, main, read_table, settings_of
+from benchmarks.ablations import (
+    against,
+    arms_of,
+    draw_curves,
+    judge_of,
+    ledger_table,
+    lend,
+    main,
+    read_table,
+    settings_of,
+)
 from uvit.cli.main import main as run_uvit
 from uvit.cli.parse import parse
 from uvit.config.evaluate import EvaluateConfig
@@ -36,9 +46,9 @@ def test_every_arm_parses_builds_and_changes_something(data: str, tmp_path: Path
         content = f"{config} {settings}"
         assert content not in seen.values(), f"{arm} is equal to another arm"
         seen[arm] = content
+        judge = judge_of(TABLE, data, arm)
+        parse(EvaluateConfig, ["run", *judge, "--output_dir", "out"], prog="uvit evaluate", positional=("model",))
     assert "base" in seen
-    judge = TABLE["data"][data]["evaluate"].split()
-    parse(EvaluateConfig, ["run", *judge, "--output_dir", "out"], prog="uvit evaluate", positional=("model",))
 
 
 def test_a_tiny_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

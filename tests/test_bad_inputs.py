@@ -26,7 +26,7 @@ from uvit.cli.parse import BOOLEANS
 from uvit.sources.shapes import ShapesSource
 
 SOME = settings(
-    max_examples=250, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=120, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
 
@@ -289,7 +289,7 @@ def bad_list(folder: Path, data: st.DataObject) -> list[str]:
     return ["--source", str(folder / "pairs.tsv")]
 
 
-@settings(SOME, max_examples=160)
+@settings(SOME, max_examples=80)
 @given(data=st.data())
 def test_sources(tmp_path_factory: pytest.TempPathFactory, encoders: list[str], data: st.DataObject) -> None:
     """One pair of four is bad: --on_error stop says which, --on_error skip takes the other three."""
@@ -307,7 +307,7 @@ def test_sources(tmp_path_factory: pytest.TempPathFactory, encoders: list[str], 
     shutil.rmtree(folder)
 
 
-@settings(SOME, max_examples=120)
+@settings(SOME, max_examples=60)
 @given(data=st.data())
 def test_files_that_are_no_source(
     tmp_path_factory: pytest.TempPathFactory, encoders: list[str], data: st.DataObject
@@ -405,7 +405,7 @@ KEYS = [
 ]
 
 
-@settings(SOME, max_examples=250)
+@settings(SOME, max_examples=120)
 @given(data=st.data())
 def test_damaged_stores(tmp_path_factory: pytest.TempPathFactory, good_store: Path, data: st.DataObject) -> None:
     folder = tmp_path_factory.mktemp("damaged")
@@ -416,7 +416,7 @@ def test_damaged_stores(tmp_path_factory: pytest.TempPathFactory, good_store: Pa
     shutil.rmtree(folder)
 
 
-@settings(SOME, max_examples=60)
+@settings(SOME, max_examples=40)
 @given(data=st.data())
 def test_a_flipped_byte_is_found_by_verify(
     tmp_path_factory: pytest.TempPathFactory, good_store: Path, data: st.DataObject
@@ -433,7 +433,7 @@ def test_a_flipped_byte_is_found_by_verify(
     shutil.rmtree(folder)
 
 
-@settings(SOME, max_examples=60)
+@settings(SOME, max_examples=40)
 @given(data=st.data())
 def test_models_that_a_store_does_not_fit(
     tmp_path_factory: pytest.TempPathFactory, good_store: Path, data: st.DataObject

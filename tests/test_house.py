@@ -30,7 +30,7 @@ LAYERS = [
     ["errors"],
     ["lock"],
     ["io", "conventions"],
-    ["model", "diffusion", "images", "device", "progress"],
+    ["model", "diffusion", "images", "device", "progress", "compiling"],
     ["modern_model"],
     ["config"],
     ["sources", "distributed"],

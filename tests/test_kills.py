@@ -74,7 +74,6 @@ def run_and_count(arguments: Sequence[str], folder: Path, fatal: int) -> None:
 def start(arguments: Sequence[str], folder: Path, fatal: int = 0) -> int | None:
     """Run it in a process of its own, forked off one that has imported everything. Returns the exit status."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "uvit.train.autoencoder", "uvit.evaluate.evaluate", "uvit.store.merge"])
     folder.mkdir(exist_ok=True)
     process = context.Process(target=run_and_count, args=(arguments, folder, fatal))
     process.start()

@@ -88,7 +88,7 @@ def test_rows_and_columns_each_turn_half_of_the_channels() -> None:
 
 
 def test_time_and_text_do_not_turn() -> None:
-    cos, sin = new()._rotations(4, 4, torch.zeros(1))
+    cos, sin = new()._rotations(4, 4, torch.device("cpu"))
     assert cos[:8].eq(1).all() and not sin[:8].any()
     assert sin[9:].any(dim=1).all()  # the first patch is in row 0 and column 0
 
@@ -98,8 +98,8 @@ def test_time_and_text_do_not_turn() -> None:
 def test_smaller_latents_take_the_middle_of_the_grid(rows: int, columns: int) -> None:
     model = new(sample_size=(8, 12))
     top, left = (4 - rows) // 2, (6 - columns) // 2
-    like = torch.zeros(1)
-    for whole, part in zip(model._rotations(4, 6, like), model._rotations(rows, columns, like), strict=True):
+    cpu = torch.device("cpu")
+    for whole, part in zip(model._rotations(4, 6, cpu), model._rotations(rows, columns, cpu), strict=True):
         middle = whole[8:].view(4, 6, -1)[top : top + rows, left : left + columns]
         assert torch.equal(part, torch.cat([whole[:8], middle.flatten(0, 1)]))
     assert model(*inputs(2 * rows, 2 * columns)).shape == (2, 4, 2 * rows, 2 * columns)

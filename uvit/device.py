@@ -13,22 +13,59 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's mallo
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU if there is one. Raises UserError if this machine does not have the device.
+    """The device of this process, the same one for every command. `auto` is a GPU if there is one.
 
-    For the CPU, this process keeps its freed memory from now on.
+    A GPU has its index and becomes CUDA's current device. Unless `name` has an index, each process that torchrun or
+    SLURM started on a machine has its own, as far as they suffice. Raises UserError if this machine does not have the
+    device. For the CPU, this process keeps its freed memory from now on.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device {name}: cannot be used here ({str(error).splitlines()[0]}); try --device auto"
-        ) from None
+    except RuntimeError as error:
+        raise cannot_use(name, str(error)) from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: only cpu and cuda are supported; leave --device out, or pass --device cpu")
     if device.type == "cpu":
         keep_freed_memory()
+        return torch.device("cpu")
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = own_gpu(num_gpus) if device.index is None else device.index
+    if num_gpus and index >= num_gpus:
+        raise UserError(f"--device {name}: the last of this machine's {num_gpus} GPUs is cuda:{num_gpus - 1}")
+    device = torch.device("cuda", index)
+    try:
+        torch.cuda.set_device(device)  # for what takes no device: CUDA's events, NCCL, new threads' pinned memory
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise cannot_use(name, str(error)) from None
+    use_tf32(True)
     return device
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device is a GPU with matrix products in bfloat16."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def use_tf32(enabled: bool) -> None:
+    """Whether a GPU computes float32 matrix products and convolutions in TF32: with 10 bits of mantissa instead of 23,
+    summed in float32, and several times as fast. A CPU always computes in float32.
+
+    The environment variable NVIDIA_TF32_OVERRIDE=0, which NVIDIA's libraries read, turns it off in every command.
+    """
+    torch.set_float32_matmul_precision("high" if enabled else "highest")
+    torch.backends.cudnn.allow_tf32 = enabled
+
+
+def own_gpu(num_gpus: int) -> int:
+    """The index of this process's GPU: its rank on the machine, or 0 where it sees only one, as SLURM may arrange."""
+    return int(os.environ.get("LOCAL_RANK", 0)) % max(1, num_gpus)
+
+
+def cannot_use(name: str, reason: str) -> UserError:
+    return UserError(f"--device {name}: cannot be used here ({reason.splitlines()[0]}); try --device auto")
 
 
 @functools.cache
@@ -45,12 +82,3 @@ def keep_freed_memory() -> str:
     raised = libc.mallopt(M_MMAP_THRESHOLD, 2**30) and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     raised = raised and libc.mallopt(M_ARENA_MAX, 1)
     return "glibc, freed memory is kept" if raised else "system"
-
-
-def own_device(name: str) -> torch.device:
-    """The same for processes that share work without talking to one another: with `auto`, each process that torchrun
-    started on a machine has its own GPU.
-    """
-    if name == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
-        return pick_device(f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}")
-    return pick_device(name)

@@ -178,10 +178,27 @@ def loss(
     loss_weight_max: float | None = None,
     path: DiffusionPath = "vp",
 ) -> Tensor:
-    """Mean over C, H, W of (prediction - target)^2, weighted, then over the batch. A float32 scalar."""
+    """The mean of `sample_losses` over the batch. A float32 scalar."""
+    return sample_losses(
+        prediction, x_0, noise, timesteps, prediction_type, snr_gamma, loss_type, loss_weight_max, path
+    ).mean()
+
+
+def sample_losses(
+    prediction: Tensor,
+    x_0: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    prediction_type: PredictionType = "epsilon",
+    snr_gamma: float | None = None,
+    loss_type: LossType = "prediction",
+    loss_weight_max: float | None = None,
+    path: DiffusionPath = "vp",
+) -> Tensor:
+    """Mean over C, H, W of (prediction - target)^2, weighted: (B,) float32."""
     error = prediction.float() - target(x_0, noise, timesteps, prediction_type, path).float()
     weight = loss_weight(timesteps, prediction_type, snr_gamma, loss_type, loss_weight_max, path)
-    return (error.square().mean(dim=(1, 2, 3)) * weight).mean()
+    return error.square().mean(dim=(1, 2, 3)) * weight
 
 
 # The VAE's posterior

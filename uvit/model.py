@@ -128,6 +128,7 @@ class UViTT2IModel(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012 - diffusers reads it off the class
+    _repeated_blocks = ["Block"]  # noqa: RUF012 - the same, for compile_repeated_blocks
 
     @register_to_config
     def __init__(
@@ -206,7 +207,7 @@ class UViTT2IModel(ModelMixin, ConfigMixin):
         patches = self.patch_embed(latents)                                                      # (B, h w, D)
         time = timestep_embedding(timestep, patches.shape[-1]).to(patches.dtype)[:, None]        # (B, 1, D)
         x = torch.cat([time, self.context_embed(context), patches], dim=1)                       # (B, L, D)
-        x = x + self._positions(h, w)
+        x = x + self._positions(h, w).to(x.dtype)  # autocast computes tokens and all that follows in low precision
 
         skips = []
         for block in self.in_blocks:

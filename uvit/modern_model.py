@@ -65,7 +65,7 @@ class ModernAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)                                           # (B, N, L, d) each
         q = rotate(self.q_norm(q[:, :, -num_queries:]), cos[-num_queries:], sin[-num_queries:])  # (B, N, queries, d)
         k = rotate(self.k_norm(k), cos, sin)                                                     # (B, N, L, d)
-        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast normalizes and turns them in float32
+        q, k = q.to(v.dtype), k.to(v.dtype)  # they are turned in float32
         x = attention(q, k, v, self.fused)                                                       # (B, N, queries, d)
         return self.proj(x.transpose(1, 2).flatten(2))                                           # (B, queries, D)
 
@@ -127,6 +127,7 @@ class ModernUViTT2IModel(UViTT2IModel):
     """
 
     _no_split_modules = ["ModernBlock"]  # noqa: RUF012 - diffusers reads it off the class
+    _repeated_blocks = ["ModernBlock"]  # noqa: RUF012 - the same, for compile_repeated_blocks
 
     @register_to_config
     def __init__(
@@ -216,8 +217,9 @@ class ModernUViTT2IModel(UViTT2IModel):
         pooled = text.mean(dim=1, keepdim=True) * text.shape[1] ** 0.5  # of the size of one token
         patches = self.patch_embed(latents) + self.pooled_text(pooled)                           # (B, h w, D)
         time = timestep_embedding(timestep, patches.shape[-1]).to(patches.dtype)[:, None]        # (B, 1, D)
-        x = torch.cat([time, text, patches], dim=1) + self._positions(h, w)                      # (B, L, D)
-        cos, sin = self._rotations(h, w, x)                                                      # (L, d/2) each
+        x = torch.cat([time, text, patches], dim=1)                                              # (B, L, D)
+        x = x + self._positions(h, w).to(x.dtype)  # autocast computes tokens and all that follows in low precision
+        cos, sin = self._rotations(h, w, x.device)                                               # (L, d/2) each
 
         skips: list[Tensor | None] = []
         for block in self.in_blocks:
@@ -233,11 +235,11 @@ class ModernUViTT2IModel(UViTT2IModel):
         x = x.view(B, h, w, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, H, W)
         return self.final_layer(x)
 
-    def _rotations(self, h: int, w: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of all tokens' angles, (L, d/2) each: those of the grid's middle; 0 for time and text."""
+    def _rotations(self, h: int, w: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin of all tokens' angles, (L, d/2) float32: those of the grid's middle; 0 for time and text."""
         rows, columns = (
-            torch.arange(length, device=like.device) + (whole - length) // 2
+            torch.arange(length, device=device) + (whole - length) // 2
             for length, whole in zip((h, w), self.grid, strict=True)
         )
         angles = F.pad(rotation_angles(rows, columns, self.head_dim), (0, 0, self.num_extra_tokens, 0))
-        return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+        return angles.cos(), angles.sin()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from uvit.bench.run import bench, build_bench_run, format_table, time_rounds
+from uvit.bench.run import bench, build_bench_run, format_table, time_rounds, with_sizes
 from uvit.config.bench import BenchConfig
 
 TINY = {
@@ -50,6 +50,12 @@ def test_the_step_is_trainings_own(model: str, tmp_path: Path) -> None:
     assert run.precision.dtype == torch.bfloat16
     assert run.master_model["unet"].gradient_checkpointing
     assert run.ema is not None
+
+
+def test_sizes_are_those_of_the_device_unless_they_are_given() -> None:
+    cpu, gpu = (with_sizes(BenchConfig(), torch.device(name)) for name in ("cpu", "cuda:0"))
+    assert (cpu.batch_size, cpu.matmul_size, gpu.batch_size, gpu.matmul_size) == (4, 2048, 256, 8192)
+    assert with_sizes(BenchConfig(batch_size=32), torch.device("cuda:0")).batch_size == 32
 
 
 def test_each_measurement_stands_beside_the_matmuls_around_it() -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import uvit
 from uvit.cli import main as cli
@@ -203,3 +204,18 @@ def test_too_little_memory_is_one_sentence(tmp_path: Path) -> None:
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("uvit bench: error: there is too little memory (") and done.stderr.count("\n") == 1
+    assert "; make the batches smaller, or" in done.stderr
+
+
+def test_a_gpu_without_memory_left_names_the_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def is_full(_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79")
+
+    monkeypatch.setattr("uvit.bench.run.bench", is_full)
+    assert main(["bench", "--batch_size", "64"]) == 2
+    assert capsys.readouterr().err == (
+        "uvit bench: error: there is too little memory (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a "
+        "total capacity of 79); pass --batch_size 32 or less, or make the images or the model smaller\n"
+    )

@@ -4,13 +4,13 @@ from uvit.config.bench import BenchConfig
 from uvit.errors import UserError
 
 
-@pytest.mark.parametrize("name", ["batch_size", "steps", "matmul_size"])
-def test_counts_are_at_least_one(name: str) -> None:
-    with pytest.raises(UserError, match=rf"^--{name} 0: must be (at least 1|in 1[.][.][0-9,]+)$"):
-        BenchConfig(**{name: 0})
+def test_there_is_at_least_one_step() -> None:
+    with pytest.raises(UserError, match=r"^--steps 0: must be at least 1$"):
+        BenchConfig(steps=0)
 
 
-def test_threads_may_be_left_to_pytorch() -> None:
-    assert BenchConfig().num_threads == 0
-    with pytest.raises(UserError, match=r"^--num_threads -1: "):
-        BenchConfig(num_threads=-1)
+@pytest.mark.parametrize("name", ["num_threads", "batch_size", "matmul_size"])
+def test_sizes_may_be_left_to_the_machine(name: str) -> None:
+    assert getattr(BenchConfig(), name) == 0
+    with pytest.raises(UserError, match=rf"^--{name} -1: "):
+        BenchConfig(**{name: -1})

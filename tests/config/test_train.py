@@ -25,7 +25,7 @@ def test_the_defaults_are_the_published_ones() -> None:
     assert (found.max_grad_norm, found.seed, found.dataloader_num_workers) == (-1, 1234, 8)
     assert (found.logging_steps, found.image_logging_steps, found.save_steps) == (50, 1000, 5000)
     assert (found.validation_split, found.eval_steps, found.num_validation_samples) == ("val", 5000, 256)
-    assert (found.max_nonfinite_steps, found.spike_factor, found.hang_timeout) == (20, 20.0, 1800.0)
+    assert (found.max_nonfinite_steps, found.spike_factor, found.hang_timeout) == (20, 20.0, 600.0)
     assert (found.prediction_type, found.num_inference_steps, found.use_ema) == ("epsilon", 50, True)
     assert (found.uvit_config_file, found.fp16_opt_level) == ("uvit_t2i_small", "O1")
 

@@ -5,6 +5,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -13,7 +14,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from tests.distributed.whole import full
 from uvit.checkpoint import layout as state
 from uvit.distributed import ops
-from uvit.distributed.mesh import World
+from uvit.distributed.mesh import AXES, START_TIMEOUT, World, set_step_timeout, set_timeout
 from uvit.distributed.parallelize import parallelize
 from uvit.model import UViTT2IModel
 from uvit.train.ema import EMA
@@ -35,6 +36,7 @@ def check(world: World, unet: UViTT2IModel, inputs: tuple[Tensor, Tensor, Tensor
         "full": alike(full(dict(unet.named_parameters()), world), whole),
         "loaded": loaded(world, unet, whole),
         "replicas": replicas(world, unet),
+        "timeouts": timeouts(world),
     }
 
 
@@ -82,10 +84,11 @@ def forward_alone(unet: UViTT2IModel, inputs: tuple[Tensor, Tensor, Tensor]) -> 
 
 
 def numbers(world: World) -> dict[str, Any]:
+    late = ops.LateFlag(world)
     return {
         "mean": ops.mean_over_data(torch.tensor(float(world.data_rank)), world).item(),
         "any": [ops.any_of(world.rank == 1, world), ops.any_of(False, world)],
-        "all": [ops.all_of(world.rank == 1, world), ops.all_of(True, world)],
+        "late": [late(flag) for flag in (world.rank == 1, False, False)],
         "from_main": ops.broadcast({"rank": world.rank}, world),
     }
 
@@ -116,7 +119,7 @@ def infinite(world: World, unet: UViTT2IModel, inputs: tuple[Tensor, Tensor, Ten
         assert grad is not None
         if found and last and world.degrees.dp == 1:  # replicas would have shared it
             ops.local_tensor(grad).view(-1)[0] = torch.inf
-        found.append(bool(ops.grad_norm(unet.parameters(), world).isfinite()))
+        found.append(bool(ops.GradientNorm(unet.parameters(), world)().isfinite()))
         unet.zero_grad()
     return found
 
@@ -156,4 +159,19 @@ def replicas(world: World, unet: UViTT2IModel) -> list[list[str]]:
             bits = ops.local_tensor(tensors[name]).view(-1).view(torch.int32)
             bits[0] ^= 1
         found.append(ops.differing_replicas(tensors, world))
+    return found
+
+
+def timeouts(world: World) -> list[list[float]]:
+    """Seconds that each group waits: at first, from the first step on, and the same with an hour of --hang_timeout."""
+
+    def seconds() -> list[float]:
+        groups = [dist.group.WORLD, *(world.group(axis) for axis in AXES)]
+        return [group._get_backend(world.device).options._timeout.total_seconds() for group in groups]
+
+    found = [seconds()]
+    for hang_timeout in (600.0, 3600.0):
+        set_step_timeout(world, hang_timeout)
+        found.append(seconds())
+    set_timeout(world, START_TIMEOUT)
     return found

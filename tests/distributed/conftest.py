@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -48,7 +47,6 @@ def spawn(folder: Path, size: int, layouts: dict[str, list[str]]) -> None:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     # A server that has imported everything forks the processes: imports are most of the time otherwise.
-    multiprocessing.set_forkserver_preload(["tests.distributed.worker"])
     start_processes(run, (size, port, folder, layouts), nprocs=size, start_method="forkserver")
 
 

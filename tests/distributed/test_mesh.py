@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed.conftest import OF_FOUR, OF_TWO, Worlds
-from uvit.distributed.mesh import Degrees, World, destroy_distributed, init_distributed
+from uvit.distributed.mesh import Degrees, World, check_gpus, destroy_distributed, init_distributed
 from uvit.errors import UserError
 
 
@@ -60,6 +60,25 @@ def test_degrees_that_are_not_the_number_of_processes_tell_what_would_be(launche
     with pytest.raises(UserError, match=r"= 3, but there are 4 processes; start them with torchrun --nproc_per_node 3"):
         init_distributed(Degrees(shard=3), "cpu")
     assert not dist.is_initialized()
+
+
+def test_processes_that_would_share_a_gpu_are_named() -> None:
+    check_gpus([("a", "GPU-1"), ("a", "GPU-2"), ("b", "GPU-1"), ("b", "GPU-2")], "auto")
+    with pytest.raises(UserError) as error:
+        check_gpus([("a", "GPU-1"), ("a", "GPU-1"), ("b", "GPU-1")], "cuda:0")
+    assert str(error.value) == (
+        "--device cuda:0: processes 0 and 1 would share a GPU of a, which NCCL does not allow; pass --device cuda, and "
+        "start as many processes on it as it has GPUs, not 2"
+    )
+
+
+@pytest.mark.parametrize("layout", [*OF_TWO, *OF_FOUR])
+def test_time_limits_hold_for_every_group(worlds: Worlds, layout: str) -> None:
+    """Long until the first step; afterwards still well above --hang_timeout."""
+    for found in worlds.checks(layout):
+        assert set(found["timeouts"][0]) == {3600.0}
+        assert set(found["timeouts"][1]) == {1800.0}
+        assert set(found["timeouts"][2]) == {7200.0}
 
 
 @pytest.mark.parametrize("degrees", [Degrees(dp=0), Degrees(dp=-2, shard=-2)])

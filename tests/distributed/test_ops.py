@@ -1,5 +1,7 @@
 """Gradients, norms, flags and replicas, over processes and in one."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -17,7 +19,7 @@ def test_numbers_and_flags_agree_in_all_processes(worlds: Worlds, layout: str) -
     wanted = {
         "mean": (dp * shard - 1) / 2,
         "any": [True, False],
-        "all": [False, True],
+        "late": [False, True, False],
         "from_main": {"rank": 0},
     }
     assert all(found["numbers"] == wanted for found in worlds.checks(layout))
@@ -53,7 +55,8 @@ def test_a_bit_that_differs_between_replicas_is_found_everywhere(
 def test_in_a_world_of_one_nothing_is_asked_of_others(alone: World) -> None:
     assert ops.mean_over_data(torch.tensor(3.0), alone).item() == 3
     assert [ops.any_of(True, alone), ops.any_of(False, alone)] == [True, False]
-    assert [ops.all_of(True, alone), ops.all_of(False, alone)] == [True, False]
+    late = ops.LateFlag(alone)
+    assert [late(True), late(False)] == [True, False]
     assert ops.broadcast("x", alone) == "x"
     assert ops.differing_replicas({"x": torch.zeros(2)}, alone) == []
     ops.barrier(alone)
@@ -65,12 +68,12 @@ def test_norm_and_clipping_are_torch_s(alone: World) -> None:
     for parameter, other in zip(ours, theirs, strict=True):
         parameter.grad = torch.randn(parameter.shape)
         other.grad = parameter.grad.clone()
-    norm = ops.grad_norm([*ours, nn.Parameter(torch.zeros(1))], alone)
+    norm = ops.GradientNorm([*ours, nn.Parameter(torch.zeros(1))], alone)()
     ops.clip_gradients(ours, 0.5, norm)
     assert norm == torch.nn.utils.clip_grad_norm_(theirs, 0.5)
     for parameter, other in zip(ours, theirs, strict=True):
         assert torch.equal(parameter.grad, other.grad)  # type: ignore[arg-type]
-    ops.clip_gradients(ours, 100.0, ops.grad_norm(ours, alone))
+    ops.clip_gradients(ours, 100.0, ops.GradientNorm(ours, alone)())
     assert torch.equal(ours[0].grad, theirs[0].grad)  # type: ignore[arg-type]
 
 
@@ -80,8 +83,22 @@ def test_plain_parameters_are_one_fused_group() -> None:
     assert [id(parameter) for parameter in group] == [id(parameter) for parameter in parameters]
 
 
-def test_digests_tell_bits_apart() -> None:
-    zeros = torch.zeros(3, 5)
-    assert ops.digest(zeros) == ops.digest(zeros.clone())
-    assert ops.digest(zeros) != ops.digest(-zeros)
-    assert 0 <= ops.digest(zeros.bfloat16()) < 2**63
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8])
+@pytest.mark.parametrize("checksum", [ops.digest, ops.sum_of_bits])
+def test_checksums_tell_bits_and_places_apart(
+    checksum: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "DIGEST_ELEMENTS", 7)  # 15 elements in three parts
+    one = torch.arange(15).to(dtype)
+    found = [checksum(one).item(), checksum(one.flip(0)).item(), checksum(one.roll(1)).item()]
+    for place in range(15):
+        other = one.clone()
+        other.view(torch.uint8)[place * other.element_size()] ^= 1
+        found.append(checksum(other).item())
+    assert checksum(one.clone()) == found[0]
+    assert len(set(found)) == len(found)
+
+
+def test_a_checksum_counts_the_sign_of_zero() -> None:
+    zeros = torch.zeros(15)
+    assert ops.digest(zeros) != ops.digest(-zeros) and ops.sum_of_bits(zeros) != ops.sum_of_bits(-zeros)

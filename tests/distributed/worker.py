@@ -40,7 +40,7 @@ TINY = {
 CASES: dict[str, dict[str, bool | int | float]] = {
     "plain": {},
     "bf16": {"bf16": True},
-    "copy": {"low_precision_copy": True},
+    "copy": {"low_precision_copy": True, "num_microbatches": 2},
     "muon": {"muon": True},
     "all": {"recompute": True, "num_microbatches": 2, "max_norm": 0.1},
     "modern": {"modern": True, "recompute": True, "num_microbatches": 2, "max_norm": 0.1},
@@ -96,7 +96,7 @@ def train(
         parallelize(network, world, recompute=recompute)
     flags = {"optim": "muon" if muon else "adamw", "learning_rate": LEARNING_RATE}
     optimizer = build_optimizer(nn.ModuleDict({"unet": unet}), TrainConfig("features", "out", **flags))  # type: ignore[arg-type]
-    gradients = ops.GradientAverage(computes, world, bucket_bytes=100_000)
+    gradients = ops.GradientAverage(computes, world, bucket_bytes=100_000, master=unet)
     losses, norms = [], []
     for step in range(STEPS):
         loss = torch.zeros(())
@@ -111,10 +111,7 @@ def train(
             share.backward()
             loss += share.detach()
         gradients.finish()
-        if low_precision_copy:
-            for master, parameter in zip(unet.parameters(), computes.parameters(), strict=True):
-                master.grad, parameter.grad = parameter.grad.float(), None
-        norm = ops.grad_norm(unet.parameters(), world)
+        norm = ops.GradientNorm(unet.parameters(), world)()
         if max_norm:
             ops.clip_gradients(unet.parameters(), max_norm, norm)
         optimizer.step()

@@ -19,6 +19,8 @@ from uvit.evaluate.evaluate import evaluate
 from uvit.evaluate.reference import store_statistics
 from uvit.sources.shapes import ShapesSource
 
+LAPACK = 1e-12  # relative: on some CPUs where a matrix begins in memory changes the last bit of its decompositions
+
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -191,7 +193,7 @@ def test_stored_statistics_give_the_same_distance_as_the_images(tmp_path: Path, 
     with_images = run(tmp_path / "a", "shapes", reference=str(photos), **flags)
     with_file = run(tmp_path / "b", "shapes", reference=str(file), **flags)
     assert [(tmp_path / name / "neighbours.png").exists() for name in "ab"] == [True, False]
-    assert values(with_file) == values(with_images)
+    assert values(with_file) == pytest.approx(values(with_images), rel=LAPACK)
     assert with_file["reference"]["pixels_sha256"] == with_images["reference"]["pixels_sha256"]
     assert with_file["reference"]["num_images"] == 100
     with pytest.raises(UserError, match=r"^--metrics kid: compares single images.*statistics only"):
@@ -210,7 +212,7 @@ def test_two_files_of_statistics_are_compared_without_a_network(tmp_path: Path, 
         )  # fmt: skip
     with_images = run(tmp_path / "a", "shapes", reference=str(photos), metrics=("fd",), **flags)
     with_files = run(tmp_path / "b", files["shapes"], reference=str(files[str(photos)]), metrics=("fid",))
-    assert values(with_files) == values(with_images)
+    assert values(with_files) == pytest.approx(values(with_images), rel=LAPACK)
     assert with_files["reference"]["pixels_sha256"] == with_images["reference"]["pixels_sha256"]
     same = run(tmp_path / "c", files["shapes"], reference=str(files["shapes"]), metrics=("fid",))
     assert values(same) == {"fd-tiny-vit": 0.0}

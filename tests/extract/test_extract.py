@@ -583,7 +583,8 @@ def test_a_stream_in_parts_that_are_stopped(
     assert (store.num_samples, store.manifest["num_source_pairs"]) == (length - 1, None)
     assert [store.captions(i) for i in range(3, 20)] == [ShapesSource("train", 16)[i].captions for i in range(4, 21)]
 
-    monkeypatch.setattr(extract_module, "open_source", lambda *_, **__: Numbered(11))  # cut off, as by a kill
+    # Cut off between batches, as by a kill.
+    monkeypatch.setattr(extract_module, "open_source", lambda *_, **__: Numbered(10))
     flags["num_workers"] = num_workers
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(StoreWriter, "end_stream", interrupt)

@@ -6,7 +6,9 @@ So torch's own fake process group lets a test of one process see layouts of any 
 import contextlib
 import gc
 import json
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,15 @@ from uvit.distributed.ops import local_tensor
 from uvit.distributed.parallelize import parallelize
 from uvit.errors import UserError
 from uvit.train.dry_run import (
+    ALLOCATOR_OVERHEAD,
+    DRIVER_BYTES,
     build_meta_run,
     count_projector_flops,
     count_text_flops,
     describe_plan,
+    does_not_fit,
     dtypes,
+    fitting_config,
     gather_units,
     make_plan,
     num_local_elements,
@@ -202,8 +208,9 @@ def test_a_process_takes_the_memory_and_sends_what_is_planned(
     plan = make_plan(config, MODEL, SIZE, projector=projector_of(build_meta_run(config)))
     with first_of(degrees_of(layout)) as world:
         taken, sent = train_three_steps(config, world)
-    # Besides: the batch and other small things; and not all of the gathered blocks are there at the fullest moment.
-    tolerance = 0.1 if config.sharding_parallel_degree > 1 else 0.02
+    # Besides: the batch and other small things; and not all of the gathered blocks are there at the fullest moment. All
+    # gradients of this model fit into one bucket, which is sent at the end of the backward.
+    tolerance = 0.1 if config.sharding_parallel_degree > 1 else 0.04 if config.dp_degree > 1 else 0.02
     assert sum(plan.memory.values()) == pytest.approx(taken, rel=tolerance)
     numbers = 100  # the loss and the gradient's norm go round as well
     assert sum(plan.sent.values()) == pytest.approx(sent, rel=1e-3, abs=numbers)
@@ -297,3 +304,30 @@ def test_the_validation_is_described(tiny_config: Any) -> None:
     config = tiny_config(validation_split="heldout", eval_steps=100, num_validation_samples=50)
     assert "validation   50 of 72 samples, every 100 steps" in describe_plan(config)
     assert "validation" not in describe_plan(tiny_config())
+
+
+def test_out_of_memory_names_flags_that_fit(tiny_config: Any) -> None:
+    """The batch of a step stays what it was, and the plan of what is named is within the memory."""
+    config = tiny_config(per_device_train_batch_size=12, gradient_accumulation_steps=2)
+
+    def planned(config: TrainConfig) -> int:
+        return sum(plan_of_run(build_meta_run(config)).memory.values())
+
+    def gpu(usable: int) -> int:
+        return DRIVER_BYTES + math.ceil(usable * ALLOCATOR_OVERHEAD)
+
+    half, third = (
+        replace(config, per_device_train_batch_size=12 // n, gradient_accumulation_steps=2 * n) for n in (2, 3)
+    )
+    assert planned(third) < planned(half) < planned(config)
+    assert fitting_config(config, gpu(planned(half))) == half
+    assert fitting_config(config, gpu(planned(half) - 1)) == third
+    smallest = replace(config, per_device_train_batch_size=1, gradient_accumulation_steps=24)
+    recomputed = fitting_config(config, gpu(planned(smallest) - 1))
+    assert recomputed is not None and recomputed.recompute and planned(recomputed) < planned(smallest)
+    assert str(does_not_fit(config, "24 GiB of cuda:0", gpu(planned(third)))) == (
+        "--per_device_train_batch_size 12: needs more than the 24 GiB of cuda:0; run the same command with "
+        "--per_device_train_batch_size 4 --gradient_accumulation_steps 6, which the plan puts at "
+        f"{planned(third) / 2**20:,.0f} MiB"
+    )
+    assert "and so does a batch of 1 with --recompute" in str(does_not_fit(config, "1 GiB of cuda:0", 2**30))

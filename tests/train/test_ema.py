@@ -38,7 +38,7 @@ def test_an_update_of_several_steps_is_one_with_the_decay_of_so_many() -> None:
     found = []
     for step in range(1, 8):
         nn.init.constant_(model.weight, step)
-        ema.update(model, step, skipped=step == 6)
+        ema.update(model, step, skipped=torch.tensor(step == 6))
         found.append(ema.model.weight.item())
     at_3 = 3 * (1 - 0.9**3)
     at_6 = at_3 * 0.9**3 + 6 * (1 - 0.9**3)
@@ -50,7 +50,7 @@ def test_a_skipped_step_does_not_count_by_itself() -> None:
     ema = EMA(model, decay=0.9)
     nn.init.constant_(model.weight, 5)
     before = checksum(ema.model)
-    ema.update(model, 1, skipped=True)
+    ema.update(model, 1, skipped=torch.tensor(True))
     assert checksum(ema.model) == before
 
 

@@ -2,6 +2,8 @@
 
 import threading
 import tracemalloc
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from tests.tiny import array_features
 from uvit.config.objective import ObjectiveConfig
 from uvit.errors import UserError
+from uvit.store.reader import FeatureStore
 from uvit.train.loader import (
     BatchDataset,
     flip_draws,
@@ -22,6 +25,7 @@ from uvit.train.loader import (
     random_draws,
     timestep_draws,
 )
+from uvit.train.memory_features import FeaturesInMemory
 
 
 @settings(max_examples=60, deadline=None)
@@ -234,3 +238,31 @@ def test_memory_stays_flat_over_an_epoch() -> None:
         tracemalloc.stop()
     assert held_after - held < 20_000
     assert peak_after < 1.1 * peak
+
+
+def test_noise_of_the_device_depends_on_the_sample_counter_only() -> None:
+    """And leaves the samples, captions and timesteps as they are."""
+    features, config = array_features(num_samples=30), ObjectiveConfig(noise_device="device", noise_offset=0.1)
+    reference = samples(BatchDataset(features, 12, seed=5, config=config), 0, 8)
+    assert equal(samples(BatchDataset(features, 4, seed=5, config=config), 0, 24, num_workers=2), reference)
+    published = samples(BatchDataset(features, 12, seed=5), 0, 8)
+    for ours, theirs in zip(reference, published, strict=True):
+        same = [torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)]
+        assert same == [True, True, False, False, True]  # all but posterior noise and noise
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_features_in_memory_give_the_batches_of_the_loader(store: Path, tokens: bool) -> None:
+    """To the bit, and in the same order, over the end of an epoch."""
+    features = FeatureStore(store / "train")
+    from_disk, in_memory = (BatchDataset(features, 100, seed=3, use_tokens=tokens) for _ in range(2))
+    in_memory.memory = FeaturesInMemory(features, tokens, False, torch.device("cpu"))
+    for one, other in zip(
+        prefetch(from_disk, range(8), 0, torch.device("cpu")),
+        prefetch(in_memory, range(8), 2, torch.device("cpu")),
+        strict=True,
+    ):
+        for field in fields(one):
+            ours, theirs = getattr(one, field.name), getattr(other, field.name)
+            assert (ours is None) == (theirs is None), field.name
+            assert ours is None or (torch.equal(ours, theirs) and ours.dtype == theirs.dtype), field.name

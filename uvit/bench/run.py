@@ -10,6 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from uvit.bench.random_store import write_random_store
 from uvit.config.bench import BenchConfig
 from uvit.config.model import resolve_model_config
 from uvit.config.train import TrainConfig
-from uvit.device import keep_freed_memory
+from uvit.device import keep_freed_memory, pick_device
 from uvit.progress import Progress
 from uvit.train.loader import BatchDataset
 from uvit.train.profiling import count_flops, mfu_reference
@@ -28,6 +29,7 @@ from uvit.weights.unet import new_unet
 
 LOADER_BATCH_SIZE = 32
 LOADER_PAIRS = 1024  # 137 MB at COCO's shapes
+BENCH_SIZES = {"cpu": (4, 2048), "cuda": (256, 8192)}  # batch, and rows of the matrices
 NUM_WARM_UPS = 2  # the allocator needs two rounds to settle
 
 Job = Callable[[], object]
@@ -36,6 +38,7 @@ Timing = tuple[float, float]  # seconds of a job, and of the matmul before and a
 
 def bench(config: BenchConfig) -> None:
     """Measure and print."""
+    config = with_sizes(config, pick_device(config.device))
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     with tempfile.TemporaryDirectory(prefix="uvit-bench-") as folder:
@@ -50,6 +53,12 @@ def bench(config: BenchConfig) -> None:
         if config.loader:
             rate = loader_rate(run)
             print(f"loader: {rate:,.0f} samples/s in one process, batches of {LOADER_BATCH_SIZE}")
+
+
+def with_sizes(config: BenchConfig, device: torch.device) -> BenchConfig:
+    """With sizes instead of zeros: large enough for the device, so that its speed is timed and not its launches."""
+    batch_size, matmul_size = BENCH_SIZES[device.type]
+    return replace(config, batch_size=config.batch_size or batch_size, matmul_size=config.matmul_size or matmul_size)
 
 
 def build_bench_run(config: BenchConfig, folder: Path) -> Run:

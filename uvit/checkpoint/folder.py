@@ -41,7 +41,9 @@ RECORD = "uvit.json"
 BEST = "best.json"  # in a run's folder: the checkpoint with the best value of --keep_best
 CHECKPOINT_FORMAT = 2
 MAX_HASHING = 4  # files read at a time
-QUIET_FLAGS = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "disable_tqdm"}
+QUIET_FLAGS = {
+    "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "disable_tqdm", "features_in_memory",
+}  # fmt: skip
 
 
 # Committing

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from uvit.checkpoint.folder import CHECKPOINT_FORMAT, clean_up, commit_folder, keep_latest
 from uvit.checkpoint.tensors import Groups, SliceKey, assign_writers, slices_by_key, write_slices
-from uvit.distributed.mesh import World
+from uvit.distributed.mesh import START_TIMEOUT, World
 from uvit.errors import UserError
 from uvit.io import sync_path
 
@@ -45,7 +45,7 @@ def all_gather_channel(world: World) -> AllGather:
     """
     if not world.parallel:
         return single_process
-    group = dist.new_group(backend="gloo")
+    group = dist.new_group(backend="gloo", timeout=START_TIMEOUT)  # one process may write far longer than another
 
     def all_gather(value: Any) -> list[Any]:
         values: list[Any] = [None] * world.size
@@ -137,8 +137,8 @@ class Saver:
                 if buffer is None or buffer.dtype != tensor.dtype:
                     buffer = torch.empty(key.size, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
                 self._buffers[key] = buffer.copy_(tensor.detach(), non_blocking=True)
-            if any(tensor.is_cuda for tensor in tensors.values()):
-                torch.cuda.synchronize()
+            for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
+                torch.cuda.synchronize(device)  # which need not be the current one
         finally:
             self._copied.set()
 

@@ -236,15 +236,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         print(f"uvit {name}: error: {where}{error.strerror}; fix that, or choose another path", file=sys.stderr)
         return 2
-    except (MemoryError, RuntimeError) as error:
-        reason = (str(error).splitlines() or ["no more can be allocated"])[0].rpartition("Allocator: ")[2]
-        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", reason):
-            raise
-        print(
-            f"uvit {name}: error: there is too little memory ({reason}); make the batches, or what is in them, smaller",
-            file=sys.stderr,
-        )
-        return 2
 
 
 def _is_refused(error: OSError) -> bool:
@@ -269,7 +260,21 @@ def _run(name: str, arguments: list[str]) -> int:
         print(to_yaml(config), end="")
         return 0
     is_uncompiled = name in UNCOMPILED and not getattr(config, "compile", False)
-    return _load_once(command.run, is_uncompiled, is_distributed="WORLD_SIZE" in os.environ)(config) or 0
+    try:
+        return _load_once(command.run, is_uncompiled, is_distributed="WORLD_SIZE" in os.environ)(config) or 0
+    except (MemoryError, RuntimeError) as error:
+        if (sentence := _too_little_memory(error, getattr(config, "batch_size", 1))) is None:
+            raise
+        raise sentence from None
+
+
+def _too_little_memory(error: Exception, batch_size: int) -> UserError | None:
+    """What to do about an error of an allocator, of a GPU's too. None: it is another error."""
+    reason = (str(error).splitlines() or ["no more can be allocated"])[0].rpartition("Allocator: ")[2]
+    if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", reason):
+        return None
+    smaller = f"pass --batch_size {batch_size // 2} or less" if batch_size > 1 else "make the batches smaller"
+    return UserError(f"there is too little memory ({reason}); {smaller}, or make the images or the model smaller")
 
 
 def _load_once(path: str, is_uncompiled: bool, is_distributed: bool):  # type: ignore[no-untyped-def]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from uvit.config.bounds import BatchSize, Bounds, PositiveInt, check_bounds
+from uvit.config.bounds import Bounds, PositiveInt, check_bounds
 from uvit.config.paths import PathFlag, expand_paths
 
 
@@ -22,8 +22,9 @@ class BenchConfig:
     """The model: the name of a model preset, or a JSON file."""
     latents: Literal["vae", "none"] = "vae"
     """What the random features are. vae: moments of latents; none: pixels, for a model with 3 in_channels."""
-    batch_size: BatchSize = 4
-    """Samples per training step and per forward pass."""
+    batch_size: Annotated[int, Bounds(least=0, most=1_000_000)] = 0
+    """Samples per training step and per forward pass. 0: 4 on a CPU; 256 on a GPU, where a small batch would time
+    launches only."""
     steps: PositiveInt = 5
     """Forward passes and training steps to measure, after two of each to warm up."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -42,8 +43,8 @@ class BenchConfig:
     """cpu, cuda, cuda:1, ..., or auto: the GPU if there is one."""
     num_threads: Annotated[int, Bounds(least=0, most=1024, hint="0 leaves the choice to PyTorch")] = 0
     """CPU threads; 0: PyTorch's choice. Use 1 to measure one core."""
-    matmul_size: Annotated[int, Bounds(least=1, most=65_536)] = 2048
-    """Rows and columns of the matrices in the matrix product (use 8192 for GPUs)."""
+    matmul_size: Annotated[int, Bounds(least=0, most=65_536)] = 0
+    """Rows and columns of the matrices in the matrix product. 0: 2048 on a CPU, 8192 on a GPU."""
 
     def __post_init__(self) -> None:
         expand_paths(self)

@@ -87,7 +87,7 @@ class AutoencoderConfig:
     preview_steps: Annotated[int, Bounds(least=-1)] = 1000
     """Steps between images of reconstructions in OUTPUT_DIR/previews; -1: only at the end."""
     device: str = "auto"
-    """cpu, cuda, or auto: the GPU if there is one."""
+    """cpu, cuda, cuda:1, ..., or auto: the GPU if there is one."""
     overwrite_output_dir: bool = False
     """Start from scratch. The old contents of OUTPUT_DIR are kept under another name."""
     disable_tqdm: bool = False

@@ -42,8 +42,8 @@ class RecipeConfig:
     """Peak learning rate."""
     warmup_steps: NonNegativeInt = 5000
     """Optimizer steps over which the learning rate rises from 0."""
-    bf16: bool = False
-    """Compute in bfloat16."""
+    bf16: bool | None = None
+    """Compute in bfloat16. Default: on a GPU that has it, unless --fp16."""
     save_steps: PositiveInt = 5000
     """Steps between checkpoints. The last step is always saved."""
     image_logging_steps: Annotated[int, Bounds(least=-1, hint="-1 turns previews off")] = 1000
@@ -63,6 +63,9 @@ class RecipeConfig:
     0.23010."""
     dataloader_num_workers: NumWorkers = 8
     """Threads that read and prepare batches, at most one per core; 0: in the training loop itself."""
+    features_in_memory: Literal["auto", "device", "host", "none"] = "auto"
+    """Keep all features of a store in memory: of the GPU (device), or of the host. The batches are the same. auto: in a
+    GPU's, if there is room for them beside the training; none: read each batch from disk."""
 
     # Model
     pretrained_model_name_or_path: PathFlag | None = None

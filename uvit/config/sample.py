@@ -87,8 +87,11 @@ class SampleConfig:
     # Device and memory
     device: str = "auto"
     """cpu, cuda, cuda:1, ..., or auto: the GPU if there is one."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Data type of the networks."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type of the networks. auto: bfloat16 on a GPU that has it, float32 otherwise."""
+    compile: bool = False
+    """Compile the blocks of the U-ViT with torch.compile. On a GPU it takes about a minute, which thousands of images
+    are worth."""
     enable_vae_slicing: bool = False
     """Decode the images of a batch one at a time. Saves memory."""
     enable_vae_tiling: bool = False

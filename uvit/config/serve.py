@@ -51,8 +51,8 @@ class ServeConfig:
     ago."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ..., or auto: the GPUs if there are any."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Data type of the networks."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type of the networks. auto: bfloat16 on a GPU that has it, float32 otherwise."""
 
     # Limits
     max_queue_size: PositiveInt = 256

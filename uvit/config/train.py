@@ -39,19 +39,23 @@ class TrainConfig(ObjectiveConfig, RecipeConfig):
 
     # Precision and speed
     device: str = "auto"
-    """cpu, cuda, or auto: the GPU if there is one."""
+    """cpu, cuda, cuda:1, ..., or auto: the GPU if there is one. With several processes, each takes its own."""
     fp16: bool = False
     """Compute in float16, with loss scaling."""
     fp16_opt_level: Literal["O1", "O2"] = "O1"
     """O1: autocast over float32 weights; O2: low-precision weights with float32 master weights. Also holds for
     --bf16."""
+    tf32: bool = True
+    """On a GPU, compute float32 matrix products and convolutions in TF32, with 10 bits of mantissa: several times as
+    fast. Without --bf16 and --fp16 these are all products."""
     recompute: bool = False
     """Activation checkpointing: recompute activations in the backward pass. Less memory, a third more compute."""
-    compile: bool = False
-    """Compile the U-ViT with torch.compile. The first step then takes minutes."""
+    compile: bool | None = None
+    """Compile the blocks of the U-ViT with torch.compile. The first step then takes a minute, or more on a CPU.
+    Default: on a GPU, for 1000 steps or more without --align."""
     deterministic: bool = False
     """On a GPU, use only deterministic kernels; the slowdown has not been measured. A CPU is always deterministic."""
-    hang_timeout: NonNegativeFloat = 1800.0
+    hang_timeout: NonNegativeFloat = 600.0
     """If no step ends for this many seconds, each process prints where it is, and keeps waiting; 0: never."""
 
     # Validation

@@ -5,16 +5,23 @@ innermost, so that the processes that communicate most are neighbours. The proce
 """
 
 import os
+import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout as set_group_timeout  # torch has no public one
 
 from uvit.device import pick_device
 from uvit.errors import UserError
 
 AXES = ("dp", "shard", "tp")
+# How long a process waits for the others in one collective, before torch gives up and the run ends.
+START_TIMEOUT = timedelta(hours=1)  # while features are checked, models compiled and checkpoints read; for export
+STEP_TIMEOUT = timedelta(minutes=30)  # from step to step, with validation and evaluation between them
 
 
 @dataclass(frozen=True)
@@ -91,15 +98,43 @@ def init_distributed(degrees: Degrees, device: str = "auto") -> World:
     chosen = pick_device(device)
     if size == 1:
         return World(rank, size, degrees, chosen, None)
-    if chosen.type == "cuda" and chosen.index is None:
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(chosen)
     if not dist.is_initialized():  # a process may build more than one mesh
         # Objects and flags on the CPU use gloo, also next to NCCL.
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=restart_safe_store(), rank=rank, world_size=size)
+        dist.init_process_group(backend, store=restart_safe_store(), rank=rank, world_size=size, timeout=START_TIMEOUT)
+    if chosen.type == "cuda":
+        gpus: list[tuple[str, str]] = [("", "")] * size
+        uuid = str(torch.cuda.get_device_properties(chosen).uuid)
+        dist.all_gather_object(gpus, (socket.gethostname(), uuid))
+        check_gpus(gpus, device)
     mesh = init_device_mesh(chosen.type, (degrees.dp, degrees.shard, degrees.tp), mesh_dim_names=AXES)
-    return World(rank, size, degrees, chosen, mesh)
+    world = World(rank, size, degrees, chosen, mesh)
+    set_timeout(world, START_TIMEOUT)
+    return world
+
+
+def check_gpus(gpus: Sequence[tuple[str, str]], device: str) -> None:
+    """`gpus`: (host, UUID) of each process's. Raises UserError if two processes have the same one."""
+    for rank, gpu in enumerate(gpus):
+        if (first := gpus.index(gpu)) != rank:
+            host, there = gpu[0], sum(host == gpu[0] for host, _ in gpus)
+            raise UserError(
+                f"--device {device}: processes {first} and {rank} would share a GPU of {host}, which NCCL does not "
+                f"allow; pass --device cuda, and start as many processes on it as it has GPUs, not {there}"
+            )
+
+
+def set_step_timeout(world: World, hang_timeout: float) -> None:
+    """STEP_TIMEOUT, or longer, so that all processes have long printed their stacks when torch gives up."""
+    set_timeout(world, max(STEP_TIMEOUT, 2 * timedelta(seconds=hang_timeout)))
+
+
+def set_timeout(world: World, timeout: timedelta) -> None:
+    """How long collectives wait from now on, over all processes and along each axis of the mesh."""
+    if world.mesh is None:
+        return
+    for group in dict.fromkeys([dist.group.WORLD, *(world.group(axis) for axis in AXES)]):
+        set_group_timeout(timeout, group)
 
 
 def restart_safe_store() -> dist.Store:

@@ -9,10 +9,11 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from uvit.compiling import compile_blocks
 from uvit.distributed.mesh import World
 from uvit.errors import UserError
 from uvit.model import Block, UViTT2IModel
@@ -28,9 +29,7 @@ def parallelize(unet: UViTT2IModel, world: World, *, recompute: bool = False, co
     if recompute:
         unet.enable_gradient_checkpointing()
     if compile:
-        # Gathering the parameters of a block breaks the graph, so sharded blocks are compiled one by one.
-        for module in blocks if world.degrees.shard > 1 else [unet]:
-            module.compile()
+        compile_blocks(blocks)
     shard(unet, world, blocks)
 
 
@@ -108,7 +107,9 @@ def shard(module: nn.Module, world: World, blocks: Iterable[nn.Module] = ()) -> 
         even = [dim for dim, length in enumerate(parameter.shape) if dim not in sharded and length % size == 0]
         return Shard(even[0] if even else 0)
 
+    # Gradients of a low-precision copy are added up, over microbatches and processes, in float32.
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for part in [*blocks, module]:
         # After a forward without a backward (previews, validation) the root must not stay gathered: optimizer, EMA and
         # checkpoints need the shards.
-        fully_shard(part, mesh=mesh, shard_placement_fn=dim_to_shard, reshard_after_forward=True)
+        fully_shard(part, mesh=mesh, mp_policy=policy, shard_placement_fn=dim_to_shard, reshard_after_forward=True)

@@ -14,7 +14,7 @@ from PIL import Image
 from uvit import __version__
 from uvit.checkpoint.folder import RECORD, checkpoint_folders, read_checkpoint
 from uvit.config.evaluate import Scheduler
-from uvit.device import own_device
+from uvit.device import pick_device
 from uvit.errors import UserError
 from uvit.evaluate.image_sets import CHUNK, LoadedImages
 from uvit.evaluate.prompts import Prompt, prompts_sha256
@@ -93,7 +93,7 @@ def open_model(name: str, weights: str, device: str, dtype: str) -> Model:
             raise UserError(f"--ema ema: {opened} has no EMA weights; give --ema raw")
         check_fit(components, opened)
         with quiet():
-            pipeline = build_pipeline(components).to(own_device(device), getattr(torch, dtype))
+            pipeline = build_pipeline(components).to(pick_device(device), getattr(torch, dtype))
         pipeline.set_progress_bar_config(disable=True)
     networks = {network: getattr(pipeline, network) for network in ("unet", "vqvae", "text_encoder")}
     hashes = {f"{name}_sha256": fingerprint(each) for name, each in networks.items() if each is not None}

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from uvit.config.evaluate import NEED_PROMPTS, NEED_REFERENCE, PROTOCOL_PROMPTS, EvaluateConfig
-from uvit.device import own_device
+from uvit.device import pick_device
 from uvit.errors import UserError
 from uvit.evaluate.attributes import AttributeReader, scene_kind
 from uvit.evaluate.extractors import (
@@ -115,7 +115,7 @@ def comparing(config: EvaluateConfig) -> list[str]:
 
 def build_extractors(config: EvaluateConfig) -> dict[str, PerImage]:
     """{metric: what computes its features}; metrics share networks. Raises UserError for weights that are missing."""
-    device = own_device(config.device)
+    device = pick_device(config.device)
     kinds = {metric: _kind(metric, config) for metric in config.metrics}
     built = {kind: _build(kind, config, device) for kind in dict.fromkeys(kinds.values())}
     names = [each.name for each in built.values()]

@@ -27,7 +27,7 @@ import torch
 from uvit.config.extract import ExtractConfig
 from uvit.config.sharding import resolve_shard
 from uvit.conventions import PIXELS
-from uvit.device import own_device
+from uvit.device import pick_device
 from uvit.errors import UserError
 from uvit.extract.encode import Encoders, encode_in_order, encoding_threads
 from uvit.extract.provenance import absolute_name, describe_store, find_tokenizer, scale_reason
@@ -82,7 +82,7 @@ def extract(config: ExtractConfig) -> None:
                 if not (folder / "tokenizer").is_dir():  # `settings.json` names an existing one
                     save_tokenizer(tokenizer, folder / "tokenizer")
         check_disk(source, writer)
-        device = own_device(config.device)
+        device = pick_device(config.device)
         encoders = Encoders(
             vae=vae.to(device) if vae else None,
             text_encoder=text_encoder.to(device) if info.context_shape else None,

@@ -20,8 +20,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from uvit.compiling import compile_blocks
 from uvit.config.sample import SPEEDS, SampleConfig
 from uvit.config.sharding import resolve_shard
+from uvit.device import has_bf16, pick_device
 from uvit.errors import UserError
 from uvit.images import center_crop, to_rgb
 from uvit.lock import WriterLock
@@ -84,7 +86,7 @@ def sample_batch(
 
 
 def sample(config: SampleConfig) -> None:
-    config = config.resolved()
+    config = with_dtype(config.resolved())
     with print_warnings():
         if config.fit_schedule:
             fit_schedule(config)
@@ -101,6 +103,13 @@ def sample(config: SampleConfig) -> None:
     summary += [f"part {part} of {num_parts}"] if num_parts > 1 else []
     summary += [f"contact sheet: {result.sheet}"] if result.sheet else []
     print("; ".join(summary))
+
+
+def with_dtype(config: SampleConfig) -> SampleConfig:
+    """The same with a dtype for `auto`."""
+    if config.dtype != "auto":
+        return config
+    return dataclasses.replace(config, dtype="bfloat16" if has_bf16(pick_device(config.device)) else "float32")
 
 
 def fit_schedule(config: SampleConfig) -> None:
@@ -270,6 +279,8 @@ def load_input_image(path: str, flag: str) -> Image.Image:
 def load_pipeline(config: SampleConfig, path: Path) -> LoadedPipeline:
     offload = config.enable_model_cpu_offload
     pipeline = open_pipeline(str(path), config.device, config.dtype, config.scheduler, offload)
+    if config.compile:
+        compile_blocks([*pipeline.unet.in_blocks, pipeline.unet.mid_block, *pipeline.unet.out_blocks])
     if config.enable_vae_slicing:
         pipeline.enable_vae_slicing()
     if config.enable_vae_tiling:

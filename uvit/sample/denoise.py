@@ -119,7 +119,8 @@ def denoising(
     if lowest == ALL_TIMESTEPS[0]:
         lowest = 0.0  # a linear path has timesteps below 1
 
-    timesteps = exact_timesteps(scheduler, path).to(latents.device)  # of the network, in (0, 1000]
+    known_timesteps = exact_timesteps(scheduler, path)  # of the network, in (0, 1000], on the CPU
+    timesteps = known_timesteps.to(latents.device)
     model_timesteps = timesteps + (timestep_offset - 1)
     if image is None or start == 0:
         x = latents.float() * getattr(scheduler, "init_noise_sigma", 1.0)
@@ -131,7 +132,7 @@ def denoising(
                 break
             both, guidance_scale = now
         x_n = scale_input(scheduler, x, t)  # as in training
-        guided = len(both) > len(x) and guidance_scale != 1 and lowest <= timesteps[i] <= highest
+        guided = len(both) > len(x) and guidance_scale != 1 and lowest <= known_timesteps[i] <= highest
         inputs = torch.cat([x_n, x_n]) if guided else x_n
         n = model_timesteps[i].expand(len(inputs))
         prediction = yield NetworkInput(inputs.to(context.dtype), n, both if guided else both[-len(x) :])

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 
 from uvit.checkpoint.folder import RECORD, checkpoint_folders
-from uvit.device import own_device
+from uvit.device import pick_device
 from uvit.errors import UserError
 from uvit.sample.fit import read_plans
 from uvit.sample.pipeline import UViTPipeline
@@ -58,7 +58,7 @@ def open_pipeline(
     model_cpu_offload: bool = False,
 ) -> UViTPipeline:
     """Open a pipeline on its device, with the named scheduler. Raises UserError if it cannot be opened."""
-    folder, chosen = find_pipeline(path), own_device(device)
+    folder, chosen = find_pipeline(path), pick_device(device)
     if model_cpu_offload and chosen.type == "cpu":
         raise UserError(
             f"--enable_model_cpu_offload: saves GPU memory, and --device {device} is the CPU here; leave it out"

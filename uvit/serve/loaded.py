@@ -1,5 +1,6 @@
 """A model in the memory of a worker: its pipeline, and one image of it as steps."""
 
+import dataclasses
 import io
 import warnings
 from collections.abc import Generator
@@ -12,7 +13,7 @@ from PIL import Image, ImageChops
 from torch import Tensor
 
 from uvit.config.sample import SPEEDS
-from uvit.device import own_device
+from uvit.device import has_bf16, pick_device
 from uvit.errors import UserError
 from uvit.export.convert import build_pipeline, open_checkpoint
 from uvit.images import center_crop, to_rgb, write_png
@@ -39,7 +40,11 @@ class LoadedModel:
     """A pipeline in memory."""
 
     def __init__(self, ref: ModelRef, settings: WorkerSettings):
+        if settings.dtype == "auto":  # as `uvit sample`
+            bf16 = has_bf16(pick_device(settings.device))
+            settings = dataclasses.replace(settings, dtype="bfloat16" if bf16 else "float32")
         self.ref = ref
+        self.dtype: Any = settings.dtype
         open_it = open_checkpoint_pipeline if ref.is_checkpoint else open_pipeline_folder
         self.pipeline = open_it(ref, settings)
         self.pipeline.set_progress_bar_config(disable=True)
@@ -136,7 +141,7 @@ class LoadedModel:
 
     def metadata(self, task: ImageTask) -> dict[str, str]:
         """What the PNG says: as `uvit sample` writes it, with the name of the model in place of its path."""
-        config = task.config
+        config = dataclasses.replace(task.config, dtype=self.dtype)
         variant = Variant(Path(task.model.id), config.guidance_scale[0], "", Path())
         uploads = {"init_image": task.image, "mask": task.mask}
         text = metadata(config, variant, self.unet_sha256, {k: v for k, v in uploads.items() if v is not None})
@@ -163,7 +168,7 @@ def open_pipeline_folder(ref: ModelRef, settings: WorkerSettings) -> UViTPipelin
 def open_checkpoint_pipeline(ref: ModelRef, settings: WorkerSettings) -> UViTPipeline:
     """A checkpoint of a run, with its EMA weights, converted in memory."""
     pipeline = build_pipeline(open_checkpoint(Path(ref.path)))
-    return pipeline.to(own_device(settings.device), getattr(torch, settings.dtype))
+    return pipeline.to(pick_device(settings.device), getattr(torch, settings.dtype))
 
 
 def png_bytes(image: Image.Image, text: dict[str, str]) -> bytes:

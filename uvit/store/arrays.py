@@ -68,9 +68,14 @@ class ShardedArray:
     def __init__(
         self, names: list[str], lengths: list[int], offsets: list[int], shape: tuple[int, ...], dtype: np.dtype
     ):
-        self.names, self.offsets, self.shape, self.dtype = names, offsets, shape, dtype
+        self.names, self.lengths, self.offsets, self.shape, self.dtype = names, lengths, offsets, shape, dtype
         self._first = np.cumsum([0, *lengths[:-1]])  # (files,): index of each file's first item
         self._item_bytes = math.prod(shape) * dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Of all items together."""
+        return sum(self.lengths) * self._item_bytes
 
     def empty(self, num_items: int) -> np.ndarray:
         return np.empty((num_items, *self.shape), self.dtype)

@@ -20,6 +20,7 @@ import functools
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +122,7 @@ class FeatureStore:
 
     def read(self, rows: np.ndarray, caption_draws: np.ndarray, flip_draws: np.ndarray | None = None) -> FeatureBatch:
         """See Features. Raises UserError if a file can no longer be read."""
-        first, end = self._first_caption[rows], self._first_caption[rows + 1]
-        captions = np.minimum(first + (caption_draws * (end - first)).astype(np.int64), end - 1)
+        captions = self.caption_items(rows, caption_draws)
         latents = self._latents.empty(len(rows))
         requests = self._latents.requests(rows, latents)
         if flip_draws is not None and not self.is_pixels:
@@ -146,6 +146,29 @@ class FeatureStore:
             mirror = flip_draws < 0.5
             latents[mirror] = latents[mirror, ..., ::-1]
         return FeatureBatch(None, context, token_ids, images=latents)
+
+    def caption_items(self, rows: np.ndarray, caption_draws: np.ndarray) -> np.ndarray:
+        """Which of all captions of the store the draws pick: (B,) int64."""
+        first, end = self._first_caption[rows], self._first_caption[rows + 1]
+        return np.minimum(first + (caption_draws * (end - first)).astype(np.int64), end - 1)
+
+    def arrays(self) -> dict[str, ShardedArray]:
+        """The stored arrays by kind: latents (moments or images), flipped, contexts, tokens, teacher."""
+        found = {
+            "latents": self._latents,
+            "flipped": self._flipped,
+            "contexts": self._contexts,
+            "tokens": self._tokens,
+            "teacher": self._teacher,
+        }
+        return {kind: array for kind, array in found.items() if array is not None}
+
+    def read_files(self, array: ShardedArray) -> Iterator[np.ndarray]:
+        """All items of an array, a file at a time. Raises UserError like `read`."""
+        for name, offset, length in zip(array.names, array.offsets, array.lengths, strict=True):
+            part = array.empty(length)
+            self._read([ReadRequest(name, offset, as_bytes(part))])
+            yield part
 
     def read_teacher(self, rows: np.ndarray) -> np.ndarray:
         """The teacher's features of the samples `rows`: (B, *teacher_shape) float16. Raises UserError like `read`."""

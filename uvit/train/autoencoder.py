@@ -173,7 +173,7 @@ def build_vae_run(config: AutoencoderConfig, output_dir: Path, device: torch.dev
         vae=vae,
         optimizer=torch.optim.AdamW([group], weight_decay=0.0, fused=True),
         ema=EMA(vae, config.ema_decay),
-        guards=Guards(TrainConfig.spike_factor),
+        guards=Guards(TrainConfig.spike_factor, vae.device),
     )
     side = config.resolution // config.factor
     latents = f"{config.latent_channels}x{side}x{side} latents"
@@ -292,14 +292,15 @@ def vae_step(run: VaeRun, pixels: Tensor, noise: Tensor) -> VaeStepResult | None
         total, error = vae_loss(vae, to_unit(pixels.to(device)), noise.to(device), config.kl_weight)
     run.optimizer.zero_grad()
     total.backward()
-    norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0).item()
-    finite = math.isfinite(total.item()) and math.isfinite(norm)
-    skipped = not finite or guards.is_spike(norm)
+    norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+    all_finite = total.isfinite() & norm.isfinite()
+    finite, skipped = torch.stack([all_finite, ~all_finite | guards.is_spike(norm)]).tolist()
+    guards.add_norm(norm, all_finite)
     if not skipped:
         run.optimizer.step()
         run.ema.update(vae, run.step)
-    guards.record_step(run.step, first_image, norm if finite else None, skipped)
-    return VaeStepResult(psnr_of(error.item()) if finite else math.nan, norm, lr)
+    guards.record_step(run.step, first_image, skipped)
+    return VaeStepResult(psnr_of(error.item()) if finite else math.nan, norm.item(), lr)
 
 
 def too_many_nonfinite(run: VaeRun) -> str:

@@ -8,7 +8,7 @@ processes sum the outputs of attention and MLPs.
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from uvit.config.train import TrainConfig
 from uvit.device import pick_device
 from uvit.distributed.mesh import Degrees, World
+from uvit.errors import UserError
 from uvit.model import Block, UViTT2IModel
 from uvit.train.alignment import Projector, empty_targets
+from uvit.train.device_defaults import with_device_defaults
 from uvit.train.memory import trace_muon, trace_step
 from uvit.train.muon import block_matrices
 from uvit.train.optimizer import iteration_dtype
@@ -30,6 +32,7 @@ from uvit.train.setup import Run, build_run
 from uvit.weights.unet import model_config
 
 MIB = 2**20
+DRIVER_BYTES, ALLOCATOR_OVERHEAD = 2**30, 1.05  # of a GPU, beside what a plan counts; not measured
 
 
 # What is printed
@@ -72,10 +75,51 @@ def describe_plan(config: TrainConfig) -> str:
 
 def build_meta_run(config: TrainConfig) -> Run:
     """The run as its first process would build it, on the meta device. Other processes are not needed."""
-    pick_device(config.device)  # raises UserError where the device cannot be used
+    config = with_device_defaults(config, pick_device(config.device))
     degrees = Degrees(config.dp_degree, config.sharding_parallel_degree, config.tensor_parallel_degree)
     world = World(0, degrees.product, degrees, torch.device("meta"), None)
     return build_run(config, Path(config.output_dir), world)
+
+
+# What fits on a GPU
+
+
+def does_not_fit(config: TrainConfig, memory: str, num_bytes: int) -> UserError:
+    """The error of a run that needs more than the `num_bytes` of a GPU, which `memory` names: with flags that fit."""
+    what = f"--per_device_train_batch_size {config.per_device_train_batch_size}: needs more than the {memory}"
+    fitting = fitting_config(config, num_bytes)
+    if fitting is None:
+        return UserError(
+            f"{what}, and so does a batch of 1 with --recompute; use a larger GPU, or several with "
+            "--sharding_parallel_degree"
+        )
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "recompute")
+    flags = " ".join(f"--{name} {getattr(fitting, name)}" for name in names if getattr(fitting, name) is not False)
+    planned = sum(plan_of_run(build_meta_run(fitting)).memory.values())
+    return UserError(f"{what}; run the same command with {flags}, which the plan puts at {in_mib(planned)} MiB")
+
+
+def fitting_config(config: TrainConfig, num_bytes: int) -> TrainConfig | None:
+    """The same batch of a step in more and smaller microbatches, the fewest that fit; if none do, with --recompute.
+
+    `num_bytes`: of a GPU, all of them. Without the plan's help this config did not fit, so it is not an answer itself.
+    """
+    usable = (num_bytes - DRIVER_BYTES) / ALLOCATOR_OVERHEAD
+    size = config.per_device_train_batch_size
+    run = build_meta_run(config)
+    for recompute in dict.fromkeys([config.recompute, True]):
+        for parts in range(1, size + 1):
+            if size % parts or (parts == 1 and recompute == config.recompute):
+                continue
+            smaller = replace(
+                config,
+                per_device_train_batch_size=size // parts,
+                gradient_accumulation_steps=config.gradient_accumulation_steps * parts,
+                recompute=recompute,
+            )
+            if sum(plan_of_run(replace(run, config=smaller)).memory.values()) <= usable:
+                return smaller
+    return None
 
 
 def trained_text_encoder(run: Run) -> nn.Module | None:
@@ -216,9 +260,10 @@ def make_plan(
         fused_attention=None if config.device == "cpu" else True,
     )
     accumulates = config.gradient_accumulation_steps > 1
-    earlier = width * num_all if accumulates else 0  # gradients of earlier microbatches: of all shards, until the last
-    stays = 0.0 if accumulates else num_local / num_all  # what a process keeps of each gradient
-    copied = float(degrees.dp > 1 and degrees.shard == 1)  # and what it copies to a bucket, to be sent
+    earlier = 4 * num_all if accumulates else 0  # gradients of earlier microbatches: of all shards, until the last
+    # What a process keeps of each gradient, and what it copies to a bucket, to be sent: in float32, but for shards.
+    stays = 0.0 if accumulates else num_local / num_all * (1 if degrees.shard > 1 else 4 / width)
+    copied = 4 / width if degrees.dp > 1 and degrees.shard == 1 else 0.0
     activations, gradients = trace.peak(stays + copied)
     in_backward = {
         "activations": activations,
@@ -229,7 +274,7 @@ def make_plan(
     in_update = {"gradients": 4 * num_local, "Muon": muon_bytes}
     peak = max(in_backward, in_update, key=lambda part: sum(part.values()))
     memory = {name: num_bytes for name, num_bytes in (always | peak).items() if num_bytes}
-    sent = sent_bytes(config, degrees, unet, size, width * num_all, width * num_local)
+    sent = sent_bytes(config, degrees, unet, size, num_all, num_local)
     return ResourcePlan(
         memory, saving, sent | gathered_for_muon(matrices, unet, degrees, iteration_dtype(config).itemsize)
     )
@@ -274,28 +319,31 @@ def num_local_elements(parameters: Iterable[Tensor], shard: int = 1) -> int:
 
 
 def gathered_bytes(units: list[list[Tensor]], width: int) -> int:
-    """Of two blocks and the gradients of one of them, and of everything outside blocks with its gradients."""
-    *blocks, last = (width * num_local_elements(unit) for unit in units)
-    return 2 * last + 4 * max(blocks)
+    """Of two blocks, the gradients of one of them and their float32 copy to be sent, and of everything outside blocks
+    with the float32 copy of its gradients.
+    """
+    *blocks, last = map(num_local_elements, units)
+    return (width + 4) * last + (3 * width + 4) * max(blocks)
 
 
 # Traffic
 
 
 def sent_bytes(
-    config: TrainConfig, degrees: Degrees, unet: UViTT2IModel, size: tuple[int, int], all_bytes: int, local_bytes: int
+    config: TrainConfig, degrees: Degrees, unet: UViTT2IModel, size: tuple[int, int], num_all: int, num_local: int
 ) -> dict[str, int]:
     """Collectives run in rings: of n processes, each sends (n - 1) / n of what is gathered or scattered, and twice that
     of a sum.
 
-    `all_bytes`, `local_bytes`: of the weights that compute, in total and in one process.
+    Weights are sent as they compute, gradients in float32. `num_all`, `num_local`: elements of the weights, in all and
+    in one process.
     """
     dp, shard, tp = degrees.dp, degrees.shard, degrees.tp
-    num_microbatches = config.gradient_accumulation_steps
+    num_microbatches, width = config.gradient_accumulation_steps, dtypes(config)[0].itemsize
     sent = {
-        "gradients between replicas": 2 * (dp - 1) / dp * local_bytes,
-        "weights between shards": num_microbatches * 2 * (shard - 1) / shard * all_bytes,
-        "gradients between shards": (shard - 1) / shard * all_bytes,
+        "gradients between replicas": 2 * (dp - 1) / dp * 4 * num_local,
+        "weights between shards": num_microbatches * 2 * (shard - 1) / shard * width * num_all,
+        "gradients between shards": (shard - 1) / shard * 4 * num_all,
         "activations within blocks": num_microbatches * 2 * (tp - 1) / tp * summed_bytes(config, unet, size),
     }
     return {name: round(num_bytes) for name, num_bytes in sent.items() if num_bytes}

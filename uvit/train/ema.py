@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from uvit.checkpoint.averages import Snapshot, decay_of, write_snapshot
 from uvit.checkpoint.layout import to_checkpoint_layout
 from uvit.distributed.mesh import World
-from uvit.distributed.ops import local_tensor, on_main, whole_tensor
+from uvit.distributed.ops import is_known, local_tensor, on_main, whole_tensor
 
 
 class EMA:
@@ -34,20 +34,31 @@ class EMA:
         return self.models[0]
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int, skipped: bool = False) -> None:
+    def update(self, model: nn.Module, step: int, skipped: Tensor | None = None) -> None:
         """Call this after each optimizer step, with the same model.
 
         Args:
             step: how many steps there were.
-            skipped: whether the last one left the weights as they were. With a constant decay, it does not count then.
+            skipped: a flag on the device: whether the last one left the weights as they were. With a constant decay, it
+                does not count then.
         """
-        if step % self.update_steps or (skipped and self.update_steps == 1 and not self.lengths):
+        if self.update_steps > 1 or self.lengths:
+            skipped = None  # such an update counts all steps
+        elif skipped is not None and is_known(skipped):
+            if skipped:
+                return
+            skipped = None
+        if step % self.update_steps:
             return
         if not self._weights:  # once: at the first update, the models have their layout
             self._weights, self._averages = local_parameters(model), list(map(local_parameters, self.models))
         decays = [decay_of(length, step, self.update_steps) for length in self.lengths]
         for averages, decay in zip(self._averages, decays or [self.decay**self.update_steps], strict=True):
-            torch._foreach_lerp_(averages, self._weights, 1 - decay)
+            if skipped is None:
+                torch._foreach_lerp_(averages, self._weights, 1 - decay)
+            else:
+                share = torch.where(skipped, 0.0, 1 - decay)
+                torch._foreach_lerp_(averages, self._weights, [share] * len(averages))
 
     def further_tensors(self) -> dict[str, Tensor]:
         """The tensors of all averages but the first, named `0.1/unet.pos_embed` and so on."""

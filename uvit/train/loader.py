@@ -4,6 +4,7 @@ So resuming needs no saved random state. The samples of a step, their captions, 
 number of threads, of processes or of accumulation steps.
 """
 
+import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -14,14 +15,17 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_dataclass, tree_map_only
 
 from uvit.config.objective import ObjectiveConfig
 from uvit.diffusion import CONTEXT_DROP_PROBABILITY, NUM_TIMESTEPS
 from uvit.store.reader import FeatureStore
 from uvit.store.types import Features
 from uvit.train.epochs import EpochRange, locate_samples
+from uvit.train.memory_features import FeaturesInMemory, Picks, fields_of
+from uvit.train.noise import draw_noise
 
-ORDER, DRAWS, FLIPS, LEVELS = 1, 2, 3, 6  # independent streams of random numbers; validate.py has 4 and 5
+ORDER, DRAWS, FLIPS, LEVELS = 1, 2, 3, 6  # independent streams of random numbers; validate.py has 4 and 5, noise.py 7
 NUM_ROUNDS = 8
 ITEMS_AHEAD = 4  # per thread
 
@@ -48,8 +52,11 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> "Batch":
-        return self._each(Tensor.pin_memory)
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory of the tensors until what `stream` has now to do is done, even if they are deleted before."""
+        for field in fields(self):
+            if isinstance(tensor := getattr(self, field.name), Tensor):
+                tensor.record_stream(stream)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -91,24 +98,30 @@ class RandomDraws:
     dropped: np.ndarray  # (B,) bool: the empty caption replaces the caption
     timesteps: np.ndarray  # (B,) int64, 1..1000
     posterior_noise: np.ndarray | None  # (B, C, h, w) float32; None: not drawn, as images have no posterior
-    noise: np.ndarray  # (B, C, h, w) float32
+    noise: np.ndarray | None  # (B, C, h, w) float32; None: not drawn, as `noise.py` draws it
 
 
 def random_draws(
-    counters: np.ndarray, seed: int, latent_shape: tuple[int, ...], noise_offset: float = 0.0, posterior: bool = True
+    counters: np.ndarray,
+    seed: int,
+    latent_shape: tuple[int, ...],
+    noise_offset: float = 0.0,
+    posterior: bool = True,
+    noises: bool = True,
 ) -> RandomDraws:
     """The random numbers of the samples with these counters. Each sample has its own part of a Philox stream."""
     num_samples = len(counters)
     uniform = np.empty((num_samples, 3))
-    noise = np.empty((num_samples, *latent_shape), dtype=np.float32)
-    posterior_noise = np.empty_like(noise) if posterior else None
+    noise = np.empty((num_samples, *latent_shape), dtype=np.float32) if noises else None
+    posterior_noise = np.empty((num_samples, *latent_shape), dtype=np.float32) if noises and posterior else None
     for i, generator in enumerate(_generators(counters, seed, DRAWS)):
         generator.random(out=uniform[i])
         if posterior_noise is not None:
             generator.standard_normal(dtype=np.float32, out=posterior_noise[i])
-        generator.standard_normal(dtype=np.float32, out=noise[i])
-        if noise_offset:
-            noise[i] += noise_offset * generator.standard_normal((latent_shape[0], 1, 1), dtype=np.float32)
+        if noise is not None:
+            generator.standard_normal(dtype=np.float32, out=noise[i])
+            if noise_offset:
+                noise[i] += noise_offset * generator.standard_normal((latent_shape[0], 1, 1), dtype=np.float32)
     return RandomDraws(
         captions=uniform[:, 0],
         dropped=uniform[:, 1] < CONTEXT_DROP_PROBABILITY,
@@ -165,6 +178,7 @@ class BatchDataset:
     ):
         self.features, self.batch_size, self.seed = features, batch_size, seed
         self.use_tokens, self.config = use_tokens, config
+        self.memory: FeaturesInMemory | None = None  # the features, if they are there
         self.first_sample = 0
         self.epochs = [EpochRange(0, 0, features.num_samples)]
 
@@ -178,15 +192,34 @@ class BatchDataset:
         return rows
 
     def __getitem__(self, index: int) -> Batch:
-        features = self.features
+        return self.finish(self.prepare(index))
+
+    def prepare(self, index: int) -> "PreparedBatch":
+        """The part of a batch that is made on the host."""
+        features, config = self.features, self.config
         counters = self.first_sample + np.arange(index * self.batch_size, (index + 1) * self.batch_size)
-        posterior = not features.is_pixels
-        draws = random_draws(counters, self.seed, features.latents_shape, self.config.noise_offset, posterior)
-        timesteps = (
-            draws.timesteps if self.config.whole_timesteps() else timestep_draws(counters, self.seed, self.config)
+        by_loader = config.noise_device == "host"
+        draws = random_draws(
+            counters, self.seed, features.latents_shape, config.noise_offset, not features.is_pixels, by_loader
         )
+        timesteps = draws.timesteps if config.whole_timesteps() else timestep_draws(counters, self.seed, config)
         flips = flip_draws(counters, self.seed) if features.flipped else None
         rows = self.rows(counters)
+        known = {"timesteps": timesteps, "noise": draws.noise, "posterior_noise": draws.posterior_noise}
+        picks = None
+        if self.memory is None:
+            known |= self._read(rows, draws, flips)
+        else:
+            assert isinstance(features, FeatureStore)
+            captions = features.caption_items(rows, draws.captions)
+            picked = (rows, captions, draws.dropped, None if flips is None else flips < 0.5)
+            picks = Picks(*map(to_tensor, picked))  # type: ignore[arg-type]
+        tensors = {name: torch.from_numpy(array) for name, array in known.items() if array is not None}
+        return PreparedBatch(tensors, picks, None if by_loader else torch.tensor(counters[0]))
+
+    def _read(self, rows: np.ndarray, draws: RandomDraws, flips: np.ndarray | None) -> dict[str, np.ndarray | None]:
+        """The features of the samples `rows`, from disk."""
+        features = self.features
         read = features.read(rows, draws.captions, flips)
         teacher = None
         if self.config.needs_teacher():
@@ -201,16 +234,53 @@ class BatchDataset:
             assert read.context is not None and features.empty_context is not None
             context = read.context
             context[draws.dropped] = features.empty_context
-        return Batch(
-            moments=to_tensor(read.moments),
-            context=to_tensor(context),
-            token_ids=to_tensor(token_ids),
-            posterior_noise=to_tensor(draws.posterior_noise),
-            noise=torch.from_numpy(draws.noise),
-            timesteps=torch.from_numpy(timesteps),
-            images=to_tensor(read.images),
-            teacher=to_tensor(teacher),
-        )
+        return {
+            "moments": read.moments,
+            "images": read.images,
+            "context": context,
+            "token_ids": token_ids,
+            "teacher": teacher,
+        }
+
+    def finish(self, prepared: "PreparedBatch") -> Batch:
+        """The rest of it: features that are in memory, and noise that the host has not drawn, where `prepared` is."""
+        features, tensors = self.features, dict(prepared.tensors)
+        if prepared.picks is not None:
+            assert self.memory is not None
+            tensors |= fields_of(self.memory.gather(prepared.picks))
+        if (first := prepared.first_sample) is not None:
+            posterior_noise, tensors["noise"] = draw_noise(
+                first if first.device.type != "cpu" else int(first),
+                self.batch_size,
+                self.seed,
+                features.latents_shape,
+                self.config.noise_offset,
+                not features.is_pixels,
+            )
+            tensors |= {} if posterior_noise is None else {"posterior_noise": posterior_noise}
+        return Batch(**(NO_FEATURES | tensors))  # type: ignore[arg-type]
+
+
+NO_FEATURES = dict.fromkeys(("moments", "context", "token_ids", "posterior_noise"))
+
+
+@dataclass(frozen=True)
+class PreparedBatch:
+    """What the host has made of a batch."""
+
+    tensors: dict[str, Tensor]  # fields of the batch
+    picks: Picks | None  # the features to gather from memory
+    first_sample: Tensor | None  # 0-d int64: the noise to draw is that of the samples from this one on
+
+    def to(self, device: torch.device) -> "PreparedBatch":
+        return tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), self)
+
+    def pin_memory(self) -> "PreparedBatch":
+        return tree_map_only(Tensor, Tensor.pin_memory, self)
+
+
+for _each in (PreparedBatch, Picks):
+    register_dataclass(_each)
 
 
 def to_tensor(array: np.ndarray | None) -> Tensor | None:
@@ -219,12 +289,35 @@ def to_tensor(array: np.ndarray | None) -> Tensor | None:
 
 def prefetch(batches: BatchDataset, items: range, num_workers: int, device: torch.device) -> Iterator[Batch]:
     """These items, in order, on the device, prepared ahead by `num_workers` threads; 0: in this thread, on demand."""
+    num_threads = min(num_workers, os.cpu_count() or 1)
+    if device.type != "cuda":
+        return (batch.to(device) for batch in prefetch_in_threads(batches.__getitem__, items, num_threads))
 
-    def make(item: int) -> Batch:
-        batch = batches[item]
-        return batch.pin_memory() if device.type == "cuda" else batch
+    def make(item: int) -> PreparedBatch:
+        return batches.prepare(item).pin_memory()
 
-    return (batch.to(device) for batch in prefetch_in_threads(make, items, min(num_workers, os.cpu_count() or 1)))
+    return copy_ahead(prefetch_in_threads(make, items, num_threads), batches.finish, device)
+
+
+def copy_ahead(
+    prepared: Iterator[PreparedBatch], finish: Callable[[PreparedBatch], Batch], device: torch.device
+) -> Iterator[Batch]:
+    """Copy each batch to the GPU, and finish it there, while the GPU computes with the batch before: on a side stream.
+
+    A batch may be used on the stream that is current when it is asked for.
+    """
+    side = torch.cuda.Stream(device)
+    ahead = deque[tuple[Batch, torch.cuda.Event]]()
+    for each in itertools.chain(prepared, [None]):
+        if each is not None:
+            with torch.cuda.stream(side):
+                ahead.append((finish(each.to(device)), side.record_event()))
+        if len(ahead) > (each is not None):
+            batch, copied = ahead.popleft()
+            current = torch.cuda.current_stream(device)
+            current.wait_event(copied)
+            batch.record_stream(current)  # its memory must not be used again before that
+            yield batch
 
 
 def prefetch_in_threads(make: Callable[[int], T], items: Sequence[int], num_threads: int) -> Iterator[T]:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from uvit.model import Attention
 from uvit.modern_model import ModernAttention
+from uvit.train.adamw import FusedAdamW
 from uvit.train.alignment import Projector, empty_targets, recorded_tokens
 from uvit.train.muon import Muon, block_matrices, shape_batches
 from uvit.train.profiling import meta_inputs, meta_unet
@@ -117,7 +118,7 @@ def trace_muon(networks: Iterable[nn.Module], dtype: torch.dtype) -> int:
         parameters = [parameter for group in groups.values() for parameter in group]
         for parameter in parameters:
             parameter.grad = torch.zeros(parameter.shape)
-        others = torch.optim.AdamW([torch.zeros(1)])
+        others = FusedAdamW([{"params": [torch.zeros(1)]}])
         optimizer = Muon(
             [{"params": group, "num_matrices": count} for count, group in groups.items()], others, 0, dtype
         )

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from uvit.checkpoint.tensors import local_offset
-from uvit.distributed.ops import local_tensor, whole_tensor
+from uvit.distributed.ops import is_known, local_grads, local_tensor, whole_tensor
+from uvit.train.adamw import FusedAdamW
 
 MOMENTUM = 0.95
 NUM_ITERATIONS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
@@ -36,7 +37,7 @@ class Muon(torch.optim.Optimizer):
     Sharded and tensor parallel parameters are gathered to be made orthogonal; each process updates its own part.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], adamw: torch.optim.AdamW, weight_decay: float, dtype: torch.dtype):
+    def __init__(self, groups: list[dict[str, Any]], adamw: FusedAdamW, weight_decay: float, dtype: torch.dtype):
         super().__init__(groups, {"weight_decay": weight_decay})
         self.adamw, self.dtype = adamw, dtype
         self.matrix_groups = self.param_groups
@@ -44,12 +45,17 @@ class Muon(torch.optim.Optimizer):
         adamw.state = self.state
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None, skipped: Tensor | None = None) -> None:  # type: ignore[override]
+        """`skipped`: a flag on the device. If it is set, nothing changes."""
         assert closure is None
-        self.adamw.step()
+        if skipped is not None and is_known(skipped):
+            if skipped:
+                return
+            skipped = None
+        self.adamw.step(skipped=skipped)
         for group in self.matrix_groups:
             for parameters in shape_batches(group["params"], group["num_matrices"]):
-                self.update(parameters, group["num_matrices"], group["lr"], group["weight_decay"])
+                self.update(parameters, group["num_matrices"], group["lr"], group["weight_decay"], skipped)
 
     def momentum(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
@@ -57,11 +63,20 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(parameter)
         return state["momentum"]
 
-    def update(self, parameters: list[Tensor], num_matrices: int, lr: float, weight_decay: float) -> None:
+    def update(
+        self,
+        parameters: list[Tensor],
+        num_matrices: int,
+        lr: float,
+        weight_decay: float,
+        skipped: Tensor | None = None,
+    ) -> None:
         """Update parameters that consist of matrices of one shape, or of its transpose."""
         weights = [local_tensor(parameter) for parameter in parameters]
-        grads = [local_tensor(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        grads = local_grads(parameters)
         averages = [local_tensor(self.momentum(parameter)) for parameter in parameters]
+        if skipped is not None:  # an average stays where it is if the gradient equals it
+            grads = [torch.where(skipped, *pair) for pair in zip(averages, grads, strict=True)]
         torch._foreach_lerp_(averages, grads, 1 - MOMENTUM)
         directions = [part.to(self.dtype) for part in torch._foreach_lerp(grads, averages, MOMENTUM)]  # Nesterov's
         matrices = [
@@ -74,7 +89,10 @@ class Muon(torch.optim.Optimizer):
             own_part(from_matrices(update, parameter, num_matrices), parameter).to(weight.dtype)
             for update, parameter, weight in zip(updates, parameters, weights, strict=True)
         ]
-        torch._foreach_mul_(weights, 1 - lr * weight_decay)
+        decay = 1 - lr * weight_decay
+        if skipped is not None:
+            torch._foreach_mul_(parts, (~skipped).to(parts[0].dtype))
+        torch._foreach_mul_(weights, decay if skipped is None else torch.where(skipped, 1.0, decay))
         torch._foreach_add_(weights, parts, alpha=-lr * UPDATE_RMS * math.sqrt(max(rows, columns)))
 
 

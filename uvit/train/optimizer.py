@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from uvit.config.train import TrainConfig
 from uvit.distributed.ops import fused_groups
 from uvit.errors import UserError
+from uvit.train.adamw import FusedAdamW, new_adamw_state
 from uvit.train.ema import EMA
 from uvit.train.muon import Muon, block_matrices
 
 # AdamW and Muon
 
 
-def build_optimizer(model: nn.ModuleDict, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.ModuleDict, config: TrainConfig) -> FusedAdamW | Muon:
     """AdamW over the U-ViT, a trained text encoder and a projector, each with its peak learning rate (`peak_lr`).
 
     With `--optim muon`, Muon takes the matrices of their blocks. Its rate is scaled with the network's.
@@ -34,12 +35,11 @@ def build_optimizer(model: nn.ModuleDict, config: TrainConfig) -> torch.optim.Op
             params = [parameter for parameter, number in matrices.items() if number == count]
             peak = config.peak_muon_learning_rate * rate / config.learning_rate
             matrix_groups.append({"params": params, "num_matrices": count, "lr": peak, "peak_lr": peak})
-    adamw = torch.optim.AdamW(
+    adamw = FusedAdamW(
         groups,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
-        fused=True,  # one kernel, 7 times as fast as the default on a CPU
     )
     if config.optim == "adamw":
         return adamw
@@ -65,11 +65,7 @@ def init_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
             if "num_matrices" in group:  # Muon's
                 optimizer.state[parameter] = {"momentum": torch.zeros_like(parameter)}
             else:
-                optimizer.state[parameter] = {
-                    "step": torch.zeros((), device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                    "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                }
+                optimizer.state[parameter] = new_adamw_state(parameter)
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """The precision of training: float32, or bfloat16 or float16 at one of two levels.
 
 O1: autocast over float32 weights. O2: a low-precision copy of the model computes, and its gradients go to the float32
-master model. The optimizer, the EMA and the checkpoints use the master model only. float16 scales the loss.
+master model, where they are added up (see `GradientAverage`). The optimizer, the EMA and the checkpoints
+use the master model only. float16 scales the loss.
 """
 
 import copy
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from uvit.config.train import TrainConfig
-from uvit.distributed.ops import local_tensor
+from uvit.distributed.ops import local_grads, local_tensor
+from uvit.train.adamw import FusedAdamW
+from uvit.train.muon import Muon
 
 
 class LossScale:
@@ -24,26 +27,29 @@ class LossScale:
 
     INITIAL, GROWTH_INTERVAL = 2.0**16, 2000
 
-    def __init__(self, enabled: bool):
+    def __init__(self, enabled: bool, device: torch.device):
         self.enabled = enabled
-        self.value = self.INITIAL if enabled else 1.0
-        self.num_good_steps = 0
+        self.value = torch.tensor(self.INITIAL if enabled else 1.0, device=device)
+        self.num_good_steps = torch.tensor(0, device=device)
 
-    def update(self, finite: bool) -> None:
+    @torch.no_grad()
+    def update(self, finite: Tensor) -> None:
+        """`finite`: a flag on the device."""
         if not self.enabled:
             return
-        self.num_good_steps = self.num_good_steps + 1 if finite else 0
-        if not finite:
-            self.value /= 2
-        elif self.num_good_steps == self.GROWTH_INTERVAL:
-            self.value, self.num_good_steps = 2 * self.value, 0
+        self.num_good_steps += 1
+        self.num_good_steps *= finite
+        grown = self.num_good_steps == self.GROWTH_INTERVAL
+        self.value *= torch.where(finite, 1.0 + grown, 0.5)
+        self.num_good_steps *= ~grown
 
     def state_dict(self) -> dict[str, Any]:
-        return {"scale": self.value, "num_good_steps": self.num_good_steps} if self.enabled else {}
+        return {"scale": self.value.item(), "num_good_steps": self.num_good_steps.item()} if self.enabled else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.enabled:
-            self.value, self.num_good_steps = state["scale"], state["num_good_steps"]
+            self.value.fill_(state["scale"])
+            self.num_good_steps.fill_(state["num_good_steps"])
 
 
 class Precision:
@@ -58,7 +64,7 @@ class Precision:
         self.has_copy = self.dtype != torch.float32 and config.fp16_opt_level == "O2"
         self.master_model = master_model
         self.compute_model = copy.deepcopy(master_model).to(self.dtype) if self.has_copy else master_model
-        self.scale = LossScale(enabled=config.fp16)
+        self.scale = LossScale(config.fp16, device)
 
     def autocast(self) -> torch.autocast:
         enabled = self.dtype != torch.float32 and not self.has_copy
@@ -69,31 +75,20 @@ class Precision:
         return tensor.to(self.dtype) if self.has_copy else tensor.float()
 
     def backward(self, loss: Tensor) -> None:
-        (loss * self.scale.value).backward()
+        (loss * self.scale.value if self.scale.enabled else loss).backward()
 
     @torch.no_grad()
     def collect_gradients(self) -> None:
-        """After the last backward of a step: give the master model its gradients, in float32 and unscaled."""
-        if self.has_copy:
-            for master, copied in zip(self.master_model.parameters(), self.compute_model.parameters(), strict=True):
-                master.grad = None if copied.grad is None else copied.grad.float()
-                copied.grad = None
+        """After the last backward of a step: undo the scale of the gradients."""
         if self.scale.enabled:
-            grads = [
-                local_tensor(parameter.grad)
-                for parameter in self.master_model.parameters()
-                if parameter.grad is not None
-            ]
-            torch._foreach_mul_(grads, 1 / self.scale.value)
+            torch._foreach_mul_(local_grads(self.master_model.parameters()), 1 / self.scale.value)
 
-    def step(self, optimizer: torch.optim.Optimizer, update: bool, finite: bool) -> None:
-        """Update the master model if `update`, and the loss scale according to `finite`."""
-        if update:
-            optimizer.step()
+    def step(self, optimizer: FusedAdamW | Muon, skipped: Tensor, finite: Tensor) -> None:
+        """Update the master model unless the step is skipped, and the loss scale. Both are flags on the device."""
+        optimizer.step(skipped=skipped)
         self.scale.update(finite)
         optimizer.zero_grad()
-        if update:
-            self.update_compute_model()
+        self.update_compute_model()
 
     @torch.no_grad()
     def update_compute_model(self) -> None:

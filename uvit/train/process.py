@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import gc
 import os
 import signal
 import threading
@@ -103,6 +104,23 @@ def report_stop(stop: StopSignal, step: int, max_steps: int) -> int:
     """Say how to resume; returns the exit status."""
     print(f"stopped at step {step} of {max_steps}, saved; run the same command again to resume")
     return 128 + (stop.signal or signal.SIGTERM)  # the signal may have reached another process alone
+
+
+# Garbage collection
+
+
+@contextlib.contextmanager
+def frozen_garbage() -> Iterator[None]:
+    """Inside the context, the collector passes over all objects that exist now: networks, libraries, the run.
+
+    To walk through them takes a tenth of a second, now and then, at another time in each process of a run.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 # Deterministic kernels: `--deterministic` computes the same bits each time on a GPU too

@@ -18,21 +18,41 @@ from uvit.model import UViTT2IModel
 from uvit.train.setup import Run
 from uvit.weights.unet import model_config, new_unet
 
-# FLOP/s of dense matrix products, from the vendors' data sheets: (words of the GPU's name, 16 bits, float32).
+# FLOP/s of dense matrix products, from the vendors' data sheets: (words of the GPU's name, 16 bits summed in float32,
+# float32). The first row whose words are all in the name counts. TF32 has half the rate of 16 bits on all of them.
 PEAKS = (
+    ("GB300", 2500e12, 80e12),
+    ("GB200", 2500e12, 80e12),
+    ("B300", 2250e12, 75e12),
     ("B200", 2250e12, 75e12),
+    ("GH200", 989e12, 67e12),
+    ("H200 NVL", 835e12, 60e12),
     ("H200", 989e12, 67e12),
+    ("H20", 148e12, 44e12),
+    ("H800 PCIe", 756e12, 51e12),
+    ("H800", 989e12, 67e12),
     ("H100 PCIe", 756e12, 51e12),
     ("H100 NVL", 835e12, 60e12),
     ("H100", 989e12, 67e12),
     ("A100", 312e12, 19.5e12),
+    ("A800", 312e12, 19.5e12),
     ("A40", 149.7e12, 37.4e12),
     ("A10", 125e12, 31.2e12),
     ("L40S", 362e12, 91.6e12),
+    ("L40", 181e12, 90.5e12),
+    ("L20", 119.5e12, 59.8e12),
     ("L4", 121e12, 30.3e12),
+    ("RTX 5090", 209.5e12, 104.8e12),
+    ("RTX 5080", 112.6e12, 56.3e12),
+    ("RTX 5070 Ti", 87.9e12, 43.9e12),
+    ("RTX 5070", 61.7e12, 30.9e12),
+    ("RTX 5060 Ti", 47.4e12, 23.7e12),
+    ("RTX 5060", 38.4e12, 19.2e12),
+    ("RTX 4090 D", 147.1e12, 73.5e12),
     ("RTX 4090", 165.2e12, 82.6e12),
     ("RTX 3090", 71e12, 35.6e12),
 )
+SLOWER = {"Laptop", "D"}  # words of a GPU that is slower than the one with the rest of its name
 SIDE, SECONDS = 512, 0.1  # of the matrix products that measure a CPU
 
 
@@ -56,8 +76,9 @@ def mfu_reference(run: Run) -> MfuReference:
     kind = str(dtype).removeprefix("torch.")
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        peak = known_peak(name, dtype)
-        source = f"the data sheet of {name} for {kind}"
+        uses_tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+        peak = known_peak(name, dtype, uses_tf32)
+        source = f"the data sheet of {name} for {'TF32' if uses_tf32 else kind}"
     else:
         peak = max(measured_peak(dtype), measured_peak(torch.float32))  # on a CPU, half precision may be slower
         kinds = kind if dtype == torch.float32 else f"{kind} or float32"
@@ -70,12 +91,12 @@ def mfu_reference(run: Run) -> MfuReference:
     return MfuReference(flops * run.samples_per_step, peak * run.world.size, sentence)
 
 
-def known_peak(name: str, dtype: torch.dtype) -> float | None:
-    """FLOP/s of a GPU by its name, such as `NVIDIA H100 80GB HBM3`; None: unknown."""
+def known_peak(name: str, dtype: torch.dtype, tf32: bool = False) -> float | None:
+    """FLOP/s of a GPU by its name, such as `NVIDIA H100 80GB HBM3`; None: unknown. `tf32`: of float32 products."""
     words = set(re.split(r"[\s-]+", name))
     for part, half, single in PEAKS:
-        if set(part.split()) <= words and "Laptop" not in words:
-            return single if dtype == torch.float32 else half
+        if (named := set(part.split())) <= words and words & SLOWER == named & SLOWER:
+            return half if dtype != torch.float32 else half / 2 if tf32 else single
     return None
 
 

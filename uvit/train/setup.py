@@ -18,13 +18,14 @@ from uvit.config.train import TrainConfig
 from uvit.conventions import Conventions, recorded_conventions
 from uvit.device import keep_freed_memory
 from uvit.distributed.mesh import World, single_process_world
-from uvit.distributed.ops import GradientAverage
+from uvit.distributed.ops import GradientAverage, GradientNorm
 from uvit.distributed.parallelize import check_divisibility, parallelize, shard
 from uvit.errors import UserError
 from uvit.lock import WriterLock
 from uvit.model import INIT_STD, UViTT2IModel
 from uvit.store.reader import open_features
 from uvit.store.types import Features
+from uvit.train.adamw import FusedAdamW
 from uvit.train.alignment import build_projector, teacher_sha256
 from uvit.train.checks import (
     check_features,
@@ -39,6 +40,7 @@ from uvit.train.ema import EMA
 from uvit.train.epochs import samples_of_epochs
 from uvit.train.guards import Guards, count_steps
 from uvit.train.loader import BatchDataset
+from uvit.train.muon import Muon
 from uvit.train.optimizer import build_optimizer
 from uvit.train.precision import Precision
 from uvit.weights.components import as_trained, load_text_encoder, load_vae, read_network
@@ -63,7 +65,7 @@ class Run:
     validation: Features | None  # the features to validate on
     batches: BatchDataset
     master_model: nn.ModuleDict  # float32: unet, text_encoder if it is trained, and with --align projector
-    optimizer: torch.optim.Optimizer
+    optimizer: FusedAdamW | Muon
     ema: EMA | None
     precision: Precision
     conventions: Conventions  # what x_0 is, and what the model predicts
@@ -75,6 +77,7 @@ class Run:
     schedule_steps: int  # how many steps the run would have if all of them had the batch of now
     world: World
     gradients: GradientAverage  # of the model that computes
+    grad_norm: GradientNorm  # of the master model
     guards: Guards
     clock: Clock
     step: int = 0
@@ -158,7 +161,7 @@ def build_run(config: TrainConfig, output_dir: Path, world: World | None = None)
         master_model["text_encoder"], pad_token_id = build_text_encoder(config, features, unet, device)
     elif use_tokens:
         frozen, pad_token_id, text_encoder_sha256 = load_frozen_text_encoder(config, features, unet)
-        frozen.to(device)
+        frozen.to(device, torch.bfloat16 if config.bf16 and device.type == "cuda" else torch.float32)
     else:
         text_encoder_sha256 = features.text_encoder_sha256
     if config.align != "none":
@@ -194,8 +197,9 @@ def build_run(config: TrainConfig, output_dir: Path, world: World | None = None)
         max_steps=config.max_steps,
         schedule_steps=config.max_steps,
         world=world,
-        gradients=GradientAverage(precision.compute_model, world),
-        guards=Guards(config.spike_factor),
+        gradients=GradientAverage(precision.compute_model, world, master=master_model),
+        grad_norm=GradientNorm(master_model.parameters(), world),
+        guards=Guards(config.spike_factor, device),
         clock=Clock(device),
     )
     plan_steps(run)
@@ -281,7 +285,7 @@ def parallelize_models(
     for model in dict.fromkeys([master_model, compute_model, *ema_models]):
         computes = model is compute_model
         unet: Any = model["unet"]  # type: ignore[index]
-        parallelize(unet, world, recompute=computes and config.recompute, compile=computes and config.compile)
+        parallelize(unet, world, recompute=computes and config.recompute, compile=computes and bool(config.compile))
         for name, network in model.items():  # type: ignore[operator]
             if name != "unet":
                 shard(network, world)

@@ -1,6 +1,6 @@
 """The training step: from the next batches to the next value of the weights."""
 
-import math
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -9,29 +9,54 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uvit.diffusion import add_noise, draw_latents
-from uvit.diffusion import loss as diffusion_loss
-from uvit.distributed.ops import all_of, any_of, clip_gradients, grad_norm, mean_over_data
+from uvit.diffusion import add_noise, draw_latents, sample_losses
+from uvit.distributed.ops import clip_gradients, sum_over_all
 from uvit.images import to_unit
 from uvit.train.alignment import alignment_targets, is_aligning, recorded_tokens
 from uvit.train.guards import next_kept_sample
 from uvit.train.loader import Batch
-from uvit.train.optimizer import learning_rate_factor, set_learning_rate
+from uvit.train.optimizer import learning_rate_factor, muon_rate, set_learning_rate
 from uvit.train.setup import Run
 from uvit.weights.encoders import encode_tokens
 
 
 @dataclass(frozen=True)
 class StepResult:
-    loss: float
-    grad_norm: float
+    """What a step measured. Its numbers are on the device: reading the first of them waits until the step is done."""
+
+    step: int  # of the run, after it
+    first_sample: int
     lr: float
-    skipped: bool  # if so, nothing was updated
-    align_loss: float | None = None  # None: nothing is aligned
+    muon_lr: float | None  # None: Muon trains nothing
+    aligned: bool
+    numbers: Tensor  # (5,) float32: loss, alignment loss, gradient norm, and flags: finite, skipped
+
+    @functools.cached_property
+    def _read(self) -> list[float]:
+        return self.numbers.tolist()
+
+    @property
+    def loss(self) -> float:
+        return self._read[0]
+
+    @property
+    def align_loss(self) -> float | None:
+        """None: nothing is aligned."""
+        return self._read[1] if self.aligned else None
+
+    @property
+    def grad_norm(self) -> float:
+        return self._read[2]
 
     @property
     def finite(self) -> bool:
-        return all(math.isfinite(value or 0) for value in (self.loss, self.grad_norm, self.align_loss))
+        """Of the loss and of the gradient, in all processes."""
+        return bool(self._read[3])
+
+    @property
+    def skipped(self) -> bool:
+        """If so, nothing was updated."""
+        return bool(self._read[4])
 
 
 def batch_losses(run: Run, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -48,11 +73,13 @@ def batch_losses(run: Run, batch: Batch) -> tuple[Tensor, Tensor | None]:
 
 def batch_loss(run: Run, batch: Batch) -> Tensor:
     """The loss of the U-ViT's predictions, weighted as in training. A float32 scalar."""
-    return compute_loss(run, run.precision.compute_model, batch, run.config.loss_settings())
+    return compute_losses(run, run.precision.compute_model, batch, run.config.loss_settings()).mean()
 
 
-def compute_loss(run: Run, model: nn.Module, batch: Batch, weights: Mapping[str, Any] = MappingProxyType({})) -> Tensor:
-    """Add noise to the latents, predict, compare: U-ViT's eq. 1 for epsilon.
+def compute_losses(
+    run: Run, model: nn.Module, batch: Batch, weights: Mapping[str, Any] = MappingProxyType({})
+) -> Tensor:
+    """Add noise to the latents, predict, compare: U-ViT's eq. 1 for epsilon. (B,) float32.
 
     Args:
         model: one of the run's.
@@ -66,7 +93,7 @@ def compute_loss(run: Run, model: nn.Module, batch: Batch, weights: Mapping[str,
     with run.precision.autocast():
         context = batch_context(run, model, batch)
         prediction = unet(x_n.to(dtype), batch.timesteps, context.to(dtype))
-    return diffusion_loss(prediction, x_0, batch.noise, batch.timesteps, prediction_type, path=path, **weights)
+    return sample_losses(prediction, x_0, batch.noise, batch.timesteps, prediction_type, path=path, **weights)
 
 
 def clean_latents(run: Run, batch: Batch) -> Tensor:
@@ -87,7 +114,9 @@ def batch_context(run: Run, model: nn.Module, batch: Batch) -> Tensor:
 
 
 def encode_text(run: Run, model: nn.Module, token_ids: Tensor) -> Tensor:
-    """(B, T) -> (B, T, D): by the model's own text encoder, or else by the frozen one, in float32."""
+    """(B, T) -> (B, T, D): by the model's own text encoder, or else by the frozen one in its dtype: float32, but
+    bfloat16 on a GPU with --bf16.
+    """
     if run.frozen_text_encoder is None:
         return encode_tokens(model["text_encoder"], token_ids, run.pad_token_id)  # type: ignore[index]
     with torch.no_grad(), torch.autocast(run.device.type, enabled=False):  # as in an extraction
@@ -95,11 +124,11 @@ def encode_text(run: Run, model: nn.Module, token_ids: Tensor) -> Tensor:
 
 
 def train_step(run: Run, batches: Iterator[Batch]) -> StepResult:
-    """One optimizer step over the next `gradient_accumulation_steps` batches.
+    """One optimizer step over the next `gradient_accumulation_steps` batches. The host does not wait for the device.
 
     All processes skip the step if, in one of them, the loss or the gradient is not finite or the gradient is a spike.
     """
-    config, precision, optimizer, clock, guards = run.config, run.precision, run.optimizer, run.clock, run.guards
+    config, precision, optimizer, clock = run.config, run.precision, run.optimizer, run.clock
     lr = set_learning_rate(optimizer, learning_rate_factor(run.step, config, run.max_steps, run.schedule_steps))
 
     num_batches = config.gradient_accumulation_steps
@@ -121,23 +150,32 @@ def train_step(run: Run, batches: Iterator[Batch]) -> StepResult:
     with clock.compute("backward"):
         run.gradients.finish()
         precision.collect_gradients()
-        parameters = list(run.master_model.parameters())
-        total_norm = grad_norm(parameters, run.world)
+        norm = run.grad_norm()
         if config.max_grad_norm > 0:
-            clip_gradients(parameters, config.max_grad_norm, total_norm)
+            clip_gradients(run.grad_norm.parameters, config.max_grad_norm, norm)
 
-    mean_loss, norm = mean_over_data(total_loss, run.world).item(), total_norm.item()
-    mean_align_loss = None if align_loss is None else mean_over_data(total_align_loss, run.world).item()
-    finite = all(math.isfinite(value or 0) for value in (mean_loss, norm, mean_align_loss))
-    skipped = any_of(not finite or guards.is_spike(norm), run.world)
-    finite = all_of(finite, run.world) if skipped else True
+    numbers, finite, skipped = judge_step(run, total_loss, total_align_loss, norm)
     with clock.compute("optimizer"):
         run.before_update()
-        precision.step(optimizer, update=not skipped, finite=finite)
+        precision.step(optimizer, skipped, finite)
         if run.ema:
             run.ema.update(run.master_model, run.step + 1, skipped)
 
-    first_sample = next_kept_sample(run.samples, run.samples_per_step, guards.skipped_samples)
+    first_sample = next_kept_sample(run.samples, run.samples_per_step, run.guards.skipped_samples)
     run.step, run.samples = run.step + 1, first_sample + run.samples_per_step
-    guards.record_step(run.step, first_sample, norm if finite else None, skipped)
-    return StepResult(mean_loss, norm, lr, skipped, mean_align_loss)
+    return StepResult(run.step, first_sample, lr, muon_rate(optimizer), align_loss is not None, numbers)
+
+
+@torch.no_grad()
+def judge_step(run: Run, loss: Tensor, align_loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """-> (the numbers of a StepResult, whether all is finite, whether to skip the step), all on the device.
+
+    They are the same in all processes, which exchange four numbers.
+    """
+    flags = [~norm.isfinite(), run.guards.is_spike(norm)]
+    sums = sum_over_all(torch.stack([loss, align_loss, *(flag.float() for flag in flags)]), run.world)
+    losses = sums[:2] / run.world.size
+    finite = losses.isfinite().all() & (sums[2] == 0)
+    skipped = ~finite | (sums[3] > 0)
+    run.guards.add_norm(norm, finite)
+    return torch.stack([*losses, norm, finite.float(), skipped.float()]), finite, skipped

@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 
 from uvit.checkpoint.folder import read_checkpoint
 from uvit.config.train import TrainConfig
-from uvit.distributed.mesh import Degrees, World, init_distributed
+from uvit.device import use_tf32
+from uvit.distributed.mesh import START_TIMEOUT, Degrees, World, init_distributed, set_step_timeout, set_timeout
 from uvit.distributed.mesh import destroy_distributed as shutdown
-from uvit.distributed.ops import any_of, barrier, on_main
+from uvit.distributed.ops import LateFlag, any_of, barrier, on_main
 from uvit.errors import UserError
 from uvit.export.convert import USUAL_ENCODERS, convert_command, export_checkpoint, missing_encoders, training_facts
 from uvit.io import to_yaml, write_yaml
@@ -27,15 +28,17 @@ from uvit.train.best import Tracked, new_best, settle_best, tracked_score
 from uvit.train.checkpointing import Checkpointer, resume
 from uvit.train.checks import check_latents
 from uvit.train.clock import peak_memory_bytes
-from uvit.train.dry_run import describe_plan
+from uvit.train.device_defaults import describe_speed, with_device_defaults
+from uvit.train.dry_run import describe_plan, does_not_fit
 from uvit.train.evaluation import Evaluation, open_evaluation
 from uvit.train.guards import step_ranges
 from uvit.train.loader import Batch, prefetch
 from uvit.train.metrics import Metrics, NullMetrics, check_trackers, logs_folder
-from uvit.train.optimizer import muon_rate
+from uvit.train.placement import place_features
 from uvit.train.process import (
     StopSignal,
     deterministic_mode,
+    frozen_garbage,
     hang_watchdog,
     lock_output_dir,
     report_stop,
@@ -66,12 +69,17 @@ def train(config: TrainConfig) -> int:
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
     with deterministic_mode(config.deterministic and on_gpu):
         world = init_distributed(degrees, config.device)
+        use_tf32(config.tf32)
+        config = with_device_defaults(config, world.device)
         try:
             # Only the main process prints: what it says holds for all processes.
             silence = contextlib.nullcontext() if world.is_main else contextlib.redirect_stdout(None)
             with silence, disk_errors(config, DISK_ERRORS):
                 name = f"process_{world.rank}_of_{world.size}"
                 return run_in_named_frame(name, lambda: run_training(config, world))
+        except torch.OutOfMemoryError:
+            num_bytes = torch.cuda.get_device_properties(world.device).total_memory
+            raise does_not_fit(config, f"{num_bytes / 2**30:.0f} GiB of {world.device}", num_bytes) from None
         finally:
             shutdown(world)
 
@@ -92,12 +100,16 @@ def run_training(config: TrainConfig, world: World) -> int:
             if run.step >= run.max_steps:
                 print(f"{run.output_dir}: all {run.step} steps are done ({describe_samples_done(run)})")
             else:
+                if run.device.type == "cuda":
+                    print(describe_speed(config))
                 for sentence in run_warnings(run):
                     print(f"warning: {sentence}")
                 with stop_signals() as stop:
                     decoder = load_preview_decoder(run)
                     evaluation = open_evaluation(run, decoder)
                     tracked = tracked_score(run, evaluation)
+                    if said := place_features(run):
+                        print(said)
                     mfu = mfu_reference(run) if world.is_main else None
                     if mfu:
                         print(mfu.sentence)
@@ -105,6 +117,7 @@ def run_training(config: TrainConfig, world: World) -> int:
                         roll_back(run)
                 if run.step < run.max_steps:
                     status = report_stop(stop, run.step, run.max_steps)
+        set_timeout(world, START_TIMEOUT)  # the others wait while the main process exports
         if status == 0 and world.is_main:
             export_pipeline(run)
         barrier(world)  # all must be there to restart, should the main process fail to export
@@ -128,16 +141,27 @@ def training_loop(
     settle_best(run, tracked)
     batches = load_batches(run)
     try:
-        with profiler(config, run) as profile, Checkpointer(run) as checkpointer:
-            while run.step < run.max_steps and not any_of(bool(stop.signal), run.world):
+        with frozen_garbage(), profiler(config, run) as profile, Checkpointer(run) as checkpointer:
+            stopping, late_stop = any_of(bool(stop.signal), run.world), LateFlag(run.world)
+            unread, seconds = list[StepResult](), 0.0
+            while run.step < run.max_steps and not stopping:
                 reset_hang_timer(config.hang_timeout, run.world)
                 if run.lock:
                     run.lock.check()
                 started = time.perf_counter()
-                result = train_step(run, batches)
-                seconds = time.perf_counter() - started
+                unread.append(train_step(run, batches))
+                seconds += time.perf_counter() - started
+                if run.step == first_step + 1:
+                    set_step_timeout(run.world, config.hang_timeout)
+                profile(run.step - first_step)
+                stopping = late_stop(bool(stop.signal))
+                if not (stopping or is_reading(run)):
+                    continue
 
-                record = step_metrics(run, result, seconds)
+                *earlier, record = read_steps(run, unread, seconds)
+                unread, seconds = [], 0.0
+                for each in earlier:
+                    metrics.step(each)
                 if is_due(run):
                     record |= validate(run) if run.validation is not None else {}
                     record |= evaluation.measure() if evaluation else {}
@@ -155,7 +179,6 @@ def training_loop(
                         checkpointer.save_best(best) if best else checkpointer.save()
                 if folder := checkpointer.saved():
                     metrics.write(f"saved {folder}")
-                profile(run.step - first_step)
             metrics.flush()
             seconds = checkpointer.save_and_wait()
             metrics.write(f"saved {run.checkpoint} ({seconds:.1f} s)")
@@ -186,20 +209,47 @@ def snapshot_is_due(run: Run) -> bool:
     return run.step % every == 0 or is_last
 
 
-def step_metrics(run: Run, result: StepResult, seconds: float) -> dict[str, Any]:
+def is_reading(run: Run) -> bool:
+    """Whether the host waits for the steps so far. On a GPU it does so only where their numbers are needed."""
+    config = run.config
+    due = any(run.step % steps == 0 for steps in (config.logging_steps, config.save_steps))
+    return run.device.type == "cpu" or due or run.step == run.max_steps or is_due(run) or snapshot_is_due(run)
+
+
+def read_steps(run: Run, results: list[StepResult], seconds: float) -> list[dict[str, Any]]:
+    """Wait for these steps, tell the guards of them, and return their lines of metrics.jsonl.
+
+    They took `seconds` so far; each line has the mean. The lines end at the step that calls for a rollback, if one
+    does, and so does the run: a rollback undoes whatever came after it.
+    """
+    started = time.perf_counter()
+    for result in reversed(results):  # the first wait is for all of them
+        _ = result.loss
+    mean = (seconds + time.perf_counter() - started) / len(results)
+    phases = {name: round(value / len(results), 6) for name, value in run.clock.read().items()}
+    times = {"seconds": round(mean, 6), **phases, "peak_memory_bytes": peak_memory_bytes(run.device)}
+    records = []
+    for result in results:
+        run.guards.record_step(result.step, result.first_sample, result.skipped)
+        records.append(step_metrics(run, result, times))
+        if run.guards.skipped_in_a_row >= run.config.max_nonfinite_steps:
+            run.step, run.samples = result.step, result.first_sample + run.samples_per_step
+            break
+    return records
+
+
+def step_metrics(run: Run, result: StepResult, times: dict[str, Any]) -> dict[str, Any]:
     """A line of metrics.jsonl. `save_seconds` are of the save before this step, and not part of `seconds`."""
     return {
-        "step": run.step,
-        "samples": run.samples,
+        "step": result.step,
+        "samples": result.first_sample + run.samples_per_step,
         "loss": result.loss if result.finite else None,
         **({} if result.align_loss is None else {"align_loss": result.align_loss if result.finite else None}),
         "grad_norm": result.grad_norm if result.finite else None,
         "lr": result.lr,
-        **({} if (muon_lr := muon_rate(run.optimizer)) is None else {"muon_lr": muon_lr}),
+        **({} if result.muon_lr is None else {"muon_lr": result.muon_lr}),
         "skipped": int(result.skipped),
-        "seconds": round(seconds, 6),
-        **run.clock.read(),
-        "peak_memory_bytes": peak_memory_bytes(run.device),
+        **times,
     }
 
 

@@ -5,6 +5,7 @@ their losses compare. Previews are images for the captions of the first training
 own random numbers.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from uvit.sample.schedulers import build_scheduler
 from uvit.store.types import FeatureBatch, Features
 from uvit.train.loader import Batch, permute, to_tensor
 from uvit.train.setup import Run
-from uvit.train.step import batch_context, compute_loss, encode_text
+from uvit.train.step import batch_context, compute_losses, encode_text
 from uvit.weights.components import load_vae
 from uvit.weights.detect import first_that_has
 from uvit.weights.encoders import check_fingerprint, decode_latents
@@ -72,19 +73,31 @@ def losses(run: Run, model: nn.Module) -> list[float]:
     totals = torch.zeros(NUM_VALIDATION_TIMESTEPS, dtype=torch.float64, device=run.device)
     training = model.training
     model.eval()
-    for counts, batch_rows in local_batches(rows, run.config.per_device_train_batch_size, run.world):
-        batch, noise = read_batch(features, batch_rows, run.batches.use_tokens)
-        batch, noise = batch.to(run.device), noise.to(run.device)
-        with run.precision.autocast():
-            batch = replace(batch, context=batch_context(run, model, batch))  # once for all timesteps
-        for i, timestep in enumerate(TIMESTEPS):
-            noised = replace(batch, noise=noise[:, i], timesteps=torch.full_like(batch.timesteps, timestep))
-            value = compute_loss(run, model, noised)
-            if counts:
-                totals[i] += value * len(batch_rows)
+    size = equal_batch_size(len(rows), run.config.per_device_train_batch_size)
+    with uncompiled(run):
+        for counts, batch_rows in local_batches(rows, size, run.world):
+            batch, noise = read_batch(features, np.resize(batch_rows, size), run.batches.use_tokens)  # rows again: full
+            batch, noise = batch.to(run.device), noise.to(run.device)
+            with run.precision.autocast():
+                batch = replace(batch, context=batch_context(run, model, batch))  # once for all timesteps
+            for i, timestep in enumerate(TIMESTEPS):
+                noised = replace(batch, noise=noise[:, i], timesteps=torch.full_like(batch.timesteps, timestep))
+                values = compute_losses(run, model, noised)
+                if counts:
+                    totals[i] += values[: len(batch_rows)].double().sum()
     model.train(training)
     totals = mean_over_data(totals, run.world) * run.world.num_data_ranks
     return (totals / len(rows)).tolist()
+
+
+def equal_batch_size(num_rows: int, batch_size: int) -> int:
+    """As many batches as `batch_size` makes, and as few rows in each as they need to be equally large."""
+    return math.ceil(num_rows / math.ceil(num_rows / batch_size))
+
+
+def uncompiled(run: Run) -> contextlib.AbstractContextManager[object]:
+    """Run the network as it is, not as it is compiled: for batches of training alone, and with gradients."""
+    return torch.compiler.set_stance("force_eager") if run.config.compile else contextlib.nullcontext()
 
 
 def local_batches(rows: np.ndarray, batch_size: int, world: World) -> Iterator[tuple[bool, np.ndarray]]:
@@ -216,15 +229,16 @@ def text_embeddings(run: Run, texts: Tensor) -> Tensor:
 
 def sample_images(run: Run, decode: Decoder, noise: Tensor, contexts: Tensor, guidance_scale: float) -> Tensor:
     """Noise (N, C, h, w) and text embeddings (N + 1, T, D) -> images (N, 3, H, W) in [-1, 1]."""
-    latents = denoise(
-        run.ema_model["unet"],
-        build_scheduler(path=run.conventions.path, shift=run.config.timestep_shift),
-        noise,
-        contexts[:-1],
-        contexts[-1:],
-        guidance_scale=guidance_scale,
-        num_inference_steps=run.config.num_inference_steps,
-        prediction_type=run.conventions.prediction_type,
-        path=run.conventions.path,
-    )
+    with uncompiled(run):  # without EMA, the network that is trained
+        latents = denoise(
+            run.ema_model["unet"],
+            build_scheduler(path=run.conventions.path, shift=run.config.timestep_shift),
+            noise,
+            contexts[:-1],
+            contexts[-1:],
+            guidance_scale=guidance_scale,
+            num_inference_steps=run.config.num_inference_steps,
+            prediction_type=run.conventions.prediction_type,
+            path=run.conventions.path,
+        )
     return decode(latents)

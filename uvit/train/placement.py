@@ -1,0 +1,58 @@
+"""`--features_in_memory`: whether the features of a run are kept in memory, and whether they fit."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from uvit.errors import UserError
+from uvit.io import format_bytes
+from uvit.store.reader import FeatureStore
+from uvit.train.dry_run import build_meta_run, plan_of_run
+from uvit.train.memory_features import FeaturesInMemory, needed_arrays
+from uvit.train.setup import Run
+
+SPARE = 0.1  # of a memory: what is not planned for
+
+
+def place_features(run: Run) -> str | None:
+    """Load the features into the memory that --features_in_memory names. Returns what to say of it.
+
+    Raises UserError if they do not fit there.
+    """
+    config, store, device = run.config, run.features, run.device
+    wanted = config.features_in_memory
+    if wanted == "none" or (wanted == "auto" and (device.type != "cuda" or not isinstance(store, FeatureStore))):
+        return None
+    flag = f"--features_in_memory {wanted}"
+    if not isinstance(store, FeatureStore):
+        raise UserError(f"{flag}: needs a feature store; make one of .npy features with `uvit features import`")
+    if wanted == "device" and device.type == "cpu":
+        raise UserError(f"{flag}: the device is the CPU; use host")
+    use_tokens, use_teacher = run.batches.use_tokens, config.needs_teacher()
+    num_bytes = sum(array.nbytes for array in needed_arrays(store, use_tokens, use_teacher).values())
+    if wanted == "host":
+        target, where, limit = torch.device("cpu"), "the main memory", available_bytes()
+        needed = num_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # each process has its own
+    else:
+        target, where, limit = device, "the GPU's memory", torch.cuda.mem_get_info(device)[1]
+        needed = num_bytes + sum(plan_of_run(build_meta_run(config)).memory.values())
+    if needed > (1 - SPARE) * limit:
+        sentence = (
+            f"the features have {format_bytes(num_bytes)}; with them, the run needs {format_bytes(needed)} of "
+            f"{where}, of which there are {format_bytes(limit)}, and a tenth is to be left"
+        )
+        if wanted == "auto":
+            return f"features are read from disk: {sentence}"
+        raise UserError(f"{flag}: {sentence}; use none, or store token ids instead of text embeddings")
+    run.batches.memory = FeaturesInMemory(store, use_tokens, use_teacher, target)
+    return f"features are in {where}: {format_bytes(num_bytes)}"
+
+
+def available_bytes() -> int:
+    """Of the main memory: what programs can still use, where the system tells, or else all of it."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
