@@ -1,6 +1,7 @@
 """Validation looks at the same thing in every run, and leaves no trace in the run."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from uvit.compiling import compile_blocks
 from uvit.diffusion import add_noise, draw_latents, target
 from uvit.train.setup import Run, build_run
 from uvit.train.validate import TIMESTEPS, equal_batch_size, losses, read_batch, validate, validation_rows
@@ -144,12 +146,15 @@ def test_the_network_of_a_compiled_run_is_validated_as_it_is(config: Any, tmp_pa
     """And previewed: what is compiled is for full batches with gradients."""
     run = start(config(use_ema=False), tmp_path)
     plain = validate(run)
-    seen: list[bool] = []
+    seen: list[Any] = []
 
     def spy(graph: Any, _: Any) -> Any:
-        seen.append(torch.is_grad_enabled())
+        seen.append(graph)
         return graph.forward
 
     unet: Any = run.precision.compute_model["unet"]
-    unet.mid_block.compile(backend=spy)
-    assert validate(run) == plain and seen == []
+    compile_blocks([unet.mid_block], backend=spy)  # type: ignore[arg-type]
+    run.config = replace(run.config, compile=True)
+    assert validate(run) == plain and not seen
+    run.config = replace(run.config, compile=False)  # as if it were not known
+    assert validate(run) == plain and seen
