@@ -42,6 +42,7 @@ LAYERS = [
     ["train"],
     ["bench"],
     ["cli"],
+    ["serve"],
 ]
 UNLAYERED = {"uvit", "uvit.__main__"}  # the public names, which load when they are asked for; and `python -m uvit`
 PLACES = {name: layer for layer, names in enumerate(LAYERS) for name in names}
@@ -49,8 +50,9 @@ PLACES = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 # Modules with nothing of their own to test: plain records, and what every other test runs through.
 UNTESTED = {"uvit/__init__.py", "uvit/__main__.py"}
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
+SERVING = {"fastapi", "pydantic", "starlette", "uvicorn"}  # of `uvit serve`, which says so where they are missing
 # Imported where they are needed, with a sentence where they are not installed.
-OPTIONAL = {"datasets", "gradio", "onnxruntime", "pyarrow", "wandb"}
+OPTIONAL = {"datasets", "gradio", "onnxruntime", "pyarrow", "wandb", *SERVING}
 
 
 def module_name(path: Path) -> str:

@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -252,12 +253,17 @@ def _fit(image: Image.Image, cell: int) -> Image.Image:
 
 def save_png(image: Image.Image, path: Path, text: Mapping[str, str] | None = None) -> None:
     """Write a PNG atomically, with `text` in its metadata."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with write_atomically(path, sync=False) as aside:
+        write_png(image, aside, text)
+
+
+def write_png(image: Image.Image, target: Path | IO[bytes], text: Mapping[str, str] | None = None) -> None:
+    """Write a PNG to a path or an open file, with `text` in its metadata."""
     info = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
         info.add_itxt(key, value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with write_atomically(path, sync=False) as aside:
-        image.save(aside, format="PNG", pnginfo=info)
+    image.save(target, format="PNG", pnginfo=info)
 
 
 def _wrap(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, max_lines: int = 4) -> list[str]:

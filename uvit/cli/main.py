@@ -145,6 +145,13 @@ COMMANDS = {
         "uvit.export.reconstruct:make_average",
         positional=("run",),
     ),
+    "serve": Command(
+        "Use a model",
+        "generate images for many people: a page and OpenAI's image API",
+        "uvit.config.serve:ServeConfig",
+        "uvit.serve.start:serve",
+        positional=("models",),
+    ),
     "evaluate": Command(
         "Use a model",
         "measure a model's images, or compare two sets of images",

@@ -4,8 +4,8 @@ Shapes: B images, C latent channels, (h, w) latent size, T text tokens, D width 
 """
 
 import inspect
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Generator, Iterable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,11 +22,39 @@ from uvit.sample.schedulers import (
 )
 
 ALL_TIMESTEPS = (1.0, 1000.0)
+Result = TypeVar("Result")
+
+
+class NetworkInput(NamedTuple):
+    """What the network is asked in one step; with guidance, R = 2 B, the empty context first; otherwise R = B."""
+
+    latents: Tensor  # (R, C, h, w), noisy, in the dtype of the network
+    timesteps: Tensor  # (R,)
+    context: Tensor  # (R, T, D)
+
+
+def denoise(unet: Callable[[Tensor, Tensor, Tensor], Tensor], *arguments: Any, **options: Any) -> Tensor:
+    """Sample latents: `denoising`, whose arguments these are, with the predictions of a network.
+
+    unet: (noisy latents, timesteps (B,), context) -> prediction; called in the dtype of `context`.
+    """
+    return run_steps(denoising(*arguments, **options), unet)
+
+
+def run_steps(steps: Generator[NetworkInput, Tensor, Result], unet: Callable[..., Tensor]) -> Result:
+    """Answer every input that the steps yield with the network's prediction; returns what they return."""
+    try:
+        inputs = next(steps)
+        while True:
+            with torch.no_grad():
+                prediction = unet(*inputs)
+            inputs = steps.send(prediction)
+    except StopIteration as end:
+        return end.value
 
 
 @torch.no_grad()
-def denoise(
-    unet: Callable[[Tensor, Tensor, Tensor], Tensor],
+def denoising(
     scheduler: Any,
     latents: Tensor,
     context: Tensor,
@@ -44,11 +72,12 @@ def denoise(
     eta: float = 0.0,
     control: Callable[[], tuple[Tensor, float] | None] | None = None,
     path: DiffusionPath = "vp",
-) -> Tensor:
-    """Sample latents.
+) -> Generator[NetworkInput, Tensor, Tensor]:
+    """The sampling loop, without the network: yields what to ask it, and is sent its prediction (R, C, h, w).
+
+    So several images, each with a scheduler of its own, can share a call of the network.
 
     Args:
-        unet: (noisy latents, timesteps (B,), context) -> prediction; called in the dtype of `context`.
         scheduler: any diffusers scheduler for this path, with any prediction type.
         latents: (B, C, h, w), standard normal.
         context: (B, T, D), the text embeddings of the prompts.
@@ -106,7 +135,8 @@ def denoise(
         guided = len(both) > len(x) and guidance_scale != 1 and lowest <= known_timesteps[i] <= highest
         inputs = torch.cat([x_n, x_n]) if guided else x_n
         n = model_timesteps[i].expand(len(inputs))
-        prediction = unet(inputs.to(context.dtype), n, both if guided else both[-len(x) :]).float()
+        prediction = yield NetworkInput(inputs.to(context.dtype), n, both if guided else both[-len(x) :])
+        prediction = prediction.float()
         if guided:
             uncond, cond = prediction.chunk(2)
             prediction = uncond + guidance_scale * (cond - uncond)

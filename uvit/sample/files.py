@@ -34,8 +34,13 @@ UNRECORDED_FLAGS = {
 UNCOMPARED_FIELDS = {"software", "pipeline", "init_image", "mask"}
 
 
-def metadata(config: SampleConfig, variant: Variant, unet_sha256: str) -> dict[str, str]:
-    """The settings of an image, by flag name. The caller adds prompt and seed."""
+def metadata(
+    config: SampleConfig, variant: Variant, unet_sha256: str, uploads: Mapping[str, bytes] | None = None
+) -> dict[str, str]:
+    """The settings of an image, by flag name. The caller adds prompt and seed.
+
+    uploads: the content of --init_image and --mask where these are no files.
+    """
     flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in UNRECORDED_FLAGS}
     values = {
         "software": f"uvit {__version__}",
@@ -47,7 +52,8 @@ def metadata(config: SampleConfig, variant: Variant, unet_sha256: str) -> dict[s
     }
     for name in ("init_image", "mask"):
         if flags[name] is not None:
-            values[f"{name}_sha256"] = hashlib.sha256(Path(flags[name]).read_bytes()).hexdigest()
+            content = Path(flags[name]).read_bytes() if uploads is None else uploads[name]
+            values[f"{name}_sha256"] = hashlib.sha256(content).hexdigest()
     return {name: str(value) for name, value in values.items() if value is not None}
 
 

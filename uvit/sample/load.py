@@ -68,7 +68,7 @@ def open_pipeline(
             encoder = read_clip_text(folder / "text_encoder", getattr(torch, dtype))
             given = {} if encoder is None else {"text_encoder": encoder}
             pipeline = UViTPipeline.from_pretrained(folder, dtype=getattr(torch, dtype), **given)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # truncated or missing files
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:  # truncated or missing files
             reason = " ".join(str(error).split())[:300]
             raise UserError(
                 f"--pipeline {folder}: is incomplete, or its components do not fit together ({reason})"

@@ -32,14 +32,16 @@ def _usual_name(names: tuple[str, ...], usual: tuple[str, ...]) -> str | None:
     return None
 
 
-def decode_image(data: bytes, id: str, where: object) -> Image.Image:
+def decode_image(data: bytes, id: str, where: object, max_pixels: int | None = None) -> Image.Image:
     """Decode an image file, upright, to what `to_rgb` reads: L, LA, RGB, RGBA, CMYK or LAB, with its ICC profile.
 
-    Of several frames, the first. `where` names the file in messages.
+    Of several frames, the first. `where` names the file in messages. An image of more than `max_pixels` is not decoded.
     """
     try:
         # Pillow warns of odd metadata and of large sizes, which is noise for a data set.
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                raise ValueError(f"it has {image.width} x {image.height} pixels; at most {max_pixels:,} are read")
             return to_channels(_upright(image))
     except Exception as error:  # Pillow raises almost any type for broken files
         # Pillow's message for unknown formats contains a memory address, so it would differ between runs.

@@ -14,7 +14,7 @@ from uvit.train.loader import Batch
 from uvit.train.setup import Run
 from uvit.train.step import forward_backward
 
-NUM_WARM_UPS = 3  # passes before the recording: kernels are compiled and chosen, tables made
+PASSES_BEFORE = 3  # passes before the recording: kernels are compiled and chosen, tables made
 
 
 class GraphedPass:
@@ -47,7 +47,7 @@ class GraphedPass:
         try:
             with run.clock.stopped():  # its events cannot be read from a graph
                 with torch.cuda.stream(side):
-                    for _ in range(NUM_WARM_UPS):
+                    for _ in range(PASSES_BEFORE):
                         forward_backward(run, self.batch)
                         run.optimizer.zero_grad()
                 current.wait_stream(side)

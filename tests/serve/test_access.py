@@ -1,0 +1,74 @@
+"""Who is answered, and who is not."""
+
+from typing import Any
+
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.testclient import TestClient
+
+from uvit.config.serve import ServeConfig
+from uvit.serve.access import Access
+
+
+def client(**flags: Any) -> TestClient:
+    app = FastAPI()
+    app.add_middleware(Access, config=ServeConfig(("x",), **flags))
+
+    @app.get("/v1/models")
+    @app.get("/health")
+    @app.get("/v1/images/1.png")
+    async def get() -> str:
+        return "ok"
+
+    @app.post("/v1/images/generations")
+    async def post(request: Request) -> int:
+        return len(await request.body())
+
+    return TestClient(app, base_url="http://127.0.0.1:8000")
+
+
+def test_the_key() -> None:
+    with_key = client(api_key="secret")
+    refused = with_key.get("/v1/models")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+    assert refused.headers["www-authenticate"] == "Bearer"
+    for value in ("Bearer wrong", "secre", "Bearer secrét"):
+        assert with_key.get("/v1/models", headers={"Authorization": value.encode("latin-1")}).status_code == 401
+    assert with_key.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
+    assert with_key.post("/v1/images/generations").status_code == 401
+    assert with_key.get("/health").status_code == 200
+    assert with_key.get("/v1/images/1.png").status_code == 200  # its name is the secret
+
+
+def test_the_key_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UVIT_API_KEY", "secret")
+    assert client().get("/v1/models").status_code == 401
+    assert client().get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
+
+
+def test_names_of_the_server() -> None:
+    local = client()
+    for host in ("127.0.0.1:8000", "localhost", "[::1]:8000"):
+        assert local.get("/v1/models", headers={"Host": host}).status_code == 200
+    for host in ("evil.example", "127.0.0.1.evil.example:8000", ""):
+        assert local.get("/v1/models", headers={"Host": host}).status_code == 421
+    assert client(allowed_hosts=("ours.example",)).get("/health", headers={"Host": "ours.example"}).status_code == 200
+    assert client(host="0.0.0.0").get("/health", headers={"Host": "any.example"}).status_code == 200
+
+
+def test_other_pages() -> None:
+    def post(client: TestClient, origin: str) -> int:
+        return client.post("/v1/images/generations", headers={"Origin": origin}).status_code
+
+    assert post(client(), "http://127.0.0.1:8000") == 200
+    for origin in ("http://evil.example", "http://127.0.0.1:9000", "null"):
+        assert post(client(), origin) == 403
+    assert post(client(allowed_origins=("http://ours.example",)), "http://ours.example") == 200
+
+
+def test_a_body_that_is_too_large() -> None:
+    small = client(max_upload_bytes=1000)
+    assert small.post("/v1/images/generations", content=b"x" * 1000).json() == 1000
+    assert small.post("/v1/images/generations", content=b"x" * 1001).status_code == 413
+    chunked = small.post("/v1/images/generations", content=(b"x" * 400 for _ in range(3)))
+    assert chunked.status_code == 413

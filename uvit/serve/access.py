@@ -1,0 +1,76 @@
+"""Who is answered: the checks before any route sees a request."""
+
+import hmac
+from urllib.parse import urlsplit
+
+from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from uvit.config.serve import ServeConfig
+from uvit.serve.requests import RequestError, error_body
+
+LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1"}
+OPEN_PATHS = ("/", "/health")  # without a key: the page asks for it
+STORED_IMAGES = "/v1/images/"  # GET: whoever has an image's url, which cannot be guessed, may see it
+
+
+class Access:
+    """ASGI middleware: the name of the server, the page that asks, the key, and the size of the body."""
+
+    def __init__(self, app: ASGIApp, config: ServeConfig):
+        self.app, self.config = app, config
+        names = {*config.allowed_hosts, config.host, *(LOOPBACK_NAMES if config.is_loopback() else ())}
+        checks_names = (config.is_loopback() or bool(config.allowed_hosts)) and "*" not in names
+        self.names = names if checks_names else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            self.check(scope["method"], scope["path"], Headers(scope=scope))
+        except RequestError as error:
+            headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
+            await JSONResponse({"error": error_body(error)}, error.status, headers)(scope, receive, send)
+            return
+        await self.app(scope, self.limited(receive), send)
+
+    def check(self, method: str, path: str, headers: Headers) -> None:
+        """Raises RequestError."""
+        host = headers.get("host", "")
+        name = urlsplit(f"//{host}").hostname or ""
+        if self.names is not None and name not in self.names:
+            raise RequestError(f"--allowed_hosts: the server is not called {name}; start it with that name", 421)
+        origin, allowed = headers.get("origin"), self.config.allowed_origins
+        is_foreign = origin is not None and urlsplit(origin).netloc != host and origin not in allowed
+        if is_foreign and method not in ("GET", "HEAD", "OPTIONS"):  # any page may send a form to this address
+            raise RequestError(f"--allowed_origins: pages of {origin} may not use this server", 403)
+        if (key := self.config.key()) is not None and method != "OPTIONS":
+            is_stored_image = method == "GET" and path.startswith(STORED_IMAGES)
+            given = headers.get("authorization", "").removeprefix("Bearer ")
+            is_open = path in OPEN_PATHS or is_stored_image
+            if not is_open and not hmac.compare_digest(given.encode(), key.encode()):
+                sentence = "the API key is missing or wrong; send `Authorization: Bearer KEY`"
+                raise RequestError(sentence, 401, code="invalid_api_key")
+        length = headers.get("content-length", "0")
+        if length.isdigit() and int(length) > self.config.max_upload_bytes:
+            raise RequestError(self.too_large(), 413)
+
+    def limited(self, receive: Receive) -> Receive:
+        """A body without Content-Length may be too large as well."""
+        count = 0
+
+        async def receive_limited() -> Message:
+            nonlocal count
+            message = await receive()
+            count += len(message.get("body", b""))
+            if count > self.config.max_upload_bytes:
+                raise HTTPException(413, self.too_large())
+            return message
+
+        return receive_limited
+
+    def too_large(self) -> str:
+        return f"the request is too large; at most {self.config.max_upload_bytes:,} bytes are read"

@@ -1,0 +1,96 @@
+"""`uvit serve`: start the workers, open the port, answer, and drain when the process is asked to end."""
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from uvit.config.serve import ServeConfig
+from uvit.errors import UserError
+from uvit.serve.app import build_app
+from uvit.serve.models import ServedModel, list_models
+from uvit.serve.queue import Dispatcher
+
+
+def run_server(config: ServeConfig) -> None:
+    """Run the command, until SIGTERM or Ctrl-C."""
+    models = list_models(config)
+    listening = open_port(config)
+    asyncio.run(run(config, models, listening, Dispatcher(config), lambda: print_address(config, listening)))
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, which ends after the dispatcher's requests have, and at once at the second signal."""
+
+    def __init__(self, config: uvicorn.Config, dispatcher: Dispatcher, drain_timeout: float):
+        super().__init__(config)
+        self.dispatcher, self.drain_timeout = dispatcher, drain_timeout
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.dispatcher.is_draining:
+            self.should_exit = self.force_exit = True
+        self.dispatcher.is_draining = True
+
+    async def on_tick(self, counter: int) -> bool:
+        if self.dispatcher.is_draining:
+            self.drained_at = getattr(self, "drained_at", time.monotonic() + self.drain_timeout)
+            if not self.dispatcher.tickets or time.monotonic() > self.drained_at:
+                self.should_exit = True
+        return await super().on_tick(counter)
+
+
+async def run(
+    config: ServeConfig,
+    models: dict[str, ServedModel],
+    listening: socket.socket,
+    dispatcher: Dispatcher,
+    on_open: Callable[[], None],
+) -> None:
+    """Answer until the dispatcher drains. `on_open` is called when the models are loaded.
+
+    Raises UserError if one cannot be loaded.
+    """
+    try:
+        await dispatcher.start([model.ref() for model in models.values() if model.has_weights])
+        app = build_app(config, models, dispatcher)
+        server = Server(
+            uvicorn.Config(app, log_level="warning", access_log=False, server_header=False),
+            dispatcher,
+            config.drain_timeout,
+        )
+        listening.listen()
+        on_open()
+        await server.serve(sockets=[listening])
+    finally:
+        dispatcher.close()
+
+
+def open_port(config: ServeConfig) -> socket.socket:
+    """Raises UserError if the port cannot be had."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listening = socket.socket(family)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((config.host, config.port))
+    except OSError as error:
+        listening.close()
+        raise UserError(
+            f"--port {config.port}: cannot be opened at {config.host} ({error.strerror}); choose another"
+        ) from None
+    listening.set_inheritable(True)
+    return listening
+
+
+def print_address(config: ServeConfig, listening: socket.socket) -> None:
+    host, port = listening.getsockname()[:2]
+    names = ", ".join(name for name, _ in config.named_models())
+    print(f"{names} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    if not config.is_loopback() and config.key() is None:
+        print(
+            f"--host {config.host}: everybody who can reach this port can use the models and this machine's time; "
+            "set an --api_key, and put a proxy with TLS before it",
+            flush=True,
+        )
