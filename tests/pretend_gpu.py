@@ -6,9 +6,10 @@
 
 As on a GPU, an operation on tensors of different devices is an error, and so are NumPy's views of a GPU's memory and a
 generator of another device. A copy to the host that nobody waits for (`non_blocking`, into pinned memory) happens only
-when `torch.cuda.synchronize` is called for the tensor's own device; until then the memory holds NaN.
+when `torch.cuda.synchronize` is called for the tensor's own device; until then the memory holds NaN. A tensor that one
+stream has written may be used on another one after an event, and after `record_stream`, which keeps its memory.
 
-Not simulated: streams, events, NCCL, kernels, memory, and what autocast does on a GPU but not on a CPU.
+Not simulated: NCCL, kernels, memory, CUDA graphs, and what autocast does on a GPU but not on a CPU.
 """
 
 import collections
@@ -34,6 +35,8 @@ class GPUTensor(torch.Tensor):
 
     held: Tensor
     index: int
+    written: "tuple[Stream, int]"  # by which of a stream's operations
+    known_to: "set[Stream]"  # the streams that keep its memory until they have used it
 
     @staticmethod
     def __new__(cls, real: Tensor, index: int) -> "GPUTensor":
@@ -41,6 +44,8 @@ class GPUTensor(torch.Tensor):
             cls, real.size(), strides=real.stride(), storage_offset=real.storage_offset(), dtype=real.dtype
         )
         self.held, self.index = real, index
+        self.written = (STATE.stream(), STATE.stream().num_operations)
+        self.known_to = {self.written[0]}
         return self
 
     @property
@@ -75,6 +80,9 @@ class GPUTensor(torch.Tensor):
         STATE.wait("copy to the host")  # into memory that is not pinned
         return self.detach().held.to(dtype or self.dtype, copy=True)
 
+    def record_stream(self, stream: "Stream") -> None:  # type: ignore[override]
+        self.known_to.add(stream)
+
     def tolist(self) -> Any:
         STATE.wait("tolist")
         return self.detach().held.tolist()
@@ -87,15 +95,84 @@ class GPUTensor(torch.Tensor):
         return compute(func, args, kwargs or {})
 
 
+class Stream:
+    """Operations in order, and which of the other streams' operations came before the next."""
+
+    def __init__(self, device: Any = None):
+        self.session = STATE.session
+        self.num_operations = 0
+        self.done_before: dict[Stream, int] = {}
+
+    def __deepcopy__(self, memo: Any) -> "Stream":  # a copied tensor is on the same stream
+        return self
+
+    def record_event(self, event: "Event | None" = None) -> "Event":
+        event = event or Event()
+        event.record(self)
+        return event
+
+    def wait_event(self, event: "Event") -> None:
+        for stream, number in event.done.items():
+            self.done_before[stream] = max(number, self.done_before.get(stream, 0))
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.wait_event(other.record_event())
+
+    def use(self, tensor: GPUTensor) -> None:
+        stream, number = tensor.written
+        if stream is self or stream.session is not STATE.session:  # of an earlier one is what functions keep
+            return
+        if number > max(self.done_before.get(stream, 0), STATE.finished.get(stream, 0)):
+            raise RuntimeError("a tensor is used on a stream that has not waited for the one that writes it")
+        if self not in tensor.known_to and stream is not STATE.default:
+            raise RuntimeError("a tensor is used on a stream that its memory is not kept for: call record_stream")
+
+
+class Event:
+    done: dict[Stream, int]
+
+    def __init__(self, enable_timing: bool = False):
+        self.done = {}
+
+    def record(self, stream: Stream | None = None) -> None:
+        stream = stream or STATE.stream()
+        self.done = {**stream.done_before, stream: stream.num_operations}
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: "Event") -> float:
+        return 0.0
+
+
 class State:
     """What has happened, and what is still to happen, on all GPUs."""
 
     def __init__(self) -> None:
         self.waits: collections.Counter[str] = collections.Counter()
         self.copies: list[tuple[int, Tensor, Tensor]] = []  # to the host, that have not happened yet: GPU, to, from
-        self.current = threading.local()  # as CUDA's current device: of each thread
+        self.default: Stream
+        self.current = threading.local()  # as CUDA's current device and stream: of each thread
+        self.session = object()
+        self.finished: dict[Stream, int] = {}  # how many of a stream's operations the host has waited for
+
+    def stream(self, device: Any = None) -> Stream:
+        return getattr(self.current, "stream", None) or self.default
+
+    def start(self) -> None:
+        self.__init__()  # type: ignore[misc]
+        self.default = Stream()
+
+    @contextlib.contextmanager
+    def on_stream(self, stream: Stream) -> Iterator[None]:
+        before, self.current.stream = self.stream(), stream
+        yield
+        self.current.stream = before
 
     def wait(self, what: str) -> None:
+        """The host waits for the current stream."""
+        stream = self.stream()
+        self.finished |= {**stream.done_before, stream: stream.num_operations}
         frame: Any = sys._getframe(1)
         while frame and (module := frame.f_globals.get("__name__", "")).split(".")[0] != "uvit":
             frame = frame.f_back
@@ -137,6 +214,12 @@ def compute(func: Any, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
     index = on_gpu[0].index if on_gpu else index_of(kwargs["device"])
     check_devices(name, args, on_gpu, on_cpu)
+    stream = STATE.stream()
+    stream.num_operations += 1
+    for tensor in on_gpu:
+        stream.use(tensor)
+        if name.endswith("_"):  # it may be the one that is written
+            tensor.written = (stream, stream.num_operations)
     generator = kwargs.get("generator")
     if generator is not None and generator.device.type == "cpu":
         raise RuntimeError(f"{name}: expected a 'cuda' device type for generator but found 'cpu'")
@@ -210,20 +293,6 @@ class Mode(TorchDispatchMode):
         return compute(func, args, kwargs or {})
 
 
-class Event:
-    def __init__(self, enable_timing: bool = False):
-        assert enable_timing is not None
-
-    def record(self, stream: Any = None) -> None:
-        pass
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, other: "Event") -> float:
-        return 0.0
-
-
 class Autocast(torch.autocast):
     """A CPU's, because the tensors are there."""
 
@@ -239,7 +308,8 @@ def pinned(tensor: Tensor) -> Tensor:
 @contextlib.contextmanager
 def pretend_gpus() -> Iterator[State]:
     """Two H100s, in this thread and in those that it starts."""
-    STATE.__init__()  # type: ignore[misc]
+    STATE.start()
+    torch.utils._device._device_constructors()  # remembers torch.empty, as it is before it is replaced here
     run, empty, to = threading.Thread.run, torch.empty, torch.Tensor.to
 
     def run_with_gpus(thread: threading.Thread) -> None:
@@ -267,7 +337,11 @@ def pretend_gpus() -> Iterator[State]:
         (torch.cuda, "max_memory_allocated", lambda *_: 0),
         (torch.cuda, "get_device_name", lambda *_: "NVIDIA H100 80GB HBM3"),
         (torch.cuda, "get_device_properties", lambda *_: properties),
+        (torch.cuda, "mem_get_info", lambda *_: (78 * 2**30, 80 * 2**30)),
         (torch.cuda, "Event", Event),
+        (torch.cuda, "Stream", Stream),
+        (torch.cuda, "stream", STATE.on_stream),
+        (torch.cuda, "current_stream", STATE.stream),
         (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         (torch.Tensor, "pin_memory", lambda tensor, *_: pinned(tensor.clone())),
         (torch.Tensor, "to", to_like),

@@ -52,7 +52,7 @@ UNTESTED = {"uvit/__init__.py", "uvit/__main__.py"}
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
 SERVING = {"fastapi", "pydantic", "starlette", "uvicorn"}  # of `uvit serve`, which says so where they are missing
 # Imported where they are needed, with a sentence where they are not installed.
-OPTIONAL = {"datasets", "onnxruntime", "pyarrow", "wandb", *SERVING}
+OPTIONAL = {"datasets", "gradio", "onnxruntime", "pyarrow", "wandb", *SERVING}
 
 
 def module_name(path: Path) -> str:

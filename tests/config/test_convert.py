@@ -13,7 +13,7 @@ from uvit.errors import UserError
         ({"push_to_hub": "model", "license": "mit"}, "--push_to_hub model: is no repository"),
         (
             {"push_to_hub": "me/model", "license": "mit", "to": "port"},
-            "needs --to pipeline or diffusers, not --to port",
+            "needs --to pipeline, diffusers or space, not --to port",
         ),
         ({"private": True}, "--private: .*without --push_to_hub"),
         ({"weights": "pdparams"}, "--weights pdparams: .* not of --to pipeline"),

@@ -105,6 +105,7 @@ class Hub(BaseHTTPRequestHandler):
     files: ClassVar[dict[str, bytes]] = {}
 
     def do_POST(self) -> None:
+        self.path = self.path.replace("/api/spaces/", "/api/models/")  # the same for both
         body = self.rfile.read(int(self.headers["Content-Length"]))
         here = f"http://{self.headers['Host']}"
         if self.path == "/api/repos/create":
@@ -130,9 +131,12 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.parametrize("is_space", [False, True])
 def test_an_upload_brings_the_files_and_nothing_of_this_machine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_space: bool
 ) -> None:
+    monkeypatch.setattr(Hub, "files", {})
+    monkeypatch.setattr(Hub, "repositories", [])
     (tmp_path / "unet").mkdir()
     files = {"README.md": b"# a card\n", "unet/config.json": b"{}", "unet/weights.safetensors": bytes(range(256))}
     for name, content in files.items():
@@ -147,10 +151,11 @@ def test_an_upload_brings_the_files_and_nothing_of_this_machine(
                 "huggingface_hub.constants.ENDPOINT", address := f"http://127.0.0.1:{server.server_port}"
             )
             monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
-            assert push(tmp_path, "me/model", private=True) == f"{address}/me/model"
+            assert push(tmp_path, "me/model", True, is_space) == f"{address}/me/model"
         finally:
             server.shutdown()
             thread.join()
     assert Hub.files == files
     (made,) = Hub.repositories
     assert (made["organization"], made["name"], made["visibility"]) == ("me", "model", "private")
+    assert (made.get("type", "model"), made.get("sdk")) == (("space", "gradio") if is_space else ("model", None))

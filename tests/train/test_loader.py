@@ -2,8 +2,6 @@
 
 import threading
 import tracemalloc
-from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,6 @@ from hypothesis import strategies as st
 from tests.tiny import array_features
 from uvit.config.objective import ObjectiveConfig
 from uvit.errors import UserError
-from uvit.store.reader import FeatureStore
 from uvit.train.loader import (
     BatchDataset,
     flip_draws,
@@ -25,7 +22,6 @@ from uvit.train.loader import (
     random_draws,
     timestep_draws,
 )
-from uvit.train.memory_features import FeaturesInMemory
 
 
 @settings(max_examples=60, deadline=None)
@@ -249,20 +245,3 @@ def test_noise_of_the_device_depends_on_the_sample_counter_only() -> None:
     for ours, theirs in zip(reference, published, strict=True):
         same = [torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)]
         assert same == [True, True, False, False, True]  # all but posterior noise and noise
-
-
-@pytest.mark.parametrize("tokens", [False, True])
-def test_features_in_memory_give_the_batches_of_the_loader(store: Path, tokens: bool) -> None:
-    """To the bit, and in the same order, over the end of an epoch."""
-    features = FeatureStore(store / "train")
-    from_disk, in_memory = (BatchDataset(features, 100, seed=3, use_tokens=tokens) for _ in range(2))
-    in_memory.memory = FeaturesInMemory(features, tokens, False, torch.device("cpu"))
-    for one, other in zip(
-        prefetch(from_disk, range(8), 0, torch.device("cpu")),
-        prefetch(in_memory, range(8), 2, torch.device("cpu")),
-        strict=True,
-    ):
-        for field in fields(one):
-            ours, theirs = getattr(one, field.name), getattr(other, field.name)
-            assert (ours is None) == (theirs is None), field.name
-            assert ours is None or (torch.equal(ours, theirs) and ours.dtype == theirs.dtype), field.name

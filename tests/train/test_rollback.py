@@ -59,6 +59,19 @@ def test_the_same_run_again_does_the_same(config: Any, tmp_path: Path) -> None:
         assert len({path.read_text() for path in logs}) == 1, name
 
 
+def test_a_host_that_reads_the_numbers_late_does_the_same(
+    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where it knows of the bad steps after more of them, and after a good one."""
+    assert train(config(output_dir=str(tmp_path / "one"))) == 0
+    monkeypatch.setattr("uvit.train.trainer.is_reading", lambda run: run.step in (4, 8, 9))
+    assert train(config(output_dir=str(tmp_path / "late"))) == 0
+    assert same(tmp_path / "one" / "checkpoint-9", tmp_path / "late" / "checkpoint-9")
+    assert lines(tmp_path / "one") == lines(tmp_path / "late")
+    records = [read_checkpoint(tmp_path / name / "checkpoint-8").record["guards"] for name in ("one", "late")]
+    assert records[0] == records[1]
+
+
 def test_where_the_checkpoint_before_is_gone_the_one_in_the_midst_will_do(config: Any, tmp_path: Path) -> None:
     assert train(config(save_steps=1, save_total_limit=1)) == 0
     assert [line["skipped"] for line in lines(tmp_path / "run")] == [0, 0, 0, 0, 1, 1, 0, 0, 0]

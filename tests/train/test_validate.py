@@ -1,6 +1,7 @@
 """Validation looks at the same thing in every run, and leaves no trace in the run."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from uvit.compiling import compile_blocks
 from uvit.diffusion import add_noise, draw_latents, target
 from uvit.train.setup import Run, build_run
-from uvit.train.validate import TIMESTEPS, losses, read_batch, validate, validation_rows
+from uvit.train.validate import TIMESTEPS, equal_batch_size, losses, read_batch, validate, validation_rows
 
 
 def start(config: Any, path: Path) -> Run:
@@ -134,3 +136,25 @@ def test_what_is_not_finite_is_null(config: Any, tmp_path: Path) -> None:
         run.ema_model["unet"].pos_embed.fill_(float("nan"))
     found = validate(run)
     assert found["val_loss"] is None and found["val_losses"] == [None] * 8 and found["val_loss_raw"] > 0
+
+
+def test_batches_are_equally_large_and_as_many_as_the_batch_size_makes() -> None:
+    assert [equal_batch_size(rows, 4) for rows in (1, 4, 5, 8, 9, 10)] == [1, 4, 3, 4, 3, 4]
+
+
+def test_the_network_of_a_compiled_run_is_validated_as_it_is(config: Any, tmp_path: Path) -> None:
+    """And previewed: what is compiled is for full batches with gradients."""
+    run = start(config(use_ema=False), tmp_path)
+    plain = validate(run)
+    seen: list[Any] = []
+
+    def spy(graph: Any, _: Any) -> Any:
+        seen.append(graph)
+        return graph.forward
+
+    unet: Any = run.precision.compute_model["unet"]
+    compile_blocks([unet.mid_block], backend=spy)  # type: ignore[arg-type]
+    run.config = replace(run.config, compile=True)
+    assert validate(run) == plain and not seen
+    run.config = replace(run.config, compile=False)  # as if it were not known
+    assert validate(run) == plain and seen

@@ -11,6 +11,7 @@ _ALL = ("vae_name_or_path", "text_encoder_name_or_path", "tokenizer_name")
 ENCODERS: dict[str, tuple[str, ...]] = {
     "pipeline": _ALL,
     "diffusers": _ALL,
+    "space": _ALL,
     "port": _ALL,
     "trainer": _ALL[:2],
     "official": _ALL[:1],
@@ -35,10 +36,13 @@ class ConvertConfig:
     folder."""
     dest: PathFlag
     """The folder to write."""
-    to: Literal["pipeline", "diffusers", "official", "paddle", "port", "trainer", "export", "onnx"] = "pipeline"
+    to: Literal["pipeline", "diffusers", "space", "official", "paddle", "port", "trainer", "export", "onnx"] = (
+        "pipeline"
+    )
     """The format to write. pipeline: a pipeline folder; diffusers: the same with its code inside, for diffusers without
-    this package; official: .pth files of the official U-ViT code; port: PaddleMIX's pipeline folder; paddle: its U-ViT
-    alone; trainer: its trainer's checkpoint; export, onnx: the U-ViT as a torch.export or ONNX graph."""
+    this package; space: this with a page by Gradio, for a Hugging Face Space; official: .pth files of the official
+    U-ViT code; port: PaddleMIX's pipeline folder; paddle: its U-ViT alone; trainer: its trainer's checkpoint; export,
+    onnx: the U-ViT as a torch.export or ONNX graph."""
     use_ema: bool = True
     """Use the EMA weights, as previews do; False: the raw weights."""
     overwrite: bool = False
@@ -65,7 +69,8 @@ class ConvertConfig:
     license: str | None = None
     """The licence in the model card, as the Hub spells it: apache-2.0, cc-by-4.0, other."""
     push_to_hub: str | None = None
-    """Upload DEST to this repository on the Hugging Face Hub (USER/NAME). Without it nothing is uploaded."""
+    """Upload DEST to this repository on the Hugging Face Hub (USER/NAME), a Space with --to space. Without it nothing
+    is uploaded."""
     private: bool = False
     """Make the repository private, if it is new."""
 
@@ -79,12 +84,14 @@ class ConvertConfig:
             raise UserError("--private: nothing is uploaded without --push_to_hub")
         if self.weights == "pdparams" and self.to not in ("paddle", "port", "trainer"):
             raise UserError(f"--weights pdparams: is a file format of PaddleMIX, and not of --to {self.to}")
-        if self.push_to_hub is not None and self.to not in ("pipeline", "diffusers"):
-            raise UserError(f"--push_to_hub {self.push_to_hub}: needs --to pipeline or diffusers, not --to {self.to}")
+        if self.push_to_hub is not None and self.to not in ("pipeline", "diffusers", "space"):
+            raise UserError(
+                f"--push_to_hub {self.push_to_hub}: needs --to pipeline, diffusers or space, not --to {self.to}"
+            )
         for flag in _ALL:
             if (name := getattr(self, flag)) is not None and flag not in ENCODERS[self.to]:
                 raise UserError(f"--{flag} {name}: is not part of what --to {self.to} writes; leave it out")
-        if self.license is not None and self.to not in ("pipeline", "diffusers"):
+        if self.license is not None and self.to not in ("pipeline", "diffusers", "space"):
             raise UserError(
                 f"--license {self.license}: belongs in a pipeline's model card, and --to {self.to} writes none"
             )

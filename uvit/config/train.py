@@ -27,6 +27,8 @@ UNSUPPORTED = {
     "sep_parallel_degree": "a sequence of 334 tokens is too short to be worth splitting",
 }
 
+PARALLEL_DEGREES = ("dp_degree", "sharding_parallel_degree", "tensor_parallel_degree")
+
 EvalMetric = Literal["fid", "kid", "prdc", "is", "clip_score", "fd", "attributes"]
 
 
@@ -53,6 +55,9 @@ class TrainConfig(ObjectiveConfig, RecipeConfig):
     compile: bool | None = None
     """Compile the blocks of the U-ViT with torch.compile. The first step then takes a minute, or more on a CPU.
     Default: on a GPU, for 1000 steps or more without --align."""
+    cuda_graphs: bool = False
+    """On one GPU, record forward and backward of a batch as a CUDA graph, and replay it: for batches so small that the
+    GPU waits for the host. Takes more memory."""
     deterministic: bool = False
     """On a GPU, use only deterministic kernels; the slowdown has not been measured. A CPU is always deterministic."""
     hang_timeout: NonNegativeFloat = 600.0
@@ -174,6 +179,12 @@ class TrainConfig(ObjectiveConfig, RecipeConfig):
             )
         if self.bf16 and self.fp16:
             raise UserError("--bf16 and --fp16: choose one")
+        if self.cuda_graphs:
+            for name in ("gradient_accumulation_steps", *PARALLEL_DEGREES):
+                if (value := getattr(self, name)) != 1:
+                    raise UserError(f"--cuda_graphs: is for one process and one batch a step, and --{name} is {value}")
+            if self.align != "none":
+                raise UserError(f"--cuda_graphs and --align {self.align}: choose one")
         if self.overwrite_output_dir and self.resume_from_checkpoint:
             raise UserError(
                 "--overwrite_output_dir starts from scratch and --resume_from_checkpoint resumes: choose one"

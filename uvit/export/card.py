@@ -144,8 +144,8 @@ def run_folder(source: Path) -> Path | None:
     return source.parent if (source.parent / "config.yaml").is_file() else None
 
 
-def push(folder: Path, repository: str, private: bool) -> str:
-    """Upload a folder, without `training.json`, which has paths of this machine. -> the URL.
+def push(folder: Path, repository: str, private: bool, is_space: bool = False) -> str:
+    """Upload a folder as a model or a Space, without `training.json`, which has paths of this machine. -> the URL.
 
     Raises UserError where the upload fails.
     """
@@ -153,9 +153,14 @@ def push(folder: Path, repository: str, private: bool) -> str:
 
     try:
         api = HfApi()
-        url = api.create_repo(repository, private=private, exist_ok=True)
+        kind, sdk = ("space", "gradio") if is_space else ("model", None)
+        url = api.create_repo(repository, private=private, exist_ok=True, repo_type=kind, space_sdk=sdk)
         api.upload_folder(
-            repo_id=repository, folder_path=folder, ignore_patterns=["training.json"], commit_message="uvit convert"
+            repo_id=repository,
+            repo_type=kind,
+            folder_path=folder,
+            ignore_patterns=["training.json"],
+            commit_message="uvit convert",
         )
     except Exception as error:  # connection, token, name: each library raises its own
         reason = " ".join(str(error).split())[:200]

@@ -20,6 +20,7 @@ from uvit.errors import UserError
 from uvit.export.card import push, run_folder, write_card
 from uvit.export.formats import check_unet, write_official, write_paddle, write_paddlemix, write_trainer
 from uvit.export.graph import write_export, write_onnx
+from uvit.export.space import MODEL_FOLDER, write_space
 from uvit.export.standalone import write_code
 from uvit.io import back_up, write_folder_atomically, write_json
 from uvit.modern_model import ModernUViTT2IModel
@@ -41,7 +42,8 @@ from uvit.weights.unet import new_unet
 
 TRAINING_FILE = "training.json"  # in a pipeline folder: the training run that it comes from
 REPORT_FILE = "conversion.json"  # in a pipeline folder: the report of the conversion
-PIPELINE_FORMATS = ("pipeline", "diffusers")
+PIPELINE_FORMATS = ("pipeline", "diffusers", "space")
+WITH_CODE = ("diffusers", "space")
 THIRD_PARTY_FORMATS = ("official", "paddle", "port", "trainer")
 # The encoders of the official U-ViT code, which made most features that do not name theirs.
 USUAL_ENCODERS = {
@@ -68,7 +70,7 @@ def convert(config: ConvertConfig) -> None:
     is_pipeline = not components.missing()
     if is_pipeline:
         check_fit(components, source)
-    if missing and (config.to == "diffusers" or config.push_to_hub is not None):
+    if missing and (config.to in WITH_CODE or config.push_to_hub is not None):
         flags = ", ".join(f"--{flag}" for flag in missing)
         raise UserError(f"--to {config.to}: needs a complete pipeline; pass {flags}")
     if config.to in THIRD_PARTY_FORMATS:
@@ -76,9 +78,12 @@ def convert(config: ConvertConfig) -> None:
     run = run_folder(source)
 
     def write(folder: Path) -> None:
+        model = folder / MODEL_FOLDER if config.to == "space" else folder
+        model.mkdir(exist_ok=True)
         writers: dict[str, Callable[[], None]] = {
             "pipeline": lambda: write_pipeline(components, folder),
             "diffusers": lambda: write_pipeline(components, folder),
+            "space": lambda: write_pipeline(components, model),
             "official": lambda: write_official(
                 components, folder, config.use_ema and components.facts.get("ema") is not False
             ),
@@ -89,13 +94,17 @@ def convert(config: ConvertConfig) -> None:
             "onnx": lambda: write_onnx(components.unet, folder, components.report),
         }
         writes_pipeline = config.to in PIPELINE_FORMATS and is_pipeline
-        copy_fitted_solvers(components, source, folder if writes_pipeline else None)
+        copy_fitted_solvers(components, source, model if writes_pipeline else None)
         writers[config.to]()
         if writes_pipeline:
             name = (config.push_to_hub or dest.name).split("/")[-1]
-            write_card(components, folder, name, config.license, run, config.to == "diffusers")
-        if config.to == "diffusers":
-            write_code(folder)
+            write_card(components, model, name, config.license, run, config.to in WITH_CODE)
+        if config.to in WITH_CODE:
+            write_code(model)
+        if config.to == "space":
+            for path in (TRAINING_FILE, REPORT_FILE):  # they have paths of this machine, and a Space is public
+                (model / path).unlink(missing_ok=True)
+            write_space(folder, name, config.license)
         if config.to in ("export", "onnx"):  # these hold the network alone
             write_json(folder / CONVENTIONS, asdict(components.conventions))
 
@@ -106,9 +115,11 @@ def convert(config: ConvertConfig) -> None:
         raise UserError(f"{dest}: cannot be written ({reason}); fix that, or choose another folder") from None
     print(components.report)
     hint = f'; try: uvit sample --pipeline {shlex.quote(str(dest))} "..."' if (dest / INDEX).is_file() else ""
+    if config.to == "space":
+        hint = f"; try: pip install gradio, and python {shlex.quote(str(dest / 'app.py'))}"
     print(f"wrote {dest}{hint}")
     if config.push_to_hub is not None:
-        print(f"uploaded to {push(dest, config.push_to_hub, config.private)}")
+        print(f"uploaded to {push(dest, config.push_to_hub, config.private, is_space=config.to == 'space')}")
 
 
 # Reading the source

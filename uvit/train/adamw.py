@@ -32,7 +32,10 @@ class FusedAdamW(torch.optim.AdamW):
             if not params:
                 continue
             grads = local_grads(group["params"])
-            torch._foreach_add_(steps, 1 if skipped is None else 1.0 - skipped.float())
+            if skipped is None:
+                torch._foreach_add_(steps, 1)
+            else:
+                torch._foreach_add_(steps, [1.0 - skipped.float()] * len(steps))  # a single tensor would be read
             beta1, beta2 = group["betas"]
             torch._fused_adamw_(
                 params, grads, exp_avgs, exp_avg_sqs, [], steps,

@@ -21,6 +21,7 @@ class Clock:
 
     def __init__(self, device: torch.device):
         self.device = device
+        self.is_stopped = False
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.running: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
 
@@ -38,11 +39,23 @@ class Clock:
             with self.wait(phase):
                 yield
             return
+        if self.is_stopped:
+            yield
+            return
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         yield
         end.record()
         self.running.append((phase, begin, end))
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Time no phase of a GPU inside the context."""
+        self.is_stopped = True
+        try:
+            yield
+        finally:
+            self.is_stopped = False
 
     def read(self) -> dict[str, float]:
         """{`forward_seconds`: ..., ...}"""

@@ -50,7 +50,7 @@ class Batch:
     teacher: Tensor | None = None  # (B, C', h', w'), float16, the features that are aligned with
 
     def to(self, device: torch.device) -> "Batch":
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Keep the memory of the tensors until what `stream` has now to do is done, even if they are deleted before."""
@@ -58,7 +58,7 @@ class Batch:
             if isinstance(tensor := getattr(self, field.name), Tensor):
                 tensor.record_stream(stream)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: change(tensor) for name, tensor in tensors.items() if tensor is not None})
 

@@ -1,11 +1,11 @@
 """Normal numbers that are the same bits on every device: those of `--noise_device device`.
 
-Each sample has its own blocks of a Philox4x64-10 stream (Salmon et al. 2011), by its sample counter. Every 16 bits
-look up a number t in a table of 2^16 normal quantiles, and two of them, t and u, give two normal numbers: t + u and
-t - u. All numbers of the table are multiples of 2^-20, so sums are exact, and no device, compiler or order of
-operations can change a bit. NumPy draws them on the host, torch on any device.
+Each sample has its own blocks of a Philox4x64-10 stream (Salmon et al. 2011), by its sample counter. Every 16 bits look
+up a number in a table of 2^16 normal quantiles. A number t of a sample's first half and its partner u of the second
+give two normal numbers, t + u and t - u. All numbers of the table are multiples of 2^-20, so sums are exact, and no
+device, compiler or order of operations can change a bit. NumPy draws them on the host, torch on any device.
 
-The numbers are discrete, multiples of 2^-20 up to 6.1. Their moments are those of the normal distribution to 1e-6.
+The numbers are discrete, multiples of 2^-20 up to 6.1. Their variance is 1 to 1e-6.
 """
 
 import functools
@@ -23,7 +23,7 @@ PHILOX_ROUNDS = 10
 LOW = 0xFFFFFFFF  # the low half of a word
 GRID = 2.0**-20
 BLOCK = 16  # normal numbers of four words
-PAIRS_AT_A_TIME = 16384  # pairs at a time: few calls, and what they need stays in a core's cache
+CACHED_NUMBERS = 32768  # numbers at a time: few calls, and what they need stays in a core's cache
 
 
 @functools.cache
@@ -72,13 +72,14 @@ def normal_on_host(first: int, count: int, seed: int, stream: int, num: int) -> 
     state = bits.state
     state["state"]["counter"][0] = first * num_blocks
     bits.state = state
-    out = np.empty((count * num_blocks * BLOCK // 2, 2), np.float32)
-    for start in range(0, len(out), PAIRS_AT_A_TIME):
-        pairs = out[start : start + PAIRS_AT_A_TIME]
-        places = bits.random_raw(len(pairs) // 2).view("<u2").astype(np.intp)
-        t, u = table.take(places, mode="wrap").reshape(pairs.shape).T
-        np.add(t, u, out=pairs[:, 0])
-        np.subtract(t, u, out=pairs[:, 1])
+    out = np.empty((count, 2, num_blocks * BLOCK // 2), np.float32)
+    step = max(1, CACHED_NUMBERS // (num_blocks * BLOCK))
+    for start in range(0, count, step):
+        samples = out[start : start + step]
+        places = bits.random_raw(samples.size // 4).view("<u2").astype(np.intp)
+        t, u = table.take(places, mode="wrap").reshape(samples.shape).transpose(1, 0, 2)
+        np.add(t, u, out=samples[:, 0])
+        np.subtract(t, u, out=samples[:, 1])
     return np.ascontiguousarray(out.reshape(count, num_blocks * BLOCK)[:, :num])
 
 
@@ -88,8 +89,8 @@ def normal_on_device(first: Tensor, count: int, seed: int, stream: int, num: int
     blocks = 1 + first * num_blocks + torch.arange(count * num_blocks, device=first.device)
     shifts = torch.arange(0, 64, 16, device=first.device)
     places = (philox(blocks, seed, stream)[..., None] >> shifts) & 0xFFFF  # (blocks, 4, 4)
-    t, u = quantiles(first.device)[places.view(-1, 2)].unbind(1)
-    return torch.stack([t + u, t - u], dim=1).view(count, num_blocks * BLOCK)[:, :num].contiguous()
+    t, u = quantiles(first.device)[places.view(count, 2, -1)].unbind(1)
+    return torch.cat([t + u, t - u], dim=1)[:, :num].contiguous()
 
 
 def philox(blocks: Tensor, seed: int, stream: int) -> Tensor:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from uvit.distributed.ops import on_main
 from uvit.errors import UserError
 from uvit.io import format_bytes
 from uvit.store.reader import FeatureStore
@@ -18,24 +19,34 @@ SPARE = 0.1  # of a memory: what is not planned for
 def place_features(run: Run) -> str | None:
     """Load the features into the memory that --features_in_memory names. Returns what to say of it.
 
-    Raises UserError if they do not fit there.
+    Raises UserError, in all processes, if they do not fit there.
     """
+    device, said = on_main(lambda: choose_memory(run), run.world)  # other processes may have begun to fill it
+    if device is not None:
+        assert isinstance(run.features, FeatureStore)
+        target = run.device if device == "device" else torch.device("cpu")
+        run.batches.memory = FeaturesInMemory(run.features, run.batches.use_tokens, run.config.needs_teacher(), target)
+    return said
+
+
+def choose_memory(run: Run) -> tuple[str | None, str | None]:
+    """-> (device, host or None: the features stay on disk; what to say of it)."""
     config, store, device = run.config, run.features, run.device
     wanted = config.features_in_memory
     if wanted == "none" or (wanted == "auto" and (device.type != "cuda" or not isinstance(store, FeatureStore))):
-        return None
+        return None, None
     flag = f"--features_in_memory {wanted}"
     if not isinstance(store, FeatureStore):
         raise UserError(f"{flag}: needs a feature store; make one of .npy features with `uvit features import`")
     if wanted == "device" and device.type == "cpu":
         raise UserError(f"{flag}: the device is the CPU; use host")
-    use_tokens, use_teacher = run.batches.use_tokens, config.needs_teacher()
-    num_bytes = sum(array.nbytes for array in needed_arrays(store, use_tokens, use_teacher).values())
+    arrays = needed_arrays(store, run.batches.use_tokens, config.needs_teacher())
+    num_bytes = sum(array.nbytes for array in arrays.values())
     if wanted == "host":
-        target, where, limit = torch.device("cpu"), "the main memory", available_bytes()
+        where, limit = "the main memory", available_bytes()
         needed = num_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # each process has its own
     else:
-        target, where, limit = device, "the GPU's memory", torch.cuda.mem_get_info(device)[1]
+        where, limit = "the GPU's memory", torch.cuda.get_device_properties(device).total_memory
         needed = num_bytes + sum(plan_of_run(build_meta_run(config)).memory.values())
     if needed > (1 - SPARE) * limit:
         sentence = (
@@ -43,10 +54,9 @@ def place_features(run: Run) -> str | None:
             f"{where}, of which there are {format_bytes(limit)}, and a tenth is to be left"
         )
         if wanted == "auto":
-            return f"features are read from disk: {sentence}"
+            return None, f"features are read from disk: {sentence}"
         raise UserError(f"{flag}: {sentence}; use none, or store token ids instead of text embeddings")
-    run.batches.memory = FeaturesInMemory(store, use_tokens, use_teacher, target)
-    return f"features are in {where}: {format_bytes(num_bytes)}"
+    return "host" if wanted == "host" else "device", f"features are in {where}: {format_bytes(num_bytes)}"
 
 
 def available_bytes() -> int:

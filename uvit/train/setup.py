@@ -86,6 +86,7 @@ class Run:
     resumed_from: str | None = None  # the last --resume_from_checkpoint: a name in the run's folder, or a whole path
     best: dict[str, Any] | None = None  # what best.json says: metric, value, step, checkpoint
     lock: WriterLock | None = None  # of the run's folder, in the main process
+    replay: Callable[[Any], torch.Tensor] | None = None  # of forward and backward of a batch, as a CUDA graph
     before_update: Callable[[], None] = lambda: None  # waits until a checkpoint has copied the tensors
 
     @property

@@ -131,21 +131,16 @@ def train_step(run: Run, batches: Iterator[Batch]) -> StepResult:
     config, precision, optimizer, clock = run.config, run.precision, run.optimizer, run.clock
     lr = set_learning_rate(optimizer, learning_rate_factor(run.step, config, run.max_steps, run.schedule_steps))
 
-    num_batches = config.gradient_accumulation_steps
-    total_loss, total_align_loss = (torch.zeros((), device=run.device) for _ in range(2))
-    for i in range(num_batches):
-        run.gradients.microbatch(last=i == num_batches - 1)
+    losses = torch.zeros(2, device=run.device)
+    for i in range(config.gradient_accumulation_steps):
+        run.gradients.microbatch(last=i == config.gradient_accumulation_steps - 1)
         with clock.wait("data"):
             batch = next(batches)
-        with clock.compute("forward"):
-            loss, align_loss = batch_losses(run, batch)
-            loss = loss / num_batches
-            total_loss += loss.detach()
-            if align_loss is not None:
-                loss = loss + config.align_weight * align_loss / num_batches
-                total_align_loss += align_loss.detach() / num_batches
-        with clock.compute("backward"):
-            precision.backward(loss)
+        if run.replay:
+            with clock.compute("backward"):
+                losses += run.replay(batch)
+        else:
+            losses += forward_backward(run, batch)
 
     with clock.compute("backward"):
         run.gradients.finish()
@@ -154,26 +149,42 @@ def train_step(run: Run, batches: Iterator[Batch]) -> StepResult:
         if config.max_grad_norm > 0:
             clip_gradients(run.grad_norm.parameters, config.max_grad_norm, norm)
 
-    numbers, finite, skipped = judge_step(run, total_loss, total_align_loss, norm)
+    numbers, finite, skipped = judge_step(run, losses, norm)
     with clock.compute("optimizer"):
         run.before_update()
         precision.step(optimizer, skipped, finite)
         if run.ema:
             run.ema.update(run.master_model, run.step + 1, skipped)
 
+    aligned = is_aligning(config, run.step, run.max_steps)
     first_sample = next_kept_sample(run.samples, run.samples_per_step, run.guards.skipped_samples)
     run.step, run.samples = run.step + 1, first_sample + run.samples_per_step
-    return StepResult(run.step, first_sample, lr, muon_rate(optimizer), align_loss is not None, numbers)
+    return StepResult(run.step, first_sample, lr, muon_rate(optimizer), aligned, numbers)
+
+
+def forward_backward(run: Run, batch: Batch) -> Tensor:
+    """Add what a batch says to the gradients. -> its parts of the step's loss and alignment loss, (2,)."""
+    num_batches = run.config.gradient_accumulation_steps
+    with run.clock.compute("forward"):
+        loss, align_loss = batch_losses(run, batch)
+        loss = loss / num_batches
+        parts = [loss.detach(), torch.zeros_like(loss)]
+        if align_loss is not None:
+            loss = loss + run.config.align_weight * align_loss / num_batches
+            parts[1] = align_loss.detach() / num_batches
+    with run.clock.compute("backward"):
+        run.precision.backward(loss)
+    return torch.stack(parts)
 
 
 @torch.no_grad()
-def judge_step(run: Run, loss: Tensor, align_loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def judge_step(run: Run, losses: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """-> (the numbers of a StepResult, whether all is finite, whether to skip the step), all on the device.
 
     They are the same in all processes, which exchange four numbers.
     """
     flags = [~norm.isfinite(), run.guards.is_spike(norm)]
-    sums = sum_over_all(torch.stack([loss, align_loss, *(flag.float() for flag in flags)]), run.world)
+    sums = sum_over_all(torch.cat([losses, torch.stack(flags).float()]), run.world)
     losses = sums[:2] / run.world.size
     finite = losses.isfinite().all() & (sums[2] == 0)
     skipped = ~finite | (sums[3] > 0)

@@ -28,6 +28,7 @@ from uvit.train.best import Tracked, new_best, settle_best, tracked_score
 from uvit.train.checkpointing import Checkpointer, resume
 from uvit.train.checks import check_latents
 from uvit.train.clock import peak_memory_bytes
+from uvit.train.cuda_graph import GraphedPass
 from uvit.train.device_defaults import describe_speed, with_device_defaults
 from uvit.train.dry_run import describe_plan, does_not_fit
 from uvit.train.evaluation import Evaluation, open_evaluation
@@ -108,6 +109,8 @@ def run_training(config: TrainConfig, world: World) -> int:
                     decoder = load_preview_decoder(run)
                     evaluation = open_evaluation(run, decoder)
                     tracked = tracked_score(run, evaluation)
+                    if config.cuda_graphs:
+                        run.replay = GraphedPass(run)
                     if said := place_features(run):
                         print(said)
                     mfu = mfu_reference(run) if world.is_main else None
