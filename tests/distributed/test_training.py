@@ -164,7 +164,7 @@ def test_on_the_same_layout_a_resumed_run_is_the_same_in_every_bit(folder: Path,
 
 @pytest.mark.parametrize("name", HALVES)
 def test_what_is_not_finite_in_one_process_is_skipped_by_both(folder: Path, name: str) -> None:
-    """The same steps are skipped and the loss scale is the same; the rest differs by some of float16's roundings, 2**-11,
+    """The same steps are skipped and the loss scale is the same. The rest differs by some roundings of float16, 2**-11,
     which the tokens have in all blocks.
     """
     run, one = folder / f"{name}-float16" / "run", folder / "one-float16" / "run"
