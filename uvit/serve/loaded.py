@@ -50,7 +50,7 @@ class LoadedModel:
         self.pipeline.set_progress_bar_config(disable=True)
         self.network = SharedNetwork(self.pipeline.unet, settings.max_batch_size)
         self.unet_sha256 = fingerprint(self.pipeline.unet)
-        self.embed = lru_cache(maxsize=1024)(self._embed)
+        self.embed = lru_cache(maxsize=128)(self._embed)
         self.description = self._describe()
 
     def _describe(self) -> dict[str, Any]:

@@ -118,8 +118,9 @@ class Dispatcher:
         for worker in self.workers:
             for model in models:
                 worker.send("describe", model)
-        if models:
-            await self.started
+        if not models:  # runs that have just begun
+            self.started.set_result(None)
+        await self.started
 
     def _new_worker(self, number: int) -> WorkerProcess:
         return WorkerProcess(number, self.settings[number], self.loop, self._receive)
