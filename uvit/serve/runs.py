@@ -123,7 +123,7 @@ class ServedRun:
         samples = list(self._skipped_samples())
         return {
             "steps": [
-                {"step": row["step"], "grad_norm": row.get("grad_norm"), "reason": reason(row)}
+                {"step": row["step"], "grad_norm": row.get("grad_norm"), "reason": skip_reason(row)}
                 for row in steps[-MAX_LISTED:]
             ],
             "num_samples": len(samples),
@@ -137,7 +137,7 @@ class ServedRun:
                     yield json.loads(line)
 
 
-def reason(row: dict[str, Any]) -> str:
+def skip_reason(row: dict[str, Any]) -> str:
     """Why a step updated nothing."""
     if row.get("loss") is None or row.get("grad_norm") is None:
         return "the loss or the gradient was NaN or infinite"

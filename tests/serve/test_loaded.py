@@ -1,0 +1,81 @@
+"""A model in the memory of a worker."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from uvit.config.serve import ServeConfig
+from uvit.errors import UserError
+from uvit.sample.batching import BatchPlan, SharedNetwork
+from uvit.serve.loaded import LoadedModel, repainted
+from uvit.serve.requests import GenerationRequest, ImageTask, ModelRef, tasks_of
+from uvit.serve.worker import WorkerSettings
+
+SETTINGS = WorkerSettings("cpu", "auto", 1, 4, 1, 1_000_000)
+
+
+@pytest.fixture(scope="module")
+def loaded(pipeline_folder: Path) -> LoadedModel:
+    return LoadedModel(ModelRef("tiny", str(pipeline_folder), False, 0), SETTINGS)
+
+
+def task(loaded: LoadedModel, **fields: object) -> ImageTask:
+    request = GenerationRequest(prompt="two cats", seed=3, num_inference_steps=3, **fields)  # type: ignore[arg-type]
+    return tasks_of(request, loaded.ref, ServeConfig(("x",)))[0]
+
+
+def test_what_it_says_of_itself(loaded: LoadedModel) -> None:
+    assert loaded.description["resolution"] == [32, 32]
+    assert {"dpmsolver++", "ddpm", "official"} <= set(loaded.description["schedulers"])
+    assert (loaded.description["speeds"], loaded.description["latents"]) == ([], True)
+
+
+def test_settings_of_an_image_say_the_dtype_that_was_used(loaded: LoadedModel) -> None:
+    text = loaded.metadata(task(loaded, guidance_scale=2))
+    assert (text["dtype"], text["pipeline"], text["seed"]) == ("float32", "tiny", "3")
+
+
+def test_sizes_that_the_model_has(loaded: LoadedModel) -> None:
+    assert loaded.size(task(loaded, size="24x16")) == (16, 24)
+    for size in ("30x32", "64x32"):
+        with pytest.raises(UserError, match=f"^--size {size}: "):
+            loaded.size(task(loaded, size=size))
+
+
+def test_the_steps_that_are_announced_are_those_that_are_run(loaded: LoadedModel) -> None:
+    file = Path(loaded.ref.path).parent / "image.png"
+    Image.new("RGB", (32, 32)).save(file)
+    for scheduler in ("dpmsolver++", "heun"):
+        for image in (None, file.read_bytes()):
+            one = replace(task(loaded, scheduler=scheduler), image=image)
+            steps, count = loaded.steps(one, 10_000)
+            asked, inputs = 0, next(steps)
+            with pytest.raises(StopIteration):
+                while True:
+                    asked += 1
+                    inputs = steps.send(loaded.network([inputs])[0])
+            assert asked == count
+
+
+def test_masks() -> None:
+    mask = Image.new("RGBA", (2, 1), "black")
+    mask.putpixel((0, 0), (0, 0, 0, 0))
+    assert np.asarray(repainted(mask))[0, :, 0].tolist() == [255, 0]
+    assert np.asarray(repainted(Image.new("L", (1, 1), "white"))).max() == 255
+
+
+def test_padded_calls_have_one_size(loaded: LoadedModel) -> None:
+    """As on a GPU."""
+    network, sizes = SharedNetwork(loaded.pipeline.unet, 4), []
+    inputs = [next(loaded.steps(task(loaded), 1)[0]) for _ in range(3)]
+    expected = network.together([*inputs, inputs[-1]])[:3]
+    network.plan_for(inputs[0])
+    network.plans = dict.fromkeys(network.plans, BatchPlan((4,), is_padded=True))
+    hook = loaded.pipeline.unet.register_forward_hook(lambda module, given, output: sizes.append(len(output)))
+    assert all(torch.equal(*pair) for pair in zip(expected, network(inputs), strict=True))
+    hook.remove()
+    assert sizes == [8]
