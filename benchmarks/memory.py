@@ -160,7 +160,9 @@ def published(folder: Path) -> None:
     for name in PUBLISHED:
         cells, millions = [], 0.0
         for degrees, flags in columns.values():
-            planned, millions = predicted(arguments(folder, f"uvit_t2i_{name}", degrees, ["--bf16", *flags]))
+            planned, millions = predicted(
+                arguments(folder, f"uvit_t2i_{name}", degrees, ["--device", "auto", "--bf16", *flags])
+            )  # not cpu: fused attention
             cells.append(f"{planned / 2**30:,.1f}")
         print(f"| `uvit_t2i_{name}` | {millions:,.0f} M |", " | ".join(cells), "|", flush=True)
 

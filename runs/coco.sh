@@ -43,6 +43,7 @@ mkdir -p "$out"
 
 # One process for each GPU, bound to the processors beside it where numactl is installed. Segments that grow leave less memory unused.
 gpus=${GPUS:-$(python -c 'import torch; print(torch.cuda.device_count())')}
+workers=$(($(nproc) / (gpus > 1 ? gpus : 1))) # that decode photographs
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 launch=(python -m)
 if [ "$gpus" -gt 1 ]; then
@@ -73,7 +74,7 @@ python "$here/runs/coco.py" unpack "$data" "${official[@]}"
 echo "== 2. Extract: latents and text embeddings of train2014, and of $num_heldout images of val2014 to validate on"
 python "$here/runs/coco.py" heldout "$data" "$num_heldout"
 encode=(--vae_name_or_path "$models/vae" --latent_scale 0.2301 --text_encoder_name_or_path "$models/clip" \
-    --resolution "$resolution" --icc ignore)
+    --resolution "$resolution" --icc ignore --num_workers "$workers")
 "${launch[@]}" uvit extract --source "$data" --split train "${encode[@]}" "${text[@]}" --output_dir "$out/features"
 "${launch[@]}" uvit extract --source "$data" --split heldout "${encode[@]}" "${text[@]}" --output_dir "$out/features"
 

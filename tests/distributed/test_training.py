@@ -164,9 +164,11 @@ def test_on_the_same_layout_a_resumed_run_is_the_same_in_every_bit(folder: Path,
 
 @pytest.mark.parametrize("name", HALVES)
 def test_what_is_not_finite_in_one_process_is_skipped_by_both(folder: Path, name: str) -> None:
-    """The same steps are skipped and the loss scale is the same; the rest differs by float16's rounding, 2**-11."""
+    """The same steps are skipped and the loss scale is the same. The rest differs by some roundings of float16, 2**-11,
+    which the tokens have in all blocks.
+    """
     run, one = folder / f"{name}-float16" / "run", folder / "one-float16" / "run"
-    same_but_for_rounding(run, one, step=6, tolerance=2**-8)
+    same_but_for_rounding(run, one, step=6, tolerance=2**-7)
     assert 0 < sum(line["skipped"] for line in lines(one)) < 6
     scales = [read_checkpoint(some / "checkpoint-6").record["loss_scale"] for some in (run, one)]
     assert scales[0] == scales[1] and scales[0]["scale"] < 2.0**16

@@ -17,11 +17,12 @@ from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.ui import WebDriverWait
 
-import uvit
 from tests.serve.page_server import PageServer
 from uvit.images import save_png
+from uvit.serve.page import read_page
 
-PAGE = (Path(uvit.__file__).parent / "serve" / "page.html").read_text(encoding="utf-8")
+CONTENT, HEADERS = read_page()
+PAGE = CONTENT.decode()
 SCRIPT = PAGE.split("<script>")[1].split("</script>")[0]
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 in_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Debian's chromium and chromium-driver")
@@ -32,7 +33,8 @@ SECONDS = 60  # until something is seen, however busy the machine is
 
 
 def test_the_page_is_one_file_that_needs_no_other_address() -> None:
-    assert PAGE.count("<style>") == PAGE.count("<script>") == 1  # their hashes are in the Content-Security-Policy
+    policy = HEADERS["Content-Security-Policy"].split("; ")
+    assert "default-src 'none'" in policy and "connect-src 'self'" in policy and "unsafe" not in str(policy)
     body = PAGE.split("<body>")[1].split("<script>")[0]
     assert not re.findall(r"\s(?:style|on\w+)=", body)  # which the policy forbids
     addresses = set(re.findall(r"\w+://[^\s\"'`]+", PAGE))
@@ -180,6 +182,16 @@ def person(chromium: Any, server: PageServer) -> Iterator[Person]:
     expected += ("ERR_CONNECTION_RESET", "ERR_EMPTY_RESPONSE", "[DOM] Password forms")
     messages = [entry["message"] for entry in chromium.get_log("browser")]
     assert not [message for message in messages if not any(text in message for text in expected)]
+
+
+@in_browser
+def test_no_other_script_runs(person: Person) -> None:
+    (tile,) = person.generate(prompt="<img src=x onerror='window.ran = 1'>", num_inference_steps=1)
+    tile.click()
+    person.js("document.body.append(make('script', {textContent: 'window.ran = 1'}))")
+    assert person.js("return window.ran") is None
+    messages = [entry["message"] for entry in person.driver.get_log("browser")]
+    assert len([message for message in messages if "Content Security Policy" in message]) == 1  # the one above
 
 
 # Images

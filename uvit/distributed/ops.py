@@ -211,7 +211,8 @@ class GradientNorm:
 
 def local_grads(parameters: Iterable[Tensor]) -> list[Tensor]:
     """The local gradients of the parameters that have one."""
-    return [local_tensor(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return [local_tensor(grad) if isinstance(grad, DTensor) else grad for grad in grads]
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ UNRECORDED_FLAGS = {
     "pipeline", "guidance_scale", "compare_with", "prompts", "prompts_file", "seed", "num_images_per_prompt",
     "output_dir", "batch_size", "device", "enable_vae_slicing", "enable_vae_tiling", "enable_model_cpu_offload",
     "shard", "skip_existing", "save_latents", "grid", "columns", "disable_tqdm", "speed",
-    "fit_schedule",
+    "fit_schedule", "compile",
 }  # fmt: skip
 
 # A path can be written in many ways, so paths are not compared; the SHA-256 of each file is.

@@ -9,7 +9,6 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -24,11 +23,11 @@ from uvit.config.serve import ServeConfig
 from uvit.errors import UserError
 from uvit.serve.access import Access
 from uvit.serve.models import ServedModel, find_model
+from uvit.serve.page import read_page
 from uvit.serve.queue import Dispatcher, Ticket
 from uvit.serve.requests import EditRequest, GenerationRequest, ImageTask, RequestError, error_body, tasks_of
 from uvit.serve.runs import run_routes
 
-PAGE = Path(__file__).with_name("page.html")
 MAX_STORED_BYTES = 256 * 2**20  # of images that are answered by url
 KEEP_ALIVE_SECONDS = 15.0  # between two signs of life in a stream
 
@@ -83,7 +82,8 @@ def build_app(config: ServeConfig, models: dict[str, ServedModel], dispatcher: D
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        return Response(PAGE.read_bytes(), media_type="text/html; charset=utf-8")
+        content, headers = read_page()
+        return Response(content, media_type="text/html; charset=utf-8", headers=headers)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
