@@ -19,6 +19,7 @@ def test_the_python_examples(served: Served, capsys: pytest.CaptureFixture[str])
     assert ADDRESS in "".join(blocks)
     for block in blocks:
         exec(block.replace(ADDRESS, served.url), names)
+    names["client"].close()  # type: ignore[attr-defined]
     assert names["png"].startswith(b"\x89PNG")  # type: ignore[attr-defined]
     kinds = capsys.readouterr().out.split()
     assert kinds.count("image_generation.partial_image") == 3 and kinds[-1] == "image_generation.completed"
