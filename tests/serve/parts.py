@@ -43,13 +43,14 @@ def serving(*models: str, **flags: Any) -> Iterator[Served]:
     thread = threading.Thread(target=target)
     thread.start()
     is_open.wait(120)
-    if problems:
-        raise problems[0]
-    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
     try:
+        if problems:
+            raise problems[0]
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         with httpx.Client(base_url=url, timeout=60) as client:
             yield Served(url, dispatcher, client)
     finally:
         dispatcher.is_draining = True
         thread.join(60)
+        listening.close()
     assert not thread.is_alive()
