@@ -147,7 +147,7 @@ def state_of(run: Run) -> dict[str, Tensor]:
 
 
 def test_a_whole_run_is_the_cpu_s_bit_for_bit(parts: Path, tmp_path: Path) -> None:
-    """The text encoder is trained; validation, previews, two checkpoints, the exported pipeline, and a resume."""
+    """The text encoder is trained; validation, previews, two checkpoints and the exported pipeline."""
     flags = {"train_text_encoder": True, "image_logging_steps": 4, "eval_steps": 4}
     train(training(parts, tmp_path / "cpu", "cpu", **flags))
     with pretend_gpus() as gpus:

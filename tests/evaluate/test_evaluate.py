@@ -100,12 +100,14 @@ def test_rendered_pairs_are_all_right(tmp_path: Path) -> None:
 
 
 def test_processes_that_share_the_work_make_the_same_images_features_and_scores(
-    tmp_path: Path, pipeline: str, vit: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pipeline: str, vit: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("uvit.evaluate.generate.CHUNK", 4)
     flags = {**SAMPLING, "reference": "shapes", "split": "heldout", "feature_extractor": vit, "metrics": ("fd", "kid")}
     alone = run(tmp_path / "alone", pipeline, **flags)
+    capsys.readouterr()
     assert run(tmp_path / "shared", pipeline, shard="1/3", **flags) == {}
+    assert "evaluate: 16/16 images (100%)" in capsys.readouterr().err  # two chunks of 4, and 72 - 64 real ones
     assert run(tmp_path / "shared", pipeline, shard="0/3", **flags) == {}
     shared = run(tmp_path / "shared", pipeline, shard="2/3", **flags)
     for report in (alone, shared):

@@ -21,7 +21,15 @@ from uvit.config.evaluate import NEED_REFERENCE, PROTOCOL_OF_FEATURES, EvaluateC
 from uvit.config.sharding import resolve_shard
 from uvit.errors import UserError
 from uvit.evaluate.attributes import accuracy_table, scene_kind
-from uvit.evaluate.features import FeatureSet, PerImage, all_done, describe_images, extract_features, load_features
+from uvit.evaluate.features import (
+    FeatureSet,
+    PerImage,
+    all_done,
+    describe_images,
+    extract_features,
+    load_features,
+    num_own_images,
+)
 from uvit.evaluate.frechet import FeatureStatistics
 from uvit.evaluate.generate import GeneratedImages, folder_name, is_model, open_model, trained_on
 from uvit.evaluate.image_sets import ImageSet, open_images
@@ -233,7 +241,7 @@ def open_reference(
 def run_tasks(config: EvaluateConfig, tasks: Sequence[Task], part: int, num_parts: int) -> None:
     """Generate or load this process's part of the images, and compute their features."""
     silent = int(os.environ.get("RANK", "0")) > 0
-    total = sum(len(each.images) for each in tasks) // num_parts
+    total = sum(num_own_images(each.images, part, num_parts) for each in tasks)
     bar = not (config.disable_tqdm or silent)
     with Progress("evaluate", total, "image", bar=bar, lines=not silent) as progress:
         for each in tasks:

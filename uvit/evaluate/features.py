@@ -96,6 +96,11 @@ def extract_features(
             waiting.result()
 
 
+def num_own_images(images: ImageSet, part: int, num_parts: int) -> int:
+    """How many images this process's chunks have."""
+    return sum(min(images.chunk, len(images) - chunk * images.chunk) for chunk in _chunks(images)[part::num_parts])
+
+
 def all_done(images: ImageSet, extractors: Sequence[PerImage], folder: Path) -> bool:
     """Whether every chunk is there, of this process and of the others."""
     return all(_chunk_file(folder, each, chunk).is_file() for each in extractors for chunk in _chunks(images))
