@@ -41,7 +41,7 @@ ORIGINAL = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3)
         {"guidance_scale": 2.0, "image": ORIGINAL},
         {"guidance_scale": 2.0, "image": ORIGINAL, "mask_image": half_mask()},
     ],
-    ids=str,
+    ids=" ".join,
 )
 @pytest.mark.parametrize("name", ["dpmsolver++", "heun", "ddpm"])
 def test_the_image_is_that_of_the_pipeline(pipeline: UViTPipeline, name: str, options: dict[str, Any]) -> None:
