@@ -12,6 +12,8 @@ BESIDE = {
     ("autoencoder", "resolution"): ["--factor", "4"],
     ("sample", "mask"): ["--init_image", "x"],
     ("sample", "strength"): ["--init_image", "x"],
+    ("serve", "num_inference_steps"): ["--max_steps", "1000"],
+    ("serve", "max_steps"): ["--num_inference_steps", "1"],
     ("train", "image_logging_steps"): ["--logging_steps", "1"],
     ("train", "logging_steps"): ["--image_logging_steps", "-1"],
     ("train", "learning_rate"): ["--lr_scheduler_type", "constant"],

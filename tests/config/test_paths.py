@@ -22,8 +22,9 @@ from uvit.io import to_yaml
 
 PACKAGE = Path(__file__).parents[2] / "uvit"
 TEXTS = {  # what is text, and no path
-    "caption_column", "device", "image_column", "keep_best", "license", "negative_prompt", "profiler_options",
-    "prompts", "push_to_hub", "rows", "shard", "split", "validation_split",
+    "allowed_hosts", "allowed_origins", "api_key", "caption_column", "device", "host", "image_column", "keep_best",
+    "license", "negative_prompt", "profiler_options", "prompts", "push_to_hub", "rows", "shard", "split",
+    "validation_split",
 }  # fmt: skip
 
 

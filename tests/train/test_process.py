@@ -1,12 +1,14 @@
 """A process in which nothing ends says where it is, by its name, and goes on."""
 
+import io
+import signal
 import time
 
 import pytest
 import torch
 
 from uvit.distributed.mesh import Degrees, World
-from uvit.train.process import hang_watchdog, reset_hang_timer, run_in_named_frame
+from uvit.train.process import StopSignal, hang_watchdog, reset_hang_timer, run_in_named_frame
 
 
 def stuck_in_a_collective() -> int:
@@ -39,3 +41,29 @@ def test_who_ends_a_step_in_time_is_not_disturbed(capfd: pytest.CaptureFixture[s
             time.sleep(0.3)
     time.sleep(1.1)
     assert not capfd.readouterr().err
+
+
+def test_a_signal_amid_a_print_is_told_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop = StopSignal()
+
+    class Slow(io.RawIOBase):
+        """A file during whose first write a signal comes."""
+
+        written = b""
+
+        def writable(self) -> bool:
+            return True
+
+        def write(self, content: object) -> int:
+            if not stop.signal:
+                stop(signal.SIGTERM, None)
+            self.written += bytes(content)  # type: ignore[call-overload]
+            return len(bytes(content))  # type: ignore[call-overload]
+
+    file = Slow()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BufferedWriter(file)))
+    print("step 1", flush=True)
+    assert (stop.signal, file.written) == (signal.SIGTERM, b"step 1\n")
+    assert "stopping after this step" in capsys.readouterr().err

@@ -109,6 +109,7 @@ class ServeConfig:
                 path = model
                 folder = Path(path).absolute()
                 name = re.sub(r"[^\w.+-]+", "-", (folder.parent if folder.name == "pipeline" else folder).name)
+                name = name.lstrip(".+-") or "model"
             named.append((name, path))
         return named
 

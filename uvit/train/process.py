@@ -5,6 +5,7 @@ import faulthandler
 import gc
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -82,7 +83,12 @@ class StopSignal:
         if self.signal:
             raise KeyboardInterrupt
         self.signal = number
-        print("\nstopping after this step (a second Ctrl-C stops at once, without saving)", flush=True)
+        sentence = "\nstopping after this step (a second Ctrl-C stops at once, without saving)"
+        try:
+            print(sentence, flush=True)
+        except RuntimeError:  # the signal came amid another print, and a stream cannot be written to from within
+            with contextlib.suppress(RuntimeError):
+                print(sentence, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
