@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.pretend_gpu import pretend_gpus
+from tests.real_images import EXAMPLES
 from tests.sample.parts import tiny_pipeline_folder
 from tests.tiny import tiny_text_encoder_folder, tiny_vae_folder, tiny_vit_folder
 from uvit.config.evaluate import EvaluateConfig
@@ -80,7 +81,7 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def extraction(parts: Path, out: Path, device: str, split: str = "train", **flags: Any) -> ExtractConfig:
     return ExtractConfig(
-        source=("examples/images",),
+        source=(str(EXAMPLES),),
         split=split,
         val_every=4,
         output_dir=str(out),
@@ -327,8 +328,8 @@ def test_scores_are_the_cpu_s(parts: Path, tmp_path: Path) -> None:
         out = tmp_path / device.replace(":", "")
         evaluate(
             EvaluateConfig(
-                model="examples/images",
-                reference="examples/images",
+                model=str(EXAMPLES),
+                reference=str(EXAMPLES),
                 metrics=("fd",),
                 resolution=32,
                 feature_extractor=str(parts / "vit"),

@@ -36,8 +36,8 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: the last of this machine's {num_gpus} GPUs is cuda:{num_gpus - 1}")
     device = torch.device("cuda", index)
     try:
+        torch.empty(0, device=device)  # raises where there is none
         torch.cuda.set_device(device)  # for what takes no device: CUDA's events, NCCL, new threads' pinned memory
-        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise cannot_use(name, str(error)) from None
     use_tf32(True)

@@ -114,12 +114,13 @@ def test_workers_keep_the_order(source: Numbers | NumbersInARow, num_workers: in
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("source", [Numbers(9), NumbersInARow(9)])
 def test_a_problem_stops_it_where_that_is_asked(source: Numbers | NumbersInARow, num_workers: int) -> None:
+    before = multiprocessing.active_children()  # of other tests
     strict = Preprocessing(4, "center", "lanczos", "srgb", 2, skip=False)
     batches = decode_batches(source, ShardPlan(100, 2, 0, 1, {}), strict, num_workers)
     assert [next(batches).rows, next(batches).rows] == [range(2), range(2, 4)]
     with pytest.raises(UserError, match=r"^5\.png is broken; --on_error skip skips such pairs"):
         next(batches)
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= set(before)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.pretend_gpu import pretend_gpus
+from tests.real_images import EXAMPLES
 from tests.tiny import tiny_vit_folder
 from uvit.config.extract import ExtractConfig
 from uvit.config.objective import ObjectiveConfig
@@ -43,7 +44,7 @@ def test_other_stores_in_several_files(kind: str, encoders: tuple[Path, Path], t
     vae, text_encoder = map(str, encoders)
     extract(
         ExtractConfig(
-            source=("examples/images",),
+            source=(str(EXAMPLES),),
             output_dir=str(tmp_path / "store"),
             latents="none" if kind == "mirrored pixels" else "vae",
             vae_name_or_path=None if kind == "mirrored pixels" else vae,

@@ -18,8 +18,8 @@ from uvit.serve.queue import Dispatcher
 def run_server(config: ServeConfig) -> None:
     """Run the command, until SIGTERM or Ctrl-C."""
     models = list_models(config)
-    listening = open_port(config)
-    asyncio.run(run(config, models, listening, Dispatcher(config), lambda: print_address(config, listening)))
+    with open_port(config) as listening:
+        asyncio.run(run(config, models, listening, Dispatcher(config), lambda: print_address(config, listening)))
 
 
 class Server(uvicorn.Server):
