@@ -27,6 +27,7 @@ from tests.pretend_gpu import pretend_gpus
 from tests.real_images import EXAMPLES
 from tests.sample.parts import tiny_pipeline_folder
 from tests.tiny import tiny_text_encoder_folder, tiny_vae_folder, tiny_vit_folder
+from tests.train.conftest import TINY_MODEL
 from uvit.config.evaluate import EvaluateConfig
 from uvit.config.extract import ExtractConfig
 from uvit.config.train import TrainConfig
@@ -44,14 +45,6 @@ from uvit.train.trainer import train
 from uvit.train.validate import load_preview_decoder, preview_sheet, validate
 
 GPU = "cuda:1"
-MODEL = {
-    "sample_size": 4,
-    "num_layers": 2,
-    "num_attention_heads": 2,
-    "attention_head_dim": 8,
-    "clip_dim": 32,
-    "num_text_tokens": 16,
-}
 EDITORS = ("unipc", "heun", "official")  # the schedulers that inpaint here; the others begin from noise
 SCHEDULERS = ("dpmsolver++", "unipc", "euler", "heun", "ddim", "ddpm", "official")
 
@@ -65,7 +58,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_vae_folder(folder / "vae")
     tiny_text_encoder_folder(folder / "text")
     tiny_vit_folder(folder / "vit")
-    (folder / "model.json").write_text(json.dumps(MODEL))
+    (folder / "model.json").write_text(json.dumps(TINY_MODEL))
     for split in ("train", "val"):
         extract(extraction(folder, folder / "store", "cpu", split))
     shutil.copytree(folder / "store", folder / "tokens")
@@ -192,7 +185,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def modern(parts: Path) -> str:
     path = parts / "modern.json"
-    path.write_text(json.dumps(MODEL | {"_class_name": "ModernUViTT2IModel"}))
+    path.write_text(json.dumps(TINY_MODEL | {"_class_name": "ModernUViTT2IModel"}))
     return str(path)
 
 

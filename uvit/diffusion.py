@@ -167,7 +167,7 @@ def loss_weight(
     return (wanted / error_weight(timesteps, own, path)).float()
 
 
-def loss(
+def losses(
     prediction: Tensor,
     x_0: Tensor,
     noise: Tensor,
@@ -178,24 +178,7 @@ def loss(
     loss_weight_max: float | None = None,
     path: DiffusionPath = "vp",
 ) -> Tensor:
-    """The mean of `sample_losses` over the batch. A float32 scalar."""
-    return sample_losses(
-        prediction, x_0, noise, timesteps, prediction_type, snr_gamma, loss_type, loss_weight_max, path
-    ).mean()
-
-
-def sample_losses(
-    prediction: Tensor,
-    x_0: Tensor,
-    noise: Tensor,
-    timesteps: Tensor,
-    prediction_type: PredictionType = "epsilon",
-    snr_gamma: float | None = None,
-    loss_type: LossType = "prediction",
-    loss_weight_max: float | None = None,
-    path: DiffusionPath = "vp",
-) -> Tensor:
-    """Mean over C, H, W of (prediction - target)^2, weighted: (B,) float32."""
+    """The mean over C, H, W of (prediction - target)^2, weighted: (B,) float32. Training minimises their mean."""
     error = prediction.float() - target(x_0, noise, timesteps, prediction_type, path).float()
     weight = loss_weight(timesteps, prediction_type, snr_gamma, loss_type, loss_weight_max, path)
     return error.square().mean(dim=(1, 2, 3)) * weight
