@@ -36,7 +36,7 @@ from uvit.extract.extract import extract
 from uvit.sample.denoise import denoise
 from uvit.sample.fit import fit_plan, solve
 from uvit.sample.pipeline import UViTPipeline
-from uvit.sample.schedulers import build_scheduler
+from uvit.sample.schedulers import build_scheduler, scheduler_names
 from uvit.train.checkpointing import Checkpointer
 from uvit.train.loader import prefetch
 from uvit.train.setup import Run, build_run
@@ -46,7 +46,7 @@ from uvit.train.validate import load_preview_decoder, preview_sheet, validate
 
 GPU = "cuda:1"
 EDITORS = ("unipc", "heun", "official")  # the schedulers that inpaint here; the others begin from noise
-SCHEDULERS = ("dpmsolver++", "unipc", "euler", "heun", "ddim", "ddpm", "official")
+SCHEDULERS = scheduler_names("vp")
 
 
 @pytest.fixture(scope="module")

@@ -111,6 +111,11 @@ _SCHEDULERS: dict[str, dict[str, tuple[Any, dict[str, Any]]]] = {
 FLOW_MATCHING = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
 
 
+def scheduler_names(path: DiffusionPath) -> list[str]:
+    """The schedulers that sample a path, but for `fitted`, which needs solvers of its own."""
+    return [*_SCHEDULERS[path]]
+
+
 def build_scheduler(
     name: str = DEFAULT_SCHEDULER,
     prediction_type: PredictionType | None = None,

@@ -25,15 +25,13 @@ from uvit.sample.fit import read_plans
 from uvit.sample.jobs import Variant
 from uvit.sample.load import open_pipeline
 from uvit.sample.pipeline import UViTPipeline
-from uvit.sample.schedulers import MultistepScheduler, SolverPlan, build_scheduler, steps_shift
+from uvit.sample.schedulers import MultistepScheduler, SolverPlan, build_scheduler, scheduler_names, steps_shift
 from uvit.sample.stepwise import ImageSettings, image_steps, preview
 from uvit.serve.requests import ImageTask, ModelRef
 from uvit.serve.worker import WorkerSettings
 from uvit.sources.decode import decode_image
 from uvit.sources.types import PairError
 from uvit.weights.encoders import fingerprint
-
-SCHEDULERS = ("dpmsolver++", "unipc", "euler", "heun", "ddim", "ddpm", "official")
 
 
 class LoadedModel:
@@ -54,13 +52,7 @@ class LoadedModel:
         self.description = self._describe()
 
     def _describe(self) -> dict[str, Any]:
-        names = []
-        for name in SCHEDULERS:
-            try:
-                self.scheduler(name)
-                names.append(name)
-            except UserError:
-                continue
+        names = scheduler_names(self.pipeline.conventions.path)
         fitted = {len(plan.log_snrs) for plan in self._plans()}
         return {
             "resolution": list(self.pipeline.resolution),
