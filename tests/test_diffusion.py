@@ -172,7 +172,7 @@ def guessed(path: DiffusionPath, kind: PredictionType, timesteps: torch.Tensor, 
     guess = x_0 + draws(seed + 1)[0]
     x_n = diffusion.add_noise(x_0, noise, timesteps, path)
     prediction = diffusion.convert_prediction(guess, x_n, timesteps, "sample", kind, path)
-    losses = diffusion.losses(prediction, x_0, noise, timesteps, kind, path=path, **weights)
+    losses = diffusion.sample_losses(prediction, x_0, noise, timesteps, kind, path=path, **weights)
     return losses.mean().double(), (guess - x_0).square().mean(dim=(1, 2, 3))
 
 
@@ -218,14 +218,14 @@ def test_loss_is_zero_at_the_target_and_the_mean_square_beside_it(
     (path, kind), (x_0, noise) = case, (x.float() for x in draws(seed))
     target = diffusion.target(x_0, noise, timesteps, kind, path)
     for gamma in (None, 5.0):
-        assert diffusion.losses(target, x_0, noise, timesteps, kind, gamma, path=path).mean() == 0
-    beside = diffusion.losses(target + 2, x_0, noise, timesteps, kind, path=path).mean()
+        assert diffusion.sample_losses(target, x_0, noise, timesteps, kind, gamma, path=path).mean() == 0
+    beside = diffusion.sample_losses(target + 2, x_0, noise, timesteps, kind, path=path).mean()
     assert beside.item() == pytest.approx(4, rel=1e-5)
 
 
 def test_loss_of_half_precision_predictions_is_taken_in_float32() -> None:
     x_0, noise = (x.float() for x in draws(0))
-    loss = diffusion.losses(torch.full_like(noise, 300).half(), x_0, noise, torch.tensor([1, 2, 3])).mean()
+    loss = diffusion.sample_losses(torch.full_like(noise, 300).half(), x_0, noise, torch.tensor([1, 2, 3])).mean()
     assert loss.dtype == torch.float32
     assert torch.isfinite(loss), "300^2 overflows float16"
 

@@ -167,7 +167,7 @@ def loss_weight(
     return (wanted / error_weight(timesteps, own, path)).float()
 
 
-def losses(
+def sample_losses(
     prediction: Tensor,
     x_0: Tensor,
     noise: Tensor,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uvit.diffusion import add_noise, draw_latents, losses
+from uvit.diffusion import add_noise, draw_latents, sample_losses
 from uvit.distributed.ops import clip_gradients, sum_over_all
 from uvit.images import to_unit
 from uvit.train.alignment import alignment_targets, is_aligning, recorded_tokens
@@ -93,7 +93,7 @@ def compute_losses(
     with run.precision.autocast():
         context = batch_context(run, model, batch)
         prediction = unet(x_n.to(dtype), batch.timesteps, context.to(dtype))
-    return losses(prediction, x_0, batch.noise, batch.timesteps, prediction_type, path=path, **weights)
+    return sample_losses(prediction, x_0, batch.noise, batch.timesteps, prediction_type, path=path, **weights)
 
 
 def clean_latents(run: Run, batch: Batch) -> Tensor:
