@@ -26,7 +26,7 @@ from uvit.cli.parse import BOOLEANS
 from uvit.sources.shapes import ShapesSource
 
 SOME = settings(
-    max_examples=120, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=80, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
 
@@ -289,7 +289,7 @@ def bad_list(folder: Path, data: st.DataObject) -> list[str]:
     return ["--source", str(folder / "pairs.tsv")]
 
 
-@settings(SOME, max_examples=80)
+@settings(SOME, max_examples=60)
 @given(data=st.data())
 def test_sources(tmp_path_factory: pytest.TempPathFactory, encoders: list[str], data: st.DataObject) -> None:
     """One pair of four is bad: --on_error stop says which, --on_error skip takes the other three."""
@@ -405,7 +405,7 @@ KEYS = [
 ]
 
 
-@settings(SOME, max_examples=120)
+@settings(SOME, max_examples=80)
 @given(data=st.data())
 def test_damaged_stores(tmp_path_factory: pytest.TempPathFactory, good_store: Path, data: st.DataObject) -> None:
     folder = tmp_path_factory.mktemp("damaged")

@@ -1,4 +1,4 @@
-"""One process equals replicas, shards, tensor parallelism and their combinations: 8 AdamW steps of the same batches."""
+"""One process equals replicas, shards, tensor parallelism and their combinations: 4 AdamW steps of the same batches."""
 
 from collections.abc import Callable
 
@@ -25,7 +25,7 @@ def distance(some: dict[str, Tensor], others: dict[str, Tensor]) -> float:
 def test_losses_norms_weights_average_and_moments_are_those_of_one_process(
     worlds: Worlds, trained_alone: Trained, layout: str, case: str
 ) -> None:
-    """Sums in another order differ by float32's rounding, 6e-8; layers and 8 steps make 1e-6 of it, measured."""
+    """Sums in another order differ by float32's rounding, 6e-8; layers and 4 steps make 1e-6 of it, measured."""
     found, wanted = worlds.trained(layout, case), trained_alone(case)
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():

@@ -25,7 +25,7 @@ from uvit.model import UViTT2IModel
 from uvit.modern_model import ModernUViTT2IModel
 from uvit.train.optimizer import build_optimizer
 
-STEPS = 8
+STEPS = 4
 GLOBAL_BATCH = 8
 LEARNING_RATE = 1e-3
 TINY = {
@@ -84,7 +84,7 @@ def train(
     modern: bool = False,
     muon: bool = False,
 ) -> dict[str, Tensor]:
-    """8 AdamW steps -> in the main process losses, grad norms and the whole weights, average and moments, by name.
+    """4 AdamW steps -> in the main process losses, grad norms and the whole weights, average and moments, by name.
 
     bf16: autocast. low_precision_copy: a bfloat16 copy computes, and its gradients go to the float32 weights. modern:
     the U-ViT with modern blocks.

@@ -109,8 +109,8 @@ def test_killed_at_any_moment_and_repeated_it_is_the_same_branch(tiny_config: An
     branch(tmp_path / "whole")
     whole = contents(tmp_path / "whole", 6)
     fatal, killed = 0, True
-    while killed:
-        fatal += 1
+    while killed:  # at every second call; the test of checkpoints kills at each
+        fatal += 2
         run = tmp_path / f"killed-{fatal}"
         shutil.copytree(tmp_path / "first", run)
         killed = killed_at(lambda run=run: branch(run), fatal, run)  # type: ignore[misc]

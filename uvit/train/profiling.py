@@ -5,6 +5,7 @@ time. Recomputed activations and the text encoder do not count.
 """
 
 import functools
+import json
 import re
 import time
 from dataclasses import dataclass
@@ -137,7 +138,13 @@ def count_flops(
 
     A multiplication with its addition counts as 2. `size`: height and width of the latents. Default: the model's.
     """
-    unet = meta_unet(model_config)  # there attention is plain matrix products, which the counter knows
+    return _count_flops(json.dumps(model_config), batch_size, size)
+
+
+@functools.cache
+def _count_flops(model_json: str, batch_size: int, size: tuple[int, int] | None) -> tuple[int, int]:
+    """`count_flops`. It takes a second or more, and a command asks more than once."""
+    unet = meta_unet(json.loads(model_json))  # there attention is plain matrix products, which the counter knows
     with torch.device("meta"):
         inputs = meta_inputs(unet, batch_size, size)
     with FlopCounterMode(display=False) as forward:
