@@ -14,6 +14,11 @@ here=$(cd "$(dirname "$0")/.." && pwd)
 data=${1:?give a data set: shapes, emoji_latents or emoji_pixels}
 out=${UVIT_ABLATIONS_DIR:-$here/output/ablations}
 features=$out/features/$data
+# bfloat16 where the CPU has instructions for it, or there is a GPU; elsewhere it is many times slower than float32.
+precision=()
+if grep -qE 'amx_bf16|avx512_bf16' /proc/cpuinfo 2>/dev/null || command -v nvidia-smi >/dev/null; then
+    precision=(--bf16)
+fi
 
 if [ ! -e "$features/complete" ]; then
     case $data in
@@ -25,7 +30,7 @@ if [ ! -e "$features/complete" ]; then
         emoji_latents)
             source=${SOURCE:?give the images: SOURCE=emoji_noto_64.tar}
             uvit autoencoder --source "$source" --resolution 64 --factor 4 --channels 32 --batch_size 8 --max_steps 2000 \
-                --kl_weight 2e-3 --bf16 --output_dir "$out/features/emoji_vae"
+                --kl_weight 2e-3 "${precision[@]}" --output_dir "$out/features/emoji_vae"
             of_latents=(--source "$source" --val_every 20 --resolution 64 --vae_name_or_path "$out/features/emoji_vae" \
                 --text tokens --model_max_length 24)
             uvit extract "${of_latents[@]}" --split train --output_dir "$features"

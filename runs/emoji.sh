@@ -9,10 +9,15 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 source=${1:?give the images: a WebDataset .tar or a folder with metadata.jsonl}
 out=${UVIT_EMOJI_DIR:-$here/output/emoji}
+# bfloat16 where the CPU has instructions for it, or there is a GPU; elsewhere it is many times slower than float32.
+precision=()
+if grep -qE 'amx_bf16|avx512_bf16' /proc/cpuinfo 2>/dev/null || command -v nvidia-smi >/dev/null; then
+    precision=(--bf16)
+fi
 
 echo "== 1. Train the VAE: 64x64 pixels <-> 16x16x4 latents"
 uvit autoencoder --source "$source" --resolution 64 --factor 4 --channels 32 --batch_size 8 --max_steps 2000 \
-    --kl_weight 2e-3 --bf16 --output_dir "$out/vae"
+    --kl_weight 2e-3 "${precision[@]}" --output_dir "$out/vae"
 
 echo "== 2. Extract features"
 uvit extract --source "$source" --resolution 64 --vae_name_or_path "$out/vae" \

@@ -187,6 +187,7 @@ def test_tests_mirror_the_tree() -> None:
     folders = {path.relative_to(PACKAGE).parent for path in SOURCES}
     for path in (ROOT / "tests").rglob("test_*.py"):
         assert path.relative_to(ROOT / "tests").parent in folders, f"{path}: there is no such folder in uvit/"
+        assert re.search(r"^def test_", path.read_text(encoding="utf-8"), re.M), f"{path}: has no test"
     tested = {target for path in (ROOT / "tests").rglob("*.py") for target in imports(path)}
     for path in SOURCES:
         name = path.relative_to(ROOT).as_posix()

@@ -4,11 +4,13 @@ import ctypes
 import functools
 import os
 import platform
+import time
 
 import torch
 
 from uvit.errors import UserError
 
+SIDE, SECONDS = 512, 0.1  # of the matrix products that measure a CPU
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's mallopt
 
 
@@ -47,6 +49,34 @@ def pick_device(name: str) -> torch.device:
 def has_bf16(device: torch.device) -> bool:
     """Whether the device is a GPU with matrix products in bfloat16."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+@functools.cache
+def measured_peak(dtype: torch.dtype) -> float:
+    """FLOP/s of the fastest of some matrix products on this CPU. Takes a tenth of a second."""
+    left, right = (torch.ones(SIDE, SIDE).to(dtype) for _ in range(2))
+    product = left @ right
+    best, started = float("inf"), time.perf_counter()
+    while time.perf_counter() - started < SECONDS:
+        before = time.perf_counter()
+        torch.mm(left, right, out=product)
+        best = min(best, time.perf_counter() - before)
+    return 2 * SIDE**3 / best
+
+
+def slow_precision(flag: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """A warning about a flag that has a CPU compute in 16 bits, if it has no instructions for that: products of
+    matrices then take up to 50 times as long as in float32. No sentence otherwise."""
+    if device.type != "cpu" or dtype == torch.float32:
+        return []
+    low, single = measured_peak(dtype), measured_peak(torch.float32)
+    if low >= single / 2:
+        return []
+    name = str(dtype).removeprefix("torch.")
+    return [
+        f"{flag}: this CPU has no fast {name}: its matrix products were just measured to run at {low / 1e9:,.1f} "
+        f"GFLOP/s, and at {single / 1e9:,.1f} in float32; leave {flag} out"
+    ]
 
 
 def use_tf32(enabled: bool) -> None:

@@ -27,7 +27,7 @@ import torch
 from uvit.config.extract import ExtractConfig
 from uvit.config.sharding import resolve_shard
 from uvit.conventions import PIXELS
-from uvit.device import pick_device
+from uvit.device import pick_device, slow_precision
 from uvit.errors import UserError
 from uvit.extract.encode import Encoders, encode_in_order, encoding_threads
 from uvit.extract.provenance import absolute_name, describe_store, find_tokenizer, scale_reason
@@ -83,12 +83,15 @@ def extract(config: ExtractConfig) -> None:
                     save_tokenizer(tokenizer, folder / "tokenizer")
         check_disk(source, writer)
         device = pick_device(config.device)
+        precision = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
+        for sentence in slow_precision("--bf16" if config.bf16 else "--fp16", device, precision):
+            print(f"warning: {sentence}")
         encoders = Encoders(
             vae=vae.to(device) if vae else None,
             text_encoder=text_encoder.to(device) if info.context_shape else None,
             tokenizer=tokenizer,
             device=device,
-            precision=torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32,
+            precision=precision,
             num_tokens=config.model_max_length,
             batch_size=config.batch_size,
             flip=config.random_flip,

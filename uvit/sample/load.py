@@ -1,6 +1,7 @@
 """Finds the pipeline folder that `--pipeline` names, and opens it on its device."""
 
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import torch
 from safetensors import SafetensorError
 
 from uvit.checkpoint.folder import RECORD, checkpoint_folders
-from uvit.device import pick_device
+from uvit.device import pick_device, slow_precision
 from uvit.errors import UserError
+from uvit.progress import write
 from uvit.sample.fit import read_plans
 from uvit.sample.pipeline import UViTPipeline
 from uvit.sample.schedulers import DEFAULT_SCHEDULER, MultistepScheduler, build_scheduler, steps_shift
@@ -63,6 +65,8 @@ def open_pipeline(
         raise UserError(
             f"--enable_model_cpu_offload: saves GPU memory, and --device {device} is the CPU here; leave it out"
         )
+    for sentence in slow_precision(f"--dtype {dtype}", chosen, getattr(torch, dtype)):
+        write(f"warning: {sentence}", file=sys.stderr)
     with quiet():
         try:
             encoder = read_clip_text(folder / "text_encoder", getattr(torch, dtype))

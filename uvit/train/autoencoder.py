@@ -23,6 +23,7 @@ from uvit.checkpoint.saver import Saver, clean_up, keep_latest
 from uvit.config.extract import AutoencoderConfig
 from uvit.config.paths import expand_recorded
 from uvit.config.train import TrainConfig
+from uvit.device import slow_precision
 from uvit.distributed.mesh import World, single_process_world
 from uvit.errors import UserError, differences
 from uvit.images import to_unit
@@ -270,6 +271,7 @@ def vae_warnings(run: VaeRun) -> list[str]:
         ),
         *small_data(len(run.rows), config.batch_size),
         *slow_ema(config.ema_decay, num_steps),
+        *slow_precision("--bf16", run.vae.device, torch.bfloat16 if config.bf16 else torch.float32),
     ]
 
 

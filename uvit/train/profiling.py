@@ -7,7 +7,6 @@ time. Recomputed activations and the text encoder do not count.
 import functools
 import json
 import re
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from uvit.device import measured_peak
 from uvit.model import UViTT2IModel
 from uvit.train.setup import Run
 from uvit.weights.unet import model_config, new_unet
@@ -54,7 +54,6 @@ PEAKS = (
     ("RTX 3090", 71e12, 35.6e12),
 )
 SLOWER = {"Laptop", "D"}  # words of a GPU that is slower than the one with the rest of its name
-SIDE, SECONDS = 512, 0.1  # of the matrix products that measure a CPU
 
 
 @dataclass(frozen=True)
@@ -99,19 +98,6 @@ def known_peak(name: str, dtype: torch.dtype, tf32: bool = False) -> float | Non
         if (named := set(part.split())) <= words and words & SLOWER == named & SLOWER:
             return half if dtype != torch.float32 else half / 2 if tf32 else single
     return None
-
-
-@functools.cache
-def measured_peak(dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest of some matrix products on this CPU. Takes a tenth of a second."""
-    left, right = (torch.ones(SIDE, SIDE).to(dtype) for _ in range(2))
-    product = left @ right
-    best, started = float("inf"), time.perf_counter()
-    while time.perf_counter() - started < SECONDS:
-        before = time.perf_counter()
-        torch.mm(left, right, out=product)
-        best = min(best, time.perf_counter() - before)
-    return 2 * SIDE**3 / best
 
 
 # FLOPs, counted on the meta device

@@ -6,6 +6,7 @@ import numpy as np
 
 from uvit.checkpoint.folder import Checkpoint
 from uvit.config.train import TrainConfig
+from uvit.device import slow_precision
 from uvit.train.epochs import epochs_done
 from uvit.train.optimizer import learning_rate_factor, num_warmup_steps
 from uvit.train.setup import Run, samples_per_step
@@ -90,6 +91,7 @@ def run_warnings(run: Run) -> list[str]:
     sentences += small_data(run.features.num_samples, run.samples_per_step)
     if run.ema:
         sentences += [] if config.ema_lengths else slow_ema(config.ema_decay, num_steps)
+    sentences += slow_precision("--bf16" if config.bf16 else "--fp16", run.device, run.precision.dtype)
     profiled, left = config.profiled_steps(), num_steps - run.step
     if profiled and profiled[1] >= left:
         sentences.append(
