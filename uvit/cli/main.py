@@ -40,7 +40,7 @@ class Command:
 COMMANDS = {
     "demo": Command(
         "Begin",
-        "all steps on built-in images of shapes, in 7 minutes",
+        "all steps on built-in images of shapes, in two to five minutes",
         "uvit.config.demo:DemoConfig",
         "uvit.cli.demo:demo",
     ),
