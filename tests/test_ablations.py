@@ -68,7 +68,7 @@ def test_a_tiny_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         "evaluate": "--protocol shapes --max_prompts 2 --num_inference_steps 1 --guidance_scale 1 2",
         "model": TINY,
     }
-    arms = {"base": {}, "v": {"train": "--prediction_type v_prediction"}}
+    arms = {"base": {}, "v": {"train": "--prediction_type flow_prediction"}}
     table = tmp_path / "table.yaml"
     table.write_text(yaml.safe_dump({"data": {"tiny": data}, "arms": arms}))
     common = ["--features", str(features), "--table", str(table), "--seconds", "0.1", "--output_dir", str(tmp_path)]
@@ -82,7 +82,10 @@ def test_a_tiny_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         assert row["steps"] == max(1, round(0.1 / row["seconds_per_step"])) and row["val_loss"][0][0] == row["steps"]
         assert set(row["scores"]) >= {"prompts", "attributes"}
     assert (out / "ledger.md").read_text().count("\n") == 2 + 4
-    assert {path.name for path in out.glob("curves*")} == {"curves-vp-sample.png", "curves-vp-v_prediction.png"}
+    assert {path.name for path in out.glob("curves*")} == {
+        "curves-linear-sample.png",
+        "curves-linear-flow_prediction.png",
+    }
 
     before = {path: path.stat().st_mtime_ns for path in out.rglob("model.safetensors")}
     capsys.readouterr()

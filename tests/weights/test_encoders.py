@@ -94,7 +94,9 @@ def test_folders_of_something_else(vae_folder: Path, text_encoder_folder: Path) 
         encoders.load_transformers_encoder(str(vae_folder))
 
 
-@pytest.mark.parametrize("name", ["run/autoencoder_kl.pth", "x.safetensors", "./x", "../x", "/x", "~/nowhere", "a/b/c"])
+@pytest.mark.parametrize(
+    "name", ["run/autoencoder_kl.pth", "x.safetensors", "./x", "../absent/x", "/x", "~/nowhere", "a/b/c"]
+)
 def test_names_that_are_places(name: str) -> None:
     """And no ids of the Hub, which would be asked for them."""
     with pytest.raises(UserError, match=f"^--vae_name_or_path {name}: no such file or folder"):
