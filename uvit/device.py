@@ -66,7 +66,7 @@ def measured_peak(dtype: torch.dtype) -> float:
 
 def slow_precision(flag: str, device: torch.device, dtype: torch.dtype) -> list[str]:
     """A warning about a flag that has a CPU compute in 16 bits, if it has no instructions for that: products of
-    matrices then take up to 50 times as long as in float32. No sentence otherwise."""
+    matrices then take tens of times as long as in float32. No sentence otherwise."""
     if device.type != "cpu" or dtype == torch.float32:
         return []
     low, single = measured_peak(dtype), measured_peak(torch.float32)
