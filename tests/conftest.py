@@ -1,5 +1,6 @@
 """The property tests draw the same examples each time: a red test stays red until it is fixed. And shared encoders."""
 
+import importlib
 import multiprocessing
 from pathlib import Path
 
@@ -23,8 +24,13 @@ multiprocessing.set_forkserver_preload(
         "uvit.train.autoencoder",
         "uvit.evaluate.evaluate",
         "uvit.store.merge",
+        "tests.frozen",  # the last: it freezes the others
     ]
 )
+
+
+def pytest_collection_finish() -> None:
+    importlib.import_module("tests.frozen")  # now that all tests have imported what they need
 
 
 @pytest.fixture(scope="session")

@@ -119,8 +119,12 @@ def report_stop(stop: StopSignal, step: int, max_steps: int) -> int:
 def frozen_garbage() -> Iterator[None]:
     """Inside the context, the collector passes over all objects that exist now: networks, libraries, the run.
 
-    To walk through them takes a tenth of a second, now and then, at another time in each process of a run.
+    To walk through them takes a tenth of a second, now and then, at another time in each process of a run. The command
+    line has frozen the libraries already, which are nearly all of them: then there is nothing to do.
     """
+    if gc.get_freeze_count():
+        yield
+        return
     gc.collect()
     gc.freeze()
     try:
