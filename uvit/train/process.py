@@ -2,7 +2,6 @@
 
 import contextlib
 import faulthandler
-import gc
 import os
 import signal
 import sys
@@ -110,27 +109,6 @@ def report_stop(stop: StopSignal, step: int, max_steps: int) -> int:
     """Say how to resume; returns the exit status."""
     print(f"stopped at step {step} of {max_steps}, saved; run the same command again to resume")
     return 128 + (stop.signal or signal.SIGTERM)  # the signal may have reached another process alone
-
-
-# Garbage collection
-
-
-@contextlib.contextmanager
-def frozen_garbage() -> Iterator[None]:
-    """Inside the context, the collector passes over all objects that exist now: networks, libraries, the run.
-
-    To walk through them takes a tenth of a second, now and then, at another time in each process of a run. The command
-    line has frozen the libraries already, which are nearly all of them: then there is nothing to do.
-    """
-    if gc.get_freeze_count():
-        yield
-        return
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 # Deterministic kernels: `--deterministic` computes the same bits each time on a GPU too

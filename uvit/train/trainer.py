@@ -39,7 +39,6 @@ from uvit.train.placement import place_features
 from uvit.train.process import (
     StopSignal,
     deterministic_mode,
-    frozen_garbage,
     hang_watchdog,
     lock_output_dir,
     report_stop,
@@ -144,7 +143,7 @@ def training_loop(
     settle_best(run, tracked)
     batches = load_batches(run)
     try:
-        with frozen_garbage(), profiler(config, run) as profile, Checkpointer(run) as checkpointer:
+        with profiler(config, run) as profile, Checkpointer(run) as checkpointer:
             stopping, late_stop = any_of(bool(stop.signal), run.world), LateFlag(run.world)
             unread, seconds = list[StepResult](), 0.0
             while run.step < run.max_steps and not stopping:
