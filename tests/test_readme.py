@@ -12,7 +12,6 @@ from uvit.cli.main import main
 
 # Flags that make them quick; the last value of a flag counts.
 QUICK = {
-    "autoencoder": ["--max_steps", "2", "--resolution", "32", "--channels", "8"],
     "extract": ["--resolution", "32", "--num_workers", "0"],
     "train": ["--max_steps", "2", "--warmup_steps", "1", "--per_device_train_batch_size", "2"],
     "sample": ["--num_inference_steps", "2"],
@@ -52,7 +51,7 @@ def test_the_commands_run_in_order_and_print_what_is_shown(
         else:
             lines = [shape_of(line) for line in block.splitlines() if line != "..."]
             assert [line for line in lines if line not in map(shape_of, printed.splitlines())] == [], printed
-    assert ran == ["autoencoder", "extract", "train", "sample"]
+    assert ran == ["extract", "train", "sample"]
 
 
 def blocks() -> list[tuple[str, str]]:

@@ -222,7 +222,7 @@ def test_mistakes_in_files_name_the_file(tmp_path: Path, name: str, content: str
 def test_a_preset_is_read_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--learning_rate", "1", "--config", "emoji", "--feature_path", "F", "--output_dir", "O", "--seed", "3"]
     config, _ = parse(TrainConfig, words, prog="uvit train")
-    assert (config.uvit_config_file, config.learning_rate, config.seed) == ("uvit_emoji", 6e-4, 3)
+    assert (config.uvit_config_file, config.learning_rate, config.seed) == ("uvit_modern_emoji", 1e-3, 3)
     assert main(["train", *words, "--print_config"]) == 0
     assert set(yaml.safe_load(capsys.readouterr().out)) == {field.name for field in dataclasses.fields(TrainConfig)}
     with pytest.raises(UserError, match=r"^--config emojis: .*did you mean emoji\?"):

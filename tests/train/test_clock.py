@@ -9,6 +9,7 @@ from uvit.train.clock import PHASES, Clock, peak_memory_bytes
 
 
 def test_parts_add_up_until_they_are_read() -> None:
+    started = time.perf_counter()
     clock = Clock(torch.device("cpu"))
     for _ in range(2):
         with clock.wait("data"):
@@ -17,7 +18,8 @@ def test_parts_add_up_until_they_are_read() -> None:
         time.sleep(0.03)
     read = clock.read()
     assert set(read) == {f"{part}_seconds" for part in PHASES}
-    assert 0.04 <= read["data_seconds"] < 0.5 and 0.03 <= read["forward_seconds"] < 0.5
+    assert read["data_seconds"] >= 0.04 and read["forward_seconds"] >= 0.03
+    assert sum(read.values()) <= time.perf_counter() - started
     assert read["backward_seconds"] == 0
     assert set(clock.read().values()) == {0}
 
