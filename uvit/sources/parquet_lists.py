@@ -15,6 +15,8 @@ from uvit.sources.places import Place, check_state, state_of
 from uvit.sources.tables import choose_columns
 from uvit.sources.types import PairError, Problem
 
+BATCH = 8192  # rows that are converted at a time
+
 
 class ParquetRows:
     """The place of a row is its number, from 0."""
@@ -60,9 +62,13 @@ class ParquetRows:
     def _values(self) -> Iterator[tuple[Any, Any]]:
         from pyarrow import ArrowException
 
+        file, columns = _open(self._path), list(dict.fromkeys([self._image, self._caption]))
         try:
-            for batch in _open(self._path).iter_batches(columns=list(dict.fromkeys([self._image, self._caption]))):
-                yield from zip(*(batch.column(name).to_pylist() for name in (self._image, self._caption)), strict=True)
+            for group in range(file.metadata.num_row_groups):  # a reader of all groups takes memory for each
+                for batch in file.iter_batches(BATCH, row_groups=[group], columns=columns, use_threads=False):
+                    yield from zip(
+                        *(batch.column(name).to_pylist() for name in (self._image, self._caption)), strict=True
+                    )
         except (OSError, ArrowException, UnicodeDecodeError) as error:
             raise _damaged(self._path, error) from None
 
