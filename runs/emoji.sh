@@ -25,7 +25,7 @@ uvit extract --source "$source" --resolution 64 --latents none --text tokens --m
     --output_dir "$out/features"
 
 echo "== 2. Train the U-ViT and its text encoder"
-uvit train --config emoji "${fast[@]}" --seed "${SEED:-42}" --feature_path "$out/features" --output_dir "$out/run"
+uvit train --config emoji "${fast[@]}" --seed "${SEED:-1234}" --feature_path "$out/features" --output_dir "$out/run"
 
 echo "== 3. Generate"
 uvit sample "an emoji of heavy black heart" "an emoji of black sun with rays" "an emoji of france flag" \
