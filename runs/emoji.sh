@@ -15,7 +15,7 @@ fast=()
 if grep -qE 'amx_bf16|avx512_bf16' /proc/cpuinfo 2>/dev/null || command -v nvidia-smi >/dev/null; then
     fast=(--bf16)
 fi
-# Compiled blocks, where there is a C++ compiler: a fifth less time a step.
+# Compiled blocks take less time a step. They need a C++ compiler.
 if command -v g++ >/dev/null; then
     fast+=(--compile)
 fi
