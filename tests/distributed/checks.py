@@ -36,8 +36,23 @@ def check(world: World, unet: UViTT2IModel, inputs: tuple[Tensor, Tensor, Tensor
         "full": alike(full(dict(unet.named_parameters()), world), whole),
         "loaded": loaded(world, unet, whole),
         "replicas": replicas(world, unet),
+        "in_parts": in_parts(world),
         "timeouts": timeouts(world),
     }
+
+
+def in_parts(world: World) -> list[Any]:
+    """For batches of 1, 5 and 8: how many members this process squared, and whether it has the squares of all."""
+    found: list[Any] = []
+
+    def square(batch: Tensor) -> Tensor:
+        found.append(len(batch))
+        return batch.square()
+
+    for size in (1, 5, 8):
+        batch = torch.arange(size * 3, dtype=torch.bfloat16).view(size, 3, 1)
+        found.append(torch.equal(ops.map_in_parts(square, batch, world), batch.square()))
+    return found
 
 
 def alike(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:

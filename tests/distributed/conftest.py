@@ -19,7 +19,7 @@ from tests.distributed.worker import CASES, run, train
 from uvit.distributed.mesh import Degrees, World, init_distributed
 
 OF_TWO = {
-    "2x1x1": ["plain", "all"],
+    "2x1x1": ["plain", "all", "muon"],
     "1x2x1": ["plain", "all", "copy", "modern", "muon"],
     "1x1x2": ["plain", "all", "bf16", "modern", "muon"],
 }

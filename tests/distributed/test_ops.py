@@ -52,6 +52,14 @@ def test_a_bit_that_differs_between_replicas_is_found_everywhere(
     assert all(found["replicas"] == wanted for found in worlds.checks(layout))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_process_computes_a_part_and_all_have_the_whole(worlds: Worlds, layout: str) -> None:
+    found = [check["in_parts"] for check in worlds.checks(layout)]
+    assert all(member[1::2] == [True] * 3 for member in found)
+    shares = {2: [[1, 0], [3, 2], [4, 4]], 4: [[1, 0, 0, 0], [2, 2, 1, 0], [2, 2, 2, 2]]}[len(found)]
+    assert [[member[2 * i] for member in found] for i in range(3)] == shares
+
+
 def test_in_a_world_of_one_nothing_is_asked_of_others(alone: World) -> None:
     assert ops.mean_over_data(torch.tensor(3.0), alone).item() == 3
     assert [ops.any_of(True, alone), ops.any_of(False, alone)] == [True, False]

@@ -95,7 +95,8 @@ def train(
     for network in [unet, average] + [computes] * low_precision_copy:
         parallelize(network, world, recompute=recompute)
     flags = {"optim": "muon" if muon else "adamw", "learning_rate": LEARNING_RATE}
-    optimizer = build_optimizer(nn.ModuleDict({"unet": unet}), TrainConfig("features", "out", **flags))  # type: ignore[arg-type]
+    config = TrainConfig("features", "out", **flags)  # type: ignore[arg-type]
+    optimizer = build_optimizer(nn.ModuleDict({"unet": unet}), config, world)
     gradients = ops.GradientAverage(computes, world, bucket_bytes=100_000, master=unet)
     losses, norms = [], []
     for step in range(STEPS):

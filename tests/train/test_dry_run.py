@@ -82,6 +82,7 @@ CASES = [  # each kind of flags with each axis that it has to do with
     ("1x2x1", "aligned"),
     ("4x8x2", "accumulation"),
     ("1x1x1", "muon"),
+    ("2x1x1", "muon"),
     ("2x2x2", "muon"),
 ]
 

@@ -57,6 +57,24 @@ def whole_tensor(part: Tensor, like: Tensor) -> Tensor:
     return whole.to_local()
 
 
+@torch.no_grad()
+def map_in_parts(function: Callable[[Tensor], Tensor], batch: Tensor, world: World | None) -> Tensor:
+    """`function(batch)`, of which each process computes a part, for all of them.
+
+    The batch (N, ...) is the same in all processes. The function treats its members one by one, and keeps shape and
+    dtype, also of an empty batch.
+    """
+    if world is None or world.size == 1:
+        return function(batch)
+    count = -(-len(batch) // world.size)
+    own = batch[world.rank * count : (world.rank + 1) * count]
+    part = torch.cat([function(own), own.new_zeros(count - len(own), *own.shape[1:])])
+    parts = batch.new_empty(world.size * count, *batch.shape[1:])
+    # As bytes: a backend that moves them need not know the dtype.
+    dist.all_gather_into_tensor(parts.view(torch.uint8), part.contiguous().view(torch.uint8))
+    return parts[: len(batch)]
+
+
 def fused_groups(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
     """Groups of parameters that one fused or foreach kernel accepts: plain tensors, or DTensors of one mesh."""
     groups: dict[object, list[Tensor]] = {}

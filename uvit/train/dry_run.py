@@ -233,11 +233,11 @@ def make_plan(
     num_local = sum(num_local_elements(unit, degrees.shard) for unit in units)
 
     matrices: list[Tensor] = []
-    muon_bytes = 0  # what their update takes
+    muon_bytes = muon_sent = 0  # what their update takes and sends
     if config.optim == "muon":
         networks: list[nn.Module] = [meta_unet(model_config), *([text_encoder] if text_encoder else [])]
         matrices = [*block_matrices(unet), *(block_matrices(text_encoder) if text_encoder else [])]
-        muon_bytes = trace_muon(networks, iteration_dtype(config))
+        muon_bytes, muon_sent = trace_muon(networks, iteration_dtype(config), degrees.product)
     always = {
         "weights": 4 * num_local,
         "optimizer": 8 * num_local - 4 * num_local_elements(matrices, degrees.shard),
@@ -275,9 +275,10 @@ def make_plan(
     peak = max(in_backward, in_update, key=lambda part: sum(part.values()))
     memory = {name: num_bytes for name, num_bytes in (always | peak).items() if num_bytes}
     sent = sent_bytes(config, degrees, unet, size, num_all, num_local)
-    return ResourcePlan(
-        memory, saving, sent | gathered_for_muon(matrices, unet, degrees, iteration_dtype(config).itemsize)
-    )
+    if muon_sent:
+        width = iteration_dtype(config).itemsize
+        sent["matrices for Muon"] = muon_sent + gathered_for_muon(matrices, unet, degrees, width)
+    return ResourcePlan(memory, saving, sent)
 
 
 def dtypes(config: TrainConfig) -> tuple[torch.dtype, torch.dtype]:
@@ -349,7 +350,7 @@ def sent_bytes(
     return {name: round(num_bytes) for name, num_bytes in sent.items() if num_bytes}
 
 
-def gathered_for_muon(matrices: Iterable[Tensor], unet: UViTT2IModel, degrees: Degrees, width: int) -> dict[str, int]:
+def gathered_for_muon(matrices: Iterable[Tensor], unet: UViTT2IModel, degrees: Degrees, width: int) -> int:
     """Of the block matrices that a process of a tensor parallel group has: all shards first; then the parts of all
     ranks of the group, where it splits the matrix.
     """
@@ -358,8 +359,7 @@ def gathered_for_muon(matrices: Iterable[Tensor], unet: UViTT2IModel, degrees: D
     whole = {weight for name, weight in unet.named_parameters() if "skip_linear" in name}
     split = set(unet.parameters()) - whole
     num_split = sum(matrix.numel() for matrix in matrices if matrix in split)
-    num_bytes = width * ((shard - 1) / shard * num_elements + (tp - 1) * num_split)
-    return {"matrices for Muon": round(num_bytes)} if num_bytes else {}
+    return round(width * ((shard - 1) / shard * num_elements + (tp - 1) * num_split))
 
 
 def summed_bytes(config: TrainConfig, unet: UViTT2IModel, size: tuple[int, int]) -> int:

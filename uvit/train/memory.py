@@ -20,7 +20,7 @@ from uvit.model import Attention
 from uvit.modern_model import ModernAttention
 from uvit.train.adamw import FusedAdamW
 from uvit.train.alignment import Projector, empty_targets, recorded_tokens
-from uvit.train.muon import Muon, block_matrices, shape_batches
+from uvit.train.muon import Muon, block_matrices, orthogonalize, shape_batches
 from uvit.train.profiling import meta_inputs, meta_unet
 from uvit.weights.encoders import encode_tokens
 
@@ -99,12 +99,23 @@ def trace_step(
         return trace_memory(networks, compute_loss)
 
 
-def trace_muon(networks: Iterable[nn.Module], dtype: torch.dtype) -> int:
-    """Bytes that Muon's step takes at its peak, without weights, gradients and momentum.
+def trace_muon(networks: Iterable[nn.Module], dtype: torch.dtype, num_processes: int = 1) -> tuple[int, int]:
+    """-> (bytes that Muon's step takes at its peak, without weights, gradients and momentum; bytes of orthogonal
+    matrices that each of `num_processes` sends).
 
-    They are those of a single process. Sharded processes take at most as much. `dtype`: of the iterations.
+    Of processes that share the weights, too, the first are at most as many. `dtype`: of the iterations.
     """
-    peak = 0
+    peak, sent = 0, 0
+
+    class FirstOfMany(Muon):
+        def orthogonalize(self, matrices: Tensor) -> Tensor:
+            nonlocal sent
+            if num_processes == 1:
+                return super().orthogonalize(matrices)
+            own = matrices[: -(-len(matrices) // num_processes)]
+            part = torch.cat([orthogonalize(own), own[:0]])  # as in map_in_parts
+            sent += (num_processes - 1) * part.nbytes
+            return part.new_empty(num_processes * len(part), *part.shape[1:])[: len(matrices)]
 
     def after_operation(num_bytes: int) -> None:
         nonlocal peak
@@ -119,7 +130,7 @@ def trace_muon(networks: Iterable[nn.Module], dtype: torch.dtype) -> int:
         for parameter in parameters:
             parameter.grad = torch.zeros(parameter.shape)
         others = FusedAdamW([{"params": [torch.zeros(1)]}])
-        optimizer = Muon(
+        optimizer = FirstOfMany(
             [{"params": group, "num_matrices": count} for count, group in groups.items()], others, 0, dtype
         )
         kept = [optimizer.momentum(parameter) for parameter in parameters]
@@ -128,7 +139,7 @@ def trace_muon(networks: Iterable[nn.Module], dtype: torch.dtype) -> int:
             for count, group in groups.items():
                 for batch in shape_batches(group, count):
                     optimizer.update(batch, count, 0.0, 0.0)
-    return peak
+    return peak, sent
 
 
 def layer_norms_in_float32(networks: nn.Module) -> None:

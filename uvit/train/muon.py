@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from uvit.checkpoint.tensors import local_offset
-from uvit.distributed.ops import is_known, local_grads, local_tensor, whole_tensor
+from uvit.distributed.mesh import World
+from uvit.distributed.ops import is_known, local_grads, local_tensor, map_in_parts, whole_tensor
 from uvit.train.adamw import FusedAdamW
 
 MOMENTUM = 0.95
@@ -33,13 +34,22 @@ class Muon(torch.optim.Optimizer):
         adamw: the optimizer of the others. Its groups come first in `param_groups`, and the state is common.
         weight_decay: decoupled, as AdamW's.
         dtype: of the iterations: bfloat16, or float32, which takes four times as long.
+        world: the processes that share the work: each makes a part of the matrices orthogonal, for all of them.
+            None: this one alone.
 
     Sharded and tensor parallel parameters are gathered to be made orthogonal; each process updates its own part.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], adamw: FusedAdamW, weight_decay: float, dtype: torch.dtype):
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        adamw: FusedAdamW,
+        weight_decay: float,
+        dtype: torch.dtype,
+        world: World | None = None,
+    ):
         super().__init__(groups, {"weight_decay": weight_decay})
-        self.adamw, self.dtype = adamw, dtype
+        self.adamw, self.dtype, self.world = adamw, dtype, world
         self.matrix_groups = self.param_groups
         self.param_groups = adamw.param_groups + self.matrix_groups
         adamw.state = self.state
@@ -63,6 +73,9 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(parameter)
         return state["momentum"]
 
+    def orthogonalize(self, matrices: Tensor) -> Tensor:
+        return map_in_parts(orthogonalize, matrices, self.world)
+
     def update(
         self,
         parameters: list[Tensor],
@@ -84,7 +97,7 @@ class Muon(torch.optim.Optimizer):
             for part, parameter in zip(directions, parameters, strict=True)
         ]
         rows, columns = matrices[0].shape[1:]
-        updates = orthogonalize(torch.cat(matrices)).split(num_matrices)
+        updates = self.orthogonalize(torch.cat(matrices)).split(num_matrices)
         parts = [
             own_part(from_matrices(update, parameter, num_matrices), parameter).to(weight.dtype)
             for update, parameter, weight in zip(updates, parameters, weights, strict=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from uvit.config.train import TrainConfig
+from uvit.distributed.mesh import World
 from uvit.distributed.ops import fused_groups
 from uvit.errors import UserError
 from uvit.train.adamw import FusedAdamW, new_adamw_state
@@ -17,10 +18,11 @@ from uvit.train.muon import Muon, block_matrices
 # AdamW and Muon
 
 
-def build_optimizer(model: nn.ModuleDict, config: TrainConfig) -> FusedAdamW | Muon:
+def build_optimizer(model: nn.ModuleDict, config: TrainConfig, world: World | None = None) -> FusedAdamW | Muon:
     """AdamW over the U-ViT, a trained text encoder and a projector, each with its peak learning rate (`peak_lr`).
 
-    With `--optim muon`, Muon takes the matrices of their blocks. Its rate is scaled with the network's.
+    With `--optim muon`, Muon takes the matrices of their blocks. Its rate is scaled with the network's. The processes
+    of `world` share its work.
     """
     rates = {"unet": config.unet_learning_rate, "text_encoder": config.text_encoder_learning_rate}
     groups: list[dict[str, Any]] = []
@@ -45,7 +47,7 @@ def build_optimizer(model: nn.ModuleDict, config: TrainConfig) -> FusedAdamW | M
         return adamw
     if not matrix_groups:
         raise UserError("--optim muon: the networks have no blocks with linear layers; use --optim adamw")
-    return Muon(matrix_groups, adamw, config.weight_decay, iteration_dtype(config))
+    return Muon(matrix_groups, adamw, config.weight_decay, iteration_dtype(config), world)
 
 
 def iteration_dtype(config: TrainConfig) -> torch.dtype:

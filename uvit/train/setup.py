@@ -172,7 +172,7 @@ def build_run(config: TrainConfig, output_dir: Path, world: World | None = None)
     ema = EMA(master_model, config.ema_decay, config.ema_update_steps, config.ema_lengths) if config.use_ema else None
     precision = Precision(config, master_model, device)
     parallelize_models(config, world, master_model, precision.compute_model, ema.models if ema else [])
-    optimizer = build_optimizer(master_model, config)
+    optimizer = build_optimizer(master_model, config, world)
     run = Run(
         config=config,
         output_dir=output_dir,
