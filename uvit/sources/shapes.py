@@ -84,12 +84,17 @@ class PairScene:
         ]
 
     def captions(self) -> tuple[str, ...]:
-        one, two = f"a {self.colour} {self.shape}", f"a {self.other_colour} {self.other_shape}"
+        one = f"{article(self.colour)} {self.colour} {self.shape}"
+        two = f"{article(self.other_colour)} {self.other_colour} {self.other_shape}"
         return (
             f"{one} {self.relation} {two} on a {self.background} background",
             f"on {self.background}: {one} {self.relation} {two}",
             f"{one} is {self.relation} {two}, {self.background} background",
         )
+
+
+def article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
 
 
 def scenes(split: str, num_objects: int = 1) -> list[Scene | PairScene]:
