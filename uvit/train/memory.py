@@ -103,7 +103,8 @@ def trace_muon(networks: Iterable[nn.Module], dtype: torch.dtype, num_processes:
     """-> (bytes that Muon's step takes at its peak, without weights, gradients and momentum; bytes of orthogonal
     matrices that each of `num_processes` sends).
 
-    Of processes that share the weights, too, the first are at most as many. `dtype`: of the iterations.
+    The first are those of replicas. Sharded and tensor parallel processes take at most as many. `dtype`: of the
+    iterations.
     """
     peak, sent = 0, 0
 
