@@ -76,6 +76,21 @@ def test_a_model_alone_is_measured_on_the_shapes(
     assert "chance" in capsys.readouterr().out
 
 
+def test_a_protocol_samples_a_path_that_its_solver_cannot(
+    tmp_path: Path, pipeline: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    linear = tiny_pipeline_folder(tmp_path, "sample", num_tokens=77, diffusion_path="linear")
+    flags: dict[str, Any] = {**SAMPLING, "max_prompts": 2, "metrics": ("attributes",), "protocol": "uvit-coco"}
+    report = run(tmp_path / "linear", linear, **flags)
+    assert "official cannot sample a model of path linear; dpmsolver++ does" in capsys.readouterr().out
+    assert report["protocol"]["changed"]["scheduler"] == report["settings"]["scheduler"] == ["dpmsolver++"]
+    assert "--scheduler dpmsolver++" in report["command"]
+    kept = run(tmp_path / "vp", pipeline, **flags)
+    assert kept["settings"]["scheduler"] == ["official"] and "scheduler" not in kept["protocol"]["changed"]
+    with pytest.raises(UserError, match=r"--scheduler official: cannot sample a model of path linear; use dpm"):
+        run(tmp_path / "asked", linear, **flags, scheduler=("official",))
+
+
 def test_a_model_is_measured_on_two_shapes(tmp_path: Path, pipeline: str, capsys: pytest.CaptureFixture[str]) -> None:
     report = run(tmp_path, pipeline, **{**SAMPLING, "prompts": "shapes:two", "metrics": ("attributes",)})
     found = values(report)

@@ -31,7 +31,7 @@ from uvit.evaluate.features import (
     num_own_images,
 )
 from uvit.evaluate.frechet import FeatureStatistics
-from uvit.evaluate.generate import GeneratedImages, folder_name, is_model, open_model, trained_on
+from uvit.evaluate.generate import GeneratedImages, Model, folder_name, is_model, open_model, trained_on
 from uvit.evaluate.image_sets import ImageSet, open_images
 from uvit.evaluate.measure import (
     FRECHET,
@@ -62,6 +62,7 @@ from uvit.images import save_png
 from uvit.io import write_bytes, write_json
 from uvit.progress import Progress
 from uvit.sample.files import check_writable
+from uvit.sample.schedulers import DEFAULT_SCHEDULER, scheduler_names
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,10 @@ def evaluate(config: EvaluateConfig) -> None:
         if config.prompts:
             order = config.prompt_order or "listed"
             prompts = list_prompts(config.prompts, config.split, config.max_prompts, order)
-    measured = list(list_measured(config, prompts, clock))
+        models = open_models(config, prompts)
+    if models and not given.scheduler:
+        given, config = with_solver_of_path(given, config, next(iter(models.values())))
+    measured = list(list_measured(config, prompts, models))
     resolution = measured[0].images.description.get("resolution")
     reference = open_reference(config, extractors, config.resolution or (resolution[0] if resolution else None))
 
@@ -190,10 +194,33 @@ def check_output(config: EvaluateConfig) -> None:
             raise UserError(f"--output_dir {folder}: lies in {images}, whose images are read; choose another folder")
 
 
-def list_measured(config: EvaluateConfig, prompts: Sequence[Prompt], clock: "Stopwatch") -> Iterator[Measured]:
+def open_models(config: EvaluateConfig, prompts: Sequence[Prompt]) -> dict[str, Model]:
+    """The model with each of the weights to measure, by their names; empty if --model holds images."""
+    if not is_model(config.model):
+        return {}
+    if not prompts:
+        raise UserError(f"{config.model}: is a model, which generates an image for each prompt; give --prompts")
+    return {weights: open_model(config.model, weights, config.device, config.dtype) for weights in config.weights()}
+
+
+def with_solver_of_path(
+    given: EvaluateConfig, config: EvaluateConfig, model: Model
+) -> tuple[EvaluateConfig, EvaluateConfig]:
+    """Both with the default solver if that of the protocol cannot sample the model's path, as `official` a linear one.
+
+    The report then has it among the flags that changed the protocol.
+    """
+    path, [name] = model.pipeline.conventions.path, config.scheduler
+    if name in scheduler_names(path):
+        return given, config
+    print(f"--protocol {config.protocol}: {name} cannot sample a model of path {path}; {DEFAULT_SCHEDULER} does")
+    return replace(given, scheduler=(DEFAULT_SCHEDULER,)), replace(config, scheduler=(DEFAULT_SCHEDULER,))
+
+
+def list_measured(config: EvaluateConfig, prompts: Sequence[Prompt], models: dict[str, Model]) -> Iterator[Measured]:
     """What to measure: each setting with each seed, or the images of --model."""
     folder = Path(config.output_dir)
-    if not is_model(config.model):
+    if not models:
         images = open_images(config, config.model, "model", config.resolution)
         if prompts and len(prompts) != len(images):
             raise UserError(
@@ -202,11 +229,7 @@ def list_measured(config: EvaluateConfig, prompts: Sequence[Prompt], clock: "Sto
             )
         yield Measured("", folder, images)
         return
-    if not prompts:
-        raise UserError(f"{config.model}: is a model, which generates an image for each prompt; give --prompts")
     settings, varied = list_settings(config)
-    with clock("start"):
-        models = {ema: open_model(config.model, ema, config.device, config.dtype) for ema in config.weights()}
     for setting in settings:
         for repeat in range(config.repeats):
             words = [folder_name(setting.label(varied))] if varied else []

@@ -12,7 +12,7 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import diffusers
 import numpy as np
@@ -44,7 +44,7 @@ from uvit.diffusion import (
 from uvit.errors import UserError
 from uvit.sample.limited import LimitedDPMSolverScheduler
 
-DEFAULT_SCHEDULER = "dpmsolver++"
+DEFAULT_SCHEDULER: Final = "dpmsolver++"
 
 
 # The official solver
