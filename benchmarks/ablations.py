@@ -65,10 +65,12 @@ def judge_of(table: dict[str, dict[str, Row]], data: str, arm: str) -> list[str]
     return f"{table['data'][data]['evaluate']} {table['arms'][arm].get('evaluate', '')}".split()
 
 
-def settings_of(table: dict[str, dict[str, Row]], data: str, arm: str, features: str, out: Path) -> Row:
+def settings_of(
+    table: dict[str, dict[str, Row]], data: str, arm: str, features: str, out: Path, more: Sequence[str] = ()
+) -> Row:
     """`train`: the flags of `uvit train` for an arm; `model`: the content of OUT/model.json, if its flags name that."""
     shared, own = table["data"][data], table["arms"][arm]
-    words = ["--feature_path", features, *shared.get("train", "").split(), *own.get("train", "").split()]
+    words = ["--feature_path", features, *shared.get("train", "").split(), *own.get("train", "").split(), *more]
     words += ["--warmup_steps", "0", "--warmup_ratio", WARMUP]
     words += ["--image_logging_steps", "-1", "--report_to", "none", "--disable_tqdm"]
     changes = {**shared.get("model", {}), **own.get("model", {})}
@@ -115,7 +117,8 @@ def run_arm(table: dict[str, dict[str, Row]], data: str, arm: str, options: argp
     """Train and judge an arm with each seed. What is there already is not done again."""
     folder = out / arm
     folder.mkdir(parents=True, exist_ok=True)
-    settings, measured = settings_of(table, data, arm, options.features, folder), folder / "step.json"
+    settings = settings_of(table, data, arm, options.features, folder, options.train.split())
+    measured = folder / "step.json"
     record = json.loads(measured.read_text(encoding="utf-8")) if measured.exists() else None
     if record is not None and {name: record[name] for name in settings} != settings:
         raise SystemExit(f"{folder}: was run with other settings ({measured}); give another --output_dir")
@@ -182,17 +185,17 @@ def validations(run: Path) -> list[tuple[int, float]]:
     return [(record["step"], record["val_loss"]) for record in records if record["val_loss"] is not None]
 
 
-def write_ledger(out: Path) -> None:
+def write_ledger(out: Path, base: str = "base") -> None:
     rows = list(read_rows(out))
     write_bytes(out / "ledger.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
-    write_bytes(out / "ledger.md", ledger_table(rows).encode())
+    write_bytes(out / "ledger.md", ledger_table(rows, base).encode())
     for name, image in curves(out).items():
         image.save(out / f"curves-{name}.png")
-    print(ledger_table(rows))
+    print(ledger_table(rows, base))
     print(f"{out / 'ledger.md'}; curves beside it")
 
 
-def ledger_table(rows: Sequence[Row]) -> str:
+def ledger_table(rows: Sequence[Row], base: str = "base") -> str:
     """Markdown: a row for each arm and setting, by the mean of the first score, the best first."""
     if not rows:
         return "nothing was judged yet\n"
@@ -203,7 +206,7 @@ def ledger_table(rows: Sequence[Row]) -> str:
     sign = 1 if rows[0]["better"] == "lower" else -1
     order = sorted(groups, key=lambda key: sign * statistics.fmean(values_of(groups[key], names[0])))
     lines = [
-        "| arm | setting | seeds | steps | ms a step | " + " | ".join(names) + " | val_loss | against base |",
+        "| arm | setting | seeds | steps | ms a step | " + " | ".join(names) + f" | val_loss | against {base} |",
         "|---" * (len(names) + 7) + "|",
     ]
     for setting, arm in order:
@@ -211,7 +214,7 @@ def ledger_table(rows: Sequence[Row]) -> str:
         cells = [arm, setting or "-", str(len(group)), f"{group[0]['steps']:,}"]
         cells += [f"{group[0]['seconds_per_step'] * 1000:.1f}", *(spread(values_of(group, name)) for name in names)]
         cells += [spread([loss for row in group for _, loss in row["val_loss"]])]
-        cells += [against(values_of(group, names[0]), values_of(groups.get((setting, "base"), []), names[0]))]
+        cells += [against(values_of(group, names[0]), values_of(groups.get((setting, base), []), names[0]))]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -297,7 +300,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--features", required=True, help="the feature store of the data set")
     parser.add_argument("--seconds", type=float, default=1260, help="of training, in CPU seconds of a process")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--train", default="", help="more flags of `uvit train`, for all arms")
     parser.add_argument("--evaluate", default="", help="more flags of `uvit evaluate`")
+    parser.add_argument("--base", default="base", help="the arm that others are compared with in the ledger")
     parser.add_argument("--table", type=Path, default=TABLE, help="another ablations.yaml")
     parser.add_argument("--output_dir", type=Path, default=Path("output/ablations"))
     options = parser.parse_args(arguments)
@@ -305,16 +310,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.data not in table["data"]:
         parser.error(f"{options.data}: the data sets are {', '.join(table['data'])}")
     known = arms_of(table, options.data)
-    for arm in options.arms:
+    for arm in (*options.arms, options.base):
         if arm not in (*known, "table"):
             parser.error(f"{arm}: the arms of {options.data} are {', '.join(known)}")
     out = options.output_dir / f"{options.data}-{options.seconds:g}s"
+    out.mkdir(parents=True, exist_ok=True)
     for arm in options.arms or known:
         if arm != "table":
             run_arm(table, options.data, arm, options, out)
-            write_ledger(out)
+            write_ledger(out, options.base)
     if "table" in options.arms:
-        write_ledger(out)
+        write_ledger(out, options.base)
 
 
 if __name__ == "__main__":
