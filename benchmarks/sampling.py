@@ -98,6 +98,10 @@ def measure(
     name: str, path: str, source: str, guidance_scale: float, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     pipeline = open_pipeline(path, "cpu")
+    if pipeline.conventions.path != "vp":
+        raise SystemExit(
+            f"{path}: is of path {pipeline.conventions.path}; give a model of vp, which all samplers sample"
+        )
     order = torch.randperm(len(prompts := read_prompts(source)), generator=torch.Generator().manual_seed(0)).tolist()
     fitted_to = [prompts[i] for i in order[:NUM_FITTED_TO]]
     others = [prompts[i] for i in order[NUM_FITTED_TO : NUM_FITTED_TO + options.num_prompts]]

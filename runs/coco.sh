@@ -3,7 +3,7 @@
 #
 #   bash runs/coco.sh                      U-ViT-S/2 by the published recipe: the preset coco_s2
 #   bash runs/coco.sh coco_s2_modern       another preset: coco_s2_deep, coco_large, coco_s2_modern
-#   bash runs/coco.sh --tiny FOLDER        the same with a small network and few images, in a minute on a CPU
+#   bash runs/coco.sh --tiny FOLDER        the same with a small network and few images, in two minutes on two CPU cores
 #
 # It needs 120 GB of disk, and days on one GPU: docs/coco.md has the time and the cost of each step. Stop it at any time;
 # run it again to resume: each step first looks at what is there. UVIT_COCO_DIR (output/coco) is where everything goes,
