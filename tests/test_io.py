@@ -11,6 +11,7 @@ import uvit.io
 from tests.checkpoint.test_saver import files_at_most
 from uvit.cli.parse import parse
 from uvit.config.train import TrainConfig
+from uvit.errors import UserError
 from uvit.io import (
     back_up,
     format_bytes,
@@ -87,6 +88,13 @@ def test_back_ups_take_the_first_free_name(tmp_path: Path) -> None:
         (tmp_path / "a.json").touch()
         assert back_up(tmp_path / "run") == tmp_path / f"run.old{number}"
         assert back_up(tmp_path / "a.json") == tmp_path / f"a.old{number}.json"
+
+
+def test_the_current_folder_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in (Path(), tmp_path):
+        with pytest.raises(UserError, match=r"is the current folder, .*start from another"):
+            back_up(path)
 
 
 def test_bytes_in_words() -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from uvit.errors import UserError
 from uvit.lock import WriterLock
 
 # Atomic writes
@@ -55,6 +56,7 @@ def write_folder_atomically(folder: Path) -> Iterator[Path]:
 
     Raises UserError if another process writes it now.
     """
+    folder = folder.absolute()  # `.` has no name
     aside = folder.with_name(f".{folder.name}.writing")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with WriterLock(folder.with_name(f".{folder.name}.lock"), str(folder)):
@@ -115,7 +117,12 @@ def sync_path(path: Path) -> None:
 
 
 def back_up(path: Path) -> Path:
-    """Rename a file or folder to the first free name of NAME.old1, NAME.old2, ... Returns the new path."""
+    """Rename a file or folder to the first free name of NAME.old1, NAME.old2, ... Returns the new path.
+
+    Raises UserError for the current folder: relative paths would lead into the renamed one.
+    """
+    if path.resolve() == Path.cwd():
+        raise UserError(f"{path.resolve()}: is the current folder, and is to be renamed; start from another folder")
     names = (path.with_name(f"{path.stem}.old{i}{path.suffix}") for i in range(1, 10000))
     target = next(name for name in names if not name.exists())
     path.rename(target)

@@ -157,7 +157,11 @@ class UViTT2IModel(ModelMixin, ConfigMixin):
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         if height % patch_size or width % patch_size:
             raise ValueError(f"sample_size {height}x{width} is not a multiple of patch_size {patch_size}")
+        if num_layers < 2:
+            raise ValueError(f"num_layers {num_layers} is too few: the long skips need at least 2")
         dim = num_attention_heads * attention_head_dim
+        if dim < 2:
+            raise ValueError("num_attention_heads x attention_head_dim is 1; the width must be at least 2")
         self.patch_size = patch_size
         self.grid = (height // patch_size, width // patch_size)
         self.num_extra_tokens = 1 + num_text_tokens

@@ -155,6 +155,8 @@ class ModernUViTT2IModel(UViTT2IModel):
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         if height % patch_size or width % patch_size:
             raise ValueError(f"sample_size {height}x{width} is not a multiple of patch_size {patch_size}")
+        if num_layers < 2:
+            raise ValueError(f"num_layers {num_layers} is too few: the long skips need at least 2")
         if attention_head_dim % 4:
             raise ValueError(f"attention_head_dim {attention_head_dim} is not a multiple of 4")
         if skip not in SKIPS:

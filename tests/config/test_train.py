@@ -82,8 +82,9 @@ def test_the_flags_of_the_recipe_come_first_and_share_no_group_with_the_others()
         ({"eval_prompts": 0}, "--eval_prompts 0: must be at least 1"),
         ({"keep_best": "kid"}, "--keep_best kid: needs --eval_metrics that measure it, or must be val_loss"),
         ({"keep_best": "val_loss", "eval_steps": -1}, "--keep_best val_loss: needs --eval_steps above 0"),
-        ({"profiler_options": "5"}, "--profiler_options 5: must be two steps, such as 10,15"),
-        ({"profiler_options": "5,3"}, "--profiler_options 5,3: must be two steps, such as 10,15"),
+        ({"profiler_options": "5"}, "--profiler_options 5: must be two steps from 1 on, such as 10,15"),
+        ({"profiler_options": "5,3"}, "--profiler_options 5,3: must be two steps from 1 on, such as 10,15"),
+        ({"profiler_options": "0,1"}, "--profiler_options 0,1: must be two steps from 1 on, such as 10,15"),
     ],
 )
 def test_contradictions_are_named(flags: dict[str, object], sentence: str) -> None:

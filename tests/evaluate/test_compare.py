@@ -98,7 +98,8 @@ def test_how_sure_a_difference_is() -> None:
 def test_other_files_are_refused(tmp_path: Path) -> None:
     report = write(tmp_path / "a", REPORT)
     (tmp_path / "b.json").write_text("{}")
-    for other in ("b.json", "nothing"):
+    (tmp_path / "c.json").write_text(json.dumps({**REPORT, "results": [{}]}))
+    for other in ("b.json", "c.json", "nothing"):
         with pytest.raises(UserError, match=r"is not the report.json of an evaluation"):
             compare_reports(EvaluateCompareConfig((report, str(tmp_path / other))))
 

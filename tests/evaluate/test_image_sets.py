@@ -37,6 +37,21 @@ def test_a_folder_of_images_is_sorted_by_path_and_needs_no_captions(tmp_path: Pa
     assert images.description["num_images"] == 4 and "lossy_files" not in images.description
 
 
+def test_a_split_or_a_list_that_cannot_be_read_is_no_reason_to_take_all_images(tmp_path: Path) -> None:
+    for split, number in (("train", 3), ("val", 2)):
+        for i in range(number):
+            save(tmp_path / split / f"{i}.png")
+        lines = [f'{{"file_name": "{i}.png", "text": "a"}}' for i in range(number)]
+        (tmp_path / split / "metadata.jsonl").write_text("\n".join(lines))
+    assert len(opened(tmp_path)) == 3 and len(opened(tmp_path, split="val")) == 2
+    with pytest.raises(UserError, match=r"vaal"):
+        opened(tmp_path, split="vaal")
+    for split in ("val", "train"):
+        (tmp_path / split / "metadata.jsonl").write_text("{")
+        with pytest.raises(UserError, match=r"metadata\.jsonl"):
+            opened(tmp_path, **({"split": "val"} if split == "val" else {}))
+
+
 def test_jpeg_files_are_counted(tmp_path: Path) -> None:
     for name in ("a.png", "b.JPG", "c.webp"):
         save(tmp_path / name)

@@ -116,6 +116,14 @@ def test_a_source_gives_the_first_caption_of_each_pair_and_its_row(tmp_path: Pat
     assert [prompt.text for prompt in prompts][-1] == "a blue square" and len(prompts) == 2
 
 
+def test_a_line_ends_at_its_end(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("one\u2028prompt\r\ntwo\fprompts\n".encode())
+    assert [prompt.text for prompt in list_prompts(str(tmp_path / "a.txt"), None)] == [
+        "one\u2028prompt",
+        "two\fprompts",
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -127,6 +135,8 @@ def test_a_source_gives_the_first_caption_of_each_pair_and_its_row(tmp_path: Pat
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt": 5}', "prompt of row 2 is 5, and must be a text"),
         ("a.jsonl", b'{"prompt": null}', "prompt of row 1 is None"),
         ("a.jsonl", b'{"prompt": ["a"]}', "prompt of row 1 is"),
+        ("a.jsonl", b'{"prompt": "\\ud800"}', "is not UTF-8 text"),
+        ("a.json", b'{"annotations": [{"image_id": 1, "id": 1, "caption": "\\ud800"}]}', "is not"),
         ("a.csv", b"prompt,note\n,x\n", "prompt of row 1 is ''"),
         ("a.csv", b'prompt\n"a\nb\n', "line 3 cannot be read"),
         ("a.csv", b'prompt\n"a" b\n', "line 2 cannot be read"),

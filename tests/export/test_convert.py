@@ -21,9 +21,10 @@ from uvit.cli.main import main
 from uvit.config.convert import ConvertConfig
 from uvit.config.model import SAMPLING_KEYS
 from uvit.errors import UserError
-from uvit.export.convert import convert, training_facts, write_folder
+from uvit.export.convert import convert, write_folder
 from uvit.model import UViTT2IModel
 from uvit.sample.fit import FITTED_FILE, read_plans, store_plan
+from uvit.sample.load import training_facts
 from uvit.sample.schedulers import karras_grid, second_order
 from uvit.train.trainer import train
 from uvit.weights.components import read_components

@@ -184,6 +184,16 @@ def test_a_finished_store_is_left_as_it_is(flags: dict[str, Any], capsys: pytest
     assert contents(Path(flags["output_dir"])) == before
 
 
+@pytest.mark.parametrize("content", ["", '{"num_pairs": ', "[]"])
+def test_a_damaged_manifest_is_written_again(content: str, flags: dict[str, Any]) -> None:
+    run(flags)
+    before = contents(Path(flags["output_dir"]))
+    for path in Path(flags["output_dir"]).rglob("manifest.json"):
+        path.write_text(content)
+    run(flags)
+    assert contents(Path(flags["output_dir"])) == before
+
+
 @pytest.mark.parametrize("change", [{"resolution": 24}, {"dtype": "float32"}, {"shard_size": 5}, {"text": "contexts"}])
 def test_other_settings_are_refused(flags: dict[str, Any], change: dict[str, Any]) -> None:
     run(flags)

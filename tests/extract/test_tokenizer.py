@@ -1,5 +1,6 @@
 """A tokenizer built from captions reads any language and does not depend on their order."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,12 @@ def test_the_command_writes_a_folder_that_transformers_opens(tmp_path: Path) -> 
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["tokenizer"]
     with pytest.raises(UserError, match="--output_dir"):
         build_tokenizer(TokenizerConfig(("shapes",), config.output_dir, vocab_size=300))
+    (tmp_path / "empty").mkdir()
+    build_tokenizer(replace(config, output_dir=str(tmp_path / "empty")))
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "empty")) == len(opened)
+    (tmp_path / "empty" / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=r"--output_dir .*empty: its tokenizer is damaged"):
+        build_tokenizer(replace(config, output_dir=str(tmp_path / "empty")))
 
 
 def test_captions_by_column_and_none_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from tests.sample.parts import tiny_pipeline_folder
 from tests.tiny import save_checkpoint, tiny_text_encoder_folder
 from uvit.device import slow_precision
 from uvit.errors import UserError
-from uvit.sample.load import find_pipeline, open_pipeline
+from uvit.sample.load import find_pipeline, newer_checkpoint, open_pipeline
 from uvit.weights.encoders import load_transformers_encoder
 
 
@@ -23,6 +23,22 @@ def test_a_pipeline_s_folder_or_the_run_that_holds_it(folder: Path) -> None:
     assert find_pipeline(str(folder)) == folder
     assert folder.name == "pipeline"
     assert find_pipeline(str(folder.parent)) == folder
+
+
+def test_a_pipeline_that_is_older_than_its_run_says_so(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(folder, run / "pipeline")
+    (run / "pipeline" / "training.json").write_text('{"step": 9}')
+    save_checkpoint(run, 9, {"weights": {"w": torch.zeros(1)}}, {})
+    open_pipeline(str(run), "cpu")
+    assert "older" not in capsys.readouterr().err
+    save_checkpoint(run, 10, {"weights": {"w": torch.zeros(1)}}, {})
+    assert newer_checkpoint(run / "pipeline") == run / "checkpoint-10"
+    open_pipeline(str(run), "cpu")
+    made = f"uvit convert {run}/checkpoint-10 {run}/pipeline-10"
+    assert f"pipeline is older than checkpoint-10 of its run; for that one: {made}" in capsys.readouterr().err
 
 
 def test_what_to_do_where_there_is_none(tmp_path: Path) -> None:

@@ -178,6 +178,19 @@ def test_guidance_covers_timesteps_below_one_unless_an_interval_says_otherwise()
     assert guided == [2] * 20
 
 
+@pytest.mark.parametrize(("name", "shift"), [("euler", 0.2), ("euler", 1.32), ("heun", 0.15), ("heun", 8.39)])
+def test_the_first_step_has_guidance_whatever_rounding_does_to_its_timestep(name: str, shift: float) -> None:
+    scheduler, guided = build_scheduler(name, path="linear", shift=shift), list[int]()
+
+    def predictor(x_n: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        guided.append(len(x_n) // 2)
+        return x_n
+
+    denoise(predictor, scheduler, NOISE, CONTEXT, CONTEXT, 3, 2, "sample", path="linear")
+    assert exact_timesteps(scheduler, "linear").max() <= 1000
+    assert set(guided) == {2}
+
+
 # What a path can be sampled with
 
 

@@ -53,6 +53,8 @@ def test_names_of_the_server() -> None:
     for host in ("evil.example", "127.0.0.1.evil.example:8000", ""):
         assert local.get("/v1/models", headers={"Host": host}).status_code == 421
     assert client(allowed_hosts=("ours.example",)).get("/health", headers={"Host": "ours.example"}).status_code == 200
+    assert client(allowed_hosts=("Ours.example",)).get("/health", headers={"Host": "OURS.example"}).status_code == 200
+    assert local.get("/v1/models", headers={"Host": "[::1"}).status_code == 421
     assert client(host="0.0.0.0").get("/health", headers={"Host": "any.example"}).status_code == 200
 
 
@@ -61,7 +63,7 @@ def test_other_pages() -> None:
         return client.post("/v1/images/generations", headers={"Origin": origin}).status_code
 
     assert post(client(), "http://127.0.0.1:8000") == 200
-    for origin in ("http://evil.example", "http://127.0.0.1:9000", "null"):
+    for origin in ("http://evil.example", "http://127.0.0.1:9000", "null", "http://[x"):
         assert post(client(), origin) == 403
     assert post(client(allowed_origins=("http://ours.example",)), "http://ours.example") == 200
 

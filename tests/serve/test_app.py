@@ -118,6 +118,9 @@ def test_edits(served: Served) -> None:
     original, image = np.asarray(decoded(base64.b64encode(ORIGINAL).decode())), np.asarray(decoded(masked["b64_json"]))
     assert np.array_equal(image[:, :16], original[:, :16])
     assert not np.array_equal(image[:, 16:], original[:, 16:])
+    as_file = {"image": ("i.png", ORIGINAL), "prompt": ("prompt.txt", b"two cats")}
+    answer = served.client.post("/v1/images/edits", data={"seed": "2"}, files=as_file)
+    assert answer.status_code == 400 and "--prompt: must be a field" in answer.json()["error"]["message"]
     for fields, words in [
         ({}, "--image: is missing"),
         ({"image": b"no image"}, "not an image format"),
@@ -144,6 +147,8 @@ WRONG: list[tuple[dict[str, Any], str, str | None]] = [
     ({"size": "30x30"}, "multiples of 4", "size"),
     ({"size": "64x64"}, "positions", "size"),
     ({"response_format": "jpg"}, "response_format", "response_format"),
+    ({"model": "\ud800"}, r"\ud800", "model"),
+    ({"size": "\ud800"}, r"--size \ud800", "size"),
     ({"model": "../tiny"}, "there is no such model; the models are tiny, run", "model"),
     ({"model": "tiny@checkpoint-1"}, "no such model", "model"),
     ({"partial_images": 11}, "partial_images", "partial_images"),

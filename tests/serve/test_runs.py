@@ -68,11 +68,11 @@ def test_the_routes(run_folder: Path, tmp_path: Path) -> None:
     assert client.get(found[0]["url"]).content == b"png"
     write(run_folder / "logs" / "metrics.jsonl", range(5, 6), skipped=1, grad_norm=None)
     write(run_folder / "logs" / "metrics.jsonl", range(6, 7), skipped=1, grad_norm=1e9)
-    (run_folder / "logs" / "passed_over.jsonl").write_text('{"sample": 7, "row": 1}\n')
+    (run_folder / "logs" / "passed_over.jsonl").write_text('{"sample": 7, "id": "\u2028"}\n')
     skipped = client.get("/v1/runs/run/skipped").json()
     assert [step["step"] for step in skipped["steps"]] == [5, 6]
     assert "NaN" in skipped["steps"][0]["reason"] and "--spike_factor" in skipped["steps"][1]["reason"]
-    assert skipped["samples"] == [{"sample": 7, "row": 1}]
+    assert skipped["samples"] == [{"sample": 7, "id": "\u2028"}]
     for path in ("/v1/runs/none/metrics", "/v1/runs/run/previews/3.png"):
         try:
             client.get(path)

@@ -263,6 +263,12 @@ def test_updates_that_are_not_finite_are_skipped(tmp_path: Path) -> None:
     assert not run.guards.skipped_in_a_row and torch.isfinite(next(run.vae.parameters())).all()
 
 
+def test_a_vae_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^--learning_rate 10000000000\.0: the VAE of step 4 gives NaN or Inf"):
+        train_autoencoder(config(tmp_path / "vae", learning_rate=1e10, max_steps=4, batch_size=1))
+    assert not (tmp_path / "vae" / "config.json").exists()
+
+
 def test_a_loss_that_stays_not_finite_ends_with_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"not finite for 20 steps .* there is no checkpoint yet\. Try a low"):
         train_autoencoder(config(tmp_path / "vae", learning_rate=1e38, save_steps=5, batch_size=1))

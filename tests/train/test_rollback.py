@@ -72,6 +72,19 @@ def test_a_host_that_reads_the_numbers_late_does_the_same(
     assert records[0] == records[1]
 
 
+def test_captions_with_line_separators_of_unicode_do_not_keep_a_run_from_resuming(config: Any, tmp_path: Path) -> None:
+    flags = config()
+    for path in (Path(flags.feature_path) / "train").glob("captions-*.jsonl"):
+        data = path.read_bytes()
+        path.write_bytes(data.replace(b"red", "\u2028".encode()).replace(b"blue", "\u2029".encode() + b"e"))
+        assert data.count(b"red") and path.stat().st_size == len(data)
+    assert train(flags) == 0
+    log = tmp_path / "run" / "logs" / "passed_over.jsonl"
+    before = log.read_bytes()
+    assert "\u2028" in before.decode() and train(config(feature_path=flags.feature_path, max_steps=10)) == 0
+    assert log.read_bytes() == before
+
+
 def test_where_the_checkpoint_before_is_gone_the_one_in_the_midst_will_do(config: Any, tmp_path: Path) -> None:
     assert train(config(save_steps=1, save_total_limit=1)) == 0
     assert [line["skipped"] for line in lines(tmp_path / "run")] == [0, 0, 0, 0, 1, 1, 0, 0, 0]

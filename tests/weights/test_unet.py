@@ -48,6 +48,27 @@ def test_shapes_tell_every_shipped_config(name: str) -> None:
     assert ["attention heads" in line for line in heads] == ([] if CLASS_KEY in config else [True])
 
 
+def test_an_odd_number_of_blocks_is_that_of_the_next_even_one() -> None:
+    unet = new_unet(TINY | {"num_layers": 5})
+    again = unet_from_tensors(unet.state_dict(), PATH, TINY | {"num_layers": 5}, Report())
+    assert same(again.state_dict(), unet.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"num_layers": 1}, "num_layers 1 is too few"),
+        ({"sample_size": 18, "patch_size": 4}, "sample_size 18x18 is not a multiple of patch_size 4"),
+        ({"num_attention_heads": 1, "attention_head_dim": 1}, "the width must be at least 2"),
+        ({CLASS_KEY: "ModernUViTT2IModel", "attention_head_dim": 6}, "attention_head_dim 6 is not a multiple of 4"),
+        ({CLASS_KEY: "ModernUViTT2IModel", "num_layers": 1}, "num_layers 1 is too few"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_one_sentence(sizes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"^--uvit_config_file: .*{message}"):
+        new_unet(sizes)
+
+
 @pytest.mark.parametrize("skip", SKIPS)
 def test_a_modern_u_vit(skip: str) -> None:
     sizes = {key: value for key, value in TINY.items() if key != "mlp_ratio"} | {"skip": skip, "bottleneck_dim": 6}

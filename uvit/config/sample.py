@@ -1,6 +1,6 @@
 """Flags of `uvit sample`."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
 
 from uvit.config.bounds import BatchSize, Bounds, Seed, check_bounds
@@ -9,6 +9,11 @@ from uvit.config.sharding import parse_shard
 from uvit.errors import UserError
 
 SPEEDS = {"fast": 8, "balanced": 12, "quality": 24}  # steps of solvers that are fitted to the model
+
+NO_FIT = (  # flags of images, which --fit_schedule does not generate
+    "compare_with", "init_image", "mask", "strength", "scheduler", "num_inference_steps", "speed", "shard",
+    "save_latents", "skip_existing",
+)  # fmt: skip
 
 Guidance = Annotated[float, Bounds(least=0, hint="1 turns guidance off")]
 InferenceSteps = Annotated[int, Bounds(least=1, most=1000)]
@@ -119,6 +124,11 @@ class SampleConfig:
             raise UserError(
                 f"--init_image {self.init_image}: the fitted solver starts from pure noise; choose another --scheduler"
             )
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if self.fit_schedule and field.name in NO_FIT and value != field.default:
+                words = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                raise UserError(f"--{field.name} {words}: --fit_schedule generates no images with it; leave it out")
         if not is_text(self.negative_prompt or ""):
             raise UserError(f"--negative_prompt {self.negative_prompt!r}: is not UTF-8 text")
         for name in ("strength", "mask"):

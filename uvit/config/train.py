@@ -204,8 +204,8 @@ class TrainConfig(ObjectiveConfig, RecipeConfig):
             first, last = (int(part) for part in self.profiler_options.split(","))
         except ValueError:
             first, last = 0, -1
-        if not 0 <= first <= last:
-            raise UserError(f"--profiler_options {self.profiler_options}: must be two steps, such as 10,15")
+        if not 1 <= first <= last:
+            raise UserError(f"--profiler_options {self.profiler_options}: must be two steps from 1 on, such as 10,15")
         if last >= self.max_steps and self.num_train_epochs is None:
             raise UserError(
                 f"--profiler_options {self.profiler_options}: must end before the last step, which is --max_steps "

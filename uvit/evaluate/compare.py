@@ -61,7 +61,9 @@ def read_report(path: Path) -> dict[str, Any]:
         report = json.loads(path.read_text(encoding="utf-8"))
         if report["format"] != REPORT_FORMAT or not report["results"]:
             raise ValueError("it is another file")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for result in report["results"]:
+            assert result["scores"] and result["images"][0]
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AssertionError) as error:
         raise UserError(f"{path}: is not the report.json of an evaluation ({error}); give its --output_dir") from None
     assert isinstance(report, dict)
     return report

@@ -64,6 +64,8 @@ from uvit.progress import Progress
 from uvit.sample.files import check_writable
 from uvit.sample.schedulers import DEFAULT_SCHEDULER, scheduler_names
 
+MIN_FOR_HALVES = 4  # prompts of a sweep: the best setting is chosen on one half, and half a covariance needs two
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -285,6 +287,7 @@ def score(
     unique = by_name(extractors, config.metrics)
     real, described = load_reference(config, reference, extractors)
     is_sweep = len({each.label for each in measured}) > 1
+    has_halves = is_sweep and len(prompts) >= MIN_FOR_HALVES
     results: dict[str, dict[str, Any]] = {}
     halves: dict[str, tuple[list[Score], list[Score]]] = {}
     for each in measured:
@@ -292,7 +295,7 @@ def score(
         result = results.setdefault(each.label, {"repeats": [], "images": []})
         result["repeats"].append(compute_scores(config, extractors, features, real, prompts))
         result["images"].append(describe_images(each.images, next(iter(features.values()))))
-        if is_sweep and each.label not in halves:
+        if has_halves and each.label not in halves:
             first, second = (compute_scores(config, extractors, features, real, prompts, half) for half in (0, 1))
             halves[each.label] = (first, second)
     rows = [
@@ -300,10 +303,11 @@ def score(
         for label, result in results.items()
     ]
     report: dict[str, Any] = {"results": rows, "images": rows[0]["images"][0], "reference": described}
-    if is_sweep:
+    if has_halves:
         report["best"] = best_setting(
             [first for first, _ in halves.values()], [second for _, second in halves.values()]
         )
+    if is_sweep:
         scores = [result["repeats"][0] for result in results.values()]
         if len(scores[0]) > 1:
             plot = pareto_plot(list(results), [row[0] for row in scores], [row[1] for row in scores])

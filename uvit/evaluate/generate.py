@@ -18,13 +18,13 @@ from uvit.device import pick_device
 from uvit.errors import UserError
 from uvit.evaluate.image_sets import CHUNK, LoadedImages
 from uvit.evaluate.prompts import Prompt, prompts_sha256
-from uvit.export.convert import build_pipeline, check_fit, open_checkpoint, training_facts
+from uvit.export.convert import build_pipeline, check_fit, open_checkpoint
 from uvit.export.reconstruct import open_average
 from uvit.progress import Progress
 from uvit.sample.command import sample_batch
 from uvit.sample.files import is_generated, numbered, read_image, save_image
 from uvit.sample.jobs import ImageJob
-from uvit.sample.load import named_scheduler, open_pipeline
+from uvit.sample.load import named_scheduler, newer_checkpoint, open_pipeline, training_facts
 from uvit.sample.pipeline import UViTPipeline
 from uvit.weights.detect import INDEX
 from uvit.weights.encoders import are_truncated, fingerprint, quiet
@@ -73,12 +73,13 @@ class Model:
 def open_model(name: str, weights: str, device: str, dtype: str) -> Model:
     """The model of a path with its EMA weights, its raw ones, or EMA weights of a length.
 
-    A run that has a pipeline gives that for its EMA weights; otherwise the last checkpoint is opened. Raises UserError
-    if it does not have the weights.
+    A run that has a pipeline of its last checkpoint gives that for its EMA weights; otherwise the last checkpoint is
+    opened. Raises UserError if it does not have the weights.
     """
     path = Path(name)
     opened = next((folder for folder in (path, path / "pipeline") if (folder / INDEX).is_file()), None)
-    if weights == "ema" and opened is not None:
+    is_latest = opened is not None and (opened == path or newer_checkpoint(opened) is None)
+    if weights == "ema" and opened is not None and is_latest:
         pipeline = open_pipeline(str(opened), device, dtype)
     else:
         is_length = weights not in ("ema", "raw")

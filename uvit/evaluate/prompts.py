@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from uvit.config.evaluate import PromptOrder
+from uvit.config.sample import is_text
 from uvit.errors import UserError
 from uvit.evaluate.image_sets import image_id, is_store, open_stored_source
 from uvit.sources.open import open_source, require_random_access
@@ -55,7 +56,7 @@ def list_prompts(
     if prompts in ("shapes", "shapes:two"):
         found: Iterator[Prompt] = iter(_of_shapes(split or "heldout", 2 if prompts == "shapes:two" else 1))
     elif path.is_file() and path.suffix.lower() == ".txt":
-        lines = enumerate(_read_text(path).splitlines(), start=1)
+        lines = enumerate(_read_text(path).split("\n"), start=1)
         found = (Prompt(line.strip(), f"line {number}") for number, line in lines if line.strip())
     elif path.is_file() and path.suffix.lower() in (".tsv", ".csv", ".jsonl"):
         found = _of_rows(path)
@@ -63,10 +64,18 @@ def list_prompts(
         found = iter(_of_coco(path))
     else:
         found = _of_source(prompts, split or "train")
+    found = _only_text(found, prompts)
     chosen = list(islice(_hashed(list(found)) if order == "hashed" else found, most))
     if not chosen:
         raise UserError(f"--prompts {prompts}: has no prompt")
     return chosen
+
+
+def _only_text(found: Iterator[Prompt], prompts: str) -> Iterator[Prompt]:
+    for prompt in found:
+        if not is_text(prompt.text):
+            raise UserError(f"--prompts {prompts}: {prompt.id} is not UTF-8 text: {prompt.text!a}")
+        yield prompt
 
 
 def _hashed(prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -119,7 +119,7 @@ def losses_of(config: dict[str, Any], run: Path | None) -> dict[str, str]:
         return {}
     path = Path(config.get("logging_dir") or run / "logs") / "metrics.jsonl"
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in path.read_bytes().splitlines()]
         losses = [float(line["loss"]) for line in lines if line.get("loss") is not None][-NUM_LOSSES:]
         validated = [line for line in lines if line.get("val_loss") is not None]
     except (OSError, ValueError, KeyError, AttributeError, TypeError):

@@ -25,6 +25,7 @@ from uvit.export.standalone import write_code
 from uvit.io import back_up, write_folder_atomically, write_json
 from uvit.modern_model import ModernUViTT2IModel
 from uvit.sample.fit import FITTED_FILE
+from uvit.sample.load import TRAINING_FILE, training_facts
 from uvit.sample.pipeline import UViTPipeline
 from uvit.sample.schedulers import build_scheduler, scheduler_from_config
 from uvit.weights.compatibility import check_components
@@ -40,7 +41,6 @@ from uvit.weights.detect import CONFIG, FLAGS, INDEX, is_third_party, missing_co
 from uvit.weights.encoders import check_fingerprint, check_finite, fingerprint, load_tokenizer, quiet
 from uvit.weights.unet import new_unet
 
-TRAINING_FILE = "training.json"  # in a pipeline folder: the training run that it comes from
 REPORT_FILE = "conversion.json"  # in a pipeline folder: the report of the conversion
 PIPELINE_FORMATS = ("pipeline", "diffusers", "space")
 WITH_CODE = ("diffusers", "space")
@@ -364,12 +364,3 @@ def write_folder(dest: Path, replace: bool, write: Callable[[Path], None]) -> No
         write(temporary)
         if dest.exists():
             print(f"{dest}: the old folder is now {back_up(dest)}")
-
-
-def training_facts(folder: Path) -> dict[str, Any]:
-    """What a pipeline folder records of its training run; empty if it records nothing."""
-    try:
-        facts = json.loads((folder / TRAINING_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) else {}

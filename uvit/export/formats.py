@@ -66,7 +66,8 @@ def write_official(components: Components, folder: Path, is_ema: bool = True) ->
     is_ema: whether `unet` has the EMA weights.
     """
     config = components.unet.config
-    if not isinstance(config["sample_size"], int):
+    sides = {config["sample_size"]} if isinstance(config["sample_size"], int) else {*config["sample_size"]}
+    if len(sides) > 1:
         raise UserError(
             f"--to official: its U-ViT needs square latents, and the sample_size of this one is {config['sample_size']}"
         )
@@ -77,7 +78,7 @@ def write_official(components: Components, folder: Path, is_ema: bool = True) ->
         weights = vae.to_ldm(components.vqvae.state_dict(), len(components.vqvae.config["block_out_channels"]))
         save_pth(weights, folder / "autoencoder_kl.pth")
     components.report.converted.append(
-        f"for the official U-ViT code: UViT(img_size={config['sample_size']}, patch_size={config['patch_size']}, "
+        f"for the official U-ViT code: UViT(img_size={next(iter(sides))}, patch_size={config['patch_size']}, "
         f"in_chans={config['in_channels']}, embed_dim={config['num_attention_heads'] * config['attention_head_dim']}, "
         f"depth={config['num_layers']}, num_heads={config['num_attention_heads']}, mlp_ratio={config['mlp_ratio']}, "
         f"qkv_bias={config['qkv_bias']}, clip_dim={config['clip_dim']}, num_clip_token={config['num_text_tokens']}, "

@@ -61,7 +61,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
     Raises UserError if it contains anything else.
     """
-    if not folder.exists():
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         with write_folder_atomically(folder) as aside:
             tokenizer.save_pretrained(aside)
         return
@@ -80,7 +80,12 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 def _content(folder: Path) -> list[dict[str, Any]]:
     files = (folder / "tokenizer.json", folder / "tokenizer_config.json")
-    return [json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {} for file in files]
+    try:
+        return [json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {} for file in files]
+    except ValueError as error:
+        raise UserError(
+            f"--output_dir {folder}: its tokenizer is damaged ({error}); choose another folder, or move this one away"
+        ) from None
 
 
 def build_tokenizer(config: TokenizerConfig) -> None:

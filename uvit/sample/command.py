@@ -328,4 +328,4 @@ def read_prompts(config: SampleConfig) -> list[str]:
 
 def _lines(text: str) -> list[str]:
     """The lines that are not empty, without the byte order mark that some editors write first."""
-    return [line.strip() for line in text.removeprefix("\ufeff").splitlines() if line.strip()]
+    return [line.strip() for line in text.removeprefix("\ufeff").split("\n") if line.strip()]

@@ -161,7 +161,8 @@ def exact_timesteps(scheduler: Any, path: DiffusionPath = "vp") -> Tensor:
         raise ValueError(f"{type(scheduler).__name__} leads from images to noise; choose another scheduler")
     if path == "linear":
         exact = timesteps.is_floating_point()
-        return timesteps.float() if exact else NUM_TIMESTEPS * scheduler.sigmas[: len(timesteps)].float().cpu()
+        found = timesteps.float() if exact else NUM_TIMESTEPS * scheduler.sigmas[: len(timesteps)].float().cpu()
+        return found.clamp(max=NUM_TIMESTEPS)  # by rounding, some shifts begin at 1000.0001
     if timesteps.min() < 0:  # rounding in diffusers' "trailing" grid: 61 steps, 103, ...
         raise UserError(
             f"--num_inference_steps {scheduler.num_inference_steps}: {type(scheduler).__name__} cannot space so "

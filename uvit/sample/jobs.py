@@ -43,7 +43,7 @@ class Variant:
 def list_variants(config: SampleConfig) -> list[Variant]:
     """Every pipeline with every guidance scale, pipeline by pipeline. Raises UserError."""
     folders = [find_pipeline(config.pipeline), *(find_pipeline(path, "compare_with") for path in config.compare_with)]
-    names, scales = short_names(folders), list(dict.fromkeys(config.guidance_scale))
+    names, scales = short_names(folders), list({f"{scale:g}": scale for scale in config.guidance_scale}.values())
     variants = []
     for (folder, name), scale in product(zip(folders, names, strict=True), scales):
         words = [name] if len(folders) > 1 else []

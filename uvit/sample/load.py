@@ -1,5 +1,6 @@
 """Finds the pipeline folder that `--pipeline` names, and opens it on its device."""
 
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from uvit.checkpoint.commands import step_of
 from uvit.checkpoint.folder import RECORD, checkpoint_folders
 from uvit.device import pick_device, slow_precision
 from uvit.errors import UserError
@@ -18,6 +20,8 @@ from uvit.sample.schedulers import DEFAULT_SCHEDULER, MultistepScheduler, build_
 from uvit.weights.clip_text import read_clip_text
 from uvit.weights.detect import INDEX
 from uvit.weights.encoders import quiet
+
+TRAINING_FILE = "training.json"  # in a pipeline folder: the training run that it comes from
 
 
 def find_pipeline(path: str, flag: str = "pipeline") -> Path:
@@ -52,6 +56,22 @@ def find_pipeline(path: str, flag: str = "pipeline") -> Path:
     )
 
 
+def training_facts(folder: Path) -> dict[str, Any]:
+    """What a pipeline folder records of its training run; empty if it records nothing."""
+    try:
+        facts = json.loads((folder / TRAINING_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def newer_checkpoint(pipeline: Path) -> Path | None:
+    """The latest checkpoint of a run, if the run's pipeline (`RUN/pipeline`) is of an earlier step."""
+    found = checkpoint_folders(pipeline.parent) if pipeline.name == "pipeline" else []
+    step = training_facts(pipeline).get("step")
+    return found[-1] if found and isinstance(step, int) and (step_of(found[-1]) or 0) > step else None
+
+
 def open_pipeline(
     path: str,
     device: str,
@@ -65,6 +85,9 @@ def open_pipeline(
         raise UserError(
             f"--enable_model_cpu_offload: saves GPU memory, and --device {device} is the CPU here; leave it out"
         )
+    if (newer := newer_checkpoint(folder)) is not None:
+        made = shlex.join(["uvit", "convert", str(newer), f"{folder}-{step_of(newer)}"])
+        write(f"warning: {folder} is older than {newer.name} of its run; for that one: {made}", file=sys.stderr)
     for sentence in slow_precision(f"--dtype {dtype}", chosen, getattr(torch, dtype)):
         write(f"warning: {sentence}", file=sys.stderr)
     with quiet():
@@ -72,7 +95,7 @@ def open_pipeline(
             encoder = read_clip_text(folder / "text_encoder", getattr(torch, dtype))
             given = {} if encoder is None else {"text_encoder": encoder}
             pipeline = UViTPipeline.from_pretrained(folder, dtype=getattr(torch, dtype), **given)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:  # truncated or missing files
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(
                 f"--pipeline {folder}: is incomplete, or its components do not fit together ({reason})"

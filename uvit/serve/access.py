@@ -1,7 +1,7 @@
 """Who is answered: the checks before any route sees a request."""
 
 import hmac
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
@@ -16,12 +16,21 @@ OPEN_PATHS = ("/", "/health")  # without a key: the page asks for it
 STORED_IMAGES = "/v1/images/"  # GET: whoever has an image's url, which cannot be guessed, may see it
 
 
+def split_url(url: str) -> SplitResult:
+    """Its parts; empty ones of what is no URL."""
+    try:
+        return urlsplit(url)
+    except ValueError:  # a bracket that is never closed
+        return urlsplit("")
+
+
 class Access:
     """ASGI middleware: the name of the server, the page that asks, the key, and the size of the body."""
 
     def __init__(self, app: ASGIApp, config: ServeConfig):
         self.app, self.config = app, config
-        names = {*config.allowed_hosts, config.host, *(LOOPBACK_NAMES if config.is_loopback() else ())}
+        given = {name.lower() for name in (*config.allowed_hosts, config.host)}
+        names = given | (LOOPBACK_NAMES if config.is_loopback() else set())
         checks_names = (config.is_loopback() or bool(config.allowed_hosts)) and "*" not in names
         self.names = names if checks_names else None
 
@@ -40,11 +49,11 @@ class Access:
     def check(self, method: str, path: str, headers: Headers) -> None:
         """Raises RequestError."""
         host = headers.get("host", "")
-        name = urlsplit(f"//{host}").hostname or ""
+        name = (split_url(f"//{host}").hostname or "").lower()
         if self.names is not None and name not in self.names:
             raise RequestError(f"--allowed_hosts: the server is not called {name}; start it with that name", 421)
         origin, allowed = headers.get("origin"), self.config.allowed_origins
-        is_foreign = origin is not None and urlsplit(origin).netloc != host and origin not in allowed
+        is_foreign = origin is not None and split_url(origin).netloc != host and origin not in allowed
         if is_foreign and method not in ("GET", "HEAD", "OPTIONS"):  # any page may send a form to this address
             raise RequestError(f"--allowed_origins: pages of {origin} may not use this server", 403)
         if (key := self.config.key()) is not None and method != "OPTIONS":

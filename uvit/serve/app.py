@@ -243,7 +243,7 @@ def build_app(config: ServeConfig, models: dict[str, ServedModel], dispatcher: D
     @app.exception_handler(RequestValidationError)
     async def wrong_field(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        where = ".".join(part for part in first["loc"] if isinstance(part, str) and part != "body")
         refused = RequestError(f"--{where}: {first['msg']}" if where else first["msg"], 400, where or None)
         return JSONResponse({"error": error_body(refused)}, 400)
 
@@ -277,8 +277,10 @@ async def read_form(request: Request) -> tuple[EditRequest, bytes, bytes | None]
     image, mask = files.pop("image", None), files.pop("mask", None)
     if image is None:
         raise RequestError("--image: is missing; send an image file in a form (multipart/form-data)", param="image")
+    for name in files:
+        raise RequestError(f"--{name}: must be a field of the form, and is a file", param=name)
     try:
-        return EditRequest.model_validate(fields | dict.fromkeys(files, "a file")), image, mask
+        return EditRequest.model_validate(fields), image, mask
     except ValidationError as error:
         raise RequestValidationError(error.errors()) from None
 

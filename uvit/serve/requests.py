@@ -192,4 +192,5 @@ def _words(values: list[float]) -> str:
 def error_body(error: RequestError) -> dict[str, Any]:
     """The `error` of OpenAI's API."""
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
-    return {"message": str(error.args[0]), "type": kind, "param": error.param, "code": error.code}
+    message = str(error.args[0]).encode(errors="backslashreplace").decode()  # halves of surrogate pairs are no UTF-8
+    return {"message": message, "type": kind, "param": error.param, "code": error.code}

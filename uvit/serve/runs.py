@@ -132,7 +132,7 @@ class ServedRun:
 
     def _skipped_samples(self) -> Iterator[dict[str, Any]]:
         with suppress(OSError):
-            for line in (self.logs / "passed_over.jsonl").read_text(encoding="utf-8").splitlines():
+            for line in (self.logs / "passed_over.jsonl").read_bytes().splitlines():
                 with suppress(ValueError):
                     yield json.loads(line)
 

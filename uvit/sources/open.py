@@ -179,7 +179,7 @@ def _detect(
         bases: list[tuple[Path, str | None]] = [(base, f"{base.name}/") for base in inner if base.is_dir()]
         # With --image_folder, the images lie elsewhere.
         columns = None if has_image_folder else (image_column, caption_column)
-        return _detect_folder(name, path, [*bases, (path, None)], columns)
+        return _detect_folder(name, path, split, [*bases, (path, None)], columns)
     if not path.is_file():
         raise UserError(f"--source {name}: no such file or folder; give {SOURCE_KINDS}")
     suffix = suffix_of(path.name)
@@ -199,6 +199,7 @@ def _detect(
 def _detect_folder(
     name: str,
     path: Path,
+    split: str,
     bases: list[tuple[Path, str | None]],
     columns: tuple[str | None, str | None] | None,
 ) -> _Input:
@@ -254,6 +255,9 @@ def _detect_folder(
         return _Input(name, "dataset", (str(path),), splits="its own")
     if compressed := [listing.folder / file for listing, _ in listings for file in listing.files if tars.is_tar(file)]:
         return _Input(name, "tars", (str(compressed[0]),))
+    others = [each for each in huggingface.SPLITS if (path / each).is_dir()]
+    if others and len(bases) == 1:
+        raise UserError(f"--split {split}: {name} has no folder of this name; it has {', '.join(others)}")
     inside = sorted(entry.name for entry in path.iterdir())
     coco = [listing.folder / file for listing, _ in listings for file in listing.top("json")]
     hint = f"; if {coco[0].name} holds COCO captions, give --source {coco[0]} --image_folder {path}" if coco else ""

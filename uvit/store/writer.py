@@ -19,7 +19,7 @@ import numpy as np
 
 from uvit.conventions import LatentSpace, PerChannel
 from uvit.errors import UserError, differences
-from uvit.io import write_bytes, write_json, write_json_once
+from uvit.io import read_json, write_bytes, write_json, write_json_once
 from uvit.store.manifest import LATENTS_VERSION, STORE_FORMAT, VERSION, with_image_settings
 from uvit.store.shard import ArrayInfo, ShardWriter, committed_row, file_records, read_record, record_name
 
@@ -108,7 +108,11 @@ class StoreWriter:
 
     @property
     def complete(self) -> bool:
-        return (self.folder / "manifest.json").is_file()
+        """Whether there is a manifest. One that cannot be read is written again."""
+        try:
+            return isinstance(read_json(self.folder / "manifest.json"), dict)
+        except (OSError, ValueError):
+            return False
 
     @property
     def num_source_pairs(self) -> int | None:

@@ -327,6 +327,11 @@ def write_result(run: VaeRun) -> None:
         vae: Any = run.ema.model
         others = load_some_images(run.source, run.rows[:MAX_MEASURED], config.resolution)
         measured = measure_vae(vae, run.held_out, others)
+        if not math.isfinite(measured["psnr"]) or not math.isfinite(measured["latent_scale"]):
+            raise UserError(
+                f"--learning_rate {config.learning_rate}: the VAE of step {run.step} gives NaN or Inf, so it is not "
+                "written; train again with a lower rate, into another --output_dir"
+            )
         save_reconstructions(vae, run.held_out, output_dir / "previews" / "last.png")
         vae.register_to_config(scaling_factor=measured["latent_scale"])
         facts = {

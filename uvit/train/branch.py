@@ -17,8 +17,8 @@ from uvit.checkpoint.folder import BEST, Checkpoint, checkpoint_folders, read_be
 from uvit.distributed.mesh import World
 from uvit.distributed.ops import all_gather, on_main
 from uvit.errors import UserError
-from uvit.export.convert import training_facts
 from uvit.io import link_or_copy, move_path
+from uvit.sample.load import training_facts
 from uvit.train.metrics import logs_folder
 from uvit.train.setup import Run
 

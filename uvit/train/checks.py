@@ -10,8 +10,8 @@ import torch
 from uvit.config.train import TrainConfig
 from uvit.conventions import LatentSpace
 from uvit.errors import UserError, differences
-from uvit.export.convert import training_facts
 from uvit.model import UViTT2IModel
+from uvit.sample.load import training_facts
 from uvit.store.reader import FeatureStore
 from uvit.store.types import Features
 from uvit.weights.compatibility import check_components

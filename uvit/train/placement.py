@@ -62,7 +62,7 @@ def choose_memory(run: Run) -> tuple[str | None, str | None]:
 def available_bytes() -> int:
     """Of the main memory: what programs can still use, where the system tells, or else all of it."""
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").split("\n")
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

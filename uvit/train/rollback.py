@@ -106,9 +106,9 @@ def truncate_skipped_samples(run: Run) -> None:
     path = skipped_samples_file(run)
     if not path.exists():
         return
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
     kept = [line for line in lines if is_skipped(json.loads(line)["sample"], run.guards.skipped_samples)]
-    write_bytes(path, "".join(kept).encode())
+    write_bytes(path, b"".join(kept))
 
 
 def is_skipped(counter: int, skipped_samples: list[SampleRange]) -> bool:

@@ -360,7 +360,7 @@ def build_text_encoder(
         hidden_size=width,
         intermediate_size=4 * width,
         num_hidden_layers=config.text_encoder_layers,
-        num_attention_heads=max(1, width // 64),
+        num_attention_heads=next(n for n in range(max(1, width // 64), 0, -1) if width % n == 0),
         max_position_embeddings=unet.config.num_text_tokens,
         projection_dim=width,
         bos_token_id=tokenizer.bos_token_id,

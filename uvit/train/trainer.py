@@ -20,9 +20,10 @@ from uvit.distributed.mesh import START_TIMEOUT, Degrees, World, init_distribute
 from uvit.distributed.mesh import destroy_distributed as shutdown
 from uvit.distributed.ops import LateFlag, any_of, barrier, on_main
 from uvit.errors import UserError
-from uvit.export.convert import USUAL_ENCODERS, convert_command, export_checkpoint, missing_encoders, training_facts
+from uvit.export.convert import USUAL_ENCODERS, convert_command, export_checkpoint, missing_encoders
 from uvit.io import to_yaml, write_yaml
 from uvit.lock import LOCK, WriterLock
+from uvit.sample.load import training_facts
 from uvit.store.npy_layout import NpyFeatures
 from uvit.train.best import Tracked, new_best, settle_best, tracked_score
 from uvit.train.checkpointing import Checkpointer, resume

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uvit.config.model import CLASS_KEY, MODERN, kinds_of, model_config_names, resolve_model_config
+from uvit.config.model import CLASS_KEY, FLAG, MODERN, kinds_of, model_config_names, resolve_model_config
 from uvit.errors import UserError, differences
 from uvit.model import UViTT2IModel
 from uvit.modern_model import ModernUViTT2IModel
@@ -29,9 +29,12 @@ def unet_class(config: Mapping[str, Any]) -> type[UViTT2IModel]:
 
 
 def new_unet(config: Mapping[str, Any], **conventions: Any) -> UViTT2IModel:
-    """A U-ViT with new weights. `config`: as of `resolve_model_config`. Raises ValueError as the class does."""
+    """A U-ViT with new weights. `config`: as of `resolve_model_config`. Raises UserError if its sizes do not fit."""
     arguments = {key: value for key, value in config.items() if key != CLASS_KEY}
-    return unet_class(config)(**arguments, **conventions)
+    try:
+        return unet_class(config)(**arguments, **conventions)
+    except ValueError as error:
+        raise UserError(f"{FLAG}: {error}") from None
 
 
 def model_config(unet: Any) -> dict[str, Any]:
@@ -93,6 +96,8 @@ def unet_config(
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(f"{path}: is not complete, {error} is missing from the U-ViT; get it again") from None
     said = {key: config[key] for key in found if key in config}
+    if isinstance(said.get("num_layers"), int):
+        said["num_layers"] = said["num_layers"] // 2 * 2  # as many as the model builds, besides the middle one
     if wrong := differences(said, {key: found[key] for key in said}, ("the config says", "the file has")):
         raise UserError(f"{path}: does not fit its config; pass its own as --uvit_config_file", list(wrong.values()))
     shipped = [c for c in map(resolve_model_config, model_config_names()) if unet_class(c) is unet_class(found)]
