@@ -20,6 +20,7 @@ from uvit.progress import Progress
 from uvit.sample.files import SHEET
 from uvit.sources.combine import SplitSource
 from uvit.sources.decode import decode_image
+from uvit.sources.huggingface import SPLITS
 from uvit.sources.names import is_image, list_files, say_not_read, suffix_of
 from uvit.sources.open import METADATA, open_source, require_random_access
 from uvit.sources.types import PairError, Problem, RandomAccessSource
@@ -89,9 +90,12 @@ def open_images(config: EvaluateConfig, name: str, flag: str, resolution: int | 
     try:
         source = open_source(name, config.split or "train", config.image_folder, resolution or 256)
     except UserError as error:
-        lists = [folder / name for folder in (path, path / "train") for name in METADATA]
-        names_images = config.split is not None or any(file.exists() for file in lists)  # then the mistake is there
-        if not names_images and path.is_dir() and (files := _image_files(path)):  # images alone
+        splits = [path / name for name in SPLITS] if config.split is not None else []
+        lists = [folder / name for folder in (path, path / (config.split or "train")) for name in METADATA]
+        is_mistake = any(
+            each.exists() for each in (*splits, *lists)
+        )  # in the split or the list, which say what to take
+        if not is_mistake and path.is_dir() and (files := _image_files(path)):  # images alone
             return FolderImages(path, files, preparation)
         raise UserError(str(error).replace("--source", f"--{flag}")) from None
     return SourceImages(
