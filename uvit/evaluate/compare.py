@@ -61,9 +61,9 @@ def read_report(path: Path) -> dict[str, Any]:
         report = json.loads(path.read_text(encoding="utf-8"))
         if report["format"] != REPORT_FORMAT or not report["results"]:
             raise ValueError("it is another file")
-        for result in report["results"]:
-            assert result["scores"] and result["images"][0]
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AssertionError) as error:
+        if not all(result["scores"] and result["images"] for result in report["results"]):
+            raise ValueError("it has a result without scores or images")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is not the report.json of an evaluation ({error}); give its --output_dir") from None
     assert isinstance(report, dict)
     return report
