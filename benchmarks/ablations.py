@@ -305,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--base", default="base", help="the arm that others are compared with in the ledger")
     parser.add_argument("--table", type=Path, default=TABLE, help="another ablations.yaml")
     parser.add_argument("--output_dir", type=Path, default=Path("output/ablations"))
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     table = read_table(options.table)
     if options.data not in table["data"]:
         parser.error(f"{options.data}: the data sets are {', '.join(table['data'])}")

@@ -73,7 +73,7 @@ def test_a_tiny_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     table.write_text(yaml.safe_dump({"data": {"tiny": data}, "arms": arms}))
     common = ["--features", str(features), "--table", str(table), "--seconds", "0.1", "--output_dir", str(tmp_path)]
     main(["tiny", "base", *common, "--seeds", "1", "2"])
-    main(["tiny", "v", *common, "--seeds", "1"])
+    main(["tiny", "--base", "base", "v", *common, "--seeds", "1"])
     out = tmp_path / "tiny-0.1s"
     rows = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
     found = [(row["arm"], row["seed"], row["setting"]) for row in rows]
