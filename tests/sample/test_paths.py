@@ -202,6 +202,13 @@ def test_a_solver_that_cannot_is_named_with_those_that_can(path: DiffusionPath, 
         build_scheduler(name, path=path)
 
 
+@pytest.mark.parametrize("name", ["unipc", "ddim", "ddpm"])
+def test_steps_that_a_solver_cannot_space_are_named(name: str) -> None:
+    set_timesteps(build_scheduler(name, path="vp_zero_snr"), 60)
+    with pytest.raises(UserError, match=r"--num_inference_steps 61: .* choose a number that divides 1000"):
+        set_timesteps(build_scheduler(name, path="vp_zero_snr"), 61)
+
+
 @pytest.mark.parametrize(
     ("path", "scheduler", "message"),
     [

@@ -163,11 +163,6 @@ def exact_timesteps(scheduler: Any, path: DiffusionPath = "vp") -> Tensor:
         exact = timesteps.is_floating_point()
         found = timesteps.float() if exact else NUM_TIMESTEPS * scheduler.sigmas[: len(timesteps)].float().cpu()
         return found.clamp(max=NUM_TIMESTEPS)  # by rounding, some shifts begin at 1000.0001
-    if timesteps.min() < 0:  # rounding in diffusers' "trailing" grid: 61 steps, 103, ...
-        raise UserError(
-            f"--num_inference_steps {scheduler.num_inference_steps}: {type(scheduler).__name__} cannot space so "
-            "many steps evenly; choose a number that divides 1000"
-        )
     result = from_scheduler_timestep(timesteps, path).double()
     if not timesteps.is_floating_point() and hasattr(scheduler, "sigmas"):
         exact = timestep_of_log_snr(-2 * scheduler.sigmas[: len(timesteps)].double().cpu().log(), path)

@@ -158,12 +158,17 @@ def steps_shift(scheduler: Any) -> float:
 
 
 def set_timesteps(scheduler: Any, num_inference_steps: int, device: Any = None) -> None:
-    """Set the steps of a scheduler: from pure noise to x_0."""
+    """Set the steps of a scheduler: from pure noise to x_0. Raises UserError if it cannot make so many."""
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):  # as its pipelines do; its own grid wastes a step
         even = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
         scheduler.set_timesteps(sigmas=even.tolist(), device=device)
     else:
         scheduler.set_timesteps(num_inference_steps, device=device)
+    if scheduler.timesteps.min() < 0:  # rounding in diffusers' "trailing" grid: 61 steps, 103, ...
+        raise UserError(
+            f"--num_inference_steps {num_inference_steps}: {type(scheduler).__name__} cannot space so many steps "
+            "evenly; choose a number that divides 1000"
+        )
 
 
 def scale_input(scheduler: Any, latents: Tensor, t: Any) -> Tensor:
