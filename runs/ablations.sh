@@ -63,9 +63,5 @@ if [ ! -e "$features/complete" ]; then
     touch "$features/complete"
 fi
 
-# The demo is trained in float32, and so are its arms.
-if [ "$data" != shapes ]; then
-    set -- "$@" --train="${precision[*]}"
-fi
-exec python "$here/benchmarks/ablations.py" "$@" --features "$features" --seconds "${SECONDS_EACH:-1260}" \
-    --output_dir "$out"
+exec python "$here/benchmarks/ablations.py" "$@" --train="${precision[*]}" --features "$features" \
+    --seconds "${SECONDS_EACH:-1260}" --output_dir "$out"
