@@ -16,9 +16,10 @@ uvit extract --source shapes --split train --resolution 32 --vae_name_or_path sh
     --text tokens --model_max_length 18 --output_dir "$out/features"
 
 # 2. Train: a U-ViT and its text encoder, both from scratch. The settings are in uvit/presets/train/shapes.yaml.
-#    They compute in bfloat16 where the CPU has instructions for it. Elsewhere that is many times slower than float32.
-if grep -qE 'amx_bf16|avx512_bf16' /proc/cpuinfo 2>/dev/null; then precision=--bf16; else precision=; fi
-uvit train --config shapes $precision --feature_path "$out/features" --output_dir "$out/run"
+#    Training computes in bfloat16 where the CPU has instructions for it. Elsewhere that is many times slower than float32.
+settings=(--config shapes)
+if grep -qE 'amx_bf16|avx512_bf16' /proc/cpuinfo 2>/dev/null; then settings+=(--bf16); fi
+uvit train "${settings[@]}" --feature_path "$out/features" --output_dir "$out/run"
 
 # 3. Sample: generate images from prompts. None of these combinations was trained on.
 uvit sample "a large orange circle at the bottom left on a black background" \
