@@ -16,7 +16,7 @@ uvit extract --source shapes --split train --resolution 32 --vae_name_or_path sh
     --text tokens --model_max_length 18 --output_dir "$out/features"
 
 # 2. Train: a U-ViT and its text encoder, both from scratch. The settings are in uvit/presets/train/shapes.yaml.
-#    Training computes in bfloat16 where the CPU has instructions for it. Elsewhere that is many times slower than float32.
+#    Training computes in bfloat16 where the CPU has instructions for it. Elsewhere float32 is many times as fast.
 settings=(--config shapes)
 if grep -qE 'amx_bf16|avx512_bf16' /proc/cpuinfo 2>/dev/null; then settings+=(--bf16); fi
 uvit train "${settings[@]}" --feature_path "$out/features" --output_dir "$out/run"
