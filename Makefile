@@ -15,7 +15,7 @@ help:  ## Show the targets
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: .venv/.ready  ## Train on built-in images of shapes, and generate some (about 2 minutes on two CPU cores)
+demo: .venv/.ready  ## Train on built-in images of shapes, and generate some (2 to 4 minutes on two CPU cores)
 	@$(BIN)/uvit demo
 
 test: lint  ## Everything that CI runs: lint, types, tests

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From captioned images to generated ones in four commands, on built-in data: about 2 minutes on two CPU cores.
+# From captioned images to generated ones in four commands, on built-in data: 2 to 4 minutes on two CPU cores.
 #
 #   bash runs/demo.sh
 #   bash runs/demo.sh --fast   the same in under a minute, too short to learn anything

@@ -40,7 +40,7 @@ class Command:
 COMMANDS = {
     "demo": Command(
         "Begin",
-        "all steps on built-in images of shapes, in about 2 minutes",
+        "all steps on built-in images of shapes, in 2 to 4 minutes",
         "uvit.config.demo:DemoConfig",
         "uvit.cli.demo:demo",
     ),

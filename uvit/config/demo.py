@@ -7,7 +7,7 @@ from uvit.config.paths import PathFlag, expand_paths
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Train a model on built-in images of shapes, and generate images with it: four commands in about 2 minutes on two
+    """Train a model on built-in images of shapes, and generate images with it: four commands in 2 to 4 minutes on two
     CPU cores.
 
     Each command is printed before it runs. Stop the demo at any time. Run it again to resume.
