@@ -16,7 +16,7 @@ def test_the_defaults_are_the_published_ones() -> None:
     found = config()
     assert (found.per_device_train_batch_size, found.gradient_accumulation_steps) == (32, 1)
     assert (found.learning_rate, found.weight_decay, found.adam_epsilon) == (2e-4, 0.03, 1e-8)
-    assert (found.adam_beta1, found.adam_beta2, found.ema_decay) == (0.9, 0.9, 0.9999)
+    assert (found.adam_beta1, found.adam_beta2) == (0.9, 0.9)
     assert (found.max_steps, found.warmup_steps, found.lr_scheduler_type) == (
         1_000_000,
         5000,

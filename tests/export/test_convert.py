@@ -17,6 +17,7 @@ from tests.sample.parts import tiny_pipeline_folder
 from tests.tiny import tiny_text_encoder_folder, tiny_vae_folder
 from tests.train.conftest import *  # noqa: F403 - the tiny store and runs
 from uvit import UViTPipeline
+from uvit.checkpoint.folder import training_facts
 from uvit.cli.main import main
 from uvit.config.convert import ConvertConfig
 from uvit.config.model import SAMPLING_KEYS
@@ -24,7 +25,6 @@ from uvit.errors import UserError
 from uvit.export.convert import convert, write_folder
 from uvit.model import UViTT2IModel
 from uvit.sample.fit import FITTED_FILE, read_plans, store_plan
-from uvit.sample.load import training_facts
 from uvit.sample.schedulers import karras_grid, second_order
 from uvit.train.trainer import train
 from uvit.weights.components import read_components

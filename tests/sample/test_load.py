@@ -8,9 +8,10 @@ from diffusers.utils import logging
 
 from tests.sample.parts import tiny_pipeline_folder
 from tests.tiny import save_checkpoint, tiny_text_encoder_folder
+from uvit.checkpoint.folder import newer_checkpoint
 from uvit.device import slow_precision
 from uvit.errors import UserError
-from uvit.sample.load import find_pipeline, newer_checkpoint, open_pipeline
+from uvit.sample.load import find_pipeline, open_pipeline
 from uvit.weights.encoders import load_transformers_encoder
 
 

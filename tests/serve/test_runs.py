@@ -1,12 +1,15 @@
 """A training run, as the page sees it."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from tests.serve.conftest import OLD
+from uvit.checkpoint.folder import checkpoint_folders, step_of, training_facts
 from uvit.lock import LOCK, WriterLock
 from uvit.serve.models import ServedModel
 from uvit.serve.requests import RequestError
@@ -43,6 +46,17 @@ def test_a_long_log_is_thinned_and_keeps_what_is_rare(tmp_path: Path) -> None:
     assert MAX_ROWS / 4 < len(rows) <= MAX_ROWS + 1
     steps = [row["step"] for row in rows]
     assert steps == sorted(set(steps)) and steps[-1] == 10_003 and 5000 in steps
+
+
+def test_a_run_that_has_trained_on_serves_its_latest_checkpoint(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(OLD / "run", run)
+    (finished,) = (folder for folder in checkpoint_folders(run) if step_of(folder) == 4)
+    assert training_facts(run / "pipeline")["step"] == 4
+    assert ServedModel("run", run).ref().path == str(run / "pipeline")
+    finished.rename(run / "checkpoint-6")
+    assert ServedModel("run", run).ref().id == "run@checkpoint-6"
+    assert ServedModel("run", run / "pipeline").ref().path == str(run / "pipeline")  # as it was asked for
 
 
 def test_the_routes(run_folder: Path, tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ from PIL import Image
 from tests.train.test_trainer import lines, same
 from uvit.checkpoint.folder import checkpoint_folders, read_checkpoint
 from uvit.config.extract import ExtractConfig
+from uvit.config.train import TrainConfig
 from uvit.extract.extract import extract
 from uvit.train.loader import BatchDataset
+from uvit.train.setup import build_run
 from uvit.train.trainer import train
 
 DATA = 10  # samples, at first
@@ -268,6 +270,23 @@ def test_what_a_schedule_cannot_do_is_said_in_a_dry_run(
     assert len(found) == len(expected), found
     for text in expected:
         assert any(re.search(text, line) for line in found), (text, found)
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [
+        ({"max_steps": TrainConfig.max_steps}, 10_000),  # the published decay, 0.9999, for the published million
+        ({"max_steps": 200_000}, 10_000),
+        ({"max_steps": 1000}, 50),
+        ({"max_steps": 7}, 1),  # the weights themselves
+        ({"num_train_epochs": 5}, 40.5),  # 810 steps
+        ({"num_train_epochs": 5, "per_device_train_batch_size": 8}, 20.25),
+        ({"max_steps": 1000, "ema_decay": 0.99}, 100),
+    ],
+)
+def test_the_average_is_as_long_as_the_run_allows(flags: dict[str, Any], steps: float, tiny_config: Any) -> None:
+    run = build_run(tiny_config(**({"ema_decay": None} | flags)), Path("unused"))
+    assert 1 / (1 - run.ema.decay) == pytest.approx(steps)
 
 
 def test_it_is_said_before_the_first_step_too(tiny_config: Any, capsys: pytest.CaptureFixture[str]) -> None:

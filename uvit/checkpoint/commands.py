@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from uvit.checkpoint.folder import RECORD, checkpoint_folders, read_best, read_checkpoint
+from uvit.checkpoint.folder import RECORD, checkpoint_folders, read_best, read_checkpoint, step_of
 from uvit.config.checkpoints import CheckpointsListConfig, CheckpointsVerifyConfig
 from uvit.errors import UserError
 from uvit.io import format_bytes
@@ -151,11 +151,6 @@ def find_checkpoints(path: str) -> list[Path]:
         return [folder]
     problem = "has no checkpoints" if folder.is_dir() else "there is no such folder"
     raise UserError(f"--path {path}: {problem}; give the --output_dir of `uvit train` or `uvit autoencoder`")
-
-
-def step_of(folder: Path) -> int | None:
-    digits = "".join(filter(str.isdigit, folder.name))
-    return int(digits) if digits else None
 
 
 def size_of(folder: Path) -> int:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from uvit.checkpoint.tensors import LocalSlices
 
 RECORD = "uvit.json"
+TRAINING_FILE = "training.json"  # in a pipeline folder: the training run that it comes from
 BEST = "best.json"  # in a run's folder: the checkpoint with the best value of --keep_best
 CHECKPOINT_FORMAT = 2
 MAX_HASHING = 4  # files read at a time
@@ -246,6 +247,27 @@ def checkpoint_folders(output_dir: Path) -> list[Path]:
     for path in output_dir.glob("checkpoint-*"):
         found[path.name[len("checkpoint-") :]] = path
     return [found[step] for step in sorted((s for s in found if s.isdigit() and found[s].is_dir()), key=int)]
+
+
+def step_of(folder: Path) -> int | None:
+    digits = "".join(filter(str.isdigit, folder.name))
+    return int(digits) if digits else None
+
+
+def training_facts(pipeline: Path) -> dict[str, Any]:
+    """What a pipeline folder records of its training run; empty if it records nothing."""
+    try:
+        facts = json.loads((pipeline / TRAINING_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def newer_checkpoint(pipeline: Path) -> Path | None:
+    """The latest checkpoint of a run, if the run's pipeline (`RUN/pipeline`) is of an earlier step."""
+    found = checkpoint_folders(pipeline.parent) if pipeline.name == "pipeline" else []
+    step = training_facts(pipeline).get("step")
+    return found[-1] if found and isinstance(step, int) and (step_of(found[-1]) or 0) > step else None
 
 
 def read_best(output_dir: Path) -> dict[str, Any] | None:

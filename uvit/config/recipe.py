@@ -79,8 +79,9 @@ class RecipeConfig:
     """Standard deviation of its initial position embeddings. Narrow models in short runs learn faster with 0.5."""
     use_ema: bool = True
     """Keep an exponential moving average (EMA) of the weights, for validation, previews and the pipeline."""
-    ema_decay: Fraction = 0.9999
-    """Decay of the EMA weights per optimizer step."""
+    ema_decay: Fraction | None = None
+    """Decay of the EMA weights per optimizer step. Default: averages over 5% of the run's steps, but at most 10,000
+    (0.9999)."""
     ema_lengths: tuple[EmaLength, ...] = ()
     """Instead of --ema_decay, average the steps so far with a weight that is a power of the step: these are the lengths
     of the averages, as fractions of the run, such as 0.05 0.1 (EDM2). The first is that of the EMA weights. Snapshots

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from uvit import __version__
-from uvit.checkpoint.folder import RECORD, checkpoint_folders, read_checkpoint
+from uvit.checkpoint.folder import RECORD, checkpoint_folders, newer_checkpoint, read_checkpoint, training_facts
 from uvit.config.evaluate import Scheduler
 from uvit.device import pick_device
 from uvit.errors import UserError
@@ -24,7 +24,7 @@ from uvit.progress import Progress
 from uvit.sample.command import sample_batch
 from uvit.sample.files import is_generated, numbered, read_image, save_image
 from uvit.sample.jobs import ImageJob
-from uvit.sample.load import named_scheduler, newer_checkpoint, open_pipeline, training_facts
+from uvit.sample.load import named_scheduler, open_pipeline
 from uvit.sample.pipeline import UViTPipeline
 from uvit.weights.detect import INDEX
 from uvit.weights.encoders import are_truncated, fingerprint, quiet

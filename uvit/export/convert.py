@@ -12,7 +12,14 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from uvit.checkpoint.folder import RECORD, check_command, checkpoint_folders, read_checkpoint
+from uvit.checkpoint.folder import (
+    RECORD,
+    TRAINING_FILE,
+    check_command,
+    checkpoint_folders,
+    read_checkpoint,
+    training_facts,
+)
 from uvit.config.convert import ENCODERS, ConvertConfig
 from uvit.config.paths import expand_path
 from uvit.conventions import Conventions
@@ -25,7 +32,6 @@ from uvit.export.standalone import write_code
 from uvit.io import back_up, write_folder_atomically, write_json
 from uvit.modern_model import ModernUViTT2IModel
 from uvit.sample.fit import FITTED_FILE
-from uvit.sample.load import TRAINING_FILE, training_facts
 from uvit.sample.pipeline import UViTPipeline
 from uvit.sample.schedulers import build_scheduler, scheduler_from_config
 from uvit.weights.compatibility import check_components

@@ -1,6 +1,5 @@
 """Finds the pipeline folder that `--pipeline` names, and opens it on its device."""
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -9,8 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from uvit.checkpoint.commands import step_of
-from uvit.checkpoint.folder import RECORD, checkpoint_folders
+from uvit.checkpoint.folder import RECORD, checkpoint_folders, newer_checkpoint, step_of
 from uvit.device import pick_device, slow_precision
 from uvit.errors import UserError
 from uvit.progress import write
@@ -20,8 +18,6 @@ from uvit.sample.schedulers import DEFAULT_SCHEDULER, MultistepScheduler, build_
 from uvit.weights.clip_text import read_clip_text
 from uvit.weights.detect import INDEX
 from uvit.weights.encoders import quiet
-
-TRAINING_FILE = "training.json"  # in a pipeline folder: the training run that it comes from
 
 
 def find_pipeline(path: str, flag: str = "pipeline") -> Path:
@@ -54,22 +50,6 @@ def find_pipeline(path: str, flag: str = "pipeline") -> Path:
         f"{where} has no {INDEX}, so it is not a pipeline folder; give OUTPUT_DIR/pipeline of a finished training "
         f"run, or make a pipeline from weights: {command(path)}"
     )
-
-
-def training_facts(folder: Path) -> dict[str, Any]:
-    """What a pipeline folder records of its training run; empty if it records nothing."""
-    try:
-        facts = json.loads((folder / TRAINING_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
-
-
-def newer_checkpoint(pipeline: Path) -> Path | None:
-    """The latest checkpoint of a run, if the run's pipeline (`RUN/pipeline`) is of an earlier step."""
-    found = checkpoint_folders(pipeline.parent) if pipeline.name == "pipeline" else []
-    step = training_facts(pipeline).get("step")
-    return found[-1] if found and isinstance(step, int) and (step_of(found[-1]) or 0) > step else None
 
 
 def open_pipeline(

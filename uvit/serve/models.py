@@ -7,8 +7,7 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from uvit.checkpoint.commands import step_of
-from uvit.checkpoint.folder import RECORD, checkpoint_folders
+from uvit.checkpoint.folder import RECORD, checkpoint_folders, newer_checkpoint, step_of
 from uvit.config.serve import ServeConfig
 from uvit.errors import UserError
 from uvit.serve.requests import ModelRef, RequestError
@@ -41,9 +40,13 @@ class ServedModel:
         return [step for folder in checkpoint_folders(self.folder) if (step := step_of(folder)) is not None]
 
     def ref(self) -> ModelRef:
-        """The pipeline, or for a run that has none yet, its latest checkpoint. Raises RequestError if there is none."""
+        """The pipeline, or of a run that has none or has trained on, the latest checkpoint.
+
+        Raises RequestError if there is neither.
+        """
         for folder in self.pipelines():
-            if (folder / PIPELINE_INDEX).is_file():
+            has_trained_on = folder != self.folder and newer_checkpoint(folder)
+            if (folder / PIPELINE_INDEX).is_file() and not has_trained_on:
                 return make_ref(self.name, folder, False)
         if found := checkpoint_folders(self.folder):
             return make_ref(f"{self.name}@{found[-1].name}", found[-1], True)

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uvit.checkpoint.averages import SNAPSHOTS
-from uvit.checkpoint.folder import BEST, Checkpoint, checkpoint_folders, read_best, read_checkpoint
+from uvit.checkpoint.folder import BEST, Checkpoint, checkpoint_folders, read_best, read_checkpoint, training_facts
 from uvit.distributed.mesh import World
 from uvit.distributed.ops import all_gather, on_main
 from uvit.errors import UserError
 from uvit.io import link_or_copy, move_path
-from uvit.sample.load import training_facts
 from uvit.train.metrics import logs_folder
 from uvit.train.setup import Run
 

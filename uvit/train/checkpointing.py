@@ -118,7 +118,7 @@ class Checkpointer:
         if weights_changed and not ema_changed:
             raise UserError(
                 f"{self._not_written()}: the weights have changed, but not a single bit of the EMA weights has; "
-                f"{self._last()}. Is --ema_decay {self.run.config.ema_decay} too close to 1?"
+                f"{self._last()}. Is --ema_decay {self.run.ema.decay:g} too close to 1?"
             )
 
     def _checksums(self) -> tuple[int, int]:

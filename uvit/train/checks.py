@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from uvit.checkpoint.folder import training_facts
 from uvit.config.train import TrainConfig
 from uvit.conventions import LatentSpace
 from uvit.errors import UserError, differences
 from uvit.model import UViTT2IModel
-from uvit.sample.load import training_facts
 from uvit.store.reader import FeatureStore
 from uvit.store.types import Features
 from uvit.weights.compatibility import check_components

@@ -67,10 +67,18 @@ def describe_plan(config: TrainConfig) -> str:
         f"data         {features.num_samples:,} samples, {steps_per_epoch:,.1f} steps per epoch",
         *validation_line(run),
         f"run          {run.max_steps:,} steps, {run.max_steps / steps_per_epoch:,.1f} epochs, "
-        f"{step_flops * run.max_steps:.2e} FLOP",
+        f"{step_flops * run.max_steps:.2e} FLOP{describe_ema(run)}",
         *(f"warning: {sentence}" for sentence in run_warnings(run)),
     ]
     return "\n".join(lines)
+
+
+def describe_ema(run: Run) -> str:
+    if not run.ema:
+        return ""
+    if run.ema.lengths:
+        return f", EMA weights over {', '.join(f'{length:g}' for length in run.ema.lengths)} of the run"
+    return f", EMA weights over {1 / (1 - run.ema.decay):,.0f} steps"
 
 
 def build_meta_run(config: TrainConfig) -> Run:

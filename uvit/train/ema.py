@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from uvit.checkpoint.averages import Snapshot, decay_of, write_snapshot
 from uvit.checkpoint.layout import to_checkpoint_layout
+from uvit.config.train import TrainConfig
 from uvit.distributed.mesh import World
 from uvit.distributed.ops import is_known, local_tensor, on_main, whole_tensor
+
+EMA_SHARE = 0.05  # of the run's steps, which the EMA weights average over
 
 
 class EMA:
@@ -74,6 +77,17 @@ class EMA:
                 if world.is_main:
                     tensors[name] = whole.to("cpu", copy=True).contiguous()
             on_main(lambda length=length, found=tensors: write_snapshot(run, Snapshot(step, length), found), world)  # type: ignore[misc]
+
+
+def ema_decay(config: TrainConfig, num_steps: int) -> float:
+    """The decay of the EMA weights in a run of so many steps: --ema_decay, or its default.
+
+    The average is over 1 / (1 - decay) steps. A twentieth of the run is as good as the best on the built-in shapes
+    (docs/ablations.md). 0.9999 is the published decay, for a million steps.
+    """
+    if config.ema_decay is not None:
+        return config.ema_decay
+    return min(0.9999, max(0.0, 1 - 1 / (EMA_SHARE * num_steps)))
 
 
 def local_parameters(model: nn.Module) -> list[Tensor]:

@@ -90,7 +90,7 @@ def run_warnings(run: Run) -> list[str]:
         )
     sentences += small_data(run.features.num_samples, run.samples_per_step)
     if run.ema:
-        sentences += [] if config.ema_lengths else slow_ema(config.ema_decay, num_steps)
+        sentences += [] if config.ema_lengths else slow_ema(run.ema.decay, num_steps)
     sentences += slow_precision("--bf16" if config.bf16 else "--fp16", run.device, run.precision.dtype)
     profiled, left = config.profiled_steps(), num_steps - run.step
     if profiled and profiled[1] >= left:

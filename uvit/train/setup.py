@@ -36,7 +36,7 @@ from uvit.train.checks import (
     fingerprints,
 )
 from uvit.train.clock import Clock
-from uvit.train.ema import EMA
+from uvit.train.ema import EMA, ema_decay
 from uvit.train.epochs import samples_of_epochs
 from uvit.train.guards import Guards, count_steps
 from uvit.train.loader import BatchDataset
@@ -169,7 +169,8 @@ def build_run(config: TrainConfig, output_dir: Path, world: World | None = None)
         with init_device(device):
             master_model["projector"] = build_projector(config, unet, features)
     master_model.to(device).train()
-    ema = EMA(master_model, config.ema_decay, config.ema_update_steps, config.ema_lengths) if config.use_ema else None
+    decay = ema_decay(config, config.max_steps)
+    ema = EMA(master_model, decay, config.ema_update_steps, config.ema_lengths) if config.use_ema else None
     precision = Precision(config, master_model, device)
     parallelize_models(config, world, master_model, precision.compute_model, ema.models if ema else [])
     optimizer = build_optimizer(master_model, config, world)
@@ -180,11 +181,7 @@ def build_run(config: TrainConfig, output_dir: Path, world: World | None = None)
         features=features,
         validation=validation,
         batches=BatchDataset(
-            features,
-            config.per_device_train_batch_size,
-            config.seed,
-            use_tokens=use_tokens,
-            config=config,
+            features, config.per_device_train_batch_size, config.seed, use_tokens=use_tokens, config=config
         ),
         master_model=master_model,
         optimizer=optimizer,
@@ -210,13 +207,16 @@ def build_run(config: TrainConfig, output_dir: Path, world: World | None = None)
 def plan_steps(run: Run) -> None:
     """Set the last step: --max_steps, or that after which --num_train_epochs passes over the data are complete.
 
-    What is left of the epochs follows from the sample counter. So it does not matter which batches there were before.
+    The default of --ema_decay follows from it. What is left of the epochs follows from the sample counter. So it does
+    not matter which batches there were before.
     """
     config = run.config
     if config.num_train_epochs:
         end = samples_of_epochs(run.batches.epochs, config.num_train_epochs)
         left = count_steps(run.samples, end, run.samples_per_step, run.guards.skipped_samples)
         run.max_steps, run.schedule_steps = run.step + left, -(-end // run.samples_per_step)
+    if run.ema:
+        run.ema.decay = ema_decay(config, run.schedule_steps)
 
 
 def encoder_sources(config: TrainConfig, features: Features) -> dict[str, str | None]:

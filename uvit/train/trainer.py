@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from uvit.checkpoint.folder import read_checkpoint
+from uvit.checkpoint.folder import read_checkpoint, training_facts
 from uvit.config.train import TrainConfig
 from uvit.device import use_tf32
 from uvit.distributed.mesh import START_TIMEOUT, Degrees, World, init_distributed, set_step_timeout, set_timeout
@@ -23,7 +23,6 @@ from uvit.errors import UserError
 from uvit.export.convert import USUAL_ENCODERS, convert_command, export_checkpoint, missing_encoders
 from uvit.io import to_yaml, write_yaml
 from uvit.lock import LOCK, WriterLock
-from uvit.sample.load import training_facts
 from uvit.store.npy_layout import NpyFeatures
 from uvit.train.best import Tracked, new_best, settle_best, tracked_score
 from uvit.train.checkpointing import Checkpointer, resume
