@@ -16,10 +16,10 @@ here=$(cd "$(dirname "$0")/.." && pwd)
 data=${1:?give a data set: shapes, emoji_latents or emoji_pixels}
 out=${UVIT_ABLATIONS_DIR:-$here/output/ablations}
 features=$out/features/$data
-# bfloat16 where the CPU has instructions for it, or there is a GPU; elsewhere it is many times slower than float32.
-precision=()
+# bfloat16 where the CPU has instructions for it, or there is a GPU; elsewhere float32 is many times as fast.
+precision=
 if grep -qE 'amx_bf16|avx512_bf16' /proc/cpuinfo 2>/dev/null || command -v nvidia-smi >/dev/null; then
-    precision=(--bf16)
+    precision=--bf16
 fi
 
 # Prints the tar of the images, or of one in $EVERY of them.
@@ -37,6 +37,12 @@ images() {
     echo "$folder.tar"
 }
 
+made_of="${SOURCE:-} ${EVERY:-1}"
+if [ -e "$features/complete" ] && [ -n "${SOURCE:-}" ] && [ "$(cat "$features/complete")" != "$made_of" ]; then
+    echo "SOURCE and EVERY: $features was made of $(cat "$features/complete"), not of $made_of;" \
+        "set UVIT_ABLATIONS_DIR to another folder" >&2
+    exit 2
+fi
 if [ ! -e "$features/complete" ]; then
     case $data in
         shapes)
@@ -46,8 +52,9 @@ if [ ! -e "$features/complete" ]; then
             ;;
         emoji_latents)
             source=$(images)
-            uvit autoencoder --source "$source" --resolution 64 --factor 4 --channels 32 --batch_size 8 --max_steps 2000 \
-                --kl_weight 2e-3 "${precision[@]}" --output_dir "$out/features/emoji_vae"
+            vae=(--source "$source" --resolution 64 --factor 4 --channels 32 --batch_size 8 --max_steps 2000 --kl_weight 2e-3)
+            if [ -n "$precision" ]; then vae+=(--bf16); fi
+            uvit autoencoder "${vae[@]}" --output_dir "$out/features/emoji_vae"
             of_latents=(--source "$source" --val_every 20 --resolution 64 --vae_name_or_path "$out/features/emoji_vae" \
                 --text tokens --model_max_length 24)
             uvit extract "${of_latents[@]}" --split train --output_dir "$features"
@@ -60,8 +67,8 @@ if [ ! -e "$features/complete" ]; then
             uvit extract "${of_pixels[@]}" --split val --output_dir "$features"
             ;;
     esac
-    touch "$features/complete"
+    echo "$made_of" >"$features/complete"
 fi
 
-exec python "$here/benchmarks/ablations.py" "$@" --train="${precision[*]}" --features "$features" \
+exec python "$here/benchmarks/ablations.py" "$@" --train="$precision" --features "$features" \
     --seconds "${SECONDS_EACH:-1260}" --output_dir "$out"
