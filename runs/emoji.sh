@@ -11,22 +11,16 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 source=${1:?give the images: a WebDataset .tar or a folder with metadata.jsonl}
 out=${UVIT_EMOJI_DIR:-$here/output/emoji}
-# bfloat16 where the CPU has instructions for it, or there is a GPU; elsewhere it is many times slower than float32.
-fast=()
-if grep -qE 'amx_bf16|avx512_bf16' /proc/cpuinfo 2>/dev/null || command -v nvidia-smi >/dev/null; then
-    fast=(--bf16)
-fi
-# Compiled blocks take less time a step. They need a C++ compiler.
-if command -v g++ >/dev/null; then
-    fast+=(--compile)
-fi
+# bfloat16 where the CPU has instructions for it; elsewhere float32 is many times as fast. On a GPU, training chooses itself.
+settings=(--config emoji --seed "${SEED:-1234}")
+if grep -qE 'amx_bf16|avx512_bf16' /proc/cpuinfo 2>/dev/null; then settings+=(--bf16); fi
 
 echo "== 1. Extract features: pixels of 64x64 and token ids"
 uvit extract --source "$source" --resolution 64 --latents none --text tokens --model_max_length 24 \
     --output_dir "$out/features"
 
 echo "== 2. Train the U-ViT and its text encoder"
-uvit train --config emoji "${fast[@]}" --seed "${SEED:-1234}" --feature_path "$out/features" --output_dir "$out/run"
+uvit train "${settings[@]}" --feature_path "$out/features" --output_dir "$out/run"
 
 echo "== 3. Generate"
 uvit sample "an emoji of heavy black heart" "an emoji of black sun with rays" "an emoji of france flag" \

@@ -8,7 +8,7 @@ from uvit.errors import UserError
 
 def test_presets_have_names() -> None:
     assert {"emoji", "emoji_latents", "shapes", "coco_s2", "coco_s2_modern"} < set(preset_files("train"))
-    assert {"uvit_emoji", "uvit_shapes", "uvit_t2i_small"} < set(preset_files("model"))
+    assert {"uvit_emoji", "uvit_emoji_latents", "uvit_shapes", "uvit_t2i_small"} < set(preset_files("model"))
     assert preset_files("bench") == {}
 
 
