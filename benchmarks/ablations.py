@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -68,17 +69,20 @@ def judge_of(table: dict[str, dict[str, Row]], data: str, arm: str) -> list[str]
 def settings_of(
     table: dict[str, dict[str, Row]], data: str, arm: str, features: str, out: Path, more: Sequence[str] = ()
 ) -> Row:
-    """`train`: the flags of `uvit train` for an arm; `model`: the content of OUT/model.json, if its flags name that."""
+    """`train`: the flags of `uvit train` for an arm; `config`: what they and their presets say; `model`: its content.
+
+    With changes to the model, the flags name OUT/model.json.
+    """
     shared, own = table["data"][data], table["arms"][arm]
     words = ["--feature_path", features, *shared.get("train", "").split(), *own.get("train", "").split(), *more]
     words += ["--warmup_steps", "0", "--warmup_ratio", WARMUP]
     words += ["--image_logging_steps", "-1", "--report_to", "none", "--disable_tqdm"]
     changes = {**shared.get("model", {}), **own.get("model", {})}
-    if not changes:
-        return {"train": words, "model": None}
     config, _ = parse(TrainConfig, [*words, "--output_dir", str(out)], prog="uvit train")
     model = resolve_model_config(config.uvit_config_file) | changes
-    return {"train": [*words, "--uvit_config_file", str(out / "model.json")], "model": model}
+    if changes:
+        words += ["--uvit_config_file", str(out / "model.json")]
+    return {"train": words, "model": model, "config": asdict(config)}
 
 
 # Equal seconds
@@ -120,10 +124,9 @@ def run_arm(table: dict[str, dict[str, Row]], data: str, arm: str, options: argp
     settings = settings_of(table, data, arm, options.features, folder, options.train.split())
     measured = folder / "step.json"
     record = json.loads(measured.read_text(encoding="utf-8")) if measured.exists() else None
-    if record is not None and {name: record[name] for name in settings} != settings:
+    if record is not None and {name: record.get(name) for name in settings} != json.loads(json.dumps(settings)):
         raise SystemExit(f"{folder}: was run with other settings ({measured}); give another --output_dir")
-    if settings["model"]:
-        write_json(folder / "model.json", settings["model"])
+    write_json(folder / "model.json", settings["model"])
     arguments = settings["train"]
     if record is None:
         record = {"seconds_per_step": measure_step(arguments), **settings}

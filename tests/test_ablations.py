@@ -93,6 +93,13 @@ def test_a_tiny_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "steps are done" in capsys.readouterr().out
     assert before and {path: path.stat().st_mtime_ns for path in before} == before
 
+    record = json.loads((out / "base" / "step.json").read_text())
+    changed_preset = record | {"config": record["config"] | {"ema_decay": 0.5}}
+    (out / "base" / "step.json").write_text(json.dumps(changed_preset))
+    with pytest.raises(SystemExit, match="was run with other settings"):
+        main(["tiny", "base", *common])
+    (out / "base" / "step.json").write_text(json.dumps(record))
+
     for changed in ({"train": "--learning_rate 1"}, {"model": {"num_layers": 4}}):
         table.write_text(yaml.safe_dump({"data": {"tiny": data}, "arms": {"base": changed}}))
         with pytest.raises(SystemExit, match="was run with other settings"):

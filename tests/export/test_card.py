@@ -35,7 +35,8 @@ def run(tmp_path: Path) -> Path:
     (run / "config.yaml").write_text("")
     lines: list[dict[str, Any]] = [{"step": i, "loss": i / 10, "val_loss": None} for i in range(1, 4)]
     lines[1]["val_loss"] = 0.75
-    (run / "logs" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    text = "".join(f"{json.dumps(line)}\n" for line in lines)
+    (run / "logs" / "metrics.jsonl").write_text(text + '{"step": 4, "lo')  # a line that is being written
     for step in (2, 3):
         Image.new("RGB", (8, 8), (step, 0, 0)).save(run / "previews" / f"step-{step:08d}.png")
     manifest = {"num_pairs": 1234, "num_captions": 5000, "source": {"source": ["/mine/pictures/"]}}
@@ -69,6 +70,18 @@ def test_what_a_run_recorded(components: Components, run: Path, tmp_path: Path) 
     assert str(tmp_path) not in text and "/mine" not in text
 
 
+def test_an_earlier_checkpoint_has_no_later_losses_and_previews(
+    components: Components, run: Path, tmp_path: Path
+) -> None:
+    components.facts = {"step": 2, "samples": 64}
+    goal = tmp_path / "goal"
+    goal.mkdir()
+    write_card(components, goal, "painter", None, run, has_code=False)
+    text = (goal / "README.md").read_text()
+    assert "training loss, mean of the last 2 steps | 0.1500" in text
+    assert [path.name for path in (goal / "previews").iterdir()] == ["step-00000002.png"]
+
+
 def test_what_is_not_known_is_said_to_be(components: Components) -> None:
     text = card(components, "x", None, None, None, has_code=True)
     assert head_of(text)["license"] == "unknown" and "No licence was given" in text
@@ -79,9 +92,9 @@ def test_what_is_not_known_is_said_to_be(components: Components) -> None:
 
 def test_files_that_are_gone_or_broken(tmp_path: Path) -> None:
     assert data_of(None) == "not recorded" and data_of("/mine/features") == "features"
-    assert losses_of({}, None) == {} and losses_of({}, tmp_path) == {}
-    (tmp_path / "metrics.jsonl").write_text("{")
-    assert losses_of({"logging_dir": str(tmp_path)}, tmp_path) == {}
+    assert losses_of({}, None, 9) == {} and losses_of({}, tmp_path, 9) == {}
+    (tmp_path / "metrics.jsonl").write_text("{\n")
+    assert losses_of({"logging_dir": str(tmp_path)}, tmp_path, 9) == {}
     assert run_folder(tmp_path / "checkpoint-1") is None
 
 
@@ -141,7 +154,8 @@ def test_an_upload_brings_the_files_and_nothing_of_this_machine(
     files = {"README.md": b"# a card\n", "unet/config.json": b"{}", "unet/weights.safetensors": bytes(range(256))}
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-    (tmp_path / "training.json").write_text("names of folders here")
+    for name in ("training.json", "conversion.json"):
+        (tmp_path / name).write_text("names of folders here")
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()

@@ -1,5 +1,6 @@
 """A model in the memory of a worker."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+from tests.serve.conftest import OLD
 from uvit.config.serve import ServeConfig
 from uvit.errors import UserError
 from uvit.sample.batching import BatchPlan, SharedNetwork
@@ -32,6 +35,19 @@ def test_what_it_says_of_itself(loaded: LoadedModel) -> None:
     assert loaded.description["resolution"] == [32, 32]
     assert {"dpmsolver++", "ddpm", "official"} <= set(loaded.description["schedulers"])
     assert (loaded.description["speeds"], loaded.description["latents"]) == ([], True)
+
+
+def test_a_checkpoint_has_the_encoders_of_its_run_s_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere than in the folder from which it was trained, the paths that it records lead nowhere."""
+    shutil.copytree(OLD / "run", tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    ref = ModelRef("run@checkpoint-2", str(tmp_path / "run" / "checkpoint-2"), True, 0)
+    found = LoadedModel(ref, SETTINGS).pipeline
+    expected = load_file(tmp_path / "run" / "pipeline" / "vqvae" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(tensor, found.vqvae.state_dict()[name]) for name, tensor in expected.items())
+    shutil.rmtree(tmp_path / "run" / "pipeline")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        LoadedModel(ref, SETTINGS)
 
 
 def test_settings_of_an_image_say_the_dtype_that_was_used(loaded: LoadedModel) -> None:

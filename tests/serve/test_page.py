@@ -447,6 +447,12 @@ def test_a_full_queue_is_waited_for_and_a_request_can_be_cancelled(person: Perso
     person.wait_for_images(1)
 
 
+@in_browser
+def test_time_left(person: Person) -> None:
+    found = person.js("return [7, 2467, 20467, 470467].map(durationOf)")
+    assert found == ["00:07", "41:07", "5:41:07", "130:41:07"]
+
+
 # Training
 
 

@@ -41,11 +41,13 @@ def test_a_long_log_is_thinned_and_keeps_what_is_rare(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, range(1, 5000))
     write(path, range(5000, 5001), val_loss=0.5)
-    write(path, range(5001, 10_004))
+    write(path, range(5001, 7001))
+    write(path, range(7001, 7002), eval_fd=99.0, evaluation_seconds=1.0)
+    write(path, range(7002, 10_004))
     rows = MetricsLog(path).rows()
     assert MAX_ROWS / 4 < len(rows) <= MAX_ROWS + 1
     steps = [row["step"] for row in rows]
-    assert steps == sorted(set(steps)) and steps[-1] == 10_003 and 5000 in steps
+    assert steps == sorted(set(steps)) and steps[-1] == 10_003 and {5000, 7001} <= set(steps)
 
 
 def test_a_run_that_has_trained_on_serves_its_latest_checkpoint(tmp_path: Path) -> None:
@@ -57,6 +59,8 @@ def test_a_run_that_has_trained_on_serves_its_latest_checkpoint(tmp_path: Path) 
     finished.rename(run / "checkpoint-6")
     assert ServedModel("run", run).ref().id == "run@checkpoint-6"
     assert ServedModel("run", run / "pipeline").ref().path == str(run / "pipeline")  # as it was asked for
+    (run / "checkpoint-6" / "ema.safetensors").unlink()
+    assert ServedModel("run", run).ref().path == str(run / "pipeline")  # the only whole one of this step or later
 
 
 def test_the_routes(run_folder: Path, tmp_path: Path) -> None:
@@ -65,6 +69,10 @@ def test_the_routes(run_folder: Path, tmp_path: Path) -> None:
     client = TestClient(app)
     (run,) = client.get("/v1/runs").json()
     assert (run["name"], run["step"], run["max_steps"], run["running"]) == ("run", 4, 4, False)
+    settings = (run_folder / "config.yaml").read_text()
+    (run_folder / "config.yaml").write_text(f"{settings}num_train_epochs: 2.0\n")
+    assert client.get("/v1/runs").json()[0]["max_steps"] is None  # it is not used
+    (run_folder / "config.yaml").write_text(settings)
     with WriterLock(run_folder / LOCK, "run"):
         assert client.get("/v1/runs").json()[0]["running"] is True
     rows = client.get("/v1/runs/run/metrics", params={"after": 2}).json()["rows"]

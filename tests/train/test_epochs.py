@@ -41,7 +41,7 @@ def test_counters_have_an_epoch_and_a_position() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_epochs", "samples"), [(0.1, 1), (1, 10), (1.01, 11), (1.1, 11), (2, 20), (2.5, 27), (3, 34)]
+    ("num_epochs", "samples"), [(1e-8, 1), (0.1, 1), (1, 10), (1.01, 11), (1.1, 11), (2, 20), (2.5, 27), (3, 34)]
 )
 def test_the_end_of_a_number_of_epochs(num_epochs: float, samples: int) -> None:
     ranges = extend_epochs(TEN, 15, 14)

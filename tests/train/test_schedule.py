@@ -245,6 +245,8 @@ def test_the_learning_rate_goes_on_where_it_was_with_another_batch(tiny_config: 
         ({"per_device_train_batch_size": 325, "gradient_accumulation_steps": 2}, ["650 samples, .* data has 648"]),
         ({"ema_decay": 0.999}, [r"over 1,000 steps, .* 300; in the end .* 74\.1% .* --ema_decay 0\.9667"]),
         ({"ema_decay": 0.999, "use_ema": False}, []),
+        ({"ema_update_steps": 301}, [r"--ema_update_steps 301 \(the EMA weights.* stay the initial"]),
+        ({"ema_update_steps": 301, "use_ema": False}, []),
         ({"num_train_epochs": 2.0, "max_steps": 5}, ["--max_steps 5: is not used, .*_epochs 2 .* 324"]),
         ({"lr_scheduler_type": "polynomial", "power": 9.0}, ["is below 0.001 of its peak after step"]),
         ({"lr_scheduler_type": "cosine"}, []),

@@ -263,11 +263,16 @@ def training_facts(pipeline: Path) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
+def latest_complete(output_dir: Path) -> Path | None:
+    """The folder of the latest checkpoint with all its files; None if there is none."""
+    return next(filter(is_complete, reversed(checkpoint_folders(output_dir))), None)
+
+
 def newer_checkpoint(pipeline: Path) -> Path | None:
     """The latest checkpoint of a run, if the run's pipeline (`RUN/pipeline`) is of an earlier step."""
-    found = checkpoint_folders(pipeline.parent) if pipeline.name == "pipeline" else []
+    found = latest_complete(pipeline.parent) if pipeline.name == "pipeline" else None
     step = training_facts(pipeline).get("step")
-    return found[-1] if found and isinstance(step, int) and (step_of(found[-1]) or 0) > step else None
+    return found if found and isinstance(step, int) and (step_of(found) or 0) > step else None
 
 
 def read_best(output_dir: Path) -> dict[str, Any] | None:

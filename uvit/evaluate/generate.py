@@ -18,7 +18,7 @@ from uvit.device import pick_device
 from uvit.errors import UserError
 from uvit.evaluate.image_sets import CHUNK, LoadedImages
 from uvit.evaluate.prompts import Prompt, prompts_sha256
-from uvit.export.convert import build_pipeline, check_fit, open_checkpoint
+from uvit.export.convert import build_pipeline, check_fit, encoders_of_run, open_checkpoint
 from uvit.export.reconstruct import open_average
 from uvit.progress import Progress
 from uvit.sample.command import sample_batch
@@ -89,7 +89,10 @@ def open_model(name: str, weights: str, device: str, dtype: str) -> Model:
         if not checkpoints:
             raise UserError(f"--ema raw: {name} has one set of weights; give a run or a checkpoint")
         opened = checkpoints[-1]
-        components = open_average(path, float(weights)) if is_length else open_checkpoint(opened, weights == "ema")
+        if is_length:
+            components = open_average(path, float(weights))
+        else:
+            components = open_checkpoint(opened, weights == "ema", **encoders_of_run(opened.parent))
         if weights == "ema" and not components.facts["ema"]:
             raise UserError(f"--ema ema: {opened} has no EMA weights; give --ema raw")
         check_fit(components, opened)

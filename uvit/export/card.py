@@ -1,6 +1,7 @@
 """The model card of a pipeline: the data, the steps, the losses and the licence, from the records of its run."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -9,10 +10,13 @@ from typing import Any
 import numpy as np
 import yaml
 
+from uvit.checkpoint.folder import TRAINING_FILE, step_of
 from uvit.errors import UserError
 from uvit.weights.components import Components
 from uvit.weights.encoders import downsampling_of
 
+REPORT_FILE = "conversion.json"  # in a pipeline folder: the report of the conversion
+PRIVATE_FILES = TRAINING_FILE, REPORT_FILE  # of a pipeline folder: they have paths of this machine
 NUM_LOSSES = 100  # the training loss is averaged over so many of the last steps
 UNKNOWN = "not recorded"
 
@@ -24,7 +28,9 @@ def write_card(
 
     has_code: whether the pipeline folder has its own code.
     """
+    last = components.facts.get("step", math.inf)
     previews = sorted((run / "previews").glob("step-*.png")) if run is not None else []
+    previews = [path for path in previews if (step_of(path) or 0) <= last]
     if previews:
         (folder / "previews").mkdir()
         shutil.copy(previews[-1], folder / "previews" / previews[-1].name)
@@ -95,7 +101,7 @@ def training_rows(components: Components, run: Path | None) -> dict[str, str]:
         "text encoder (sha256)": (facts.get("text_encoder_sha256") or UNKNOWN)[:12],
         "software": ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items()) or UNKNOWN,
     }
-    return rows | losses_of(config, run)
+    return rows | losses_of(config, run, facts.get("step", math.inf))
 
 
 def data_of(feature_path: str | None) -> str:
@@ -113,13 +119,14 @@ def data_of(feature_path: str | None) -> str:
     return Path(feature_path).name
 
 
-def losses_of(config: dict[str, Any], run: Path | None) -> dict[str, str]:
-    """The losses in the run's metrics.jsonl: rows of a table."""
+def losses_of(config: dict[str, Any], run: Path | None, last: float) -> dict[str, str]:
+    """The losses in the run's metrics.jsonl, up to the step `last`: rows of a table."""
     if run is None:
         return {}
     path = Path(config.get("logging_dir") or run / "logs") / "metrics.jsonl"
     try:
-        lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+        whole = path.read_bytes().rpartition(b"\n")[0]  # the last line may still be being written
+        lines = [line for line in map(json.loads, whole.splitlines()) if line["step"] <= last]
         losses = [float(line["loss"]) for line in lines if line.get("loss") is not None][-NUM_LOSSES:]
         validated = [line for line in lines if line.get("val_loss") is not None]
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
@@ -145,7 +152,7 @@ def run_folder(source: Path) -> Path | None:
 
 
 def push(folder: Path, repository: str, private: bool, is_space: bool = False) -> str:
-    """Upload a folder as a model or a Space, without `training.json`, which has paths of this machine. -> the URL.
+    """Upload a folder as a model or a Space, without the files that have paths of this machine. -> the URL.
 
     Raises UserError where the upload fails.
     """
@@ -159,7 +166,7 @@ def push(folder: Path, repository: str, private: bool, is_space: bool = False) -
             repo_id=repository,
             repo_type=kind,
             folder_path=folder,
-            ignore_patterns=["training.json"],
+            ignore_patterns=list(PRIVATE_FILES),
             commit_message="uvit convert",
         )
     except Exception as error:  # connection, token, name: each library raises its own

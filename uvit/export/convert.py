@@ -24,7 +24,7 @@ from uvit.config.convert import ENCODERS, ConvertConfig
 from uvit.config.paths import expand_path
 from uvit.conventions import Conventions
 from uvit.errors import UserError
-from uvit.export.card import push, run_folder, write_card
+from uvit.export.card import PRIVATE_FILES, REPORT_FILE, push, run_folder, write_card
 from uvit.export.formats import check_unet, write_official, write_paddle, write_paddlemix, write_trainer
 from uvit.export.graph import write_export, write_onnx
 from uvit.export.space import MODEL_FOLDER, write_space
@@ -47,7 +47,6 @@ from uvit.weights.detect import CONFIG, FLAGS, INDEX, is_third_party, missing_co
 from uvit.weights.encoders import check_fingerprint, check_finite, fingerprint, load_tokenizer, quiet
 from uvit.weights.unet import new_unet
 
-REPORT_FILE = "conversion.json"  # in a pipeline folder: the report of the conversion
 PIPELINE_FORMATS = ("pipeline", "diffusers", "space")
 WITH_CODE = ("diffusers", "space")
 THIRD_PARTY_FORMATS = ("official", "paddle", "port", "trainer")
@@ -108,7 +107,7 @@ def convert(config: ConvertConfig) -> None:
         if config.to in WITH_CODE:
             write_code(model)
         if config.to == "space":
-            for path in (TRAINING_FILE, REPORT_FILE):  # they have paths of this machine, and a Space is public
+            for path in PRIVATE_FILES:  # a Space is public
                 (model / path).unlink(missing_ok=True)
             write_space(folder, name, config.license)
         if config.to in ("export", "onnx"):  # these hold the network alone
@@ -245,6 +244,19 @@ def open_checkpoint(
     if "tokenizer" in wanted:
         components.tokenizer = load_tokenizer(required_encoder(tokenizer or record["tokenizer"], FLAGS["tokenizer"]))
     return components
+
+
+def encoders_of_run(run: Path) -> dict[str, Any]:
+    """The encoders in the pipeline of a run, if it has one, as arguments of `open_checkpoint`.
+
+    They are there where those that a checkpoint records are not: on another machine, or if the features named none.
+    """
+    pipeline = run / "pipeline"
+    if not (pipeline / INDEX).is_file():
+        return {}
+    trains_text = (training_facts(pipeline).get("config") or {}).get("train_text_encoder")
+    folders = {"vae": "vqvae", "tokenizer": "tokenizer"} | ({} if trains_text else {"text_encoder": "text_encoder"})
+    return {name: str(pipeline / part) for name, part in folders.items() if (pipeline / part).is_dir()}
 
 
 def missing_encoders(source: Path) -> list[str]:

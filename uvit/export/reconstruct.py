@@ -41,6 +41,8 @@ def open_average(run: Path, length: float, step: int | None = None) -> Component
     load_network(components.unet, tensors, "unet.")
     if any(name.startswith("text_encoder.") for name in tensors):
         load_network(components.text_encoder, tensors, "text_encoder.")
+    if step != components.facts["step"]:
+        del components.facts["samples"]  # nothing records those of another step
     components.facts |= {"ema_length": length, "step": step}
     components.raw_unet = None
     return components

@@ -15,7 +15,7 @@ from torch import Tensor
 from uvit.config.sample import SPEEDS
 from uvit.device import has_bf16, pick_device
 from uvit.errors import UserError
-from uvit.export.convert import build_pipeline, open_checkpoint
+from uvit.export.convert import build_pipeline, encoders_of_run, open_checkpoint
 from uvit.images import center_crop, to_rgb, write_png
 from uvit.sample.batching import SharedNetwork
 from uvit.sample.denoise import NetworkInput
@@ -159,7 +159,7 @@ def open_pipeline_folder(ref: ModelRef, settings: WorkerSettings) -> UViTPipelin
 
 def open_checkpoint_pipeline(ref: ModelRef, settings: WorkerSettings) -> UViTPipeline:
     """A checkpoint of a run, with its EMA weights, converted in memory."""
-    pipeline = build_pipeline(open_checkpoint(Path(ref.path)))
+    pipeline = build_pipeline(open_checkpoint(Path(ref.path), **encoders_of_run(Path(ref.path).parent)))
     return pipeline.to(pick_device(settings.device), getattr(torch, settings.dtype))
 
 

@@ -7,7 +7,7 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from uvit.checkpoint.folder import RECORD, checkpoint_folders, newer_checkpoint, step_of
+from uvit.checkpoint.folder import RECORD, checkpoint_folders, latest_complete, newer_checkpoint, step_of
 from uvit.config.serve import ServeConfig
 from uvit.errors import UserError
 from uvit.serve.requests import ModelRef, RequestError
@@ -48,8 +48,8 @@ class ServedModel:
             has_trained_on = folder != self.folder and newer_checkpoint(folder)
             if (folder / PIPELINE_INDEX).is_file() and not has_trained_on:
                 return make_ref(self.name, folder, False)
-        if found := checkpoint_folders(self.folder):
-            return make_ref(f"{self.name}@{found[-1].name}", found[-1], True)
+        if found := latest_complete(self.folder):
+            return make_ref(f"{self.name}@{found.name}", found, True)
         raise RequestError(f"--model {self.name}: the run has no checkpoint yet; try again later", 409, "model")
 
     def checkpoint_ref(self, name: str) -> ModelRef:

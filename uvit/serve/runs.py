@@ -74,7 +74,7 @@ class MetricsLog:
 
 
 def is_notable(row: dict[str, Any]) -> bool:
-    return "val_loss" in row or "evaluation" in row or bool(row.get("skipped"))
+    return "val_loss" in row or "evaluation_seconds" in row or bool(row.get("skipped"))
 
 
 class ServedRun:
@@ -93,11 +93,11 @@ class ServedRun:
         return {}
 
     def describe(self) -> dict[str, Any]:
-        rows = self.metrics.rows()
+        rows, settings = self.metrics.rows(), self.settings()
         return {
             "name": self.model.name,
             "step": rows[-1]["step"] if rows else 0,
-            "max_steps": self.settings().get("max_steps"),
+            "max_steps": None if settings.get("num_train_epochs") else settings.get("max_steps"),
             "running": current_writer(self.model.folder / LOCK) is not None,
             "checkpoints": self.model.checkpoints(),
             "best": read_best(self.model.folder),

@@ -56,4 +56,4 @@ def samples_of_epochs(ranges: list[EpochRange], num_epochs: float) -> int:
     first = ranges[index]
     # Rounded: 1.1 x 10 must not be a bit more than 11.
     end = first.first_sample + math.ceil(round((num_epochs - first.first_epoch) * first.size, 6))
-    return min([end, *(each.first_sample for each in ranges[index + 1 :])])
+    return max(1, min([end, *(each.first_sample for each in ranges[index + 1 :])]))

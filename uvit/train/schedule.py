@@ -70,6 +70,7 @@ def run_warnings(run: Run) -> list[str]:
         "logging_steps": "one line, at the end",
         "image_logging_steps": "no previews",
         "max_nonfinite_steps": "no rollback",
+        "ema_update_steps": "the EMA weights, and so the pipeline, stay the initial weights" if run.ema else "",
     }
     sentences = too_late(
         num_steps, {flag: (getattr(config, flag), what) for flag, what in consequences.items() if what}
