@@ -57,7 +57,7 @@ async def run(
         await dispatcher.start([model.ref() for model in models.values() if model.has_weights])
         app = build_app(config, models, dispatcher)
         server = Server(
-            uvicorn.Config(app, log_level="warning", access_log=False, server_header=False),
+            uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="off"),
             dispatcher,
             config.drain_timeout,
         )
