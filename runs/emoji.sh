@@ -14,6 +14,8 @@ out=${UVIT_EMOJI_DIR:-$here/output/emoji}
 # bfloat16 where the CPU has instructions for it; elsewhere float32 is many times as fast. On a GPU, training chooses itself.
 settings=(--config emoji --seed "${SEED:-1234}")
 if grep -qE 'amx_bf16|avx512_bf16' /proc/cpuinfo 2>/dev/null; then settings+=(--bf16); fi
+# Compiled blocks take less time a step. They need a C++ compiler.
+if command -v g++ >/dev/null; then settings+=(--compile); fi
 
 echo "== 1. Extract features: pixels of 64x64 and token ids"
 uvit extract --source "$source" --resolution 64 --latents none --text tokens --model_max_length 24 \
