@@ -23,6 +23,7 @@ from uvit.cli.main import main
 from uvit.cli.parse import parse
 from uvit.config.train import TrainConfig
 from uvit.train.dry_run import ALLOCATOR_OVERHEAD, DRIVER_BYTES, build_meta_run, plan_of_run
+from uvit.train.ema import ema_decay
 from uvit.train.profiling import meta_unet
 
 RUNS = Path(__file__).parents[1] / "runs"
@@ -259,7 +260,8 @@ def test_the_published_presets_change_nothing_but_the_batch_and_what_is_looked_a
         }
         no_recipe = re.compile("logging|eval_steps|validation_samples|save|noise_device")
         recipe = {name: value for name, value in changed.items() if not no_recipe.search(name)}
-        expected: dict[str, Any] = {"per_device_train_batch_size": 256}
+        expected: dict[str, Any] = {"per_device_train_batch_size": 256, "ema_decay": 0.9999}
+        assert ema_decay(plain, plain.max_steps) == 0.9999  # the default of a million steps
         if model != "small":
             expected["uvit_config_file"] = f"uvit_t2i_{model}"
         assert recipe == expected
