@@ -11,7 +11,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 source=${1:?give the images: a WebDataset .tar or a folder with metadata.jsonl}
 out=${UVIT_EMOJI_DIR:-$here/output/emoji}
-# bfloat16 where the CPU has instructions for it; elsewhere float32 is many times as fast. On a GPU, training chooses itself.
+# bfloat16 where the CPU has instructions for it; elsewhere float32 is many times as fast. A GPU needs no flag.
 settings=(--config emoji --seed "${SEED:-1234}")
 if grep -qE 'amx_bf16|avx512_bf16' /proc/cpuinfo 2>/dev/null; then settings+=(--bf16); fi
 # Compiled blocks take less time a step. They need a C++ compiler.

@@ -9,7 +9,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 out=${UVIT_SHAPES_TWO_DIR:-$here/output/shapes_two}
-# bfloat16 where the CPU has instructions for it; elsewhere float32 is many times as fast. On a GPU, training chooses itself.
+# bfloat16 where the CPU has instructions for it; elsewhere float32 is many times as fast. A GPU needs no flag.
 settings=(--config shapes --uvit_config_file "$out/model.json")
 if grep -qE 'amx_bf16|avx512_bf16' /proc/cpuinfo 2>/dev/null; then settings+=(--bf16); fi
 mkdir -p "$out"
@@ -24,6 +24,7 @@ for split in train heldout; do
 done
 uvit train "${settings[@]}" --max_steps 3300 --per_device_train_batch_size 32 \
     --optim muon --muon_learning_rate 0.002 --learning_rate 0.001 --text_encoder_learning_rate 0.0003 --logit_mean 1.2 \
-    --lr_scheduler_type cosine --warmup_steps 0 --warmup_ratio 0.04 --ema_decay 0.998 --feature_path "$out/features" --output_dir "$out/run"
+    --lr_scheduler_type cosine --warmup_steps 0 --warmup_ratio 0.04 --ema_decay 0.998 \
+    --feature_path "$out/features" --output_dir "$out/run"
 uvit evaluate "$out/run" --prompts shapes:two --metrics attributes --guidance_scale 2 --num_inference_steps 25 \
     --max_prompts 300 --output_dir "$out/evaluation"

@@ -92,7 +92,7 @@ def open_model(name: str, weights: str, device: str, dtype: str) -> Model:
         if is_length:
             components = open_average(path, float(weights))
         else:
-            components = open_checkpoint(opened, weights == "ema", **encoders_of_run(opened.parent))
+            components = open_checkpoint(opened, weights == "ema", **encoders_of_run(opened))
         if weights == "ema" and not components.facts["ema"]:
             raise UserError(f"--ema ema: {opened} has no EMA weights; give --ema raw")
         check_fit(components, opened)

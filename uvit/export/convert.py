@@ -246,15 +246,16 @@ def open_checkpoint(
     return components
 
 
-def encoders_of_run(run: Path) -> dict[str, Any]:
-    """The encoders in the pipeline of a run, if it has one, as arguments of `open_checkpoint`.
+def encoders_of_run(source: Path) -> dict[str, Any]:
+    """The encoders in the pipeline of a checkpoint's run, if it has one, as arguments of `open_checkpoint`.
 
-    They are there where those that a checkpoint records are not: on another machine, or if the features named none.
+    They are there where those that the checkpoint records are not: on another machine, or if the features named none.
+    A text encoder that was trained is the checkpoint's own.
     """
-    pipeline = run / "pipeline"
+    pipeline = source.parent / "pipeline"
     if not (pipeline / INDEX).is_file():
         return {}
-    trains_text = (training_facts(pipeline).get("config") or {}).get("train_text_encoder")
+    trains_text = read_checkpoint(source).record.get("text_encoder_config")
     folders = {"vae": "vqvae", "tokenizer": "tokenizer"} | ({} if trains_text else {"text_encoder": "text_encoder"})
     return {name: str(pipeline / part) for name, part in folders.items() if (pipeline / part).is_dir()}
 

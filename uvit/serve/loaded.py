@@ -159,7 +159,8 @@ def open_pipeline_folder(ref: ModelRef, settings: WorkerSettings) -> UViTPipelin
 
 def open_checkpoint_pipeline(ref: ModelRef, settings: WorkerSettings) -> UViTPipeline:
     """A checkpoint of a run, with its EMA weights, converted in memory."""
-    pipeline = build_pipeline(open_checkpoint(Path(ref.path), **encoders_of_run(Path(ref.path).parent)))
+    checkpoint = Path(ref.path)
+    pipeline = build_pipeline(open_checkpoint(checkpoint, **encoders_of_run(checkpoint)))
     return pipeline.to(pick_device(settings.device), getattr(torch, settings.dtype))
 
 
