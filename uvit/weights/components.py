@@ -29,6 +29,7 @@ from uvit.weights.detect import (
     FLAGS,
     INDEX,
     Network,
+    component_folders,
     config_beside,
     is_paddlemix_folder,
     is_third_party,
@@ -211,7 +212,7 @@ def _recorded(path: Path) -> Conventions | None:
 
 def load_vae(name_or_path: str) -> Any:
     """A VAE in diffusers' format (by folder or Hub id), or in one of the official U-ViT code or PaddleMIX."""
-    if is_third_party(name_or_path):
+    if is_third_party(name_or_path, "vqvae"):
         return read_network(Path(name_or_path), "vqvae")
     return load_diffusers_vae(name_or_path)
 
@@ -227,18 +228,20 @@ def load_unet(name_or_path: str | Path) -> UViTT2IModel:
 
 def load_text_encoder(name_or_path: str) -> Any:
     """A text encoder in transformers' format (by folder or Hub id), or PaddleMIX's."""
-    if is_third_party(name_or_path):
+    if is_third_party(name_or_path, "text_encoder"):
         return read_network(Path(name_or_path), "text_encoder")
     return load_transformers_encoder(name_or_path)
 
 
 def read_network(path: Path, component: Network) -> Any:
-    """One network of a source. Prints what is assumed of a VAE. Raises UserError where it has none of this kind."""
+    """One network of a source. Prints what is assumed of an encoder. Raises UserError where it has none of its kind."""
+    if component != "unet" and (path / INDEX).is_file() and not is_paddlemix_folder(path):
+        path = component_folders(path).get(component, path)
     components = read_components(path, overridden={"unet", *FLAGS} - {component})
     network = getattr(components, component)
     if network is None:
         raise UserError(f"{path}: has no {component}; it holds: {'; '.join(components.report.read) or 'nothing else'}")
-    for line in components.report.defaulted if component == "vqvae" else ():
+    for line in components.report.defaulted if component != "unet" else ():
         print(f"{path}: {line}")
     return network
 

@@ -197,22 +197,29 @@ def has_code(folder: Path) -> bool:
     return isinstance(unet, list) and len(unet) == 2 and (folder / "unet" / f"{unet[0]}.py").is_file()
 
 
-def is_third_party(name_or_path: str | Path | None) -> bool:
+def is_third_party(name_or_path: str | Path | None, component: Network = "unet") -> bool:
     """Whether diffusers and transformers cannot open it as it is: a file of weights, or a folder of the official U-ViT
     code or of PaddleMIX, or one with its own code.
 
-    False for what is not on this machine: it may be a Hub id.
+    Of a pipeline folder, `component` is looked at. False for what is not on this machine: it may be a Hub id.
     """
     if name_or_path is None or not (path := Path(name_or_path)).exists():
         return False
-    if path.is_file():
+    if path.is_file() or is_paddlemix_folder(path) or has_code(path):
         return True
-    files = weight_files(path / "unet" if (path / INDEX).is_file() and (path / "unet").is_dir() else path)
-    return is_paddlemix_folder(path) or has_code(path) or any(_is_third_party_file(file) for file in files)
+    is_one_network = not (path / INDEX).is_file() and bool(weight_files(path))
+    files = weight_files(path if is_one_network else component_folders(path).get(component, path))
+    is_other = {file: _is_third_party_file(file) for file in files}
+    return any(is_other.values()) and not any(map(_is_opened_by_libraries, (f for f in files if not is_other[f])))
 
 
 def _is_third_party_file(path: Path) -> bool:
     return container_of(path) != "safetensors" or "paddle" in path.name or is_paddle_file(path)
+
+
+def _is_opened_by_libraries(path: Path) -> bool:
+    """Whether this is the file of its folder that diffusers or transformers take, whatever else lies there."""
+    return path.name.startswith(("model", "diffusion_pytorch_model")) and (path.parent / CONFIG).is_file()
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -258,10 +265,11 @@ def missing_components(pipeline: Path) -> list[str]:
 
 # Configs beside the weights
 
+CLIP_TEXT = "text_config"  # the text encoder's part of the config of a whole CLIP
 _KEYS_OF_CONFIG = {
     "unet": {"num_layers"},
     "vqvae": {"block_out_channels"},
-    "text_encoder": {"vocab_size", "hidden_size"},
+    "text_encoder": {"vocab_size", "hidden_size", CLIP_TEXT},
 }
 
 
@@ -291,7 +299,10 @@ def network_config(weights: Path, component: Network, config_file: str | None) -
         return resolve_model_config(config_file)
     if (path := config_beside(weights, component)) is None:
         return None
-    return model_arguments(read_config(path), path) if component == "unet" else read_config(path)
+    config = read_config(path)
+    if component == "text_encoder" and isinstance(config.get(CLIP_TEXT), dict):
+        config = config[CLIP_TEXT]
+    return model_arguments(config, path) if component == "unet" else config
 
 
 # Which source has a component

@@ -4,6 +4,7 @@
 `NetworkWeights` for each network. `components.py` is pass two: it builds the networks from them.
 """
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,6 +73,8 @@ class NetworkWeights:
         return COMPONENT_OF[self.kind]
 
 
+HALF = re.compile(r"\.(fp16|bf16)(?=\.)")  # in the names of such files of diffusers and transformers
+
 # Where the components lie
 
 
@@ -97,13 +100,15 @@ def locate(source: Path, overridden: Collection[str] = ()) -> list[Location]:
 
 def _locate_in_pipeline(folder: Path, overridden: Collection[str]) -> list[Location]:
     """PaddleMIX's networks are read from their arrays; of a pipeline with its own code, only the U-ViT is."""
-    present = {name for name in listed_components(folder) if (folder / name).is_dir()}
-    missing = sorted({*COMPONENT_FOLDERS, "scheduler"} - set(overridden) - present - left_out_components(folder))
+    listed = [name for name in listed_components(folder) if (folder / name).is_dir()]
+    folders = {component: each for component, each in component_folders(folder).items() if each.name in listed}
+    needed = {*COMPONENT_FOLDERS, "scheduler"} - {*overridden} - left_out_components(folder)
+    missing = sorted(needed - folders.keys() - {*listed})
     if missing:
         raise UserError(f"{folder}: is not complete, it has no {', '.join(missing)}")
     paddlemix = is_paddlemix_folder(folder)
     by_library = {"unet": False, "vqvae": not paddlemix, "text_encoder": not paddlemix, "tokenizer": True}
-    return [Location(folder / name, name, by_library[name]) for name in COMPONENT_FOLDERS if name in present]
+    return [Location(folders[name], name, by_library[name]) for name in COMPONENT_FOLDERS if name in folders]
 
 
 # What lies there
@@ -143,7 +148,9 @@ def read_networks(
 
 
 def _preferred_format(files: list[Path]) -> list[Path]:
-    """Without files that hold the same in another format."""
+    """Without files that hold the same in another format, or in half precision."""
+    names = {path.name for path in files}
+    files = [path for path in files if (whole := HALF.sub("", path.name)) == path.name or whole not in names]
     formats = (".safetensors", ".pdparams", ".bin")
     best = next((suffix for suffix in formats if any(path.suffix == suffix for path in files)), None)
     return [path for path in files if path.suffix == best or path.suffix not in formats]
