@@ -203,6 +203,20 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_file_whose_name_says_which_weights_it_has_keeps_that_name(ours: Path, tmp_path: Path) -> None:
+    """nnet.pth and nnet_ema.pth of the official code, given alone."""
+    convert(ConvertConfig(str(ours), str(tmp_path / "files"), "official"))
+    ema = tmp_path / "files" / "nnet_ema.pth"
+    raw = ema.rename(tmp_path / "nnet_ema.pth").with_name("nnet.pth")
+    shutil.copy(raw.with_name("nnet_ema.pth"), raw)
+    for file in (raw, raw.with_name("nnet_ema.pth")):
+        config = str(tmp_path / "files" / "unet.json")
+        convert(ConvertConfig(str(file), str(tmp_path / f"{file.stem}-out"), "official", uvit_config_file=config))
+        assert [path.name for path in (tmp_path / f"{file.stem}-out").glob("nnet*")] == [file.name]
+    with pytest.raises(UserError, match=r"--use_ema False: .*nnet_ema.pth has EMA weights only"):
+        convert(ConvertConfig(str(raw.with_name("nnet_ema.pth")), str(tmp_path / "no"), "official", use_ema=False))
+
+
 def test_through_the_official_codes_files_and_back(ours: Path, tmp_path: Path) -> None:
     files, back = tmp_path / "files", tmp_path / "back"
     convert(ConvertConfig(str(ours), str(files), "official"))

@@ -89,9 +89,7 @@ def convert(config: ConvertConfig) -> None:
             "pipeline": lambda: write_pipeline(components, folder),
             "diffusers": lambda: write_pipeline(components, folder),
             "space": lambda: write_pipeline(components, model),
-            "official": lambda: write_official(
-                components, folder, config.use_ema and components.facts.get("ema") is not False
-            ),
+            "official": lambda: write_official(components, folder, components.facts.get("ema", config.use_ema)),
             "paddle": lambda: write_paddle(components, folder, config.weights),
             "port": lambda: write_paddlemix(components, folder, config.weights),
             "trainer": lambda: write_trainer(components, folder),

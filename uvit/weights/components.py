@@ -108,6 +108,7 @@ def read_components(
     report = Report()
     found: dict[str, Any] = {}
     raw_unet = None
+    facts: dict[str, Any] = {}
     own_conventions, is_assumed = TRAINED, False
     for location in locate(path, overridden):
         if location.saved_by_library:
@@ -123,6 +124,7 @@ def read_components(
                 raise UserError(f"{weights.path}: is a second {weights.component} in this folder; name one file")
             found[weights.component] = build_network(weights, report)
             if weights.component == "unet":
+                facts = {} if weights.is_ema is None else {"ema": weights.is_ema}
                 recorded = read_conventions(weights.path)
                 own_conventions, is_assumed = recorded or TRAINED, recorded is None
     scheduler_config = None
@@ -142,7 +144,12 @@ def read_components(
             * is_assumed
         )
     return Components(
-        **found, scheduler_config=scheduler_config, conventions=own_conventions, raw_unet=raw_unet, report=report
+        **found,
+        scheduler_config=scheduler_config,
+        conventions=own_conventions,
+        raw_unet=raw_unet,
+        facts=facts,
+        report=report,
     )
 
 

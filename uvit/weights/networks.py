@@ -59,6 +59,7 @@ class NetworkWeights:
         config: of the network, from --uvit_config_file or the JSON file beside the weights. None: the shapes tell it.
         paddle: whether Linear weights are (in, out); read for VAEs only, as the shapes of other networks tell it.
         is_raw: whether these are the raw weights of a U-ViT whose EMA weights came just before.
+        is_ema: whether these are EMA weights. None: the source does not say.
     """
 
     kind: WeightsKind
@@ -67,6 +68,7 @@ class NetworkWeights:
     config: dict[str, Any] | None = None
     paddle: bool = False
     is_raw: bool = False
+    is_ema: bool | None = None
 
     @property
     def component(self) -> str:
@@ -184,15 +186,25 @@ def _read_file(
         if not candidates or name in overridden or component not in (None, name):
             continue
         network, raw = _choose(candidates, path, use_ema, report)
+        is_ema = network.is_ema or _is_ema_by_name(path, len(candidates))
+        if name == "unet" and is_ema and not use_ema:
+            raise UserError(f"--use_ema False: {path} has EMA weights only")
         which = "the EMA weights, " if network.is_ema else "the raw weights, " if len(candidates) > 1 else ""
         where = f" of {network.prefix}*" if network.prefix else ""
         what = f"{KIND_NAMES[network.kind]}, {which}{len(network.tensors)} arrays{where}"
         report.read.append(f"{path}: {what}, {containers[content.container]}")
         config = network_config(path, cast(Network, name), config_file)
         paddle = content.paddle if content.paddle is not None else component is not None
-        yield NetworkWeights(network.kind, path, network.tensors, config, paddle)
+        yield NetworkWeights(network.kind, path, network.tensors, config, paddle, is_ema=is_ema)
         if raw is not None and name == "unet":
             yield NetworkWeights("uvit", path, raw.tensors, is_raw=True)
+
+
+def _is_ema_by_name(path: Path, num_candidates: int) -> bool | None:
+    """What the name of a file says of the weights in it, where the names of the arrays do not."""
+    if num_candidates > 1 or path.stem == "nnet":  # the official U-ViT code keeps raw weights in nnet.pth
+        return False
+    return True if is_ema_file(path) else None
 
 
 def _choose(
