@@ -1,4 +1,5 @@
 from dataclasses import fields
+from typing import Any
 
 import pytest
 
@@ -69,7 +70,7 @@ def test_the_flags_of_the_recipe_come_first_and_share_no_group_with_the_others()
             "--validation_feature_path x: needs --eval_steps above 0",
         ),
         ({"spike_factor": 0.5}, "--spike_factor 0.5: must be above 1; 0 skips no spikes"),
-        ({"hang_timeout": -1.0}, "--hang_timeout -1.0: must not be negative"),
+        ({"hang_timeout": -1.0}, "--hang_timeout -1.0: must be in 0..1,000,000,000"),
         (
             {"profiler_options": "5,9", "max_steps": 9},
             "--profiler_options 5,9: must end before the last step, which is --max_steps 9",
@@ -103,3 +104,25 @@ def test_what_looks_odd_and_is_right() -> None:
     assert config(spike_factor=0.0, hang_timeout=0.0).spike_factor == 0
     [sentence] = config(do_eval=True).ignored_flags()
     assert "validation runs whenever there is a validation split" in sentence
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "uses"),
+    [
+        ("text_encoder_learning_rate", 1e-5, {"train_text_encoder": True}),
+        ("text_encoder_layers", 5, {"train_text_encoder": True}),
+        ("ema_decay", 0.5, {}),
+        ("num_cycles", 3.0, {"lr_scheduler_type": "cosine"}),
+    ],
+)
+def test_flags_that_other_flags_leave_without_effect_are_named(flag: str, value: float, uses: dict[str, Any]) -> None:
+    assert config(**{flag: value}, **uses).ignored_flags() == []
+    unused = {"ema_decay": {"ema_lengths": (0.1,)}}.get(flag, {})
+    [sentence] = config(**{flag: value}, **unused).ignored_flags()
+    assert sentence.startswith(f"--{flag} is ignored: ")
+
+
+@pytest.mark.parametrize("flag", ["hang_timeout", "num_cycles"])
+def test_numbers_that_no_clock_or_cosine_takes_are_refused(flag: str) -> None:
+    with pytest.raises(UserError, match=f"^--{flag} 10000000000.0: must be"):
+        config(**{flag: 1e10})

@@ -1,6 +1,7 @@
 """`uvit ema` on a run: lengths that were kept come back, and runs resume bit for bit."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from uvit.checkpoint.averages import list_snapshots
+from uvit.checkpoint.folder import training_facts
 from uvit.cli.main import main
 from uvit.config.ema import EmaConfig
 from uvit.errors import UserError
 from uvit.evaluate.generate import open_model
 from uvit.export.reconstruct import open_average
 from uvit.train.trainer import train
+from uvit.weights.components import load_text_encoder
+from uvit.weights.encoders import fingerprint
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -72,3 +77,26 @@ def test_a_run_without_snapshots_is_named(tmp_path: Path, capsys: pytest.Capture
     assert "has no EMA snapshots" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"--ema_lengths 0\.1: .* give a run's folder"):
         open_model(str(tmp_path), "0.1", "cpu", "float32")
+
+
+def test_a_resume_leaves_no_snapshots_of_what_it_does_again(tiny_config: Any, tmp_path: Path) -> None:
+    flags = {"ema_lengths": (0.1,), "save_steps": 4}
+    run = tmp_path / "run"
+    train(tiny_config(ema_snapshot_steps=2, max_steps=7, **flags))
+    shutil.rmtree(run / "checkpoint-7")
+    train(tiny_config(ema_snapshot_steps=4, max_steps=8, learning_rate=2e-3, **flags))
+    assert [snapshot.step for snapshot in list_snapshots(run)] == [2, 4, 8]
+
+
+def test_the_last_update_has_a_snapshot(tiny_config: Any, tmp_path: Path) -> None:
+    train(tiny_config(ema_lengths=(0.1,), ema_update_steps=2, ema_snapshot_steps=8, save_steps=8, max_steps=7))
+    assert [snapshot.step for snapshot in list_snapshots(tmp_path / "run")] == [6]
+
+
+def test_a_trained_text_encoder_of_another_length_has_its_own_fingerprint(tiny_config: Any, tmp_path: Path) -> None:
+    train(tiny_config(train_text_encoder=True, ema_lengths=(0.1, 0.2), ema_snapshot_steps=2))
+    assert main(["ema", str(tmp_path / "run"), "--length", "0.15"]) == 0
+    for name in ("pipeline", "pipeline-ema-0.15"):
+        folder = tmp_path / "run" / name
+        encoder = load_text_encoder(str(folder / "text_encoder"))
+        assert training_facts(folder)["text_encoder_sha256"] == fingerprint(encoder)

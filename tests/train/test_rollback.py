@@ -1,6 +1,8 @@
 """Samples on which no update can be made are skipped and named, and skipped again by a run that resumes."""
 
 import json
+import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,10 +10,12 @@ from typing import Any
 import pytest
 
 from tests.train.test_trainer import lines, same
+from uvit.checkpoint.averages import list_snapshots
 from uvit.checkpoint.folder import checkpoint_folders, read_checkpoint
 from uvit.errors import UserError
 from uvit.store.reader import FeatureStore
 from uvit.train.rollback import MAX_ROLLBACKS, good_checkpoint
+from uvit.train.step import train_step
 from uvit.train.trainer import train
 
 BAD = range(16, 28)  # the samples of steps 5, 6 and 7
@@ -86,7 +90,9 @@ def test_captions_with_line_separators_of_unicode_do_not_keep_a_run_from_resumin
 
 
 def test_where_the_checkpoint_before_is_gone_the_one_in_the_midst_will_do(config: Any, tmp_path: Path) -> None:
-    assert train(config(save_steps=1, save_total_limit=1)) == 0
+    assert train(config(save_steps=1, max_steps=6)) == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    assert train(config(save_steps=1)) == 0
     assert [line["skipped"] for line in lines(tmp_path / "run")] == [0, 0, 0, 0, 1, 1, 0, 0, 0]
     assert lines(tmp_path / "run")[-1]["samples"] == 40
     assert good_checkpoint(tmp_path / "checkpoint-6", "checkpoint-4") == tmp_path / "checkpoint-6"
@@ -119,3 +125,38 @@ def test_rollbacks_that_do_not_help_end_too(
     assert capsys.readouterr().out.count("rolled back to") == MAX_ROLLBACKS
     [last] = checkpoint_folders(tmp_path / "run")
     assert read_checkpoint(last).step == 3
+
+
+def test_a_stop_after_a_rollback_goes_on_where_it_was(config: Any, tmp_path: Path) -> None:
+    """Checkpoints saved amid the bad steps are gone: the stopped run has no later one than its own."""
+    often = {"save_steps": 2, "ema_lengths": (0.1,), "ema_snapshot_steps": 2}
+    assert train(config(output_dir=str(tmp_path / "one"), **often)) == 0
+    assert train(config(max_steps=6, **often)) == 0  # amid them
+    run = tmp_path / "run"
+    assert [folder.name for folder in checkpoint_folders(run)] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+    def stop(state: Any, batches: Any) -> Any:
+        result = train_step(state, batches)
+        if state.step == 5 and state.guards.skipped_samples:
+            signal.raise_signal(signal.SIGTERM)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("uvit.train.trainer.train_step", stop)
+        assert train(config(**often)) == 143
+    assert [folder.name for folder in checkpoint_folders(run)] == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
+    assert max(snapshot.step for snapshot in list_snapshots(run)) == 4
+    assert train(config(**often)) == 0
+    assert same(run / "checkpoint-9", tmp_path / "one" / "checkpoint-9") and lines(run) == lines(tmp_path / "one")
+    assert [path.name for path in sorted((run / "ema").iterdir())] == [
+        path.name for path in sorted((tmp_path / "one" / "ema").iterdir())
+    ]
+
+
+def test_the_checkpoint_to_roll_back_to_is_not_pruned(config: Any, tmp_path: Path) -> None:
+    """Those that are saved amid the bad steps do not take its place."""
+    for name, limit in (("all", None), ("one", 1)):
+        assert train(config(output_dir=str(tmp_path / name), save_steps=2, save_total_limit=limit)) == 0
+    assert same(tmp_path / "all" / "checkpoint-9", tmp_path / "one" / "checkpoint-9")
+    assert lines(tmp_path / "all") == lines(tmp_path / "one")
+    assert [folder.name for folder in checkpoint_folders(tmp_path / "one")] == ["checkpoint-9"]

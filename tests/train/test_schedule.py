@@ -238,7 +238,7 @@ def test_the_learning_rate_goes_on_where_it_was_with_another_batch(tiny_config: 
         ({"save_steps": 301}, [r"ends at step 300, too early for --save_steps 301 \(no checkpoint before"]),
         ({"save_steps": 300, "logging_steps": 300, "image_logging_steps": 300}, []),
         ({"logging_steps": 400, "image_logging_steps": 400}, [r"--logging_steps 400 \(.*--image_logging_steps 400"]),
-        ({"eval_steps": 999}, []),  # there is nothing to validate on
+        ({"eval_steps": 999}, ["--eval_steps 999: there is nothing to validate on"]),
         ({"eval_steps": 999, "validation_split": "heldout"}, [r"--eval_steps 999 \(validation only at the end\)"]),
         ({"max_nonfinite_steps": 301}, [r"--max_nonfinite_steps 301 \(no rollback\)"]),
         ({"per_device_train_batch_size": 648}, []),

@@ -1,6 +1,7 @@
 """Token ids become contexts: by a text encoder that is trained, or by the frozen one that stores are made with."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import BertConfig, BertModel
 
 from tests.tiny import tiny_text_encoder_folder
+from tests.train.test_trainer import same
 from uvit import UViTPipeline
 from uvit.errors import UserError
 from uvit.train.loader import prefetch
@@ -128,3 +131,36 @@ def test_an_encoder_that_does_not_fit_is_refused(
     )
     with pytest.raises(UserError, match=message):
         build_run(config, tmp_path)
+
+
+def bert_folder(path: Path, tokenizer: Path) -> str:
+    config = BertConfig(vocab_size=2000, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    BertModel(config).save_pretrained(path)
+    for file in tokenizer.glob("*token*"):
+        shutil.copy(file, path)
+    return str(path)
+
+
+def test_another_kind_of_text_encoder_is_not_trained(
+    tiny_config: Any, encoders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    name = bert_folder(tmp_path / "bert", encoders[1])
+    with pytest.raises(
+        UserError, match=r"^--train_text_encoder: trains CLIP text encoders, .* of the kind bert; leave"
+    ):
+        train(tiny_config(train_text_encoder=True, text_encoder_name_or_path=name))
+
+
+def test_a_text_encoder_is_trained_without_dropout(
+    tiny_config: Any, encoders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """No checkpoint keeps the random numbers of dropout, so a resumed run would differ."""
+    folder = tmp_path / "text"
+    shutil.copytree(encoders[1], folder)
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"attention_dropout": 0.5}))
+    flags = {"train_text_encoder": True, "text_encoder_name_or_path": str(folder)}
+    train(tiny_config(output_dir=str(tmp_path / "one"), **flags))
+    for steps in (3, 6):
+        train(tiny_config(max_steps=steps, **flags))
+    assert same(tmp_path / "one" / "checkpoint-6", tmp_path / "run" / "checkpoint-6")

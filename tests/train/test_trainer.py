@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 
 from benchmarks.soak import TIMING_FIELDS
 from uvit import UViTPipeline
-from uvit.checkpoint.folder import checkpoint_folders, read_checkpoint
+from uvit.checkpoint.folder import checkpoint_folders, read_checkpoint, read_verified
 from uvit.errors import UserError
 from uvit.io import write_yaml
 from uvit.train.trainer import train
@@ -181,7 +182,12 @@ def test_torchrun_restarts_do_not_overwrite_once_more(
     assert not (tmp_path / "run.old2").exists()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     train(tiny_config(overwrite_output_dir=True))
-    assert (tmp_path / "run.old2").exists() and not list(tmp_path.glob("run*/.*"))
+    assert (tmp_path / "run.old2").exists()
+    assert {path.name for path in tmp_path.glob("run*/.*")} == {".launch"}
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setattr("os.getppid", lambda: 1)  # the same command, by another torchrun, which has restarted it
+    train(tiny_config(overwrite_output_dir=True))
+    assert (tmp_path / "run.old3").exists()
 
 
 def test_a_checkpoint_of_another_model_is_refused(tiny_config: Any, tmp_path: Path) -> None:
@@ -265,3 +271,62 @@ def test_dry_run_trains_nothing(tiny_config: Any, tmp_path: Path, capsys: pytest
     said = capsys.readouterr().out
     assert "parameters" in said and "GFLOP" in said and "steps per epoch" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_the_checkpoint_that_was_resumed_stays_while_a_later_one_is_damaged(
+    tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny_config())
+    file = tmp_path / "run" / "checkpoint-6" / "weights.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert train(tiny_config(max_steps=3, save_total_limit=1)) == 0  # nothing to do: nothing may be lost
+    assert "weights.safetensors is damaged" in capsys.readouterr().out
+    assert (tmp_path / "run" / "checkpoint-3").is_dir()
+    assert train(tiny_config(save_total_limit=1)) == 0
+    assert [path.name for path in sorted((tmp_path / "run").glob("checkpoint-*"))] == ["checkpoint-6"]
+    read_verified(tmp_path / "run" / "checkpoint-6")
+
+
+def test_another_version_of_transformers_resumes(tiny_config: Any, tmp_path: Path) -> None:
+    """It may record other keys of the text encoder's config; what they say of the network counts."""
+    flags = {"train_text_encoder": True}
+    train(tiny_config(max_steps=3, **flags))
+    path = tmp_path / "run" / "checkpoint-3" / "uvit.json"
+    record = json.loads(path.read_text())
+    text_config = record["text_encoder_config"]
+    text_config["transformers_version"] = "4.0.0"
+    del record["record_sha256"], text_config["layer_norm_eps"]  # that is the default
+    path.write_text(json.dumps(record))
+    assert train(tiny_config(**flags)) == 0
+    text_config["hidden_act"] = "gelu"
+    path.write_text(json.dumps(record))
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    with pytest.raises(UserError, match=r"text_encoder_config\.hidden_act: was gelu, now quick_gelu"):
+        train(tiny_config(**flags))
+
+
+def test_logs_of_another_run_in_a_folder_of_logs_stay(tiny_config: Any, tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    for name, steps in (("a", 3), ("b", 6), ("b", 6)):
+        train(tiny_config(output_dir=str(tmp_path / name), logging_dir=str(logs), max_steps=steps))
+    assert sorted(path.name for path in logs.iterdir()) == ["metrics.jsonl", "metrics.old1.jsonl"]
+    assert len((logs / "metrics.jsonl").read_text().splitlines()) == 6
+    assert len((logs / "metrics.old1.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("content", [b"[1]\n", b'{"step": 1}\n', b"\xff\n", b"7\n"])
+def test_a_log_that_is_none_is_named(content: bytes, tiny_config: Any, tmp_path: Path) -> None:
+    train(tiny_config(max_steps=3))
+    (tmp_path / "run" / "logs" / "metrics.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1: is no line of metrics; move the file away"):
+        train(tiny_config())
+
+
+def test_what_cannot_happen_is_said(tiny_config: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tiny_config(eval_steps=2, num_validation_samples=4, fp16_opt_level="O2"))
+    said = capsys.readouterr().out
+    for flag in ("eval_steps 2", "num_validation_samples 4"):
+        assert f"warning: --{flag}: there is nothing to validate on" in said
+    assert "--fp16_opt_level O2: all is float32" in said

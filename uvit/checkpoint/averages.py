@@ -99,6 +99,13 @@ def write_snapshot(run: Path, snapshot: Snapshot, tensors: dict[str, Tensor]) ->
         raise UserError(f"{path}: cannot be written ({error}); fix this and run the same command again") from None
 
 
+def delete_snapshots_after(run: Path, step: int) -> None:
+    """Those of later steps, which a resume or a rollback does once more, and perhaps otherwise."""
+    for path in (run / SNAPSHOTS).glob("*.safetensors"):
+        if (match := _NAME.fullmatch(path.name)) and int(match[1]) > step:
+            path.unlink()
+
+
 def list_snapshots(run: Path) -> dict[Snapshot, Path]:
     """Those of a run up to its last checkpoint, in order. What came later, the run does once more when it resumes."""
     checkpoints = checkpoint_folders(run)

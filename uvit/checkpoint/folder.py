@@ -91,10 +91,22 @@ def keep_latest(output_dir: Path, limit: int | None, spare: Collection[str] = ()
         return
     for folder in found[: found.index(complete[-limit])]:
         if folder.name not in spare:
-            aside = folder.with_name(f".{folder.name}.deleting")  # a kill must not leave half a checkpoint by its name
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
-            shutil.rmtree(aside)
+            delete(folder)
+
+
+def delete_after(output_dir: Path, step: int) -> None:
+    """Delete all checkpoints of later steps, which a rollback leaves behind: the latest first."""
+    for folder in reversed(checkpoint_folders(output_dir)):
+        if (step_of(folder) or 0) > step:
+            delete(folder)
+
+
+def delete(folder: Path) -> None:
+    """A kill must not leave half a checkpoint by its name."""
+    aside = folder.with_name(f".{folder.name.removeprefix('.')}.deleting")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    shutil.rmtree(aside)
 
 
 # Reading

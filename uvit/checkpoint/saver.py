@@ -68,6 +68,7 @@ class Saver:
         """limit: how many checkpoints to keep (`--save_total_limit`), besides those in `spare`. None keeps all."""
         self.output_dir, self.limit, self.rank, self.all_gather = output_dir, limit, rank, all_gather
         self.spare: set[str] = set()
+        self.last_good: str | None = None  # spared as well: the checkpoint to roll back to
         self._buffers: dict[SliceKey, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -111,6 +112,9 @@ class Saver:
         error, self._error = self._error, None
         if error:
             raise error
+
+    def spared(self) -> set[str]:
+        return {*self.spare, *([self.last_good] if self.last_good else [])}
 
     def saved(self) -> Path | None:
         """The checkpoint that was committed since the last call, or None. Does not wait."""
@@ -181,7 +185,7 @@ class Saver:
         def commit() -> None:
             if self.rank == 0:
                 commit_folder(aside, folder, {"format": CHECKPOINT_FORMAT, "step": step, **record}, written)
-                keep_latest(self.output_dir, self.limit, {folder.name, *self.spare})
+                keep_latest(self.output_dir, self.limit, {folder.name, *self.spared()})
 
         self._on_all_ranks(step, prepare)
         written = {name: facts for part in self._on_all_ranks(step, write) for name, facts in part.items()}

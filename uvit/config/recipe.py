@@ -135,7 +135,7 @@ class RecipeConfig:
     """Learning rate schedule after the warm-up (`constant` has no warm-up)."""
     warmup_ratio: Fraction = 0.0
     """Warm-up as a fraction of all steps. Only used if --warmup_steps is 0."""
-    num_cycles: PositiveFloat | None = None
+    num_cycles: Annotated[float, Bounds(above=0, most=1_000_000_000)] | None = None
     """Number of waves of `cosine` (default: 0.5) or of restarts of `cosine_with_restarts` (default: 1)."""
     lr_end: NonNegativeFloat = 1e-7
     """Final learning rate of the `polynomial` schedule."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
-from uvit.config.bounds import AnyInt, Bounds, NonNegativeFloat, PositiveInt
+from uvit.config.bounds import AnyInt, Bounds, PositiveInt
 from uvit.config.evaluate import CLIP_SCORE_MODEL
 from uvit.config.objective import ObjectiveConfig
 from uvit.config.paths import PathFlag
@@ -60,7 +60,7 @@ class TrainConfig(ObjectiveConfig, RecipeConfig):
     GPU waits for the host. Takes more memory."""
     deterministic: bool = False
     """On a GPU, use only deterministic kernels; the slowdown has not been measured. A CPU is always deterministic."""
-    hang_timeout: NonNegativeFloat = 600.0
+    hang_timeout: Annotated[float, Bounds(least=0, most=1_000_000_000)] = 600.0
     """If no step ends for this many seconds, each process prints where it is, and keeps waiting; 0: never."""
 
     # Validation
@@ -216,6 +216,17 @@ class TrainConfig(ObjectiveConfig, RecipeConfig):
     def ignored_flags(self) -> list[str]:
         """One sentence for each flag that was set and has no effect here."""
         default = {field.name: field.default for field in fields(self)}
+        why = dict(IGNORED_FLAGS)
+        if not self.train_text_encoder:
+            why["text_encoder_learning_rate"] = "only --train_text_encoder trains a text encoder"
+        if not self.train_text_encoder or self.text_encoder_name_or_path:
+            why["text_encoder_layers"] = (
+                "only --train_text_encoder, without --text_encoder_name_or_path, makes a new one"
+            )
+        if self.ema_lengths or not self.use_ema:
+            why["ema_decay"] = "there are no EMA weights with --use_ema False, and others with --ema_lengths"
+        if not self.lr_scheduler_type.startswith("cosine"):
+            why["num_cycles"] = "only the schedules cosine and cosine_with_restarts have cycles"
         return [
-            f"--{name} is ignored: {why}" for name, why in IGNORED_FLAGS.items() if getattr(self, name) != default[name]
+            f"--{name} is ignored: {reason}" for name, reason in why.items() if getattr(self, name) != default[name]
         ]

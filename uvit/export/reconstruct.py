@@ -11,6 +11,7 @@ from uvit.config.ema import EmaConfig
 from uvit.errors import UserError
 from uvit.export.convert import check_fit, load_network, open_checkpoint, write_folder, write_pipeline
 from uvit.weights.components import Components
+from uvit.weights.encoders import fingerprint
 
 
 def make_average(config: EmaConfig) -> None:
@@ -41,6 +42,7 @@ def open_average(run: Path, length: float, step: int | None = None) -> Component
     load_network(components.unet, tensors, "unet.")
     if any(name.startswith("text_encoder.") for name in tensors):
         load_network(components.text_encoder, tensors, "text_encoder.")
+        components.facts["text_encoder_sha256"] = fingerprint(components.text_encoder)
     if step != components.facts["step"]:
         del components.facts["samples"]  # nothing records those of another step
     components.facts |= {"ema_length": length, "step": step}

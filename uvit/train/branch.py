@@ -17,7 +17,7 @@ from uvit.checkpoint.folder import BEST, Checkpoint, checkpoint_folders, read_be
 from uvit.distributed.mesh import World
 from uvit.distributed.ops import all_gather, on_main
 from uvit.errors import UserError
-from uvit.io import link_or_copy, move_path
+from uvit.io import back_up, link_or_copy, move_path
 from uvit.train.metrics import logs_folder
 from uvit.train.setup import Run
 
@@ -126,6 +126,14 @@ def first_logged_step(log: Path) -> int:
             return json.loads(file.readline())["step"]
         except (ValueError, KeyError, TypeError):
             return 0
+
+
+def set_aside_logs(run: Run) -> None:
+    """Give the logs of another run in a --logging_dir outside OUTPUT_DIR other names: a new run writes its own."""
+    logs = logs_folder(run.config, run.output_dir)
+    if not logs.resolve().is_relative_to(run.output_dir.resolve()):
+        for path in [logs / name for name in LOGS[:2] if (logs / name).exists()]:
+            print(f"--logging_dir {logs}: {path.name} of another run is now {back_up(path).name}")
 
 
 def set_aside(run: Run, later: Later) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from uvit.checkpoint.averages import delete_snapshots_after
 from uvit.checkpoint.folder import BEST, Checkpoint, check_command, checkpoint_folders, keep_latest, latest_checkpoint
 from uvit.checkpoint.layout import from_checkpoint_layout, to_checkpoint_layout
 from uvit.checkpoint.saver import Saver, all_gather_channel
@@ -29,6 +30,7 @@ from uvit.train.epochs import EpochRange, extend_epochs
 from uvit.train.optimizer import training_state
 from uvit.train.schedule import describe_resume
 from uvit.train.setup import Run, plan_steps
+from uvit.weights.text_encoder import comparable_text_config
 
 MAX_NAMED_TENSORS = 3  # in an error message
 
@@ -60,6 +62,8 @@ class Checkpointer:
         self._check_ema()
         if not run.guards.skipped_in_a_row:
             run.guards.last_good_checkpoint = f"checkpoint-{run.step}"
+        self.saver.wait()  # its thread reads what is spared
+        self.saver.last_good = run.guards.last_good_checkpoint
         self.saver.start(
             run.step, {name: to_checkpoint_layout(tensors, run.world) for name, tensors in state.items()}, run.record()
         )
@@ -83,7 +87,7 @@ class Checkpointer:
             self.saver.spare.discard(before["checkpoint"])
         if self.run.world.is_main:
             write_json(self.run.output_dir / BEST, best)
-            keep_latest(self.run.output_dir, self.run.config.save_total_limit, self.saver.spare)
+            keep_latest(self.run.output_dir, self.run.config.save_total_limit, self.saver.spared())
 
     def saved(self) -> Path | None:
         """The checkpoint that has become complete since the last call, if there is one."""
@@ -170,7 +174,10 @@ def resume(run: Run) -> None:
     restore(run, checkpoint)
     if world.is_main:
         set_aside(run, later)
-        keep_latest(run.output_dir, run.config.save_total_limit, spared(run))  # a kill may have come before that
+        # A kill may have come before that. Later ones may be damaged, so this one stays until the next is saved.
+        needed = {checkpoint.folder.name, run.guards.last_good_checkpoint or "", *spared(run)}
+        keep_latest(run.output_dir, run.config.save_total_limit, needed)
+        delete_snapshots_after(run.output_dir, run.step)
     for sentence in describe_resume(run, checkpoint):
         print(sentence)
 
@@ -200,9 +207,10 @@ def check_same_run(run: Run, checkpoint: Checkpoint) -> None:
     key_of = {"VAE": "vae_sha256", "text encoder": "text_encoder_sha256", "tokenizer": "tokenizer_sha256"}
     key_of["teacher"] = "teacher_sha256"
     was_made_by, made_by = ({what: record.get(key) for what, key in key_of.items()} for record in (theirs, ours))
-    settings = "unet_config", "text_encoder_config", *asdict(run.conventions)
+    settings = "unet_config", *asdict(run.conventions)
     before, now = (
         {key: record[key] for key in settings if record[key] is not None}
+        | {"text_encoder_config": comparable_text_config(record["text_encoder_config"])}
         | {"train_text_encoder": record["text_encoder_config"] is not None, "fp16": bool(record["loss_scale"])}
         | {
             "optim": record["config"].get("optim", "adamw"),
@@ -212,7 +220,7 @@ def check_same_run(run: Run, checkpoint: Checkpoint) -> None:
         for record in (theirs, ours)
     )
     if before["train_text_encoder"] != now["train_text_encoder"]:
-        del (before if before["train_text_encoder"] else now)["text_encoder_config"]
+        del before["text_encoder_config"], now["text_encoder_config"]
     features, model = differing_fingerprints(was_made_by, made_by), differences(before, now)
     if features or model:
         how = ["with another model, precision, optimizer or EMA"] if model else []

@@ -211,12 +211,15 @@ def truncate_log(path: Path, last_step: int, logging_steps: int) -> list[float]:
     if not path.exists():
         return []
     kept: list[dict[str, Any]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            break
         try:
-            record = json.loads(line) if line.endswith("\n") else None
-        except ValueError:
-            raise UserError(f"{path}, line {number}: is not JSON; move the file away to resume") from None
-        if record is None or record["step"] > last_step:
+            record = json.loads(line)
+            step, _ = record["step"], record["loss"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}, line {number}: is no line of metrics; move the file away to resume") from None
+        if step > last_step:
             break
         kept.append(record)
     write_bytes(path, "".join(json.dumps(record) + "\n" for record in kept).encode())

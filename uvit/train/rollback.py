@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from uvit.checkpoint.averages import delete_snapshots_after
+from uvit.checkpoint.folder import delete_after
 from uvit.distributed.ops import broadcast
 from uvit.errors import UserError
 from uvit.io import write_bytes
@@ -28,7 +30,8 @@ MAX_NAMED_SAMPLES = 5  # on the console
 def roll_back(run: Run) -> None:
     """Restore the last good checkpoint, and skip the samples of the steps that were just skipped.
 
-    Any checkpoint from before those steps leads to the same run.
+    Any checkpoint from before those steps leads to the same run. Later ones, which were saved amid those steps, and
+    later EMA snapshots are deleted: a resume must not begin after the restored step.
     Raises UserError if there is no checkpoint, or if rolling back has not helped before.
     """
     guards = run.guards
@@ -43,6 +46,8 @@ def roll_back(run: Run) -> None:
     guards.skipped_in_a_row = 0
     plan_steps(run)
     if run.world.is_main:
+        delete_after(run.output_dir, run.step)
+        delete_snapshots_after(run.output_dir, run.step)
         samples = describe_samples(run, sample_range, skipped_before)
         path = skipped_samples_file(run)
         with path.open("a", encoding="utf-8") as file:
@@ -57,7 +62,7 @@ def roll_back(run: Run) -> None:
 
 
 def good_checkpoint(last: Path, good: str | None) -> Path:
-    """`good`, or the last one if --save_total_limit has deleted it."""
+    """`good`, or the last one if somebody has deleted that."""
     if good and (folder := last.with_name(good)).is_dir():
         return folder
     return last

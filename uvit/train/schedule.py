@@ -92,6 +92,16 @@ def run_warnings(run: Run) -> list[str]:
     sentences += small_data(run.features.num_samples, run.samples_per_step)
     if run.ema:
         sentences += [] if config.ema_lengths else slow_ema(run.ema.decay, num_steps)
+    if run.validation is None and not config.eval_metrics:
+        default = {"eval_steps": (TrainConfig.eval_steps, -1), "num_validation_samples": (256,)}
+        sentences += [
+            f"--{flag} {getattr(config, flag)}: there is nothing to validate on; name a split with --validation_split, "
+            "or features with --validation_feature_path"
+            for flag, values in default.items()
+            if getattr(config, flag) not in values
+        ]
+    if config.fp16_opt_level == "O2" and not (config.bf16 or config.fp16):
+        sentences.append("--fp16_opt_level O2: all is float32 without --bf16 or --fp16")
     sentences += slow_precision("--bf16" if config.bf16 else "--fp16", run.device, run.precision.dtype)
     profiled, left = config.profiled_steps(), num_steps - run.step
     if profiled and profiled[1] >= left:

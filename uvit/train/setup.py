@@ -46,6 +46,7 @@ from uvit.train.precision import Precision
 from uvit.weights.components import as_trained, load_text_encoder, load_vae, read_network
 from uvit.weights.detect import first_that_has, is_third_party
 from uvit.weights.encoders import assume_latent_space, check_fingerprint, is_local_path, load_tokenizer
+from uvit.weights.text_encoder import prepare_to_train
 from uvit.weights.unet import model_config, new_unet, unet_class
 
 BATCH_FLAGS = (
@@ -351,7 +352,7 @@ def build_text_encoder(
     pad_token_id = tokenizer.pad_token_id or 0
     name = first_that_has("text_encoder", config.pretrained_model_name_or_path, config.text_encoder_name_or_path)
     if name is not None:
-        encoder = load_text_encoder(name).requires_grad_(True)
+        encoder = prepare_to_train(load_text_encoder(name), name)
         check_sizes(unet, "text_encoder_name_or_path", name, text_encoder=encoder, tokenizer=tokenizer)
         return encoder, pad_token_id
     width = unet.config.clip_dim

@@ -21,10 +21,11 @@ from uvit.distributed.mesh import destroy_distributed as shutdown
 from uvit.distributed.ops import LateFlag, any_of, barrier, on_main
 from uvit.errors import UserError
 from uvit.export.convert import USUAL_ENCODERS, convert_command, export_checkpoint, missing_encoders
-from uvit.io import to_yaml, write_yaml
-from uvit.lock import LOCK, WriterLock
+from uvit.io import write_bytes, write_yaml
+from uvit.lock import LOCK, WriterLock, start_of_process, this_machine
 from uvit.store.npy_layout import NpyFeatures
 from uvit.train.best import Tracked, new_best, settle_best, tracked_score
+from uvit.train.branch import set_aside_logs
 from uvit.train.checkpointing import Checkpointer, resume
 from uvit.train.checks import check_latents
 from uvit.train.clock import peak_memory_bytes
@@ -53,6 +54,7 @@ from uvit.train.setup import Run, build_run
 from uvit.train.step import StepResult, train_step
 from uvit.train.validate import Decoder, is_due, load_preview_decoder, preview_sheet, validate
 
+LAUNCH = ".launch"  # in a run's folder: which torchrun began it
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # errors of writing only
 FOLDER_ERRORS = DISK_ERRORS | {errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM}
 
@@ -95,6 +97,8 @@ def run_training(config: TrainConfig, world: World) -> int:
             on_main(lambda: lock_run(run, held), world)
             resume(run)
             if world.is_main:
+                if run.checkpoint is None:
+                    set_aside_logs(run)
                 write_config(run)
                 truncate_skipped_samples(run)
             if run.step >= run.max_steps:
@@ -205,10 +209,10 @@ def load_batches(run: Run) -> Iterator[Batch]:
 
 
 def snapshot_is_due(run: Run) -> bool:
-    """After every --ema_snapshot_steps steps and after the last, if the averages are up to date then."""
+    """After every --ema_snapshot_steps steps, and after the last update of the averages."""
     every = run.config.ema_snapshot_steps or run.config.save_steps
-    is_last = run.step == run.max_steps and run.step % run.config.ema_update_steps == 0
-    return run.step % every == 0 or is_last
+    last_update = run.max_steps - run.max_steps % run.config.ema_update_steps
+    return run.step % every == 0 or run.step == last_update
 
 
 def is_reading(run: Run) -> bool:
@@ -270,20 +274,23 @@ def lock_run(run: Run, held: contextlib.ExitStack) -> None:
 
 def restarted(run: Run) -> bool:
     """Whether torchrun has restarted this command after it had begun: then --overwrite_output_dir is done."""
-    path = run.output_dir / "config.yaml"
+    path = run.output_dir / LAUNCH
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not path.is_file():
         return False
-    return path.read_text(encoding="utf-8") == to_yaml(rerun_config(run))
+    return path.read_text(encoding="utf-8") == this_launch()
 
 
-def rerun_config(run: Run) -> TrainConfig:
-    return dataclasses.replace(run.config, overwrite_output_dir=False)
+def this_launch() -> str:
+    """Which torchrun has started this process, be it for the first time or again."""
+    return f"{this_machine()} {os.getppid()} {start_of_process(os.getppid())}\n"
 
 
 def write_config(run: Run) -> None:
     """OUTPUT_DIR/config.yaml, which runs the same training again."""
     with disk_errors(run.config, FOLDER_ERRORS):
-        write_yaml(rerun_config(run), run.output_dir / "config.yaml")
+        write_yaml(dataclasses.replace(run.config, overwrite_output_dir=False), run.output_dir / "config.yaml")
+        if "TORCHELASTIC_RESTART_COUNT" in os.environ:
+            write_bytes(run.output_dir / LAUNCH, this_launch().encode())
 
 
 def export_pipeline(run: Run) -> None:

@@ -27,6 +27,7 @@ _PADDLENLP = {
     ".layer_norm2.": ".norm2.",
 }
 _NOT_WEIGHTS = ("embeddings.position_ids", "text_projection.weight", "position_ids", "causal_mask")
+_NOT_OF_THE_NETWORK = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures"}
 _OTHER_TOWER = ("vision_model.", "visual_projection.", "logit_scale")  # in files of a whole CLIP
 
 
@@ -110,6 +111,35 @@ def text_encoder_from_tensors(
         raise UserError(f"{path}: the config.json beside it is not of a CLIP text encoder ({reason})") from None
     fill(encoder, weights, path, "text encoder", report)
     return encoder
+
+
+# Training one
+
+
+def prepare_to_train(encoder: Any, name: str) -> Any:
+    """A text encoder from `name` with gradients and without dropout, whose random numbers no checkpoint keeps.
+
+    Raises UserError if it is not a CLIP text encoder: pipelines of trained ones hold these.
+    """
+    kind = encoder.config.model_type
+    if not kind.startswith("clip"):
+        raise UserError(
+            f"--train_text_encoder: trains CLIP text encoders, and --text_encoder_name_or_path {name} is of the kind "
+            f"{kind}; leave --train_text_encoder out to train with it as it is, or name a CLIP"
+        )
+    encoder.config.attention_dropout = 0.0
+    for module in encoder.modules():
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    return encoder.requires_grad_(True)
+
+
+def comparable_text_config(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What a text encoder's config says of the network, the same from every version of transformers."""
+    if config is None:
+        return None
+    whole = CLIPTextConfig(**config).to_dict()
+    return {key: value for key, value in whole.items() if key not in _NOT_OF_THE_NETWORK}
 
 
 def non_default_text_config(encoder: CLIPTextModel) -> list[str]:
