@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -741,3 +742,35 @@ def test_an_earlier_store_is_not_written_into(flags: dict[str, Any], tmp_path: P
     (tmp_path / "store" / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match="of version 1"):
         run(flags)
+
+
+@pytest.mark.parametrize("kind", ["texts", "list", "tar"])
+def test_a_source_that_has_changed_is_refused(kind: str, flags: dict[str, Any], pairs: Path, tmp_path: Path) -> None:
+    """Before and after the end: as many images with other names, or with other captions."""
+
+    def write(names: str, captions: str) -> None:
+        shutil.rmtree(tmp_path / "changing", ignore_errors=True)
+        folder = tmp_path / "changing"
+        folder.mkdir()
+        for number, name in enumerate(names):
+            shutil.copy(pairs / f"{number}.png", folder / f"{name}.png")
+            (folder / f"{name}.txt").write_text(captions)
+        if kind == "list":
+            rows = [{"file_name": f"{name}.png", "text": captions} for name in names]
+            (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if kind == "tar":
+            with tarfile.open(tmp_path / "changing.tar", "w") as tar:
+                for path in sorted(folder.iterdir()):
+                    tar.add(path, path.name)
+
+    source = tmp_path / ("changing.tar" if kind == "tar" else "changing")
+    flags = flags | {"source": (str(source),), "shard_size": 2}
+    write("abcd", "one")
+    extract(ExtractConfig(**flags, shard="0/2"))
+    for _ in range(2):
+        for names, captions in (("0abc", "one"), ("abcd", "three")):
+            write(names, captions)
+            with pytest.raises(UserError, match="the source has changed since it was started"):
+                run(flags)
+        write("abcd", "one")
+        assert run(flags).ids(0).startswith("a")

@@ -6,7 +6,9 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from tests.sources.pictures import (
     PICTURES,
@@ -22,7 +24,7 @@ from tests.sources.pictures import (
 from uvit.errors import UserError
 from uvit.images import to_rgb
 from uvit.sources.open import open_source, require_random_access
-from uvit.sources.types import RandomAccessSource
+from uvit.sources.types import PairError, RandomAccessSource
 
 ALL = [captions for _, captions in PICTURES.values()]
 
@@ -382,3 +384,59 @@ def test_real_images(image_tar: Path) -> None:
     assert (source[6].id, source[6].captions[0]) == ("horse", "the black silhouette of a horse")
     assert source[7].image.size == (256, 171)
     assert to_rgb(source[6].image).getpixel((0, 0)) == (255, 255, 255)  # transparent pixels become white
+
+
+@pytest.mark.parametrize("kind", ["images", "tars"])
+def test_captions_of_several_lines_are_pointed_out(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    captioned_image(tmp_path, "a")
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    place = tmp_path
+    if kind == "tars":
+        place = write_tar(tmp_path / "x.tar", [("a.png", png("red")), ("a.txt", b"one\ntwo\n")])
+    assert captions_in(opened(place)) == [("one\ntwo",)]
+    said = capsys.readouterr().out
+    assert "1 of the first 1 captions have several lines. A text file is one caption" in said
+    captioned_image(tmp_path / "plain", "b")
+    opened(tmp_path / "plain")
+    assert "several lines" not in capsys.readouterr().out
+
+
+def test_names_too_long_for_a_file_are_missing_images(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png("red"))
+    for long in ("x" * 300, "é" * 200):
+        rows = [(long, "one"), ("a.png", "two"), (f"{long}.png", "three")]
+        source = opened(write_table(tmp_path / "list.csv", rows))
+        assert captions_in(source) == [("one",), ("two",), ("three",)]
+        with pytest.raises(PairError, match="cannot be read"):
+            _ = source[0]
+    with pytest.raises(UserError, match="cannot find its only image"):
+        opened(write_table(tmp_path / "list.csv", [("é" * 200, "one")]))
+
+
+def test_a_list_of_paths_in_parquet_counts_in_a_folder_too(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png("red"))
+    rows = {"image": ["a.png", "a.png"], "text": ["one", "two"]}
+    parquet.write_table(pyarrow.table(rows), tmp_path / "list.parquet")
+    for flags in ({}, {"image_folder": [str(tmp_path)]}):
+        assert captions_in(opened(tmp_path, **flags)) == [("one", "two")]
+
+
+def test_the_file_name_of_an_imagefolder_goes_before_other_columns(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png("red"))
+    write_lines(tmp_path / "metadata.jsonl", [{"image": "http://x/y.png", "file_name": "a.png", "text": "one"}])
+    assert captions_in(opened(tmp_path)) == [("one",)]
+
+
+def test_cells_that_hold_a_list_are_several_captions(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png("red"))
+    cells = ['["one", "two"]', "['three', \"it's four\"]", "[a photo]", '["no end', "[]", "[1, 2]"]
+    source = opened(write_table(tmp_path / "list.csv", [("a.png", cell) for cell in cells]))
+    assert captions_in(source) == [("one", "two", "three", "it's four", "[a photo]", '["no end', "[]", "[1, 2]")]
+
+
+def test_one_image_under_two_spellings_of_its_path_is_one_pair(tmp_path: Path) -> None:
+    captioned_image(tmp_path / "im", "a")
+    rows = [("im/a.png", "one"), ("./im/a.png", "two"), ("im//a.png", "three")]
+    assert captions_in(opened(write_table(tmp_path / "list.csv", rows))) == [("one", "two", "three")]

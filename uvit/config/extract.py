@@ -60,8 +60,14 @@ class AutoencoderConfig:
     # Data
     split: str = "train"
     """The split of the source."""
+    val_every: Annotated[int, Bounds(least=2)] | None = None
+    """Leave out every N-th pair of a source without splits, as `uvit extract --val_every N` does for train."""
     image_folder: tuple[PathFlag, ...] = ()
-    """The folder with the images of a COCO captions file."""
+    """The images of COCO captions files or lists: one folder for all, or one for each."""
+    image_column: str | None = None
+    """The column with the images, or their paths, in a list or Hugging Face dataset. Default: the first usual name."""
+    caption_column: str | None = None
+    """The column with the captions, which a list must have. Default: the first usual name."""
     num_workers: NumWorkers = 0
     """Processes that decode images; 0: in the main process."""
     seed: Seed = 1234
@@ -115,10 +121,14 @@ class TokenizerConfig:
     """The folder to write. Transformers' AutoTokenizer opens it."""
     split: str = "train"
     """The split of the source."""
+    val_every: Annotated[int, Bounds(least=2)] | None = None
+    """Leave out every N-th pair of a source without splits, as `uvit extract --val_every N` does for train."""
     image_folder: tuple[PathFlag, ...] = ()
-    """The folder with the images of COCO captions files or lists."""
+    """The images of COCO captions files or lists: one folder for all, or one for each."""
+    image_column: str | None = None
+    """The column with the images, or their paths, in a list or Hugging Face dataset. Default: the first usual name."""
     caption_column: str | None = None
-    """The column with the captions in a list or Hugging Face dataset."""
+    """The column with the captions: a string or a list of strings in each row. Default: the first usual name."""
     vocab_size: VocabSize = 8192
     """Maximum number of tokens. Captions with few words need fewer."""
     model_max_length: NumTokens = 77

@@ -20,9 +20,9 @@ from uvit.progress import Progress
 from uvit.sample.files import SHEET
 from uvit.sources.combine import SplitSource
 from uvit.sources.decode import decode_image
-from uvit.sources.huggingface import SPLITS
-from uvit.sources.names import is_image, list_files, say_not_read, suffix_of
-from uvit.sources.open import METADATA, open_source, require_random_access
+from uvit.sources.kinds import METADATA
+from uvit.sources.names import SPLITS, is_image, list_files, say_not_read, suffix_of
+from uvit.sources.open import open_source, require_random_access
 from uvit.sources.types import PairError, Problem, RandomAccessSource
 from uvit.store.reader import FeatureStore, open_features
 

@@ -11,7 +11,7 @@ from uvit.extract.teacher import Teacher
 from uvit.extract.tokenizer import train_tokenizer
 from uvit.sources.types import RandomAccessSource, Source
 from uvit.store.shard import read_record
-from uvit.store.writer import StoreInfo
+from uvit.store.writer import INDEX_SHA256, StoreInfo
 from uvit.weights.encoders import (
     downsampling_of,
     fingerprint,
@@ -35,6 +35,7 @@ def describe_store(
 ) -> StoreInfo:
     """All settings that determine the stored features. Batch size, workers and device may change on resuming."""
     side = config.resolution if vae is None else config.resolution // downsampling_of(vae)
+    index = source.index_sha256()
     wants_contexts, wants_tokens = config.text != "tokens", config.text != "contexts"
     return StoreInfo(
         num_source_pairs=len(source) if isinstance(source, RandomAccessSource) else None,
@@ -63,6 +64,7 @@ def describe_store(
             "min_image_size": config.min_image_size,
             "on_error": config.on_error,
             "precision": "bfloat16" if config.bf16 else "float16" if config.fp16 else "float32",
+            **({} if index is None else {INDEX_SHA256: index}),
         },
         vae={"name": absolute_name(config.vae_name_or_path or ""), "sha256": fingerprint(vae)} if vae else None,
         text_encoder={

@@ -90,7 +90,14 @@ def _content(folder: Path) -> list[dict[str, Any]]:
 
 def build_tokenizer(config: TokenizerConfig) -> None:
     """The command `uvit tokenizer`."""
-    source = open_source(config.source, config.split, config.image_folder, caption_column=config.caption_column)
+    source = open_source(
+        config.source,
+        config.split,
+        config.image_folder,
+        val_every=config.val_every,
+        image_column=config.image_column,
+        caption_column=config.caption_column,
+    )
     num_captions = 0
 
     def counted() -> Iterator[str]:

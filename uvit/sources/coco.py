@@ -19,7 +19,7 @@ import numpy as np
 from uvit.errors import UserError
 from uvit.sources.files import FileSource, build_source, is_suspect
 from uvit.sources.json_entries import Entry, UnusualError, read_entries
-from uvit.sources.names import safe_name
+from uvit.sources.names import safe_name, split_of
 from uvit.sources.places import (
     IndexedFile,
     Place,
@@ -171,7 +171,7 @@ def open_coco(files: list[Path], image_folder: Path) -> FileSource:
     first_items = np.cumsum([0, *(each.num_items for each in matched)])
     item_of_row = np.flatnonzero(is_row)
     return build_source(
-        files[0],
+        files,
         image_folder,
         Places(np.concatenate([[0], np.cumsum(counts)]), starts, lengths),
         reader,
@@ -299,7 +299,7 @@ def has_captions(root: Path) -> bool:
 
 
 def find_captions(root: Path, split: str) -> tuple[Path, Path | None, bool]:
-    """For a folder with annotations/: (caption file, image folder, whether there are several caption files).
+    """For a folder with annotations/: (caption file, image folder, whether its name has a split).
 
     Raises UserError unless `split` picks exactly one of them.
     """
@@ -309,7 +309,8 @@ def find_captions(root: Path, split: str) -> tuple[Path, Path | None, bool]:
         for path in sorted((root / "annotations").glob(pattern))
     }
     matching = [split] if split in found else sorted(name for name in found if name.startswith(split))
-    if not matching and len(found) == 1 and split == "train":
+    is_named = bool(matching)
+    if not matching and len(found) == 1 and split == "train" and split_of(next(iter(found))) is None:
         matching = list(found)  # such as captions_mini2017.json
     if not matching:
         names = ", ".join(path.name for path in found.values()) or "no captions_*.json"
@@ -324,4 +325,4 @@ def find_captions(root: Path, split: str) -> tuple[Path, Path | None, bool]:
         )
     name = matching[0]
     folders = [folder for folder in (root / name, root / "images" / name, root / "images") if folder.is_dir()]
-    return found[name], folders[0] if folders else None, len(found) > 1
+    return found[name], folders[0] if folders else None, is_named and (len(found) > 1 or split != "train")

@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from uvit.sources.types import Pair, PairError, Problem, RandomAccessSource, Source
+from uvit.sources.types import Pair, PairError, Problem, RandomAccessSource, Source, digest_of
 
 
 class ConcatSource(RandomAccessSource):
@@ -28,6 +28,10 @@ class ConcatSource(RandomAccessSource):
 
     def problems(self) -> list[Problem]:
         return [problem for source in self.sources for problem in source.problems()]
+
+    def index_sha256(self) -> str | None:
+        found = [source.index_sha256() for source in self.sources]
+        return digest_of((each or "").encode() for each in found) if any(found) else None
 
     def _find(self, index: int) -> tuple[RandomAccessSource, int]:
         number = bisect.bisect_right(self._ends, index)
@@ -87,6 +91,9 @@ class SplitSource(RandomAccessSource):
             except PairError as error:
                 problems.append(error.problem)
         return problems
+
+    def index_sha256(self) -> str | None:
+        return self.source.index_sha256()
 
 
 @dataclass(frozen=True)

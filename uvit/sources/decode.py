@@ -1,5 +1,6 @@
 """Decode the bytes and fields of any source to images and captions. Raises PairError if that is impossible."""
 
+import ast
 import io
 import json
 import warnings
@@ -15,7 +16,7 @@ from uvit.sources.types import PairError, Problem
 
 CAPTION_COLUMNS = ("text", "caption", "captions", "sentences", "sentence", "txt", "prompt")
 IMAGE_COLUMNS = (
-    "image", "img", "jpg", "jpeg", "png", "webp", "file_name", "image_path", "path", "filepath", "file", "filename",
+    "file_name", "image", "img", "jpg", "jpeg", "png", "webp", "image_path", "path", "filepath", "file", "filename",
 )  # fmt: skip
 
 
@@ -30,6 +31,19 @@ def _usual_name(names: tuple[str, ...], usual: tuple[str, ...]) -> str | None:
         if found := next((known[name] for name in usual if name in known), None):
             return found
     return None
+
+
+def cell_captions(text: str) -> list[str]:
+    """The captions in a cell of a table of text: the text, or the texts of a list, as JSON or Python writes it."""
+    if text.startswith(('["', "['")) and text.endswith("]"):
+        for parse in (json.loads, ast.literal_eval):
+            try:
+                found = parse(text)
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+            if isinstance(found, list) and found and all(isinstance(each, str) for each in found):
+                return found
+    return [text]
 
 
 def decode_image(data: bytes, id: str, where: object, max_pixels: int | None = None) -> Image.Image:

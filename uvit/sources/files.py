@@ -4,7 +4,8 @@ A bad row becomes an unusable pair at its place. A list that is unusable as a wh
 reads no image. Of a row, only its place is kept: its captions are read from the list when they are needed.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,9 +13,9 @@ from typing import NamedTuple
 
 from uvit.errors import UserError
 from uvit.sources.decode import clean_captions, decode_image
-from uvit.sources.names import name_on_disk, safe_name
+from uvit.sources.names import is_file, name_on_disk, safe_name
 from uvit.sources.places import PairReader, Places
-from uvit.sources.types import Pair, PairError, Problem, RandomAccessSource
+from uvit.sources.types import Pair, PairError, Problem, RandomAccessSource, digest_of
 
 NUM_CHECKED = 100  # images that must include an existing one, or else the folder is wrong
 
@@ -33,7 +34,7 @@ class ListRow(NamedTuple):
 class FileSource(RandomAccessSource):
     """Image files and their captions."""
 
-    index: str
+    lists: tuple[str, ...]  # the files that name the images
     folder: str
     places: Places
     reader: PairReader
@@ -59,6 +60,9 @@ class FileSource(RandomAccessSource):
     def problems(self) -> list[Problem]:
         return [problem for row in sorted(self.problems_of) for problem in self.problems_of[row]]
 
+    def index_sha256(self) -> str | None:
+        return digest_of(_sha256(Path(path)) for path in self.lists)
+
     def image_names(self) -> Iterator[str]:
         """The paths of all images, relative to the folder."""
         return (self.entry(row)[1] for row in range(len(self)))
@@ -69,7 +73,7 @@ class FileSource(RandomAccessSource):
         path = Path(self.folder) / name
         return Pair(
             id,
-            decode_image(read_image_file(path, self.folder, id, self.index), id, safe_name(path)),
+            decode_image(read_image_file(path, self.folder, id, self.lists[0]), id, safe_name(path)),
             captions,
             problems,
         )
@@ -82,8 +86,13 @@ class FileSource(RandomAccessSource):
         return problems
 
 
+def _sha256(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
 def build_source(
-    index: Path,
+    lists: Sequence[Path],
     folder: Path,
     places: Places,
     reader: PairReader,
@@ -94,15 +103,17 @@ def build_source(
     """Raises UserError if the list is empty, if no row is usable, or if the images are not in the folder.
 
     Args:
+        lists: the files that name the images.
         problem_of: {row: the reason why it is no pair}
         suspects: the rows with captions that may be empty, or not text.
         where: the place of a row, for messages.
     """
     problems_of: dict[int, tuple[Problem, ...]] = {row: (problem,) for row, problem in problem_of.items()}
+    index = lists[0]
     for row in suspects:
         if row not in problem_of and (problems := _caption_problems(reader, places, row, where(row))):
             problems_of[row] = problems
-    source = FileSource(str(index), str(folder), places, reader, problems_of)
+    source = FileSource(tuple(map(str, lists)), str(folder), places, reader, problems_of)
     if not len(source):
         raise UserError(f"--source {index}: lists no images")
     usable = (row for row in range(len(source)) if not any(each.left_out for each in problems_of.get(row, ())))
@@ -110,7 +121,7 @@ def build_source(
     if not checked:
         first = problems_of[0][0].message
         raise UserError(f"--source {index}: none of its {len(source):,} images is usable; the first problem: {first}")
-    if not any(path.is_file() for path in checked):
+    if not any(map(is_file, checked)):
         number = "its only image" if len(checked) == 1 else f"any of its first {len(checked)} images"
         raise UserError(
             f"--source {index}: cannot find {number}, such as {safe_name(checked[0])}; give the folder that the "

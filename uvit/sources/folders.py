@@ -1,5 +1,6 @@
 """A folder of images, each with a `.txt` (or a `.caption` or `.json`) of the same name that contains its caption."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unicodedata import normalize
@@ -15,7 +16,7 @@ from uvit.sources.decode import (
 from uvit.sources.files import NUM_CHECKED, read_image_file
 from uvit.sources.img2dataset import failed_rows
 from uvit.sources.names import Listing, is_image, list_files, safe_name, stem_of, suffix_of
-from uvit.sources.types import Pair, PairError, Problem, RandomAccessSource
+from uvit.sources.types import Pair, PairError, Problem, RandomAccessSource, digest_of
 
 CAPTION_SUFFIXES = ("json", "caption", "txt")  # the last of them that an image has counts
 DOCUMENTS = {"readme", "license", "licence", "notice", "copying", "changelog", "citation"}  # .txt, but no captions
@@ -43,6 +44,20 @@ class FolderSource(RandomAccessSource):
     def problems(self) -> list[Problem]:
         return list(self.problem_of.values())
 
+    def index_sha256(self) -> str | None:
+        """Of the names of the images, and of the names and sizes of the captions."""
+
+        def lines() -> Iterator[bytes]:
+            for row, name in enumerate(self.names):
+                caption = "" if row in self.problem_of else self._caption_file(row)
+                try:
+                    size = (Path(self.folder) / caption).stat().st_size if caption else 0
+                except OSError:
+                    size = -1
+                yield f"{name}\0{caption}\0{size}".encode(errors="surrogateescape")
+
+        return digest_of(lines())
+
     def is_captioned(self) -> bool:
         """Whether at least one image has a caption of its own. Of .json files, some are read to see that."""
         rows = [row for row in range(len(self.names)) if row not in self.problem_of]
@@ -69,8 +84,7 @@ class FolderSource(RandomAccessSource):
     def _captions(self, index: int) -> tuple[tuple[str, ...], tuple[Problem, ...]]:
         if index in self.problem_of:
             raise PairError(self.problem_of[index])
-        name = self.names[index]
-        file, id = self.caption_files.get(index) or stem_of(name) + ".txt", safe_name(name)
+        file, id = self._caption_file(index), safe_name(self.names[index])
         path = Path(self.folder) / file
         try:
             data = path.read_bytes()
@@ -82,6 +96,9 @@ class FolderSource(RandomAccessSource):
         if suffix_of(file) == "json":
             values = caption_values(decode_object(text, id, where), CAPTION_COLUMNS, id, where)
         return clean_captions(values, id, where)
+
+    def _caption_file(self, index: int) -> str:
+        return self.caption_files.get(index) or stem_of(self.names[index]) + ".txt"
 
 
 def open_folder(folder: Path, listing: Listing | None = None) -> FolderSource:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from uvit.errors import UserError
+from uvit.sources.names import split_of
 from uvit.sources.tables import Table, TableRow, TableRows, TableSource, TableStream, choose_columns
-from uvit.sources.types import Source
+from uvit.sources.types import Source, digest_of
 
-SPLITS = ("train", "val", "validation", "valid", "dev", "test", "heldout")  # names of files and folders
 STREAM_BATCH = 32  # rows read at a time
 
 
@@ -104,6 +104,11 @@ class _Parquet:
         group = bisect_right(self._firsts, index) - 1
         return _row_of(_row_group(*self._groups[group], columns), index - self._firsts[group])
 
+    def index_sha256(self) -> str | None:
+        """Of the names and sizes of the files."""
+        files = dict.fromkeys(path for path, _ in self._groups)
+        return digest_of(f"{path.name}\0{path.stat().st_size}".encode(errors="surrogateescape") for path in files)
+
     def column(self, name: str) -> Iterator[Any]:
         for path, group in self._groups:
             yield from _row_group(path, group, (name,))[name].to_pylist()
@@ -144,11 +149,7 @@ def _parquet_files(path: Path, split: str) -> list[Path]:
 def _split_of(file: Path) -> str:
     if numbered := re.match(r"(\w[\w.-]*)-\d{5}-of-\d{5}", file.name):
         return numbered[1]
-    for part in (file.stem, *reversed(file.parts[:-1])):
-        word = re.match(r"[a-z]*", part)
-        if word is not None and word[0] in SPLITS:
-            return word[0]
-    return "train"
+    return split_of(str(file)) or "train"
 
 
 def _checked_split(split: str, splits: Sequence[str], path: Path) -> str:
@@ -189,6 +190,9 @@ class _Mapped:
 
     def __len__(self) -> int:
         return len(self._dataset)
+
+    def index_sha256(self) -> str | None:
+        return None
 
     def schema(self) -> Any:
         return self._dataset.features.arrow_schema

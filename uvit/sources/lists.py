@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from os.path import normpath
 from pathlib import Path
 from typing import Protocol
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from uvit.errors import UserError
 from uvit.sources.files import NUM_CHECKED, FileSource, ListRow, build_source, is_suspect, is_unicode
-from uvit.sources.names import name_on_disk, safe_name, suffix_of
+from uvit.sources.names import is_file, name_on_disk, safe_name, suffix_of
 from uvit.sources.parquet_lists import ParquetRows
 from uvit.sources.places import Place, PlaceList, Places, first_of_each, number_equal
 from uvit.sources.text_lists import JsonLines, SeparatedValues
@@ -76,7 +77,8 @@ def open_list(
                 places.add(f"\0{at}")  # no file has this name
                 numbers.append(0)
                 continue
-            places.add(str(prefix / row.name) if prefix and is_table else row.name, row.start, row.length)
+            name = normpath(row.name) if "./" in row.name or "//" in row.name else row.name  # ./a.png is a.png
+            places.add(str(prefix / name) if prefix and is_table else name, row.start, row.length)
             numbers.append(row.number)
             if not row.captions or any(map(is_suspect, row.captions)):
                 suspects.append(at)
@@ -101,7 +103,7 @@ def open_list(
     firsts = np.concatenate([[0], np.cumsum(np.bincount(pairs[is_good], minlength=len(first_rows)))])
     starts, lengths = places.places()
     return build_source(
-        path,
+        [path],
         image_folder or path.parent,
         Places(firsts, starts[order], lengths[order]),
         ListReader(rows, prefix),
@@ -123,7 +125,7 @@ def names_images(path: Path, image_column: str | None, caption_column: str | Non
             captions.check((), str)
     except (UserError, OSError, UnicodeDecodeError):
         return False
-    return any((path.parent / name_on_disk(path.parent, name)).is_file() for name in names)
+    return any(is_file(path.parent / name_on_disk(path.parent, name)) for name in names)
 
 
 def _rows(path: Path, image_column: str | None, caption_column: str | None) -> ListRows:

@@ -1,9 +1,10 @@
 """What the names of files say: which are images, which are clutter; and files of a folder at any depth."""
 
 import os
+import re
 import unicodedata
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -51,12 +52,43 @@ def safe_name(name: object) -> str:
     return str(name).encode(errors="backslashreplace").decode()
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is such a file. None can have a name that is too long, for which Path.is_file raises an error."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
+# Splits
+
+
+SPLITS = ("train", "val", "validation", "valid", "dev", "test", "heldout")  # names of files and folders
+
+
+def split_of(name: str) -> str | None:
+    """The split that a path names: its file's name first, then its folders, the inner ones first. None: it names none.
+
+    A word of the name is a split: `my_val.tar`, `Train-0.parquet`, `testset.csv`, `captions_val2014.json`.
+    """
+    for part in reversed(stem_of(name).split("/")):
+        for word in re.findall("[a-z]+", part.lower()):
+            if (found := word.removesuffix("set")) in SPLITS:
+                return found
+    return None
+
+
+def names_split(name: str, split: str) -> bool:
+    """Whether the name of a file names this split, such as val, or val2014."""
+    return split_of(name) == split or split.lower() in re.findall("[a-z0-9]+", stem_of(name).lower())
+
+
+# Files
+
+
 def name_on_disk(folder: Path, name: str) -> str:
     """The name of a file in `folder`: an accented letter may be one character there, or two (NFC, NFD)."""
     forms = {unicodedata.normalize(form, name) for form in ("NFC", "NFD")} - {name}
-    if not forms or (folder / name).is_file():
+    if not forms or is_file(folder / name):
         return name
-    return next((form for form in sorted(forms) if (folder / form).is_file()), name)
+    return next((form for form in sorted(forms) if is_file(folder / form)), name)
 
 
 def some_of(names: Collection[str]) -> str:
@@ -83,6 +115,13 @@ class Listing:
     def top(self, *suffixes: str) -> list[str]:
         """The files in the folder itself that have one of these suffixes."""
         return [name for name in self.files if "/" not in name and suffix_of(name) in suffixes]
+
+    def without_splits(self) -> "Listing":
+        """Without the folders of splits in it; they count as not read."""
+        first = {name: name.partition("/")[0] for name in self.files if "/" in name}
+        inside = {name: folder for name, folder in first.items() if folder in SPLITS}
+        files = [name for name in self.files if name not in inside]
+        return replace(self, files=files, clutter=[*self.clutter, *sorted({f"{each}/" for each in inside.values()})])
 
     def unread(self, used: Iterable[str]) -> list[str]:
         return [*sorted(set(self.files).difference(used)), *self.clutter]

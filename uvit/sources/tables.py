@@ -152,6 +152,7 @@ class Table(Protocol):
     def schema(self) -> Any: ...
     def row(self, index: int, columns: tuple[str, ...]) -> TableRow: ...
     def column(self, name: str) -> Iterator[Any]: ...
+    def index_sha256(self) -> str | None: ...
 
 
 class StreamedTable(Protocol):
@@ -185,6 +186,9 @@ class TableSource(RandomAccessSource):
 
     def problems(self) -> list[Problem]:
         return list(self._problems.values())
+
+    def index_sha256(self) -> str | None:
+        return self._table.index_sha256()
 
     def captions(self, index: int) -> tuple[str, ...]:
         return self._rows.captions(self._row(index, self._rows.text_columns()), index)[0]

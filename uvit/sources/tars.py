@@ -30,7 +30,7 @@ from uvit.sources.img2dataset import failed_rows
 from uvit.sources.names import image_suffixes, say_not_read
 from uvit.sources.remote import RemoteFile, check_protocol, is_remote
 from uvit.sources.tar_format import Bytes, Member, members
-from uvit.sources.types import Pair, PairError, Problem, RandomAccessSource, Source
+from uvit.sources.types import Pair, PairError, Problem, RandomAccessSource, Source, digest_of
 
 TEXTS = ("txt", "json")  # suffixes of captions; the first goes before the second
 INCOMPLETE = ("missing image", "no caption")  # what is wrong with a pair before its other members are found
@@ -258,6 +258,9 @@ class TarSource(RandomAccessSource):
 
     def problems(self) -> list[Problem]:
         return list(self._problems.values())
+
+    def index_sha256(self) -> str | None:
+        return digest_of((bytes(self._keys), self._key_ends.tobytes(), self._spans.tobytes()))
 
     def captions(self, index: int) -> tuple[str, ...]:
         id, path, _, text = self._row(index)

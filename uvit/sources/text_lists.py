@@ -16,6 +16,7 @@ from uvit.sources.decode import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
     caption_values,
+    cell_captions,
     decode_object,
     decode_text,
     usual_name,
@@ -172,14 +173,14 @@ class SeparatedValues:
                     elif not fields[image]:
                         yield Problem(id, "broken line", f"{where}: names no image")
                     else:
-                        yield ListRow(fields[image], [fields[caption]], start, first_byte, size)
+                        yield ListRow(fields[image], cell_captions(fields[caption]), start, first_byte, size)
             except csv.Error as error:
                 raise self._error(end, error) from None
 
     def read(self, places: list[Place]) -> list[tuple[str, list[str]]]:
         lines = (io.StringIO(text, newline="") for text in self._file.indexed.read(places))
         rows = (next(csv.reader(each, delimiter=self._separator)) for each in lines)
-        return [(fields[self._image], [fields[self._caption]]) for fields in rows]
+        return [(fields[self._image], cell_captions(fields[self._caption])) for fields in rows]
 
     def _error(self, line: int, error: csv.Error) -> UserError:
         message = f"--source {self._file.path}: cannot be read after line {line} ({error})"

@@ -1,7 +1,8 @@
 """Pairs of images and captions, problems with them, and the interface of all sources of pairs."""
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from PIL import Image
@@ -40,6 +41,14 @@ class Pair:
     problems: tuple[Problem, ...] = ()  # problems despite which it is usable
 
 
+def digest_of(parts: Iterable[bytes]) -> str:
+    """The SHA-256 of parts, whose boundaries count."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8) + part)
+    return digest.hexdigest()
+
+
 class Source(ABC):
     """Pairs in a fixed order, read one after the other. Their number may be unknown. Picklable: holds no open files."""
 
@@ -50,6 +59,10 @@ class Source(ABC):
     @abstractmethod
     def all_captions(self) -> Iterator[str]:
         """The captions of all usable pairs, in order, without decoding images."""
+
+    def index_sha256(self) -> str | None:
+        """Tells a changed index from the one before: other names, places or sizes. None: there is no index."""
+        return None
 
 
 class RandomAccessSource(Source):

@@ -23,6 +23,8 @@ from uvit.io import read_json, write_bytes, write_json, write_json_once
 from uvit.store.manifest import LATENTS_VERSION, STORE_FORMAT, VERSION, with_image_settings
 from uvit.store.shard import ArrayInfo, ShardWriter, committed_row, file_records, read_record, record_name
 
+INDEX_SHA256 = "index_sha256"  # in `source`: of the index that the source had
+
 
 @dataclass(frozen=True)
 class StoreInfo:
@@ -98,8 +100,17 @@ class StoreWriter:
                     " crop; the remaining images are cropped first, and colour profiles stay ignored. To prepare all"
                     " images alike, extract into another folder."
                 )
+        if INDEX_SHA256 not in source:
+            self.info.source.pop(INDEX_SHA256, None)
+            settings["source"].pop(INDEX_SHA256, None)
         before |= asdict(LatentSpace.recorded(before))  # an older one has a latent scale alone
         if changed := differences(before, settings | asdict(LatentSpace.recorded(settings))):
+            has_changed = changed.pop(f"source.{INDEX_SHA256}", None)
+            if has_changed and not changed:
+                raise UserError(
+                    f"--output_dir {folder}: the source has changed since it was started (other images, captions or "
+                    "files); extract into another folder, or restore the source to resume"
+                )
             raise UserError(
                 f"--output_dir {folder}: was started with other settings; give the same settings to resume, or another"
                 " folder",

@@ -65,7 +65,7 @@ VAE_ASIDE = ".vae.writing"  # the folder that the finished VAE is written to fir
 MAX_MEASURED = 2048  # images for the latent scale
 # Flags that a resumed run cannot change: another model, other images, or another choice of the held-out ones.
 FIXED_FLAGS = {
-    "source", "split", "image_folder", "seed", "resolution",
+    "source", "split", "val_every", "image_folder", "image_column", "caption_column", "seed", "resolution",
     "factor", "channels", "layers_per_block", "latent_channels",
 }  # fmt: skip
 
@@ -155,7 +155,15 @@ def check_finished(config: AutoencoderConfig, output_dir: Path) -> None:
 def build_vae_run(config: AutoencoderConfig, output_dir: Path, device: torch.device) -> VaeRun:
     """A run at step 0."""
     source = require_random_access(
-        open_source(config.source, config.split, config.image_folder, config.resolution),
+        open_source(
+            config.source,
+            config.split,
+            config.image_folder,
+            config.resolution,
+            val_every=config.val_every,
+            image_column=config.image_column,
+            caption_column=config.caption_column,
+        ),
         f"--source {' '.join(config.source)}",
     )
     held_out, rows = split_rows(len(source), config.seed)
