@@ -153,15 +153,15 @@ def names(root: Path, *names: str) -> Path:
 def test_a_split_picks_the_captions_file_of_a_folder(tmp_path: Path) -> None:
     names(tmp_path, "captions_mini2017.json", "instances_train2017.json")
     (tmp_path / "images").mkdir()
-    captions, images, is_one_of_several = find_captions(tmp_path, "train")
-    assert (captions.name, images, is_one_of_several) == ("captions_mini2017.json", tmp_path / "images", False)
+    captions, images, has_splits = find_captions(tmp_path, "train")
+    assert (captions.name, images, has_splits) == ("captions_mini2017.json", tmp_path / "images", False)
     with pytest.raises(UserError, match=r"--split val: .* contains captions_mini2017\.json"):
         find_captions(tmp_path, "val")
 
     names(tmp_path, "captions_train2014.json", "captions_train2017.json.gz", "captions_val2014.json")
     (tmp_path / "val2014").mkdir()
-    captions, images, is_one_of_several = find_captions(tmp_path, "val")
-    assert (captions.name, images, is_one_of_several) == ("captions_val2014.json", tmp_path / "val2014", True)
+    captions, images, has_splits = find_captions(tmp_path, "val")
+    assert (captions.name, images, has_splits) == ("captions_val2014.json", tmp_path / "val2014", True)
     assert find_captions(tmp_path, "train2017")[0].name == "captions_train2017.json.gz"
     several = r"captions_train2014\.json and captions_train2017\.json\.gz in .*; give for example --split train2014"
     with pytest.raises(UserError, match=several):
