@@ -91,3 +91,8 @@ def test_a_source_that_is_given_twice_is_refused(tmp_path: Path) -> None:
     captioned_image(tmp_path / "a", "a")
     with pytest.raises(UserError, match="is given twice; remove one"):
         opened(tmp_path / "a", f"{tmp_path}/a/../a")
+
+
+def test_a_pattern_below_a_folder_with_brackets_in_its_name(tmp_path: Path) -> None:
+    tar_of(tmp_path / "set [v1]" / "0.tar", "a")
+    assert captions_in(opened(f"{tmp_path}/set [v1]/{{0..0}}.tar")) == [("a",)]

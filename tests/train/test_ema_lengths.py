@@ -60,6 +60,9 @@ def test_train_resume_reconstruct(tiny_config: Any, tmp_path: Path, capsys: pyte
 
     assert main(["ema", str(run), "--length", "0.2"]) == 2
     assert "already exists" in capsys.readouterr().err
+    train(tiny_config(**flags, resume_from_checkpoint="checkpoint-3", max_steps=5))
+    assert (run / "set-aside-2" / "pipeline-ema-0.2").is_dir() and not (run / "pipeline-ema-0.2").exists()
+    train(tiny_config(**flags, resume_from_checkpoint="checkpoint-3", max_steps=6))
     assert main(["ema", str(run), "--length", "0.1", "--step", "5"]) == 2
     assert "--step 5:" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"ema_lengths: was \[0.1, 0.2\], now \[0.1\]"):

@@ -66,7 +66,7 @@ def expand(place: str) -> list[str]:
     found: list[str] = []
     for pattern in patterns:
         matches = [pattern]
-        if re.search(r"[*?[]", pattern):
+        if re.search(r"[*?[]", pattern) and not Path(pattern).exists():  # of a folder with brackets in its name
             # Path.glob would also find hidden files, which may be incomplete.
             matches = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
         if not matches:

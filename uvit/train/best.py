@@ -4,6 +4,7 @@ Each checkpoint records the best one up to its own step. After a resume or a rol
 """
 
 import functools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def new_best(run: Run, tracked: Tracked | None, record: dict[str, Any]) -> dict[
         return None
     value, found = record[tracked.name], None
     sign = 1 if tracked.better == "higher" else -1
-    if value is not None and (run.best is None or sign * value > sign * run.best["value"]):
+    if value is not None and not math.isnan(value) and (run.best is None or sign * value > sign * run.best["value"]):
         found = {
             "metric": tracked.name, "value": value, "step": run.step, "checkpoint": f"checkpoint-{run.step}",
         }  # fmt: skip

@@ -174,6 +174,6 @@ def _set_aside_files(run: Run, later: Later, aside: Path) -> None:
         if int(path.name.split("-")[1]) > later.step:
             (aside / SNAPSHOTS).mkdir(exist_ok=True)
             move_path(path, aside / SNAPSHOTS / path.name)
-    pipeline = run.output_dir / "pipeline"
-    if training_facts(pipeline).get("step", later.step) > later.step:
-        move_path(pipeline, aside / pipeline.name)
+    for pipeline in (run.output_dir / "pipeline", *sorted(run.output_dir.glob("pipeline-ema-*"))):
+        if training_facts(pipeline).get("step", later.step) > later.step:
+            move_path(pipeline, aside / pipeline.name)

@@ -92,15 +92,10 @@ def run_training(config: TrainConfig, world: World) -> int:
     with contextlib.ExitStack() as held:
         with hang_watchdog(config.hang_timeout, world):
             run = build_run(config, Path(config.output_dir), world)
-            if world.is_main:
-                check_latents(run.features, run.conventions, config.feature_path)
+            on_main(lambda: check_latents(run.features, run.conventions, config.feature_path), world)
             on_main(lambda: lock_run(run, held), world)
             resume(run)
-            if world.is_main:
-                if run.checkpoint is None:
-                    set_aside_logs(run)
-                write_config(run)
-                truncate_skipped_samples(run)
+            on_main(lambda: prepare_folder(run), world)
             if run.step >= run.max_steps:
                 print(f"{run.output_dir}: all {run.step} steps are done ({describe_samples_done(run)})")
             else:
@@ -283,6 +278,14 @@ def restarted(run: Run) -> bool:
 def this_launch() -> str:
     """Which torchrun has started this process, be it for the first time or again."""
     return f"{this_machine()} {os.getppid()} {start_of_process(os.getppid())}\n"
+
+
+def prepare_folder(run: Run) -> None:
+    """After the start or a resume: what is there besides the checkpoints."""
+    if run.checkpoint is None:
+        set_aside_logs(run)
+    write_config(run)
+    truncate_skipped_samples(run)
 
 
 def write_config(run: Run) -> None:
