@@ -112,6 +112,14 @@ def test_metadata_redraws_the_picture(folder: Path, tmp_path: Path) -> None:
     assert np.abs(first - again).max() <= 1
 
 
+def test_a_negative_prompt_without_guidance_is_said_to_do_nothing(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for scale, times in (("1", 1), ("2", 0)):
+        assert main(arguments(folder, tmp_path, "a", "--negative_prompt=blue", f"--guidance_scale={scale}")) == 0
+        assert capsys.readouterr().out.count("--negative_prompt: has no effect at --guidance_scale 1") == times
+
+
 def test_a_second_run_adds_and_overwrites_nothing(folder: Path, tmp_path: Path) -> None:
     for _ in range(2):
         assert main(arguments(folder, tmp_path, "two cats", "green")) == 0

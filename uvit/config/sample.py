@@ -129,11 +129,6 @@ class SampleConfig:
             if self.fit_schedule and field.name in NO_FIT and value != field.default:
                 words = " ".join(map(str, value)) if isinstance(value, tuple) else value
                 raise UserError(f"--{field.name} {words}: --fit_schedule generates no images with it; leave it out")
-        if self.negative_prompt and {*self.guidance_scale} == {1.0}:
-            raise UserError(
-                f"--negative_prompt {self.negative_prompt}: has no effect at --guidance_scale 1, which turns guidance "
-                "off; give a higher one"
-            )
         if not is_text(self.negative_prompt or ""):
             raise UserError(f"--negative_prompt {self.negative_prompt!r}: is not UTF-8 text")
         for name in ("strength", "mask"):

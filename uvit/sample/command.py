@@ -87,6 +87,8 @@ def sample_batch(
 
 def sample(config: SampleConfig) -> None:
     config = with_dtype(config.resolved())
+    if config.negative_prompt and {*config.guidance_scale} == {1.0}:
+        print("warning: --negative_prompt: has no effect at --guidance_scale 1, which turns guidance off")
     with print_warnings():
         if config.fit_schedule:
             fit_schedule(config)
