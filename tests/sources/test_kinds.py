@@ -96,3 +96,18 @@ def test_a_source_that_is_given_twice_is_refused(tmp_path: Path) -> None:
 def test_a_pattern_below_a_folder_with_brackets_in_its_name(tmp_path: Path) -> None:
     tar_of(tmp_path / "set [v1]" / "0.tar", "a")
     assert captions_in(opened(f"{tmp_path}/set [v1]/{{0..0}}.tar")) == [("a",)]
+
+
+def test_metadata_beside_folders_of_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its rows are of the split of their folder; images in other folders are of train."""
+    names = ("train/a", "test/b", "c", "./test/d")
+    for name in names:
+        captioned_image((tmp_path / name).parent, Path(name).name)
+    write_lines(tmp_path / "metadata.jsonl", [{"file_name": f"{name}.png", "text": name} for name in names])
+    assert captions_in(opened(tmp_path)) == [("train/a",), ("c",)]
+    assert "Not read in" in (said := capsys.readouterr().out) and "test/b.png" in said
+    assert captions_in(opened(tmp_path, split="test")) == [("test/b",), ("./test/d",)]
+    with pytest.raises(UserError, match="already has splits, its folders"):
+        opened(tmp_path, val_every=2)
+    (tmp_path / "train" / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "own"}\n')
+    assert captions_in(opened(tmp_path)) == [("own",)]

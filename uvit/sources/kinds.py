@@ -31,6 +31,7 @@ class Input:
     files: tuple[str, ...]  # to read
     folder: Path | None = None  # of the images, if the entry has its own; --image_folder overrides it
     splits: str | None = None  # a description of its splits; None: it has only `train`
+    split: str | None = None  # of a list, leave out what lies in folders of other splits than this
     listing: Listing | None = None  # of a folder that contains lists or tars
     images: FolderSource | None = None  # of a folder of images
 
@@ -98,7 +99,10 @@ def _detect_folder(
     for listing, splits in listings:
         lists = [file for file in METADATA if file in listing.files and _holds(listing.folder / file, columns)]
         if lists:
-            return Input(name, "list", (_only(name, listing, lists),), splits=splits, listing=listing)
+            if is_outer := listing.folder == path:
+                splits = "its folders" if (path / split).is_dir() else None
+            file = _only(name, listing, lists)
+            return Input(name, "list", (file,), splits=splits, split=split if is_outer else None, listing=listing)
     if huggingface.is_saved(path):
         return Input(name, "dataset", (str(path),), splits="its own")
     tables = columns is not None and any(_contains_images(file, *columns) for file in _tables(path))

@@ -15,7 +15,7 @@ import numpy as np
 
 from uvit.errors import UserError
 from uvit.sources.files import NUM_CHECKED, FileSource, ListRow, build_source, is_suspect, is_unicode
-from uvit.sources.names import is_file, name_on_disk, safe_name, suffix_of
+from uvit.sources.names import SPLITS, is_file, name_on_disk, safe_name, suffix_of
 from uvit.sources.parquet_lists import ParquetRows
 from uvit.sources.places import Place, PlaceList, Places, first_of_each, number_equal
 from uvit.sources.text_lists import JsonLines, SeparatedValues
@@ -56,11 +56,13 @@ def open_list(
     image_column: str | None = None,
     caption_column: str | None = None,
     base: Path | None = None,
+    split: str | None = None,
 ) -> FileSource:
     """Open a list. Its paths are relative to `image_folder`, or else to the list's folder. Raises UserError.
 
     Args:
         base: a folder that contains the list's: the ids of its images are then their paths from there.
+        split: leave out images in the folders of other splits.
     """
     prefix = None
     if image_folder is None and base is not None and path.parent != base:
@@ -70,7 +72,7 @@ def open_list(
     captions = _CaptionEncoding(path)
     try:
         rows = _rows(path, image_column, caption_column)
-        for at, row in enumerate(rows.rows()):
+        for at, row in enumerate(row for row in rows.rows() if not is_of_another_split(row, split)):
             captions.add(at, row)
             if isinstance(row, Problem):
                 problem_at[at] = row
@@ -111,6 +113,14 @@ def open_list(
         np.unique(pairs[np.frombuffer(suspects, np.int64)]).tolist(),
         lambda pair: rows.where(numbers[first_rows[pair]]),
     )
+
+
+def is_of_another_split(row: ListRow | Problem, split: str | None) -> bool:
+    """Whether the image of a row is of another split: that of its folder, such as val/, or else train."""
+    if split is None or isinstance(row, Problem):
+        return False
+    folder, slash, _ = row.name.removeprefix("./").partition("/")
+    return (folder if slash and folder in SPLITS else "train") != split
 
 
 def names_images(path: Path, image_column: str | None, caption_column: str | None) -> bool:

@@ -137,7 +137,9 @@ def _shapes(name: str, split: str, resolution: int) -> Source:
 
 def _open_lists(entry: Input, image_column: str | None, caption_column: str | None) -> Source:
     base = entry.listing.folder if entry.listing else None
-    lists = [open_list(Path(file), entry.folder, image_column, caption_column, base) for file in entry.files]
+    lists = [
+        open_list(Path(file), entry.folder, image_column, caption_column, base, entry.split) for file in entry.files
+    ]
     return lists[0] if len(lists) == 1 else ConcatSource(list(lists))
 
 
