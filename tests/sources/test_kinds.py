@@ -111,3 +111,56 @@ def test_metadata_beside_folders_of_splits(tmp_path: Path, capsys: pytest.Captur
         opened(tmp_path, val_every=2)
     (tmp_path / "train" / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "own"}\n')
     assert captions_in(opened(tmp_path)) == [("own",)]
+
+
+def test_metadata_beside_folders_of_years(tmp_path: Path) -> None:
+    names = ("train2017/a", "val2017/b")
+    for name in names:
+        captioned_image((tmp_path / name).parent, Path(name).name)
+    write_lines(tmp_path / "metadata.jsonl", [{"file_name": f"{name}.png", "text": name} for name in names])
+    assert captions_in(opened(tmp_path)) == [(name,) for name in names]
+    for name in names:
+        assert captions_in(opened(tmp_path, split=name.partition("/")[0])) == [(name,)]
+
+
+@pytest.mark.parametrize("kind", ["texts", "metadata", "elsewhere"])
+def test_classes_that_are_called_like_splits(kind: str, tmp_path: Path) -> None:
+    """Without a folder train/, and no images beside the folders."""
+    folders = ("cat", "dev", "test")
+    for name in folders:
+        captioned_image(tmp_path / "pictures" / name, "a")
+    place, flags = tmp_path / "pictures", {}
+    if kind != "texts":
+        place = tmp_path if kind == "elsewhere" else place
+        write_lines(place / "metadata.jsonl", [{"file_name": f"{name}/a.png", "text": "a"} for name in folders])
+    if kind == "elsewhere":
+        (tmp_path / "train").mkdir()
+        flags = {"image_folder": [str(tmp_path / "pictures")]}
+    assert captions_in(opened(place, **flags)) == [("a",)] * 3
+    assert captions_in(opened(place, val_every=3, split="val", **flags)) == [("a",)]
+
+
+def test_lists_in_parquet_of_a_split(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png("red"))
+
+    def write(name: str, caption: str) -> None:
+        parquet.write_table(pyarrow.table({"image": ["a.png"], "text": [caption]}), tmp_path / name)
+
+    write("val.parquet", "v")
+    assert captions_in(opened(tmp_path, split="val")) == [("v",)]
+    with pytest.raises(UserError, match=r"--split train: .* no such split; it has val"):
+        opened(tmp_path)
+    write("train-00000-of-00002.parquet", "one")
+    write("train-00001-of-00002.parquet", "two")
+    assert captions_in(opened(tmp_path)) == [("one",), ("two",)]
+
+
+def test_val_every_of_a_folder_of_one_split(tmp_path: Path) -> None:
+    tar_of(tmp_path / "test.tar", "a", "b")
+    assert captions_in(opened(tmp_path, val_every=2)) == [("a",)]
+
+
+def test_a_table_of_images_that_names_its_split(tmp_path: Path) -> None:
+    rows = {"image": [{"bytes": png("red"), "path": None}], "text": ["one"]}
+    parquet.write_table(pyarrow.table(rows), tmp_path / "latent_test.parquet")
+    assert captions_in(opened(tmp_path / "latent_test.parquet", split="test")) == [("one",)]

@@ -431,9 +431,12 @@ def test_the_file_name_of_an_imagefolder_goes_before_other_columns(tmp_path: Pat
 
 def test_cells_that_hold_a_list_are_several_captions(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png("red"))
-    cells = ['["one", "two"]', "['three', \"it's four\"]", "[a photo]", '["no end', "[]", "[1, 2]"]
+    cells = ['["one", "two"]', "['three', \"it's four\"]", "['five' 'six'\n 'seven']"]
     source = opened(write_table(tmp_path / "list.csv", [("a.png", cell) for cell in cells]))
-    assert captions_in(source) == [("one", "two", "three", "it's four", "[a photo]", '["no end', "[]", "[1, 2]")]
+    assert captions_in(source) == [("one", "two", "three", "it's four", "five", "six", "seven")]
+    plain = ["[a photo]", '["no end', "[]", "[1, 2]", "['a' + 'b']", "['it's a cat']", '["a" is here]']
+    source = opened(write_table(tmp_path / "list.csv", [("a.png", cell) for cell in plain]))
+    assert captions_in(source) == [tuple(plain)]
 
 
 def test_one_image_under_two_spellings_of_its_path_is_one_pair(tmp_path: Path) -> None:

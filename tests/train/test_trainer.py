@@ -171,23 +171,26 @@ def test_overwrite_keeps_what_was_there_under_another_name(
     assert not same(tmp_path / "run" / "checkpoint-6", tmp_path / "run.old1" / "checkpoint-6")
 
 
+def raise_error(*_: Any) -> None:
+    raise RuntimeError("gone")
+
+
 def test_torchrun_restarts_do_not_overwrite_once_more(
     tiny_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(tiny_config(seed=1))
+    train(tiny_config())
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="gone"):
+        patch.setattr("uvit.train.trainer.build_run", raise_error)  # it fails before it has begun
+        train(tiny_config(overwrite_output_dir=True))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    train(tiny_config(overwrite_output_dir=True))  # it had failed before it had begun
-    assert (tmp_path / "run.old1").exists()
     train(tiny_config(overwrite_output_dir=True))
+    assert (tmp_path / "run.old1").exists()
+    train(tiny_config(overwrite_output_dir=True))  # it had begun
     assert not (tmp_path / "run.old2").exists()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     train(tiny_config(overwrite_output_dir=True))
-    assert (tmp_path / "run.old2").exists()
-    assert {path.name for path in tmp_path.glob("run*/.*")} == {".launch"}
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    monkeypatch.setattr("os.getppid", lambda: 1)  # the same command, by another torchrun, which has restarted it
-    train(tiny_config(overwrite_output_dir=True))
-    assert (tmp_path / "run.old3").exists()
+    assert (tmp_path / "run.old2").exists() and not list(tmp_path.glob("run*/.*"))
 
 
 def test_a_checkpoint_of_another_model_is_refused(tiny_config: Any, tmp_path: Path) -> None:

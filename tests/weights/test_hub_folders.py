@@ -123,3 +123,27 @@ def test_a_pipeline_with_pickled_encoders(tmp_path: Path) -> None:
         (tmp_path / name / f"{stem}.safetensors").unlink()
         found = load(str(tmp_path)).state_dict()
         assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_half_precision_beside_an_older_format_alone(tmp_path: Path) -> None:
+    """The libraries open neither by themselves."""
+    for name, stem, make, load in (
+        ("vae", "diffusion_pytorch_model", tiny_vae_folder, load_vae),
+        ("text", "model", tiny_text_encoder_folder, load_text_encoder),
+    ):
+        folder = make(tmp_path / name)
+        expected = load_file(folder / f"{stem}.safetensors")
+        halved(folder, stem)
+        pickled(folder, stem, f"{stem}.bin")
+        (folder / f"{stem}.safetensors").unlink()
+        found = load(str(folder)).state_dict()
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_other_text_encoders_of_a_pipeline_with_code(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "modeling_uvit.py").write_text("")
+    (tmp_path / "model_index.json").write_text('{"unet": ["modeling_uvit", "UViTT2IModel"]}')
+    model = BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
+    model.save_pretrained(tmp_path / "text_encoder")
+    assert type(load_text_encoder(str(tmp_path))) is BertModel

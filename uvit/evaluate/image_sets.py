@@ -18,6 +18,7 @@ from uvit.errors import UserError
 from uvit.images import to_pixels, to_rgb
 from uvit.progress import Progress
 from uvit.sample.files import SHEET
+from uvit.sources.coco import has_captions
 from uvit.sources.combine import SplitSource
 from uvit.sources.decode import decode_image
 from uvit.sources.kinds import METADATA
@@ -25,6 +26,7 @@ from uvit.sources.names import SPLITS, is_image, list_files, say_not_read, suffi
 from uvit.sources.open import open_source, require_random_access
 from uvit.sources.types import PairError, Problem, RandomAccessSource
 from uvit.store.reader import FeatureStore, open_features
+from uvit.store.writer import INDEX_SHA256
 
 CHUNK = 64  # images that are loaded, and whose features are stored, together
 LOSSY_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "webp", "avif")
@@ -92,9 +94,8 @@ def open_images(config: EvaluateConfig, name: str, flag: str, resolution: int | 
     except UserError as error:
         splits = [path / name for name in SPLITS] if config.split is not None else []
         lists = [folder / name for folder in (path, path / (config.split or "train")) for name in METADATA]
-        is_mistake = any(
-            each.exists() for each in (*splits, *lists)
-        )  # in the split or the list, which say what to take
+        # A mistake in a split, a list, captions of COCO or tars, which say what to take.
+        is_mistake = any(each.exists() for each in (*splits, *lists)) or has_captions(path) or any(path.glob("*.tar"))
         if not is_mistake and path.is_dir() and (files := _image_files(path)):  # images alone
             return FolderImages(path, files, preparation)
         raise UserError(str(error).replace("--source", f"--{flag}")) from None
@@ -138,7 +139,14 @@ def open_stored_source(name: str, split: str, flag: str) -> tuple[RandomAccessSo
         )
     except (UserError, KeyError) as error:
         raise UserError(f"--{flag} {name}: the images that it was made from cannot be opened ({error})") from None
-    return require_random_access(source, f"--{flag} {name}"), record
+    images = require_random_access(source, f"--{flag} {name}")
+    count, index = store.manifest["num_source_pairs"], record.get(INDEX_SHA256)
+    if count not in (None, len(images)) or index not in (None, images.index_sha256()):
+        raise UserError(
+            f"--{flag} {name}: the source that it was made from has changed ({' '.join(record['source'])}); restore "
+            "it, or give the images themselves"
+        )
+    return images, record
 
 
 def _of_store(name: str, split: str, flag: str, resolution: int | None) -> "SourceImages":

@@ -298,20 +298,23 @@ def has_captions(root: Path) -> bool:
     return any(next((root / "annotations").glob(pattern), None) for pattern in CAPTION_FILES)
 
 
-def find_captions(root: Path, split: str) -> tuple[Path, Path | None, bool]:
+def find_captions(root: Path, split: str | None) -> tuple[Path, Path | None, bool]:
     """For a folder with annotations/: (caption file, image folder, whether its name has a split).
 
-    Raises UserError unless `split` picks exactly one of them.
+    Raises UserError unless `split` picks exactly one of them, or there is only one (split None).
     """
     found = {
         path.name.removeprefix("captions_").removesuffix(".gz").removesuffix(".json"): path
         for pattern in CAPTION_FILES
         for path in sorted((root / "annotations").glob(pattern))
     }
+    if len(found) == 1 and (split is None or (split == "train" and split_of(next(iter(found))) is None)):
+        split = next(iter(found))  # such as mini2017
+        has_splits = False
+    else:
+        split = split or "train"
+        has_splits = len(found) > 1 or split != "train"
     matching = [split] if split in found else sorted(name for name in found if name.startswith(split))
-    is_named = bool(matching)
-    if not matching and len(found) == 1 and split == "train" and split_of(next(iter(found))) is None:
-        matching = list(found)  # such as captions_mini2017.json
     if not matching:
         names = ", ".join(path.name for path in found.values()) or "no captions_*.json"
         raise UserError(
@@ -325,4 +328,4 @@ def find_captions(root: Path, split: str) -> tuple[Path, Path | None, bool]:
         )
     name = matching[0]
     folders = [folder for folder in (root / name, root / "images" / name, root / "images") if folder.is_dir()]
-    return found[name], folders[0] if folders else None, is_named and (len(found) > 1 or split != "train")
+    return found[name], folders[0] if folders else None, has_splits

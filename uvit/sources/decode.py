@@ -1,8 +1,11 @@
 """Decode the bytes and fields of any source to images and captions. Raises PairError if that is impossible."""
 
 import ast
+import contextlib
 import io
 import json
+import re
+import tokenize
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
@@ -34,15 +37,19 @@ def _usual_name(names: tuple[str, ...], usual: tuple[str, ...]) -> str | None:
 
 
 def cell_captions(text: str) -> list[str]:
-    """The captions in a cell of a table of text: the text, or the texts of a list, as JSON or Python writes it."""
-    if text.startswith(('["', "['")) and text.endswith("]"):
-        for parse in (json.loads, ast.literal_eval):
-            try:
-                found = parse(text)
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                continue
-            if isinstance(found, list) and found and all(isinstance(each, str) for each in found):
-                return found
+    """The captions in a cell of a table: the text, or the texts of a list, as JSON, Python or NumPy writes it."""
+    if not (text.startswith(('["', "['")) and text.endswith("]")):
+        return [text]
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(text)
+        if isinstance(found, list) and all(isinstance(each, str) for each in found):
+            return found
+    with contextlib.suppress(ValueError, SyntaxError, tokenize.TokenError):
+        tokens = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.string.strip()]
+        strings = [token.string for token in tokens if token.type == tokenize.STRING]
+        rest = "".join(token.string for token in tokens if token.type != tokenize.STRING)
+        if strings and re.fullmatch(r"\[,*\]", rest):  # NumPy writes no commas, and Python would join such strings
+            return [ast.literal_eval(string) for string in strings]
     return [text]
 
 

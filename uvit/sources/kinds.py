@@ -10,7 +10,7 @@ from uvit.sources.coco import find_captions, has_captions
 from uvit.sources.files import NUM_CHECKED
 from uvit.sources.folders import FolderSource, open_folder
 from uvit.sources.lists import LIST_SUFFIXES, names_images
-from uvit.sources.names import SPLITS, Listing, list_files, names_split, some_of, split_of, suffix_of
+from uvit.sources.names import SPLITS, Listing, is_image, list_files, names_split, some_of, split_of, suffix_of
 from uvit.sources.parquet_lists import lists_paths
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -50,31 +50,32 @@ def detect(
         return Input(name, "shapes", (name,), splits="train and heldout")
     if name.startswith("hf:"):
         return Input(name, "dataset", (name,), splits="its own")
+    path, own = Path(name), None
+    if names_split(path.name, split) and not has_val_every:
+        own = "the one in its name"
     if tars.is_remote(name):
-        return Input(name, "tars", (name,))
-    path = Path(name)
+        return Input(name, "tars", (name,), splits=own)
     if path.is_dir():
         if has_captions(path):
-            captions, folder, has_splits = find_captions(path, "train" if has_val_every else split)
+            captions, folder, has_splits = find_captions(path, None if has_val_every else split)
             return Input(name, "coco", (str(captions),), folder, "its caption files" if has_splits else None)
         # Folders of splits come first. --val_every would mix them, so any of them is detected then, and refused later.
         inner = [path / name for name in dict.fromkeys([split, "train"] if has_val_every else [split])]
         bases: list[tuple[Path, str | None]] = [(base, f"{base.name}/") for base in inner if base.is_dir()]
         # With --image_folder, the images lie elsewhere.
         columns = None if has_image_folder else (image_column, caption_column)
-        return _detect_folder(name, path, "train" if has_val_every else split, [*bases, (path, None)], columns)
+        return _detect_folder(name, path, None if has_val_every else split, [*bases, (path, None)], columns)
     if not path.is_file():
         raise UserError(f"--source {name}: no such file or folder; give {SOURCE_KINDS}")
     suffix = suffix_of(path.name)
-    splits = "the one in its name" if names_split(path.name, split) and not has_val_every else None
     if tars.is_tar(path.name):
-        return Input(name, "tars", (str(path),), splits=splits)
+        return Input(name, "tars", (str(path),), splits=own)
     if path.name.lower().endswith((".json", ".json.gz")):
-        return Input(name, "coco", (str(path),), splits=splits)
+        return Input(name, "coco", (str(path),), splits=own)
     if suffix == "parquet" and not lists_paths(path, image_column, caption_column):
-        return Input(name, "dataset", (str(path),))
+        return Input(name, "dataset", (str(path),), splits=own)
     if suffix in LIST_SUFFIXES:
-        return Input(name, "list", (str(path),), splits=splits)
+        return Input(name, "list", (str(path),), splits=own)
     if suffix == "tfrecord":
         raise _tfrecord(name)
     raise UserError(f"--source {name}: is a {path.suffix or 'nameless'} file; give {SOURCE_KINDS}")
@@ -83,13 +84,14 @@ def detect(
 def _detect_folder(
     name: str,
     path: Path,
-    split: str,
+    split: str | None,
     bases: list[tuple[Path, str | None]],
     columns: tuple[str | None, str | None] | None,
 ) -> Input:
     """Which of the things in a folder holds its images: the most specific one. The others are not read.
 
     Args:
+        split: None: all that is of one split, which --val_every divides.
         bases: folders to look in, the first one first, and the splits that each is one of.
         columns: --image_column and --caption_column; None: lists count without a look at their images.
 
@@ -99,17 +101,17 @@ def _detect_folder(
     for listing, splits in listings:
         lists = [file for file in METADATA if file in listing.files and _holds(listing.folder / file, columns)]
         if lists:
-            if is_outer := listing.folder == path:
-                splits = "its folders" if (path / split).is_dir() else None
-            file = _only(name, listing, lists)
-            return Input(name, "list", (file,), splits=splits, split=split if is_outer else None, listing=listing)
+            file, own = _only(name, listing, lists), None
+            if columns is not None and listing.folder == path and (path / (split or "train")).is_dir():
+                splits, own = "its folders", split or "train"
+            return Input(name, "list", (file,), splits=splits, split=own, listing=listing)
     if huggingface.is_saved(path):
         return Input(name, "dataset", (str(path),), splits="its own")
     tables = columns is not None and any(_contains_images(file, *columns) for file in _tables(path))
     for listing, splits in listings:
         found = [file for file in listing.files if suffix_of(file) == "tar"]
         if listing.folder == path:
-            found, splits = _tars_of_split(found, split)
+            found, splits = _of_split(found, split)
         if found:
             if tables:
                 _only(name, listing, [found[0], *(file for file in listing.files if file.endswith(".parquet"))])
@@ -118,13 +120,19 @@ def _detect_folder(
     if tables:
         return Input(name, "dataset", (str(path),), splits="its own")
     for listing, splits in listings:
-        visible = listing.without_splits() if listing.folder == path else listing
+        has_images = (path / "train").is_dir() or any(is_image(file) for file in listing.files if "/" not in file)
+        visible = listing.without_splits() if listing.folder == path and has_images else listing
         if (images := open_folder(listing.folder, visible)).is_captioned():
             return Input(name, "images", (str(listing.folder),), splits=splits, images=images)
     for listing, splits in listings:
         others = [file for file in listing.top(*LIST_SUFFIXES) if file not in METADATA]
-        if lists := [file for file in others if _holds(listing.folder / file, columns)]:
-            return Input(name, "list", (_only(name, listing, lists),), splits=splits, listing=listing)
+        lists = [file for file in others if _holds(listing.folder / file, columns)]
+        if listing.folder == path:
+            lists, splits = _of_split(lists, split)
+        if lists:
+            are_parts = all(suffix_of(file) == "parquet" for file in lists)  # the parts of a table
+            parts = [str(listing.folder / file) for file in lists] if are_parts else [_only(name, listing, lists)]
+            return Input(name, "list", tuple(parts), splits=splits, listing=listing)
     for listing, splits in listings:
         if columns is not None and (inner := _metadata_of_folders(listing, columns, listing.folder == path)):
             paths = tuple(_only(name, listing, found) for found in inner)
@@ -145,9 +153,9 @@ def _detect_folder(
     if compressed := next((file for file in packed if suffix_of(file.name) != "tar"), None):
         return Input(name, "tars", (str(compressed),))
     others = [each for each in SPLITS if (path / each).is_dir()]
-    others += sorted({split_of(file) or "train" for file in listings[-1][0].top("tar")} - {*others})
+    others += sorted({split_of(file) or "train" for file in listings[-1][0].top("tar", "parquet")} - {*others})
     if others and len(bases) == 1:
-        raise UserError(f"--split {split}: {name} has no such split; it has {', '.join(others)}")
+        raise UserError(f"--split {split or 'train'}: {name} has no such split; it has {', '.join(others)}")
     inside = sorted(entry.name for entry in path.iterdir())
     coco = [listing.folder / file for listing, _ in listings for file in listing.top("json")]
     hint = f"; if {coco[0].name} holds COCO captions, give --source {coco[0]} --image_folder {path}" if coco else ""
@@ -157,11 +165,18 @@ def _detect_folder(
     )
 
 
-def _tars_of_split(found: list[str], split: str) -> tuple[list[str], str | None]:
-    """The tars of a folder that are of a split by their names; and what the splits are, if there are others."""
+def _of_split(found: list[str], split: str | None) -> tuple[list[str], str | None]:
+    """The files of a folder that are of a split by their names; and what the splits are, if there are others.
+
+    split: None: if all are of one split, all.
+    """
     of = {file: split_of(file) or "train" for file in found}
-    has_splits = split != "train" or len({*of.values()}) > 1
-    return [file for file in found if of[file] == split], "those that its files name" if has_splits else None
+    are_several = len({*of.values()}) > 1
+    if split is None and not are_several:
+        return found, None
+    wanted = split or "train"
+    description = "those that its files name" if are_several or wanted != "train" else None
+    return [file for file in found if of[file] == wanted], description
 
 
 def _holds(path: Path, columns: tuple[str | None, str | None] | None) -> bool:

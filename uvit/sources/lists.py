@@ -120,7 +120,7 @@ def is_of_another_split(row: ListRow | Problem, split: str | None) -> bool:
     if split is None or isinstance(row, Problem):
         return False
     folder, slash, _ = row.name.removeprefix("./").partition("/")
-    return (folder if slash and folder in SPLITS else "train") != split
+    return (folder if slash and folder in (*SPLITS, split) else "train") != split
 
 
 def names_images(path: Path, image_column: str | None, caption_column: str | None) -> bool:

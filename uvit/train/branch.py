@@ -129,11 +129,11 @@ def first_logged_step(log: Path) -> int:
 
 
 def set_aside_logs(run: Run) -> None:
-    """Give the logs of another run in a --logging_dir outside OUTPUT_DIR other names: a new run writes its own."""
+    """Give the logs in a --logging_dir outside OUTPUT_DIR other names: a new run writes its own."""
     logs = logs_folder(run.config, run.output_dir)
     if not logs.resolve().is_relative_to(run.output_dir.resolve()):
         for path in [logs / name for name in LOGS[:2] if (logs / name).exists()]:
-            print(f"--logging_dir {logs}: {path.name} of another run is now {back_up(path).name}")
+            print(f"--logging_dir {logs}: the {path.name} that was there is now {back_up(path).name}")
 
 
 def set_aside(run: Run, later: Later) -> None:

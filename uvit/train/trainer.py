@@ -21,8 +21,8 @@ from uvit.distributed.mesh import destroy_distributed as shutdown
 from uvit.distributed.ops import LateFlag, any_of, barrier, on_main
 from uvit.errors import UserError
 from uvit.export.convert import USUAL_ENCODERS, convert_command, export_checkpoint, missing_encoders
-from uvit.io import write_bytes, write_yaml
-from uvit.lock import LOCK, WriterLock, start_of_process, this_machine
+from uvit.io import write_yaml
+from uvit.lock import LOCK, WriterLock
 from uvit.store.npy_layout import NpyFeatures
 from uvit.train.best import Tracked, new_best, settle_best, tracked_score
 from uvit.train.branch import set_aside_logs
@@ -38,6 +38,7 @@ from uvit.train.loader import Batch, prefetch
 from uvit.train.metrics import Metrics, NullMetrics, check_trackers, logs_folder
 from uvit.train.placement import place_features
 from uvit.train.process import (
+    TO_OVERWRITE,
     StopSignal,
     deterministic_mode,
     hang_watchdog,
@@ -54,7 +55,6 @@ from uvit.train.setup import Run, build_run
 from uvit.train.step import StepResult, train_step
 from uvit.train.validate import Decoder, is_due, load_preview_decoder, preview_sheet, validate
 
-LAUNCH = ".launch"  # in a run's folder: which torchrun began it
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # errors of writing only
 FOLDER_ERRORS = DISK_ERRORS | {errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM}
 
@@ -91,6 +91,9 @@ def run_training(config: TrainConfig, world: World) -> int:
     status = 0
     with contextlib.ExitStack() as held:
         with hang_watchdog(config.hang_timeout, world):
+            if world.is_main:
+                with disk_errors(config, FOLDER_ERRORS):
+                    mark_for_overwriting(config)
             run = build_run(config, Path(config.output_dir), world)
             on_main(lambda: check_latents(run.features, run.conventions, config.feature_path), world)
             on_main(lambda: lock_run(run, held), world)
@@ -259,25 +262,27 @@ def step_metrics(run: Run, result: StepResult, times: dict[str, Any]) -> dict[st
 
 def lock_run(run: Run, held: contextlib.ExitStack) -> None:
     """Keep other processes from writing into OUTPUT_DIR until `held` ends."""
-    overwrite = run.config.overwrite_output_dir and not restarted(run)
     with disk_errors(run.config, FOLDER_ERRORS):
-        run.lock = lock_output_dir(run.output_dir, overwrite, held)
+        run.lock = lock_output_dir(run.output_dir, is_to_overwrite(run.config), held)
         logs = logs_folder(run.config, run.output_dir)
         if not logs.resolve().is_relative_to(run.output_dir.resolve()):
             held.enter_context(WriterLock(logs / LOCK, f"--logging_dir {logs}"))
 
 
-def restarted(run: Run) -> bool:
-    """Whether torchrun has restarted this command after it had begun: then --overwrite_output_dir is done."""
-    path = run.output_dir / LAUNCH
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not path.is_file():
-        return False
-    return path.read_text(encoding="utf-8") == this_launch()
+def mark_for_overwriting(config: TrainConfig) -> None:
+    """Under torchrun, which may restart this command: a file in the old folder says that it is still to be overwritten.
+
+    Once that is done, the new folder has no such file, and a restart goes on there.
+    """
+    folder = Path(config.output_dir)
+    if config.overwrite_output_dir and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and folder.is_dir():
+        (folder / TO_OVERWRITE).touch()
 
 
-def this_launch() -> str:
-    """Which torchrun has started this process, be it for the first time or again."""
-    return f"{this_machine()} {os.getppid()} {start_of_process(os.getppid())}\n"
+def is_to_overwrite(config: TrainConfig) -> bool:
+    """Whether --overwrite_output_dir is still to be done."""
+    is_first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    return config.overwrite_output_dir and (is_first or (Path(config.output_dir) / TO_OVERWRITE).exists())
 
 
 def prepare_folder(run: Run) -> None:
@@ -292,8 +297,6 @@ def write_config(run: Run) -> None:
     """OUTPUT_DIR/config.yaml, which runs the same training again."""
     with disk_errors(run.config, FOLDER_ERRORS):
         write_yaml(dataclasses.replace(run.config, overwrite_output_dir=False), run.output_dir / "config.yaml")
-        if "TORCHELASTIC_RESTART_COUNT" in os.environ:
-            write_bytes(run.output_dir / LAUNCH, this_launch().encode())
 
 
 def export_pipeline(run: Run) -> None:

@@ -182,6 +182,9 @@ _STATE_FILES = (
 )  # fmt: skip
 
 
+HALF = re.compile(r"\.(fp16|bf16)(?=\.)")  # in names of files that diffusers and transformers open only if asked
+
+
 def is_paddlemix_folder(folder: Path) -> bool:
     """Whether this is a pipeline folder of PaddleMIX."""
     if not (folder / INDEX).is_file():
@@ -205,7 +208,7 @@ def is_third_party(name_or_path: str | Path | None, component: Network = "unet")
     """
     if name_or_path is None or not (path := Path(name_or_path)).exists():
         return False
-    if path.is_file() or is_paddlemix_folder(path) or has_code(path):
+    if path.is_file() or is_paddlemix_folder(path) or (component == "unet" and has_code(path)):
         return True
     is_one_network = not (path / INDEX).is_file() and bool(weight_files(path))
     files = weight_files(path if is_one_network else component_folders(path).get(component, path))
@@ -219,7 +222,8 @@ def _is_third_party_file(path: Path) -> bool:
 
 def _is_opened_by_libraries(path: Path) -> bool:
     """Whether this is the file of its folder that diffusers or transformers take, whatever else lies there."""
-    return path.name.startswith(("model", "diffusion_pytorch_model")) and (path.parent / CONFIG).is_file()
+    is_usual = path.name.startswith(("model", "diffusion_pytorch_model")) and not HALF.search(path.name)
+    return is_usual and (path.parent / CONFIG).is_file()
 
 
 def weight_files(folder: Path) -> list[Path]:

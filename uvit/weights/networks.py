@@ -4,7 +4,6 @@
 `NetworkWeights` for each network. `components.py` is pass two: it builds the networks from them.
 """
 
-import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from uvit.errors import UserError
 from uvit.weights.detect import (
     COMPONENT_FOLDERS,
     COMPONENT_OF,
+    HALF,
     INDEX,
     KIND_NAMES,
     FoundNetwork,
@@ -74,8 +74,6 @@ class NetworkWeights:
     def component(self) -> str:
         return COMPONENT_OF[self.kind]
 
-
-HALF = re.compile(r"\.(fp16|bf16)(?=\.)")  # in the names of such files of diffusers and transformers
 
 # Where the components lie
 
@@ -151,8 +149,7 @@ def read_networks(
 
 def _preferred_format(files: list[Path]) -> list[Path]:
     """Without files that hold the same in another format, or in half precision."""
-    names = {path.name for path in files}
-    files = [path for path in files if (whole := HALF.sub("", path.name)) == path.name or whole not in names]
+    files = [path for path in files if not HALF.search(path.name)] or files
     formats = (".safetensors", ".pdparams", ".bin")
     best = next((suffix for suffix in formats if any(path.suffix == suffix for path in files)), None)
     return [path for path in files if path.suffix == best or path.suffix not in formats]

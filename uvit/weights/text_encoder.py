@@ -124,8 +124,8 @@ def prepare_to_train(encoder: Any, name: str) -> Any:
     kind = encoder.config.model_type
     if not kind.startswith("clip"):
         raise UserError(
-            f"--train_text_encoder: trains CLIP text encoders, and --text_encoder_name_or_path {name} is of the kind "
-            f"{kind}; leave --train_text_encoder out to train with it as it is, or name a CLIP"
+            f"--train_text_encoder: trains CLIP text encoders, and that of {name} is of the kind {kind}; leave "
+            "--train_text_encoder out to train with it as it is, or name a CLIP"
         )
     encoder.config.attention_dropout = 0.0
     for module in encoder.modules():
