@@ -117,3 +117,28 @@ def test_what_holds_no_images_of_its_own(tmp_path: Path) -> None:
         opened(tmp_path)
     with pytest.raises(UserError, match=r"^--reference a.npz: holds statistics"):
         opened("a.npz")
+
+
+def test_a_store_whose_source_has_changed_gives_no_images(tmp_path: Path) -> None:
+    for name in "abc":
+        save(tmp_path / "images" / f"{name}.png", size=(16, 16))
+        (tmp_path / "images" / f"{name}.txt").write_text("words")
+    store = tmp_path / "store"
+    flags = "--latents none --resolution 16 --text tokens --num_workers 0 --disable_tqdm --vocab_size 300"
+    assert main(["extract", f"--source={tmp_path / 'images'}", f"--output_dir={store}", *flags.split()]) == 0
+    assert len(opened(store)) == 3
+    (tmp_path / "images" / "a.png").rename(tmp_path / "images" / "d.png")
+    (tmp_path / "images" / "a.txt").rename(tmp_path / "images" / "d.txt")
+    with pytest.raises(UserError, match=r"^--reference .*store: the source that it was made from has changed"):
+        opened(store)
+
+
+def test_captions_of_another_split_of_coco_are_no_reason_to_take_all_images(tmp_path: Path) -> None:
+    save(tmp_path / "val2017" / "a.png")
+    save(tmp_path / "masks" / "a.png")
+    (tmp_path / "annotations").mkdir()
+    content = '{"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 1, "caption": "words"}]}'
+    (tmp_path / "annotations" / "captions_val2017.json").write_text(content)
+    with pytest.raises(UserError, match="name one with --split"):
+        opened(tmp_path)
+    assert len(opened(tmp_path, split="val")) == 1
