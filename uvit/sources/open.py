@@ -22,10 +22,7 @@ from uvit.sources.files import NUM_CHECKED, FileSource
 from uvit.sources.folders import FolderSource
 from uvit.sources.kinds import SOURCE_KINDS, Input, detect
 from uvit.sources.lists import open_list
-from uvit.sources.names import (
-    say_not_read,
-    stem_of,
-)
+from uvit.sources.names import say_not_read, stem_of
 from uvit.sources.shapes import ShapesSource
 from uvit.sources.types import PairError, RandomAccessSource, Source
 

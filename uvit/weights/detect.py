@@ -212,8 +212,8 @@ def is_third_party(name_or_path: str | Path | None, component: Network = "unet")
         return True
     is_one_network = not (path / INDEX).is_file() and bool(weight_files(path))
     files = weight_files(path if is_one_network else component_folders(path).get(component, path))
-    is_other = {file: _is_third_party_file(file) for file in files}
-    return any(is_other.values()) and not any(map(_is_opened_by_libraries, (f for f in files if not is_other[f])))
+    others = [file for file in files if _is_third_party_file(file)]
+    return bool(others) and not any(_is_opened_by_libraries(file) for file in files if file not in others)
 
 
 def _is_third_party_file(path: Path) -> bool:
