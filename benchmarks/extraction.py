@@ -38,10 +38,9 @@ SD_CONFIG = {
 PIXELS = {"shapes": 2**23, "sd": 2**18}  # of all images of a measurement: some ten seconds
 WORDS = "a red blue green small large photo of the cat dog house tree on under near street table"
 NUM_FIRST = 4  # images that are extracted beforehand
-BATCH_SIZE = 32  # the default of --batch_size
 
 
-def prepare(folder: Path, vae: str, resolutions: list[int], cores: int) -> None:
+def prepare(folder: Path, vae: str, resolutions: list[int]) -> None:
     """Write the images, the tokenizer and the VAE."""
     import numpy as np
     import torch
@@ -55,7 +54,7 @@ def prepare(folder: Path, vae: str, resolutions: list[int], cores: int) -> None:
     captions = [" ".join(random.choice(words, 12)) for _ in range(64)]
     save_tokenizer(train_tokenizer(captions, 400), folder / "tokenizer")
     for resolution in resolutions:
-        for kind, count in (("first", NUM_FIRST), ("all", num_images(vae, resolution, cores))):
+        for kind, count in (("first", NUM_FIRST), ("all", num_images(vae, resolution))):
             place = folder / f"{resolution}-{kind}"
             place.mkdir()
             for i in range(count):
@@ -68,10 +67,8 @@ def prepare(folder: Path, vae: str, resolutions: list[int], cores: int) -> None:
         AutoencoderKL(**SD_CONFIG).save_pretrained(folder / "vae")  # type: ignore[arg-type]
 
 
-def num_images(vae: str, resolution: int, cores: int) -> int:
-    """`uvit extract` gives each core batches of its own: two of the default size, at least."""
-    of_cores = 2 * BATCH_SIZE * cores if cores > 1 else 0
-    return max(2 * NUM_FIRST, PIXELS[vae] // resolution**2, of_cores)
+def num_images(vae: str, resolution: int) -> int:
+    return max(2 * NUM_FIRST, PIXELS[vae] // resolution**2)
 
 
 def uvit_extract(folder: Path, images: Path, vae: str, resolution: int, batch_size: int) -> None:
@@ -135,7 +132,7 @@ def measure(side: str, folder: Path, vae: str, resolution: int, batch_size: int,
         wall, cpu = time.perf_counter(), cpu_seconds()
         run(folder, folder / f"{resolution}-{kind}", place, resolution, batch_size)
         spent.append((time.perf_counter() - wall, cpu_seconds() - cpu))
-    count = num_images(vae, resolution, cores) - NUM_FIRST
+    count = num_images(vae, resolution) - NUM_FIRST
     wall, cpu = (1000 * (last - first) / count for first, last in zip(spent[1], spent[2], strict=True))
     return {"wall": wall, "cpu": cpu, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
@@ -154,7 +151,7 @@ def measure_alone(options: argparse.Namespace, folder: str, side: str, resolutio
 
 
 def compare(options: argparse.Namespace, folder: str, resolution: int) -> None:
-    count = num_images(options.vae, resolution, options.cores)
+    count = num_images(options.vae, resolution)
     sides = [("plain", batch) for batch in options.batch_sizes if batch <= count]
     found: dict[tuple[str, int], list[dict[str, float]]] = {side: [] for side in [*sides, ("uvit", 0)]}
     for _ in range(options.rounds):
@@ -193,7 +190,7 @@ def main() -> None:
     print("| VAE | pixels | cores | | images a CPU second | images a second | peak, MiB | ratio |")
     print("|---|---:|---:|---|---:|---:|---:|---:|", flush=True)
     with tempfile.TemporaryDirectory(prefix="extraction-") as folder:
-        prepare(Path(folder), options.vae, options.resolutions, options.cores)
+        prepare(Path(folder), options.vae, options.resolutions)
         for resolution in options.resolutions:
             compare(options, folder, resolution)
 

@@ -1,6 +1,7 @@
 """The same bits whatever computes them, and what cannot be stored is found pair by pair."""
 
-from concurrent.futures import CancelledError
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from uvit.errors import UserError
-from uvit.extract.encode import PIXELS_AT_ONCE, Encoders, encode_in_order, encoding_threads
+from uvit.extract.encode import PIXELS_AT_ONCE, BatchInProgress, Encoders, encode_in_order, encoding_threads
 from uvit.extract.workers import Decoded
 from uvit.store.shard import EncodedPairs
 from uvit.weights import encoders as models
@@ -47,8 +48,8 @@ def batches(number: int, size: int = 4, resolution: int = 64) -> list[Decoded]:
 
 def encode(parts: dict[str, Any], given: list[Decoded]) -> list[tuple[Decoded, EncodedPairs]]:
     encoders = Encoders(**parts)
-    with encoding_threads(encoders) as (pool, at_once):
-        return list(encode_in_order(encoders, iter(given), pool, at_once))
+    with encoding_threads(encoders.device) as (pool, num_threads):
+        return list(encode_in_order(encoders, iter(given), pool, num_threads))
 
 
 @pytest.fixture
@@ -131,8 +132,42 @@ def test_a_whole_batch_beyond_float16_is_a_mistake_in_the_flags(parts: dict[str,
         encode(parts, batches(1))
 
 
-def test_a_stop_is_heeded_between_the_pieces(parts: dict[str, Any]) -> None:
-    encoders = Encoders(**parts)
-    encoders.stopped.set()
-    with pytest.raises(CancelledError):
-        encoders.encode(batches(1)[0], encoders.tokenize(["a"] * 7), np.zeros(7, dtype=bool))
+@pytest.mark.usefixtures("num_threads")
+def test_one_batch_is_shared_by_all_threads(parts: dict[str, Any]) -> None:
+    """Its parts wait for each other here, so that one thread alone would never end."""
+    together = threading.Barrier(3, timeout=60)
+
+    def wait(*_: Any) -> None:
+        together.wait()
+
+    hook = parts["vae"].encoder.register_forward_pre_hook(wait)
+    torch.set_num_threads(3)
+    ((_, encoded),) = encode(parts | {"flip": False}, batches(1, size=12, resolution=128))
+    hook.remove()
+    assert encoded.moments is not None
+    assert len(encoded.moments) == 12
+
+
+@pytest.mark.usefixtures("num_threads")
+def test_after_a_stop_no_part_is_begun(parts: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    encoders = Encoders(**parts | {"text_encoder": None})
+    started: list[BatchInProgress] = []
+    begun = threading.Event()
+    seen = []
+
+    def wait(module: Any, inputs: tuple[torch.Tensor]) -> None:
+        seen.append(inputs[0].shape)
+        begun.set()
+        end = time.monotonic() + 60
+        while not (started and started[0].flipped and started[0].flipped[-1].cancelled()):
+            assert time.monotonic() < end
+            time.sleep(0.001)
+
+    hook = parts["vae"].encoder.register_forward_pre_hook(wait)
+    with pytest.raises(KeyboardInterrupt), encoding_threads(encoders.device) as (pool, _):
+        started.append(encoders.start(batches(1, size=12, resolution=128)[0], pool))
+        assert begun.wait(60)
+        raise KeyboardInterrupt
+    hook.remove()
+    assert len(seen) == 1, "of three parts of the images and three of their mirrored ones"

@@ -1,16 +1,15 @@
-"""Encode decoded pairs with the VAE and the text encoder: several batches at a time, with results in order.
+"""Encode decoded pairs with the VAE and the text encoder: batches in parts, in several threads, with results in order.
 
-On a CPU, one thread computes each batch. The number of threads that share a matrix product changes its last bits, so
-the stored features would otherwise depend on the number of cores.
+On a CPU, one thread with one core computes each part. The number of threads that share a matrix product changes its
+last bits, so the stored features would otherwise depend on the number of cores.
 """
 
 import contextlib
 import functools
-import threading
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,14 +22,27 @@ from uvit.extract.workers import Decoded
 from uvit.images import to_unit
 from uvit.sources.types import Problem
 from uvit.store.shard import EncodedPairs
-from uvit.weights.encoders import are_truncated, downsampling_of, encode_images, encode_tokens, tokenize
+from uvit.weights.encoders import are_truncated, encode_images, encode_tokens, tokenize
 
 PIXELS_AT_ONCE = 2**16  # that a thread encodes on a CPU: more take memory and gain nothing
 
 
 @dataclass(frozen=True)
+class BatchInProgress:
+    """A batch whose parts are being encoded."""
+
+    batch: Decoded
+    token_ids: Tensor  # (c, T), of its c captions
+    truncated: np.ndarray  # (c,) bool
+    moments: list[Future[Tensor]] | None  # of each part. None: not stored, as below
+    flipped: list[Future[Tensor]] | None
+    contexts: list[Future[Tensor]] | None
+    teacher: list[Future[Tensor]] | None
+
+
+@dataclass(frozen=True)
 class Encoders:
-    """The VAE, the text encoder and the settings of the encoding. `encode` may run in several threads."""
+    """The VAE, the text encoder and the settings of the encoding."""
 
     vae: Any  # None: the images are stored as they are
     text_encoder: Any  # None: text embeddings are not stored
@@ -44,33 +56,38 @@ class Encoders:
     token_dtype: np.dtype | None  # None: token ids are not stored
     skip: bool  # skip a pair with NaN or infinite features; False: stop
     teacher: Teacher | None = None  # None: its features are not stored
-    stopped: threading.Event = field(default_factory=threading.Event)  # set: stop as soon as possible
 
-    def tokenize(self, captions: list[str]) -> Tensor:
-        """c captions -> (c, T). Only one thread may call this at a time: fast tokenizers allow no more."""
-        if not captions:
-            return torch.empty((0, self.num_tokens), dtype=torch.int64)
-        return tokenize(self.tokenizer, captions, self.num_tokens)
+    def start(self, batch: Decoded, pool: ThreadPoolExecutor) -> BatchInProgress:
+        """Tokenize the captions, and have the threads of the pool encode the batch in parts."""
+        captions = [caption for each in batch.captions for caption in each]
+        token_ids = torch.empty((0, self.num_tokens), dtype=torch.int64)
+        if captions:
+            token_ids = tokenize(self.tokenizer, captions, self.num_tokens)
 
-    def are_truncated(self, captions: list[str]) -> np.ndarray:
-        """c captions -> (c,) bool. Only one thread may call this at a time."""
-        return are_truncated(self.tokenizer, captions, self.num_tokens)
+        def in_parts(encode: Callable[[Tensor], Tensor], items: Tensor, size: int) -> list[Future[Tensor]]:
+            return [pool.submit(self._compute, encode, part) for part in items.split(size)]
 
-    def encode(self, batch: Decoded, token_ids: Tensor, truncated: np.ndarray) -> EncodedPairs:
-        """`token_ids` (c, T) and `truncated` (c,) are of all captions of the batch.
+        pixels, images_at_once = torch.from_numpy(batch.pixels), self.batch_size
+        if self.device.type == "cpu":
+            images_at_once = max(1, PIXELS_AT_ONCE // (pixels.shape[2] * pixels.shape[3]))
+        return BatchInProgress(
+            batch=batch,
+            token_ids=token_ids,
+            truncated=are_truncated(self.tokenizer, captions, self.num_tokens),
+            # The largest parts come first, so that all threads are busy until the last batch is nearly done.
+            contexts=in_parts(self._contexts, token_ids, self.batch_size) if self.text_encoder else None,
+            teacher=in_parts(self._teacher_features, pixels, self.batch_size) if self.teacher else None,
+            moments=in_parts(self._moments, pixels, images_at_once) if self.vae else None,
+            flipped=in_parts(self._flipped_moments, pixels, images_at_once) if self.vae and self.flip else None,
+        )
+
+    def finish(self, started: BatchInProgress) -> EncodedPairs:
+        """Wait for the parts of a batch and join them.
 
         Raises UserError if the features of all pairs (without `skip`, of any pair) are NaN or infinite."""
-        try:
-            with self._computing():
-                flipped = self._images(batch.pixels[..., ::-1].copy()) if self.flip and self.vae else None
-                moments = self._images(batch.pixels) if self.vae else None
-                contexts = self._contexts(token_ids)
-                teacher = self._teacher_features(batch.pixels)
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f"--batch_size {self.batch_size}: needs more memory than {self.device} has; run the same command with a"
-                " smaller one to resume"
-            ) from None
+        batch, token_ids, truncated = started.batch, started.token_ids, started.truncated
+        contexts, teacher = joined(started.contexts), joined(started.teacher)
+        moments, flipped = joined(started.moments), joined(started.flipped)
         counts = np.array([len(captions) for captions in batch.captions], dtype=np.int64)
         owners = np.repeat(np.arange(len(batch.ids)), counts)  # (c,)
         good = np.ones(len(batch.ids), dtype=bool)
@@ -110,62 +127,48 @@ class Encoders:
 
         Raises UserError if the embedding is NaN or infinite.
         """
-        token_ids = self.tokenize([""])
-        with self._computing():
-            contexts = self._contexts(token_ids)
+        token_ids = tokenize(self.tokenizer, [""], self.num_tokens)
+        contexts = self._compute(self._contexts, token_ids) if self.text_encoder else None
         ids = self._token_ids(token_ids)
         if contexts is not None and not torch.isfinite(self._stored(contexts)).all():
             raise UserError(self._not_finite("the text embeddings of the empty caption", contexts))
         return None if contexts is None else self._stored(contexts).numpy()[0], None if ids is None else ids[0]
 
-    @contextlib.contextmanager
-    def _computing(self) -> Iterator[None]:
-        """Inference mode and autocast, which PyTorch sets for each thread."""
+    def _compute(self, encode: Callable[[Tensor], Tensor], part: Tensor) -> Tensor:
+        """Encode a part (n, ...), with inference mode and autocast, which PyTorch sets for each thread."""
+        if not len(part):  # no pair of a batch is usable: no features, but of the same shape as any others
+            return self._compute(encode, part.new_zeros((1, *part.shape[1:])))[:0]
         low = self.precision != torch.float32
-        with torch.inference_mode(), torch.autocast(self.device.type, self.precision if low else None, enabled=low):
-            yield
+        try:
+            with torch.inference_mode(), torch.autocast(self.device.type, self.precision if low else None, enabled=low):
+                return encode(part)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"--batch_size {self.batch_size}: needs more memory than {self.device} has; run the same command with a"
+                " smaller one to resume"
+            ) from None
 
-    def _images(self, pixels: np.ndarray) -> Tensor:
-        """(B, 3, R, R) uint8 -> moments (B, 2 C, h, w), on the CPU."""
-        at_once = self.batch_size
-        if self.device.type == "cpu":
-            at_once = max(1, PIXELS_AT_ONCE // (pixels.shape[2] * pixels.shape[3]))
-        parts = [encode_images(self.vae, to_unit(self._to_device(part))) for part in self._split(pixels, at_once)]
-        return torch.cat(parts).cpu() if parts else torch.empty((0, *self._moments_shape(pixels)))
+    def _moments(self, pixels: Tensor) -> Tensor:
+        """(n, 3, R, R) uint8 -> (n, 2 C, h, w), on the CPU."""
+        return encode_images(self.vae, to_unit(self._to_device(pixels))).cpu()
 
-    def _contexts(self, token_ids: Tensor) -> Tensor | None:
-        """(c, T) -> (c, T, D), on the CPU."""
-        if self.text_encoder is None:
-            return None
-        parts = [
-            encode_tokens(self.text_encoder, self._to_device(part), self.tokenizer.pad_token_id)
-            for part in self._split(token_ids.numpy(), self.batch_size)
-        ]
-        width = self.text_encoder.config.hidden_size
-        return torch.cat(parts).cpu() if parts else torch.empty((0, self.num_tokens, width))
+    def _flipped_moments(self, pixels: Tensor) -> Tensor:
+        """(n, 3, R, R) uint8 -> the moments of the mirrored images (n, 2 C, h, w), on the CPU."""
+        return self._moments(pixels.flip(3))
 
-    def _teacher_features(self, pixels: np.ndarray) -> Tensor | None:
-        """(B, 3, R, R) uint8 -> (B, C, h, w) float16, on the CPU."""
-        if self.teacher is None:
-            return None
-        parts = [self.teacher.encode(part.numpy()) for part in self._split(pixels, self.batch_size)]
-        features = torch.cat(parts) if parts else torch.empty((0, *self.teacher.features_shape))
-        return features.to(torch.float16)
+    def _contexts(self, token_ids: Tensor) -> Tensor:
+        """(n, T) -> (n, T, D), on the CPU."""
+        return encode_tokens(self.text_encoder, self._to_device(token_ids), self.tokenizer.pad_token_id).cpu()
 
-    def _split(self, items: np.ndarray, size: int) -> Iterator[Tensor]:
-        for start in range(0, len(items), size):
-            if self.stopped.is_set():
-                raise CancelledError
-            yield torch.from_numpy(items[start : start + size])
+    def _teacher_features(self, pixels: Tensor) -> Tensor:
+        """(n, 3, R, R) uint8 -> (n, C, h, w) float16, on the CPU."""
+        assert self.teacher is not None
+        return self.teacher.encode(pixels.numpy()).to(torch.float16)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         if self.device.type == "cuda":
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
-
-    def _moments_shape(self, pixels: np.ndarray) -> tuple[int, ...]:
-        factor = downsampling_of(self.vae)
-        return 2 * self.vae.config["latent_channels"], pixels.shape[2] // factor, pixels.shape[3] // factor
 
     def _stored(self, features: Tensor) -> Tensor:
         return features.to(getattr(torch, self.dtype.name))
@@ -178,34 +181,34 @@ class Encoders:
         return f"--dtype {self.dtype.name}: {what} are NaN or infinite; {reason}"
 
 
+def joined(parts: list[Future[Tensor]] | None) -> Tensor | None:
+    return None if parts is None else torch.cat([part.result() for part in parts])
+
+
 @contextlib.contextmanager
-def encoding_threads(encoders: Encoders) -> Iterator[tuple[ThreadPoolExecutor, int]]:
-    """(pool, number of batches at a time). On a CPU, each thread then computes with one core, this thread too."""
-    on_cpu, before = encoders.device.type == "cpu", torch.get_num_threads()
-    at_once = before if on_cpu else 2  # on a GPU, one batch is computed while the results of another are copied
+def encoding_threads(device: torch.device) -> Iterator[tuple[ThreadPoolExecutor, int]]:
+    """(pool, its number of threads). On a CPU, each thread then computes with one core, this thread too."""
+    on_cpu, before = device.type == "cpu", torch.get_num_threads()
+    num_threads = before if on_cpu else 2  # on a GPU, one part is computed while the results of another are copied
     if on_cpu:
         torch.set_num_threads(1)
     single_thread = functools.partial(torch.set_num_threads, 1)
-    pool = ThreadPoolExecutor(at_once, "encode", initializer=single_thread if on_cpu else None)
+    pool = ThreadPoolExecutor(num_threads, "encode", initializer=single_thread if on_cpu else None)
     try:
-        yield pool, at_once
+        yield pool, num_threads
     finally:
-        encoders.stopped.set()
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(before)
 
 
 def encode_in_order(
-    encoders: Encoders, decoded: Iterator[Decoded], pool: ThreadPoolExecutor, at_once: int
+    encoders: Encoders, decoded: Iterator[Decoded], pool: ThreadPoolExecutor, num_threads: int
 ) -> Iterator[tuple[Decoded, EncodedPairs]]:
-    """Encode batches in the pool. At most `at_once` + 1 of them are in progress."""
-    waiting = deque[tuple[Decoded, Future[EncodedPairs]]]()
+    """Encode batches in the pool. At most `num_threads` + 1 of them are in progress, as many batches have one part."""
+    in_progress = deque[BatchInProgress]()
     for batch in decoded:
-        captions = [caption for each in batch.captions for caption in each]
-        features = pool.submit(encoders.encode, batch, encoders.tokenize(captions), encoders.are_truncated(captions))
-        waiting.append((batch, features))
-        if len(waiting) > at_once:
-            first, encoded = waiting.popleft()
-            yield first, encoded.result()
-    for batch, encoded in waiting:
-        yield batch, encoded.result()
+        in_progress.append(encoders.start(batch, pool))
+        if len(in_progress) > num_threads:
+            yield in_progress[0].batch, encoders.finish(in_progress.popleft())
+    while in_progress:
+        yield in_progress[0].batch, encoders.finish(in_progress.popleft())

@@ -125,10 +125,10 @@ def encode_all(config: ExtractConfig, source: Source, writer: StoreWriter, plan:
     if done:
         print(f"Resuming after {done:,} of {f'{total:,}' if total is not None else '?'} pairs.")
     progress = Progress("extract", total, "pair", done=done, bar=not config.disable_tqdm)
-    with contextlib.closing(decoded), sigterm_as_exit(), encoding_threads(encoders) as (pool, at_once):
+    with contextlib.closing(decoded), sigterm_as_exit(), encoding_threads(encoders.device) as (pool, threads):
         empty = encoders.empty()  # first, because it shows what the text encoder cannot do
         try:
-            write_all(writer, encode_in_order(encoders, decoded, pool, at_once), progress)
+            write_all(writer, encode_in_order(encoders, decoded, pool, threads), progress)
         except (KeyboardInterrupt, SystemExit):
             progress.close()
             print(f"Stopped after {progress.done:,.0f} pairs; run the same command to resume.")
