@@ -27,6 +27,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from uvit.extract.encode import PIXELS_AT_ONCE
+
 SD_CONFIG = {
     "block_out_channels": (128, 256, 512, 512),
     "layers_per_block": 2,
@@ -35,12 +37,11 @@ SD_CONFIG = {
     "latent_channels": 4,
     "sample_size": 512,
 }
-PIXELS = {"shapes": 2**23, "sd": 2**18}  # of all images of a measurement: some ten seconds
+PARTS = {"shapes": 128, "sd": 8}  # for each core, of PIXELS_AT_ONCE pixels: some ten seconds
 WORDS = "a red blue green small large photo of the cat dog house tree on under near street table"
-NUM_FIRST = 4  # images that are extracted beforehand
 
 
-def prepare(folder: Path, vae: str, resolutions: list[int]) -> None:
+def prepare(folder: Path, vae: str, resolutions: list[int], cores: int) -> None:
     """Write the images, the tokenizer and the VAE."""
     import numpy as np
     import torch
@@ -54,10 +55,10 @@ def prepare(folder: Path, vae: str, resolutions: list[int]) -> None:
     captions = [" ".join(random.choice(words, 12)) for _ in range(64)]
     save_tokenizer(train_tokenizer(captions, 400), folder / "tokenizer")
     for resolution in resolutions:
-        for kind, count in (("first", NUM_FIRST), ("all", num_images(vae, resolution))):
+        for kind in ("first", "all"):
             place = folder / f"{resolution}-{kind}"
             place.mkdir()
-            for i in range(count):
+            for i in range(num_images(kind, vae, resolution, cores)):
                 blocks = random.integers(0, 256, (10, 12, 3), dtype=np.uint8)
                 size = resolution * 3 // 2, resolution * 5 // 4
                 Image.fromarray(blocks).resize(size, Image.Resampling.BICUBIC).save(place / f"{i:05d}.jpg", quality=90)
@@ -67,8 +68,10 @@ def prepare(folder: Path, vae: str, resolutions: list[int]) -> None:
         AutoencoderKL(**SD_CONFIG).save_pretrained(folder / "vae")  # type: ignore[arg-type]
 
 
-def num_images(vae: str, resolution: int) -> int:
-    return max(2 * NUM_FIRST, PIXELS[vae] // resolution**2)
+def num_images(kind: str, vae: str, resolution: int, cores: int) -> int:
+    """Of the images that are extracted `first`, one part for each core: else the rest would seem too fast."""
+    parts = cores * (PARTS[vae] if kind == "all" else 1)
+    return parts * max(1, PIXELS_AT_ONCE // resolution**2)
 
 
 def uvit_extract(folder: Path, images: Path, vae: str, resolution: int, batch_size: int) -> None:
@@ -132,7 +135,7 @@ def measure(side: str, folder: Path, vae: str, resolution: int, batch_size: int,
         wall, cpu = time.perf_counter(), cpu_seconds()
         run(folder, folder / f"{resolution}-{kind}", place, resolution, batch_size)
         spent.append((time.perf_counter() - wall, cpu_seconds() - cpu))
-    count = num_images(vae, resolution) - NUM_FIRST
+    count = num_images("all", vae, resolution, cores) - num_images("first", vae, resolution, cores)
     wall, cpu = (1000 * (last - first) / count for first, last in zip(spent[1], spent[2], strict=True))
     return {"wall": wall, "cpu": cpu, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
@@ -151,7 +154,7 @@ def measure_alone(options: argparse.Namespace, folder: str, side: str, resolutio
 
 
 def compare(options: argparse.Namespace, folder: str, resolution: int) -> None:
-    count = num_images(options.vae, resolution)
+    count = num_images("all", options.vae, resolution, options.cores)
     sides = [("plain", batch) for batch in options.batch_sizes if batch <= count]
     found: dict[tuple[str, int], list[dict[str, float]]] = {side: [] for side in [*sides, ("uvit", 0)]}
     for _ in range(options.rounds):
@@ -190,7 +193,7 @@ def main() -> None:
     print("| VAE | pixels | cores | | images a CPU second | images a second | peak, MiB | ratio |")
     print("|---|---:|---:|---|---:|---:|---:|---:|", flush=True)
     with tempfile.TemporaryDirectory(prefix="extraction-") as folder:
-        prepare(Path(folder), options.vae, options.resolutions)
+        prepare(Path(folder), options.vae, options.resolutions, options.cores)
         for resolution in options.resolutions:
             compare(options, folder, resolution)
 
