@@ -11,7 +11,7 @@ Repetitions are interleaved: in each, every reader runs once for each number of 
 machine affects all alike; the table has medians, and medians of each repetition's own ratios. Times are of a whole
 pass, from the start to the last batch. Workers are the processes of a DataLoader; uvit's own are threads. Warm: as many
 epochs as take about a second, after the files were read from end to end, so that all are in memory. Cold: one epoch,
-after the page cache was dropped (as root, directory entries too; the first line says how much stayed cached). What a
+after the page cache was dropped (as root, directory entries too; the first table says how much stayed cached). What a
 cold pass leaves in memory is in smaller pieces than what `cat` leaves: copying it takes up to twice as long.
 
 Formats whose packages (`webdataset`, `datasets`, `litdata`, `mosaicml-streaming`) are not installed are left out. The
@@ -148,23 +148,25 @@ def run(folder: Path, num_pairs: int, repetitions: int) -> None:
         check(format, folder, num_pairs)
         opened[format.name] = count_opened(format, folder, num_pairs)
     passes: dict[tuple[str, str, int], list[Pass]] = {}
-    left = []
+    left = {format.name: 0.0 for format in formats}
     for repetition in range(repetitions):
         for num_workers in NUM_WORKERS:
             for format in formats:
                 forget(folder / format.folder)
                 warm_up(folder / format.folder)
                 warm = measure(format, folder, num_pairs, format.warm_epochs, num_workers, repetition)
-                left.append(forget(folder / format.folder))
+                left[format.name] = max(left[format.name], forget(folder / format.folder))
                 cold = measure(format, folder, num_pairs, 1, num_workers, repetition)
                 for state, done in (("cold", cold), ("warm", warm)):
                     passes.setdefault((format.name, state, num_workers), []).append(done)
-    print(f"{num_pairs:,} images; at most {max(left):.1%} of the files were in memory before cold passes.\n")
-    print("| features | GB | files | opened per epoch |\n|---|---:|---:|---:|")
+    print(f"{num_pairs:,} images\n")
+    print("| features | GB | files | opened per epoch | in memory before a cold pass |\n|---|---:|---:|---:|---:|")
     for format in formats:
         files = files_of(folder / format.folder)
         size = sum(path.stat().st_size for path in files)
-        print(f"| {format.name} | {size / 1e9:.2f} | {len(files):,} | {opened[format.name]:,} |")
+        print(
+            f"| {format.name} | {size / 1e9:.2f} | {len(files):,} | {opened[format.name]:,} | {left[format.name]:.1%} |"
+        )
     for state in ("warm", "cold"):
         columns = [f"{n or 'no'} worker{'s'[: n != 1]}: samples/s | ratio | CPU ms" for n in NUM_WORKERS]
         print(f"\n| {state} | {' | '.join(columns)} |\n|---|{'---:|' * 3 * len(NUM_WORKERS)}")
