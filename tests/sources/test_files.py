@@ -111,7 +111,6 @@ def good_and(*rows: dict[str, Any]) -> list[dict[str, Any]]:
         (b'{"file_name": "c", "text": " "}', "no caption", "c", "only empty captions"),
         (b'{"file_name": "c", "text": "\\ud800"}', "not UTF-8", "c", "is not Unicode"),
         (b'{"file_name": "\\ud800", "text": 3}', "no caption", r"\ud800", "needs text"),
-        (b'{"file_name": "a.png", "text": "again"}', "duplicate id", "a.png", "already has an earlier line"),
     ],
 )
 def test_a_bad_line_is_bad_alone(line: bytes, kind: str, id: str, says: str, tmp_path: Path) -> None:
@@ -128,6 +127,19 @@ def test_a_bad_line_is_bad_alone(line: bytes, kind: str, id: str, says: str, tmp
         assert error.value.problem == problem
     assert [source[row].id for row in (0, 2)] == ["a.png", "b.png"]
     problem.message.encode()
+
+
+@pytest.mark.parametrize("name", ["list.jsonl", "list.csv"])
+def test_rows_with_the_same_image_are_joined(name: str, tmp_path: Path) -> None:
+    """At the place of the first, whatever the format, and however the path is spelled."""
+    write_images(tmp_path)
+    rows = [("a.png", "red"), ("b.png", "blue"), ("./a.png", "crimson"), ("a.png", "scarlet")]
+    if name == "list.csv":
+        source = open_list(write_table(tmp_path / name, rows, ("image", "caption")))
+    else:
+        source = open_list(write_lines(tmp_path / name, [{"file_name": image, "text": text} for image, text in rows]))
+    assert [source.captions(row) for row in range(len(source))] == [("red", "crimson", "scarlet"), ("blue",)]
+    assert (source[0].id, source.problems()) == ("a.png", [])
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\x85"])

@@ -6,15 +6,15 @@ from typing import Annotated, Any, Literal
 from uvit.config.bounds import BatchSize, Bounds, PositiveInt, Seed, check_bounds
 from uvit.config.ema import EmaLength
 from uvit.config.paths import PathFlag, expand_paths
-from uvit.config.sample import Guidance, InferenceSteps, Timestep
+from uvit.config.sample import Guidance, InferenceSteps, Scheduler, Timestep
 from uvit.config.sharding import parse_shard
+from uvit.config.source import Crop, Icc, Resize
 from uvit.errors import UserError
 
 Metric = Literal[
     "fid", "kid", "prdc", "is", "fd_dinov2", "cmmd", "clip_score", "fd", "retrieval", "attributes"
 ]  # fmt: skip
 WeightsChoice = Literal["ema", "raw"]
-Scheduler = Literal["dpmsolver++", "ddim", "unipc", "euler", "heun", "ddpm", "official", "fitted"]
 PromptOrder = Literal["listed", "hashed"]
 InceptionInput = Literal["pytorch-fid", "torch-fidelity", "clean-fid"]
 
@@ -161,11 +161,11 @@ class EvaluateConfig:
     resolution: PositiveInt | None = None
     """Crop and scale the real images to squares of so many pixels. Default: the size that the model generates; without
     a model, images stay as they are."""
-    crop: Literal["center", "random", "pad", "stretch"] | None = None
+    crop: Crop | None = None
     """How images become square, as in `uvit extract`. Default: center."""
-    resize: Literal["lanczos", "bicubic", "bilinear", "box"] | None = None
+    resize: Resize | None = None
     """The filter of --resolution. Default: lanczos."""
-    icc: Literal["srgb", "ignore"] | None = None
+    icc: Icc | None = None
     """Colour profiles in real images, as in `uvit extract`. Default: srgb; ignore in the protocols of COCO."""
 
     # Metrics
@@ -265,11 +265,11 @@ class EvaluateStatisticsConfig:
     """The split of a source. Default: train."""
     image_folder: tuple[PathFlag, ...] = ()
     """The images of a COCO captions file or a list."""
-    crop: Literal["center", "random", "pad", "stretch"] = "center"
+    crop: Crop = "center"
     """How images become square, as in `uvit extract`."""
-    resize: Literal["lanczos", "bicubic", "bilinear", "box"] = "lanczos"
+    resize: Resize = "lanczos"
     """The filter of --resolution."""
-    icc: Literal["srgb", "ignore"] = "srgb"
+    icc: Icc = "srgb"
     """Colour profiles, as in `uvit extract`; ignore for the protocols of COCO."""
 
     # Metric

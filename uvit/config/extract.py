@@ -1,6 +1,5 @@
 """Flags of `uvit autoencoder`, `uvit tokenizer` and `uvit extract`: what comes before training."""
 
-import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -20,13 +19,8 @@ from uvit.config.bounds import (
 )
 from uvit.config.paths import PathFlag, expand_paths
 from uvit.config.sharding import parse_shard
+from uvit.config.source import Crop, Icc, Resize, check_split
 from uvit.errors import UserError
-
-
-def check_split(split: str | None) -> None:
-    """A split is the name of a folder; None stands for all of them."""
-    if split is not None and not re.fullmatch(r"\w[\w.-]*", split):
-        raise UserError(f"--split {split}: must be a plain name, such as train or val")
 
 
 @dataclass(frozen=True)
@@ -102,6 +96,7 @@ class AutoencoderConfig:
     def __post_init__(self) -> None:
         expand_paths(self)
         check_bounds(self)
+        check_split(self.split, self.val_every)
         if self.resolution % self.factor:
             raise UserError(f"--resolution {self.resolution}: must be a multiple of --factor {self.factor}")
         if self.channels % 8:
@@ -137,6 +132,7 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         expand_paths(self)
         check_bounds(self)
+        check_split(self.split, self.val_every)
 
 
 @dataclass(frozen=True)
@@ -195,12 +191,12 @@ class ExtractConfig:
     """Images with a side shorter than this many pixels count as tiny."""
 
     # Images
-    crop: Literal["center", "random", "pad", "stretch"] = "center"
+    crop: Crop = "center"
     """How an image becomes a square: its center; a crop that depends on its id alone; all of it, with white borders or
     stretched."""
-    resize: Literal["lanczos", "bicubic", "bilinear", "box"] = "lanczos"
+    resize: Resize = "lanczos"
     """The resampling filter."""
-    icc: Literal["srgb", "ignore"] = "srgb"
+    icc: Icc = "srgb"
     """What to do with the colour profiles of images. srgb: convert the colours to sRGB; ignore: take the numbers as
     they are, as for the published models."""
     random_flip: bool = False
@@ -243,10 +239,8 @@ class ExtractConfig:
     def __post_init__(self) -> None:
         expand_paths(self)
         check_bounds(self)
-        check_split(self.split)
+        check_split(self.split, self.val_every)
         parse_shard(self.shard)
-        if self.val_every is not None and self.split not in ("train", "val"):
-            raise UserError(f"--split {self.split}: --val_every {self.val_every} makes the splits train and val")
         if self.latents == "vae" and self.vae_name_or_path is None:
             raise UserError("--vae_name_or_path: is required, unless --latents none stores pixels")
         for flag in ("vae_name_or_path", "latent_scale"):

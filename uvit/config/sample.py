@@ -18,6 +18,7 @@ NO_FIT = (  # flags of images, which --fit_schedule does not generate
 Guidance = Annotated[float, Bounds(least=0, hint="1 turns guidance off")]
 InferenceSteps = Annotated[int, Bounds(least=1, most=1000)]
 Timestep = Annotated[float, Bounds(least=1, most=1000)]
+Scheduler = Literal["dpmsolver++", "ddim", "unipc", "euler", "heun", "ddpm", "official", "fitted"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class SampleConfig:
     otherwise a square."""
 
     # Solver and guidance
-    scheduler: Literal["dpmsolver++", "ddim", "unipc", "euler", "heun", "ddpm", "official", "fitted"] = "dpmsolver++"
+    scheduler: Scheduler = "dpmsolver++"
     """The solver. heun evaluates the network twice per step; ddpm adds noise at each step and needs many; official is
     the solver of U-ViT's published results; fitted is the one stored by --fit_schedule. A model of a linear path has
     dpmsolver++, unipc, euler, heun and fitted."""

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from uvit.config.bounds import Bounds, PositiveFloat, PositiveInt, Seed, check_bounds
-from uvit.config.extract import check_split
 from uvit.config.paths import PathFlag, expand_paths
+from uvit.config.source import check_split
 from uvit.errors import UserError
 
 MAX_ON_SHEET = 1000  # pairs

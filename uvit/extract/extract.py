@@ -36,7 +36,7 @@ from uvit.extract.tokenizer import save_tokenizer
 from uvit.extract.workers import Decoded, Preprocessing, ShardPlan, decode_batches
 from uvit.io import format_bytes, read_json
 from uvit.progress import Progress
-from uvit.sources.open import open_source
+from uvit.sources.open import open_given
 from uvit.sources.types import PairError, Problem, RandomAccessSource, Source
 from uvit.store.shard import EncodedPairs, ShardWriter
 from uvit.store.writer import StoreWriter, refuse_earlier_layouts
@@ -51,16 +51,7 @@ def extract(config: ExtractConfig) -> None:
     part, num_parts = resolve_shard(config.shard)
     folder = Path(config.output_dir) / config.split
     refuse_earlier_layouts(folder)
-    source = open_source(
-        config.source,
-        config.split,
-        config.image_folder,
-        config.resolution,
-        val_every=config.val_every,
-        image_column=config.image_column,
-        caption_column=config.caption_column,
-        streaming=config.streaming,
-    )
+    source = open_given(config, config.resolution, config.streaming)
     report_index_problems(config, source)
     with extraction_errors(config):
         vae, text_encoder = load_encoders(config)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from uvit.config.extract import TokenizerConfig
 from uvit.errors import UserError, differences
 from uvit.io import write_folder_atomically
-from uvit.sources.open import open_source
+from uvit.sources.open import open_given
 
 PAD, START_TOKEN, END_TOKEN = "<|pad|>", "<|startoftext|>", "<|endoftext|>"
 
@@ -90,14 +90,7 @@ def _content(folder: Path) -> list[dict[str, Any]]:
 
 def build_tokenizer(config: TokenizerConfig) -> None:
     """The command `uvit tokenizer`."""
-    source = open_source(
-        config.source,
-        config.split,
-        config.image_folder,
-        val_every=config.val_every,
-        image_column=config.image_column,
-        caption_column=config.caption_column,
-    )
+    source = open_given(config)
     num_captions = 0
 
     def counted() -> Iterator[str]:

@@ -6,11 +6,11 @@ The checks are those of `uvit sample`, with its sentences.
 import re
 import secrets
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from uvit.config.sample import SampleConfig, is_text
+from uvit.config.sample import SPEEDS, SampleConfig, Scheduler, is_text
 from uvit.config.serve import ServeConfig
 from uvit.errors import UserError
 
@@ -142,20 +142,10 @@ def check_limits(request: GenerationRequest, limits: ServeConfig) -> None:
 
 def check_choices(request: GenerationRequest) -> None:
     """The command line's parser checks these; here it is not asked."""
-    for name, choices in FIELD_CHOICES.items():
+    for name, choices in (("scheduler", get_args(Scheduler)), ("speed", SPEEDS)):
         value = getattr(request, name)
         if value is not None and value not in choices:
             raise RequestError(f"--{name} {value}: must be one of {', '.join(choices)}")
-
-
-def _choices_of_flags() -> dict[str, list[str]]:
-    from uvit.cli.parse import flags_of
-
-    flags = flags_of(SampleConfig)
-    return {name: flags[name].choices for name in ("scheduler", "speed")}
-
-
-FIELD_CHOICES = _choices_of_flags()
 
 
 def parse_size(size: str | None) -> tuple[int, int] | None:

@@ -88,15 +88,6 @@ def open_list(
         raise UserError(f"--source {path}: is damaged {error.encoding.upper()} text ({error.reason})") from None
     pairs = number_equal(*places.keys())
     first_rows = np.flatnonzero(first_of_each(pairs))
-    if not is_table and len(first_rows) < len(pairs):
-        # A row contains all captions of its image, so an image that appears twice is a problem.
-        pairs, repeated = np.arange(len(pairs)), np.setdiff1d(np.arange(len(pairs)), first_rows, assume_unique=True)
-        first_rows = pairs
-        starts, lengths = places.places()
-        for at in repeated.tolist():
-            id = safe_name(rows.read([(int(starts[at]), int(lengths[at]))])[0][0])
-            message = f"{rows.where(numbers[at])}: {id} already has an earlier line"
-            problem_at[at] = Problem(id, "duplicate id", message)
     captions.check(problem_at, lambda at: rows.where(numbers[at]))
     is_good = np.ones(len(pairs), bool)
     is_good[list(problem_at)] = False

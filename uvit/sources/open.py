@@ -14,6 +14,7 @@ from os.path import normpath
 from pathlib import Path
 from typing import cast
 
+from uvit.config.source import SourceFlags, check_split
 from uvit.errors import UserError
 from uvit.sources import huggingface, tars
 from uvit.sources.coco import open_coco
@@ -51,6 +52,8 @@ def open_source(
     Raises UserError, which names the file and its content, if there is nothing to read.
     """
     names = [name for each in ([source] if isinstance(source, str) else source) for name in tars.expand(each)]
+    if val_every is not None:
+        check_split(split, val_every)
     if not names:
         raise UserError(f"--source: names no source; give {SOURCE_KINDS}")
     for place, times in Counter(str(Path(name).resolve()) if Path(name).exists() else name for name in names).items():
@@ -108,6 +111,20 @@ def open_source(
             f"--val_every {val_every}: leaves --split {split} empty, of {len(whole)} pairs; give a smaller number"
         )
     return selected
+
+
+def open_given(flags: SourceFlags, resolution: int = 256, streaming: bool = False) -> Source:
+    """Open the source that the flags of a command name. Resolution and errors: as of `open_source`."""
+    return open_source(
+        flags.source,
+        flags.split,
+        flags.image_folder,
+        resolution,
+        val_every=flags.val_every,
+        image_column=flags.image_column,
+        caption_column=flags.caption_column,
+        streaming=streaming,
+    )
 
 
 def require_random_access(source: Source, flag: str) -> RandomAccessSource:

@@ -30,7 +30,7 @@ from uvit.images import to_unit
 from uvit.io import move_contents, read_json, read_yaml, write_json, write_yaml
 from uvit.lock import WriterLock
 from uvit.progress import Progress, duration, is_terminal, write
-from uvit.sources.open import open_source, require_random_access
+from uvit.sources.open import open_given, require_random_access
 from uvit.sources.types import RandomAccessSource
 from uvit.train.ema import EMA
 from uvit.train.guards import Guards
@@ -154,18 +154,7 @@ def check_finished(config: AutoencoderConfig, output_dir: Path) -> None:
 
 def build_vae_run(config: AutoencoderConfig, output_dir: Path, device: torch.device) -> VaeRun:
     """A run at step 0."""
-    source = require_random_access(
-        open_source(
-            config.source,
-            config.split,
-            config.image_folder,
-            config.resolution,
-            val_every=config.val_every,
-            image_column=config.image_column,
-            caption_column=config.caption_column,
-        ),
-        f"--source {' '.join(config.source)}",
-    )
+    source = require_random_access(open_given(config, config.resolution), f"--source {' '.join(config.source)}")
     held_out, rows = split_rows(len(source), config.seed)
     while len(rows) > 1 and not len(load_images(source, held_out, config.resolution)):  # none of them is usable
         held_out, rows = rows[:1], rows[1:]
