@@ -39,10 +39,11 @@ from uvit.sample.pipeline import UViTPipeline
 from uvit.sample.schedulers import build_scheduler, scheduler_names
 from uvit.train.checkpointing import Checkpointer
 from uvit.train.loader import prefetch
+from uvit.train.preview import load_preview_decoder, preview_sheet
 from uvit.train.setup import Run, build_run
 from uvit.train.step import train_step
 from uvit.train.trainer import train
-from uvit.train.validate import load_preview_decoder, preview_sheet, validate
+from uvit.train.validate import validate
 
 GPU = "cuda:1"
 EDITORS = ("unipc", "heun", "official")  # the schedulers that inpaint here; the others begin from noise
@@ -405,7 +406,7 @@ FAULTS: list[tuple[str, str, str, Callable[[Path, Path, Path], None]]] = [
     ("uvit.train.validate:losses", "noise.to(run.device)", "noise", check_validation),
     ("uvit.checkpoint.saver:Saver._copy", "torch.cuda.synchronize(device)", "pass", check_checkpoint),
     ("uvit.train.setup:build_run", "frozen.to(device, ", "frozen.to(", check_frozen),
-    ("uvit.train.validate:preview_sheet", "dtype=np.float32)).to(run.device)", "dtype=np.float32))", check_preview),
+    ("uvit.train.preview:preview_sheet", "dtype=np.float32)).to(run.device)", "dtype=np.float32))", check_preview),
     ("uvit.sample.edit:read_original", 'batch, "masks").to(device)', 'batch, "masks")', check_sampling),
     ("uvit.extract.encode:Encoders._contexts", "self._to_device(part)", "part", check_extraction),
     ("uvit.extract.encode:Encoders._images", "torch.cat(parts).cpu()", "torch.cat(parts)", check_extraction),

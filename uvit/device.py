@@ -112,3 +112,8 @@ def keep_freed_memory() -> str:
     raised = libc.mallopt(M_MMAP_THRESHOLD, 2**30) and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     raised = raised and libc.mallopt(M_ARENA_MAX, 1)
     return "glibc, freed memory is kept" if raised else "system"
+
+
+def init_device(device: torch.device) -> torch.device:
+    """Where new weights are initialised: on the CPU, so that all devices get the same ones; in a dry run nowhere."""
+    return device if device.type == "meta" else torch.device("cpu")

@@ -6,6 +6,7 @@ old content or the new content, never a part. A hidden file that a kill leaves i
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import secrets
@@ -130,6 +131,12 @@ def back_up(path: Path) -> Path:
 
 
 # JSON and YAML
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> Any:

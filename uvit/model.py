@@ -253,3 +253,8 @@ class UViTT2IModel(ModelMixin, ConfigMixin):
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(block, *args)
         return block(*args)
+
+
+def blocks_in_order(unet: UViTT2IModel) -> list[Block]:
+    """All Transformer blocks, in the order in which the forward pass runs them."""
+    return [*unet.in_blocks, unet.mid_block, *unet.out_blocks]

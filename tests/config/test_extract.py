@@ -1,9 +1,6 @@
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 
-from uvit.config.extract import AutoencoderConfig, ExtractConfig, TokenizerConfig
+from uvit.config.extract import AutoencoderConfig, ExtractConfig
 from uvit.errors import UserError
 
 
@@ -42,15 +39,3 @@ def test_counts_are_at_least_one(name: str) -> None:
 def test_an_autoencoder_that_cannot_be_built(name: str, value: int, reason: str) -> None:
     with pytest.raises(UserError, match=f"^--{name} {value}: {reason}"):
         AutoencoderConfig(source="shapes", output_dir="out", **{name: value})
-
-
-@pytest.mark.parametrize("command", [AutoencoderConfig, TokenizerConfig, config])
-def test_val_every_makes_train_and_val_alone(command: Callable[..., Any]) -> None:
-    flags = {"source": "shapes", "output_dir": "out", "val_every": 10}
-    if command is config:
-        flags["text"] = "tokens"
-    assert command(**flags, split="val").val_every == 10
-    with pytest.raises(UserError, match=r"^--split validation: --val_every 10 makes the splits train and val$"):
-        command(**flags, split="validation")
-    with pytest.raises(UserError, match=r"^--split \.\./x: must be a plain name"):
-        command(**flags, split="../x")

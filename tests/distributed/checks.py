@@ -16,6 +16,7 @@ from uvit.checkpoint import layout as state
 from uvit.distributed import ops
 from uvit.distributed.mesh import AXES, START_TIMEOUT, World, set_step_timeout, set_timeout
 from uvit.distributed.parallelize import parallelize
+from uvit.errors import UserError
 from uvit.model import UViTT2IModel
 from uvit.train.ema import EMA
 
@@ -31,6 +32,7 @@ def check(world: World, unet: UViTT2IModel, inputs: tuple[Tensor, Tensor, Tensor
         "inner": inner_widths(unet, inputs),
         "forward_alone": forward_alone(unet, inputs),
         "numbers": numbers(world),
+        "failures": failures(world),
         "unused": unused(world),
         "infinite": infinite(world, unet, inputs),
         "full": alike(full(dict(unet.named_parameters()), world), whole),
@@ -106,6 +108,21 @@ def numbers(world: World) -> dict[str, Any]:
         "late": [late(flag) for flag in (world.rank == 1, False, False)],
         "from_main": ops.broadcast({"rank": world.rank}, world),
     }
+
+
+def failures(world: World) -> list[list[str]]:
+    """What each process raises where the main process fails, with a sentence for users and without."""
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    found = []
+    for error in (UserError("--flag: no"), OSError(28, "No space")):
+        try:
+            ops.on_main(lambda error=error: fail(error), world)  # type: ignore[misc]
+        except (UserError, OSError) as raised:
+            found.append([type(raised).__name__, str(raised)])
+    return found
 
 
 def unused(world: World) -> list[float | None]:

@@ -26,6 +26,14 @@ def test_numbers_and_flags_agree_in_all_processes(worlds: Worlds, layout: str) -
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_where_the_main_process_fails_the_others_do_not_wait(worlds: Worlds, layout: str) -> None:
+    main, *others = [found["failures"] for found in worlds.checks(layout)]
+    assert main == [["UserError", "--flag: no"], ["OSError", "[Errno 28] No space"]]
+    told = "process 0 failed: OSError(28, 'No space')"
+    assert others == [[["UserError", "--flag: no"], ["UserError", told]]] * len(others)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_gradient_that_is_not_finite_in_one_process_is_known_to_all(worlds: Worlds, layout: str) -> None:
     assert all(found["infinite"] == [True, False] for found in worlds.checks(layout))
 

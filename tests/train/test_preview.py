@@ -8,8 +8,8 @@ import pytest
 
 from tests.tiny import tiny_vae_folder
 from uvit.errors import UserError
+from uvit.train.preview import load_preview_decoder, preview_sheet
 from uvit.train.setup import build_run
-from uvit.train.validate import load_preview_decoder, preview_sheet
 
 
 @pytest.mark.parametrize("text", ["stored", "trained", "frozen"])

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from uvit.config.paths import expand_recorded
 from uvit.errors import UserError, differences
-from uvit.io import sync_path, write_json
+from uvit.io import file_sha256, sync_path, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -81,8 +81,8 @@ def clean_up(output_dir: Path, kinds: tuple[str, ...]) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def keep_latest(output_dir: Path, limit: int | None, spare: Collection[str] = ()) -> None:
-    """Delete all checkpoints before the latest `limit` complete ones, but never one whose name is in `spare`."""
+def keep_latest(output_dir: Path, limit: int | None, keep: Collection[str] = ()) -> None:
+    """Delete all checkpoints before the latest `limit` complete ones, but never one whose name is in `keep`."""
     if not limit:
         return
     found = checkpoint_folders(output_dir)
@@ -90,7 +90,7 @@ def keep_latest(output_dir: Path, limit: int | None, spare: Collection[str] = ()
     if len(complete) <= limit:
         return
     for folder in found[: found.index(complete[-limit])]:
-        if folder.name not in spare:
+        if folder.name not in keep:
             delete(folder)
 
 
@@ -106,7 +106,7 @@ def delete(folder: Path) -> None:
     aside = folder.with_name(f".{folder.name.removeprefix('.')}.deleting")
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
-    shutil.rmtree(aside)
+    shutil.rmtree(aside, ignore_errors=True)  # another process may still read it; the next save deletes the rest
 
 
 # Reading
@@ -217,8 +217,7 @@ def record_digest(record: Mapping[str, Any]) -> str:
 def file_digest(path: Path) -> str:
     """The SHA-256 of a file; empty if it cannot be read."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(path)
     except OSError:
         return ""
 

@@ -12,7 +12,7 @@ If a phase fails on one process, it fails on all, and earlier checkpoints stay a
 
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -65,10 +65,8 @@ class Saver:
     def __init__(
         self, output_dir: Path, limit: int | None = None, rank: int = 0, all_gather: AllGather = single_process
     ):
-        """limit: how many checkpoints to keep (`--save_total_limit`), besides those in `spare`. None keeps all."""
+        """limit: how many checkpoints to keep (`--save_total_limit`), besides those named to `start`. None: all."""
         self.output_dir, self.limit, self.rank, self.all_gather = output_dir, limit, rank, all_gather
-        self.spare: set[str] = set()
-        self.last_good: str | None = None  # spared as well: the checkpoint to roll back to
         self._buffers: dict[SliceKey, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -76,13 +74,14 @@ class Saver:
         self._copied = threading.Event()
         self._copied.set()
 
-    def start(self, step: int, tensors: Groups, record: dict[str, Any]) -> None:
+    def start(self, step: int, tensors: Groups, record: dict[str, Any], keep: Collection[str] = ()) -> None:
         """Start to write `checkpoint-{step}`, after waiting for the one before.
 
         Args:
             tensors: group (weights, ema, optimizer) -> name -> what this process holds. The tensors must stay as they
                 are until `wait_for_copy` returns; a forward and a backward pass may run meanwhile.
             record: what the run is, for `uvit.json`. Only that of rank 0 is written.
+            keep: the names of checkpoints that are not deleted afterwards, however old they are.
         """
         self.wait()
         local = slices_by_key(tensors)
@@ -92,7 +91,9 @@ class Saver:
         if not wanted or any(tensor.is_cuda for tensor in wanted.values()):  # a GPU copies faster than a step
             self._copy(wanted)
             wanted = {}
-        self._thread = threading.Thread(target=self._run, args=(step, files, wanted, record), name=f"checkpoint-{step}")
+        self._thread = threading.Thread(
+            target=self._run, args=(step, files, wanted, record, keep), name=f"checkpoint-{step}"
+        )
         self._thread.start()
 
     def save(self, step: int, tensors: Groups, record: dict[str, Any]) -> None:
@@ -112,9 +113,6 @@ class Saver:
         error, self._error = self._error, None
         if error:
             raise error
-
-    def spared(self) -> set[str]:
-        return {*self.spare, *([self.last_good] if self.last_good else [])}
 
     def saved(self) -> Path | None:
         """The checkpoint that was committed since the last call, or None. Does not wait."""
@@ -147,11 +145,16 @@ class Saver:
             self._copied.set()
 
     def _run(
-        self, step: int, files: dict[str, list[SliceKey]], tensors: dict[SliceKey, Tensor], record: dict[str, Any]
+        self,
+        step: int,
+        files: dict[str, list[SliceKey]],
+        tensors: dict[SliceKey, Tensor],
+        record: dict[str, Any],
+        keep: Collection[str],
     ) -> None:
         aside = self.output_dir / f".checkpoint-{step}.writing"
         try:
-            self._saved = self._write(step, aside, files, tensors, record)
+            self._saved = self._write(step, aside, files, tensors, record, keep)
         except BaseException as error:
             self._error = error
             if self.rank == 0:
@@ -164,6 +167,7 @@ class Saver:
         files: dict[str, list[SliceKey]],
         tensors: dict[SliceKey, Tensor],
         record: dict[str, Any],
+        keep: Collection[str],
     ) -> Path:
         folder = self.output_dir / f"checkpoint-{step}"
 
@@ -185,7 +189,7 @@ class Saver:
         def commit() -> None:
             if self.rank == 0:
                 commit_folder(aside, folder, {"format": CHECKPOINT_FORMAT, "step": step, **record}, written)
-                keep_latest(self.output_dir, self.limit, {folder.name, *self.spared()})
+                keep_latest(self.output_dir, self.limit, {folder.name, *keep})
 
         self._on_all_ranks(step, prepare)
         written = {name: facts for part in self._on_all_ranks(step, write) for name, facts in part.items()}

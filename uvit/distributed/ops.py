@@ -327,17 +327,21 @@ def all_gather(value: T, world: World) -> list[T]:
 
 
 def on_main(function: Callable[[], T], world: World) -> T:
-    """Call a function in the main process. All processes return its value, or raise its UserError."""
+    """Call a function in the main process. All processes return its value, or raise its UserError.
+
+    If it fails in another way, the other processes raise a UserError that says how, and do not wait for it.
+    """
     value: T | None = None
-    error: UserError | None = None
+    error: Exception | None = None
     if world.is_main:
         try:
             value = function()
-        except UserError as raised:
+        except Exception as raised:  # raised below, once the other processes know
             error = raised
-    value, error = broadcast((value, error), world)
-    if error:
-        raise error
+    told = UserError(f"process 0 failed: {error!r}") if error and not isinstance(error, UserError) else error
+    value, told = broadcast((value, told), world)
+    if error or told:
+        raise error or told  # type: ignore[misc]
     return value  # type: ignore[return-value]
 
 

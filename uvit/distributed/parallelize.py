@@ -16,12 +16,12 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from uvit.compiling import compile_blocks
 from uvit.distributed.mesh import World
 from uvit.errors import UserError
-from uvit.model import Block, UViTT2IModel
+from uvit.model import Block, UViTT2IModel, blocks_in_order
 
 
 def parallelize(unet: UViTT2IModel, world: World, *, recompute: bool = False, compile: bool = False) -> None:
     """Works in place. Raises UserError if the degrees do not divide the sizes of the network."""
-    blocks: list[Block] = [*unet.in_blocks, unet.mid_block, *unet.out_blocks]
+    blocks = blocks_in_order(unet)
     check_divisibility(blocks[0], world)
     if world.degrees.tp > 1:
         for block in blocks:

@@ -1,6 +1,5 @@
 """Weight files of networks that this package defines itself, such as FID's Inception."""
 
-import hashlib
 from pathlib import Path
 from typing import TypeVar
 
@@ -8,6 +7,7 @@ import torch
 from torch import nn
 
 from uvit.errors import UserError
+from uvit.io import file_sha256
 from uvit.weights.files import read_weights
 
 T = TypeVar("T", bound=nn.Module)
@@ -34,6 +34,4 @@ def load_network_file(path: Path, network_class: type[T], what: str, remedy: str
                 f"{path}: is not {what} ({name} {found}, and should have shape {tuple(tensor.shape)}); {remedy}"
             )
     network.load_state_dict({name: tensors[name].to(wanted[name].dtype) for name in wanted}, assign=True)
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return network.eval().requires_grad_(False), sha256
+    return network.eval().requires_grad_(False), file_sha256(path)

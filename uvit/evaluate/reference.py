@@ -1,6 +1,5 @@
 """Files of statistics: `uvit evaluate statistics` writes one, `uvit evaluate A.npz --reference B.npz` compares two."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from uvit.evaluate.image_sets import open_images
 from uvit.evaluate.inception import WEIGHTS_SHA256_PREFIX
 from uvit.evaluate.measure import FRECHET, ImageFeatures, Score, build_extractors
 from uvit.evaluate.statistics_file import SavedStatistics, check_same_origin, read_statistics, write_statistics
+from uvit.io import file_sha256
 from uvit.progress import Progress
 from uvit.sample.files import check_writable
 
@@ -62,7 +62,7 @@ def describe_statistics(saved: SavedStatistics) -> dict[str, Any]:
     """What a report says of a file of statistics."""
     return {
         "statistics": str(saved.path),
-        "sha256": hashlib.sha256(saved.path.read_bytes()).hexdigest(),
+        "sha256": file_sha256(saved.path),
         "num_images": saved.statistics.num_images,
         **(saved.images or {}),
     }

@@ -27,6 +27,7 @@ from uvit.device import has_bf16, pick_device
 from uvit.errors import UserError
 from uvit.images import center_crop, to_rgb
 from uvit.lock import WriterLock
+from uvit.model import blocks_in_order
 from uvit.progress import Progress, write
 from uvit.sample.files import check_writable, is_generated, metadata, next_number, numbered, save_image, save_sheet
 from uvit.sample.fit import NUM_REFERENCE_STEPS, fit_plan, read_plans, relative_error, solve, store_plan
@@ -282,7 +283,7 @@ def load_pipeline(config: SampleConfig, path: Path) -> LoadedPipeline:
     offload = config.enable_model_cpu_offload
     pipeline = open_pipeline(str(path), config.device, config.dtype, config.scheduler, offload)
     if config.compile:
-        compile_blocks([*pipeline.unet.in_blocks, pipeline.unet.mid_block, *pipeline.unet.out_blocks])
+        compile_blocks(blocks_in_order(pipeline.unet))
     if config.enable_vae_slicing:
         pipeline.enable_vae_slicing()
     if config.enable_vae_tiling:

@@ -4,7 +4,6 @@ A bad row becomes an unusable pair at its place. A list that is unusable as a wh
 reads no image. Of a row, only its place is kept: its captions are read from the list when they are needed.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from uvit.errors import UserError
+from uvit.io import file_sha256
 from uvit.sources.decode import clean_captions, decode_image
 from uvit.sources.names import is_file, name_on_disk, safe_name
 from uvit.sources.places import PairReader, Places
@@ -61,7 +61,7 @@ class FileSource(RandomAccessSource):
         return [problem for row in sorted(self.problems_of) for problem in self.problems_of[row]]
 
     def index_sha256(self) -> str | None:
-        return digest_of(_sha256(Path(path)) for path in self.lists)
+        return digest_of(bytes.fromhex(file_sha256(Path(path))) for path in self.lists)
 
     def image_names(self) -> Iterator[str]:
         """The paths of all images, relative to the folder."""
@@ -84,11 +84,6 @@ class FileSource(RandomAccessSource):
             if problem.left_out:
                 raise PairError(problem)
         return problems
-
-
-def _sha256(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
 
 
 def build_source(

@@ -13,7 +13,7 @@ import numpy as np
 
 from uvit.config.store import FeaturesMergeConfig
 from uvit.errors import UserError, differences
-from uvit.io import write_atomically, write_json
+from uvit.io import file_sha256, write_atomically, write_json
 from uvit.lock import WriterLock
 from uvit.progress import Progress
 from uvit.store.manifest import Manifest, with_image_settings
@@ -123,7 +123,7 @@ def _info(stores: list[Store], split: str) -> StoreInfo:
             "merged": [
                 {
                     "folder": str(each.folder.resolve()),
-                    "manifest_sha256": hashlib.sha256((each.folder / "manifest.json").read_bytes()).hexdigest(),
+                    "manifest_sha256": file_sha256(each.folder / "manifest.json"),
                     **manifest.fields["source"],
                 }
                 for each, manifest in stores

@@ -3,7 +3,6 @@
 `uvit.store.npy_layout` describes the layout. Shapes: T text tokens, D width of the text embeddings.
 """
 
-import hashlib
 import io
 import json
 import os
@@ -20,7 +19,7 @@ from uvit.config.store import FeaturesExportConfig, FeaturesImportConfig
 from uvit.conventions import LatentSpace
 from uvit.device import pick_device
 from uvit.errors import UserError, differences
-from uvit.io import format_bytes, read_json, write_bytes
+from uvit.io import file_sha256, format_bytes, read_json, write_bytes
 from uvit.lock import LOCK, WriterLock
 from uvit.progress import Progress
 from uvit.sources.types import Problem
@@ -230,8 +229,8 @@ class _Export:
             False: len(_npy(np.zeros(store.moments_shape, self.dtype))),
             True: len(_npy(self.empty_context)),
         }  # {is a text embedding: bytes of the file}
-        manifest = (split.folder / "manifest.json").read_bytes()
-        self.mark = json.dumps({"manifest": hashlib.sha256(manifest).hexdigest(), "dtype": self.dtype.name}).encode()
+        manifest = file_sha256(split.folder / "manifest.json")
+        self.mark = json.dumps({"manifest": manifest, "dtype": self.dtype.name}).encode()
         if folder.is_dir() and any(folder.iterdir()):
             mark = folder / MARK
             if not mark.is_file() or mark.read_bytes() != self.mark:

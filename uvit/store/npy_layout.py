@@ -58,6 +58,9 @@ class NpyFeatures:
         self.text_encoder_name: str | None = None
         self.text_encoder_sha256: str | None = None
         self.tokenizer_name: str | None = None
+        self.tokenizer_sha256: str | None = None
+        self.teacher_shape: tuple[int, ...] | None = None
+        self.teacher_sha256: str | None = None
 
     def read(self, rows: np.ndarray, caption_draws: np.ndarray, flip_draws: np.ndarray | None = None) -> FeatureBatch:
         """See Features."""

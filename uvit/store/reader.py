@@ -87,6 +87,7 @@ class FeatureStore:
             manifest.encoder("text_encoder", key) for key in ("name", "sha256")
         )
         own_tokenizer = self.folder / "tokenizer"
+        self.tokenizer_sha256 = manifest.encoder("tokenizer", "sha256")
         self.tokenizer_name = str(own_tokenizer) if own_tokenizer.is_dir() else manifest.encoder("tokenizer", "name")
         if self.num_samples == 0:
             raise self._error("contains no pairs; extract it again")

@@ -12,7 +12,6 @@ The record is renamed last, so a shard that has a record is complete.
 
 import contextlib
 import fcntl
-import hashlib
 import io
 import json
 import os
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from uvit.errors import UserError
-from uvit.io import read_json, sync_path, write_json
+from uvit.io import file_sha256, read_json, sync_path, write_json
 from uvit.sources.types import Problem
 
 
@@ -277,10 +276,8 @@ def file_records(files: Iterable[Path], folder: Path | None = None) -> dict[str,
     """{name, or path within `folder` if given: {"bytes", "sha256"}}."""
     described: dict[str, dict[str, Any]] = {}
     for path in files:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
         name = path.relative_to(folder).as_posix() if folder else path.name
-        described[name] = {"bytes": path.stat().st_size, "sha256": digest}
+        described[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     return described
 
 

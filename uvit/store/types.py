@@ -40,6 +40,9 @@ class Features(Protocol):
     text_encoder_name: str | None
     text_encoder_sha256: str | None
     tokenizer_name: str | None
+    tokenizer_sha256: str | None
+    teacher_shape: tuple[int, ...] | None  # (C, h, w) of a teacher's features; None: there are none
+    teacher_sha256: str | None
 
     def read(self, rows: np.ndarray, caption_draws: np.ndarray, flip_draws: np.ndarray | None = None) -> FeatureBatch:
         """Read the samples `rows`, (B,) int64. `caption_draws`, (B,) in [0, 1), picks the caption of each.

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from uvit.config.train import TrainConfig
 from uvit.errors import UserError
-from uvit.model import UViTT2IModel
-from uvit.store.reader import FeatureStore
+from uvit.model import UViTT2IModel, blocks_in_order
 from uvit.store.types import Features
 
 SRA_BETA = 0.05  # errors below it count squared, those above it linearly
@@ -70,22 +69,13 @@ def build_projector(config: TrainConfig, unet: UViTT2IModel, features: Features)
         raise UserError("--compile: compiled blocks do not hand out the tokens that --align needs; choose one of them")
     num_targets = unet.patch_size**2 * unet.config.in_channels
     if config.needs_teacher():
-        shape = features.teacher_shape if isinstance(features, FeatureStore) else None
-        if shape is None:
+        if features.teacher_shape is None:
             raise UserError(
                 f"--align {config.align}: --feature_path {config.feature_path} has no features of a teacher; extract "
                 "it with --teacher, or choose --align sra"
             )
-        num_targets = shape[0]
+        num_targets = features.teacher_shape[0]
     return Projector(config.align, unet.norm.weight.shape[0], num_targets)
-
-
-def teacher_sha256(features: Features) -> str | None:
-    return features.teacher_sha256 if isinstance(features, FeatureStore) else None
-
-
-def blocks_in_order(unet: UViTT2IModel) -> list[nn.Module]:
-    return [*unet.in_blocks, unet.mid_block, *unet.out_blocks]
 
 
 @contextlib.contextmanager

@@ -18,8 +18,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import uvit
-from uvit.checkpoint.folder import Checkpoint, check_command, checkpoint_folders, is_complete, latest_checkpoint
-from uvit.checkpoint.saver import Saver, clean_up, keep_latest
+from uvit.checkpoint.folder import (
+    Checkpoint,
+    check_command,
+    checkpoint_folders,
+    clean_up,
+    is_complete,
+    keep_latest,
+    latest_checkpoint,
+)
+from uvit.checkpoint.saver import Saver
 from uvit.config.extract import AutoencoderConfig
 from uvit.config.paths import expand_recorded
 from uvit.config.train import TrainConfig
@@ -38,11 +46,11 @@ from uvit.train.optimizer import set_learning_rate, training_state
 from uvit.train.process import (
     StopSignal,
     hang_watchdog,
-    lock_output_dir,
     report_stop,
     reset_hang_timer,
     stop_signals,
 )
+from uvit.train.run_folder import lock_output_dir
 from uvit.train.schedule import rate_warnings, slow_ema, small_data, too_late
 from uvit.train.vae_model import (
     VaeBatches,

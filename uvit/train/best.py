@@ -56,13 +56,8 @@ def settle_best(run: Run, tracked: Tracked | None) -> None:
     if best and not on_main(functools.partial(Path.is_dir, run.output_dir / best["checkpoint"]), run.world):
         best = None
     run.best = best
-    if not run.world.is_main:
-        return
     path = run.output_dir / BEST
-    if best:
-        write_json(path, best)
-    else:
-        path.unlink(missing_ok=True)
+    on_main(lambda: write_json(path, best) if best else path.unlink(missing_ok=True), run.world)
 
 
 def new_best(run: Run, tracked: Tracked | None, record: dict[str, Any]) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """A run's checkpoints: check and save them, and resume from them."""
 
 import time
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,13 +48,13 @@ class Checkpointer:
         limit = run.config.save_total_limit
         self.saver = Saver(run.output_dir, limit, run.world.rank, all_gather_channel(run.world))
         run.before_update = self.saver.wait_for_copy
-        self.saver.spare |= spared(run)
         self.checksums, self.checked_step = self._checksums(), run.step
         self.started_step: int | None = None  # of the last checkpoint
 
-    def save(self) -> None:
+    def save(self, keep: Collection[str] = ()) -> None:
         """Start to write checkpoint-{step}. Wait for the checkpoint before it, if it is not complete yet.
 
+        --save_total_limit then deletes old ones, except `keep` and those that are `needed`.
         Its tensors are copied during the next step, which waits for that with its update (`run.before_update`).
         """
         run = self.run
@@ -62,32 +63,28 @@ class Checkpointer:
         self._check_ema()
         if not run.guards.skipped_in_a_row:
             run.guards.last_good_checkpoint = f"checkpoint-{run.step}"
-        self.saver.wait()  # its thread reads what is spared
-        self.saver.last_good = run.guards.last_good_checkpoint
-        self.saver.start(
-            run.step, {name: to_checkpoint_layout(tensors, run.world) for name, tensors in state.items()}, run.record()
-        )
+        tensors = {name: to_checkpoint_layout(group, run.world) for name, group in state.items()}
+        self.saver.start(run.step, tensors, run.record(), keep={*needed(run), *keep})
         run.checkpoint, self.started_step = run.output_dir / f"checkpoint-{run.step}", run.step
 
-    def save_and_wait(self) -> float:
+    def save_and_wait(self, keep: Collection[str] = ()) -> float:
         """Save checkpoint-{step}, unless started already, and wait until it is complete. Returns the seconds."""
         started = time.perf_counter()
         if self.started_step != self.run.step:
-            self.save()
+            self.save(keep)
         self.saver.wait()
         return time.perf_counter() - started
 
     def save_best(self, best: dict[str, Any]) -> None:
-        """Save this step as the best so far, and wait. best.json names it then; the one before is no longer spared."""
-        self.saver.wait()  # its thread reads what is spared
+        """Save this step as the best so far, and wait. best.json names it then; the one before may be pruned."""
         before, self.run.best = self.run.best, best
-        self.saver.spare.add(best["checkpoint"])
-        self.save_and_wait()
-        if before and before["checkpoint"] not in (best["checkpoint"], self.run.resumed_from):
-            self.saver.spare.discard(before["checkpoint"])
-        if self.run.world.is_main:
+        self.save_and_wait(keep=[before["checkpoint"]] if before else [])
+
+        def name_best() -> None:
             write_json(self.run.output_dir / BEST, best)
-            keep_latest(self.run.output_dir, self.run.config.save_total_limit, self.saver.spared())
+            keep_latest(self.run.output_dir, self.run.config.save_total_limit, needed(self.run))
+
+        on_main(name_best, self.run.world)
 
     def saved(self) -> Path | None:
         """The checkpoint that has become complete since the last call, if there is one."""
@@ -137,9 +134,10 @@ class Checkpointer:
         return f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
 
 
-def spared(run: Run) -> set[str]:
-    """The checkpoints that are never pruned: the one to go back to again, and the best."""
-    return {name for name in (run.resumed_from, run.best and run.best["checkpoint"]) if name}
+def needed(run: Run) -> set[str]:
+    """The checkpoints that are never pruned: those to resume from again and to roll back to, and the best."""
+    names = (run.resumed_from, run.guards.last_good_checkpoint, run.best and run.best["checkpoint"])
+    return {name for name in names if name}
 
 
 def run_state(run: Run) -> dict[str, dict[str, Tensor]]:
@@ -172,12 +170,14 @@ def resume(run: Run) -> None:
             f"{checkpoint.folder}: was saved with --use_ema False; pass --use_ema False, or choose another --output_dir"
         )
     restore(run, checkpoint)
-    if world.is_main:
+
+    def tidy_up() -> None:
         set_aside(run, later)
         # A kill may have come before that. Later ones may be damaged, so this one stays until the next is saved.
-        needed = {checkpoint.folder.name, run.guards.last_good_checkpoint or "", *spared(run)}
-        keep_latest(run.output_dir, run.config.save_total_limit, needed)
+        keep_latest(run.output_dir, run.config.save_total_limit, {checkpoint.folder.name, *needed(run)})
         delete_snapshots_after(run.output_dir, run.step)
+
+    on_main(tidy_up, world)
     for sentence in describe_resume(run, checkpoint):
         print(sentence)
 
@@ -203,25 +203,11 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
 def check_same_run(run: Run, checkpoint: Checkpoint) -> None:
     """Raises UserError if the checkpoint is of another model or of other features. Prints the flags that differ."""
     check_command(checkpoint, "uvit train")
-    ours, theirs = ({**each, **asdict(Conventions.recorded(each))} for each in (run.record(), checkpoint.record))
-    key_of = {"VAE": "vae_sha256", "text encoder": "text_encoder_sha256", "tokenizer": "tokenizer_sha256"}
-    key_of["teacher"] = "teacher_sha256"
-    was_made_by, made_by = ({what: record.get(key) for what, key in key_of.items()} for record in (theirs, ours))
-    settings = "unet_config", *asdict(run.conventions)
-    before, now = (
-        {key: record[key] for key in settings if record[key] is not None}
-        | {"text_encoder_config": comparable_text_config(record["text_encoder_config"])}
-        | {"train_text_encoder": record["text_encoder_config"] is not None, "fp16": bool(record["loss_scale"])}
-        | {
-            "optim": record["config"].get("optim", "adamw"),
-            "ema_lengths": list(record["config"].get("ema_lengths", [])),
-            "align": record["config"].get("align", "none"),
-        }
-        for record in (theirs, ours)
-    )
+    before, now = fixed_settings(checkpoint.record), fixed_settings(run.record())
     if before["train_text_encoder"] != now["train_text_encoder"]:
         del before["text_encoder_config"], now["text_encoder_config"]
-    features, model = differing_fingerprints(was_made_by, made_by), differences(before, now)
+    model = differences(before, now)
+    features = differing_fingerprints(feature_fingerprints(checkpoint.record), feature_fingerprints(run.record()))
     if features or model:
         how = ["with another model, precision, optimizer or EMA"] if model else []
         if features:
@@ -233,3 +219,24 @@ def check_same_run(run: Run, checkpoint: Checkpoint) -> None:
         )
     for sentence in checkpoint.changed_flags(run.config).values():
         print(sentence)
+
+
+def fixed_settings(record: dict[str, Any]) -> dict[str, Any]:
+    """What may not change within a run, from its record. What an earlier version did not record is left out."""
+    config, conventions = record["config"], asdict(Conventions.recorded(record))
+    return {
+        "unet_config": record["unet_config"],
+        **{name: value for name, value in conventions.items() if value is not None},
+        "text_encoder_config": comparable_text_config(record["text_encoder_config"]),
+        "train_text_encoder": record["text_encoder_config"] is not None,
+        "fp16": bool(record["loss_scale"]),
+        "optim": config.get("optim", "adamw"),
+        "ema_lengths": list(config.get("ema_lengths", [])),
+        "align": config.get("align", "none"),
+    }
+
+
+def feature_fingerprints(record: dict[str, Any]) -> dict[str, str | None]:
+    """Of what made the features of a run."""
+    names = {"VAE": "vae", "text encoder": "text_encoder", "tokenizer": "tokenizer", "teacher": "teacher"}
+    return {what: record.get(f"{name}_sha256") for what, name in names.items()}

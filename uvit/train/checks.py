@@ -12,7 +12,6 @@ from uvit.config.train import TrainConfig
 from uvit.conventions import LatentSpace
 from uvit.errors import UserError, differences
 from uvit.model import UViTT2IModel
-from uvit.store.reader import FeatureStore
 from uvit.store.types import Features
 from uvit.weights.compatibility import check_components
 from uvit.weights.components import TRAINED, load_text_encoder, load_vae
@@ -82,11 +81,10 @@ def fingerprints(features: Features, train_text_encoder: bool) -> dict[str, str 
 
     A text encoder that is trained in the run does not count.
     """
-    tokenizer = features.manifest["tokenizer"] if isinstance(features, FeatureStore) else None
     return {
         "VAE": features.vae_sha256,
         "text encoder": None if train_text_encoder else features.text_encoder_sha256,
-        "tokenizer": tokenizer["sha256"] if tokenizer else None,
+        "tokenizer": features.tokenizer_sha256,
     }
 
 

@@ -20,7 +20,7 @@ from uvit.config.train import TrainConfig
 from uvit.device import pick_device
 from uvit.distributed.mesh import Degrees, World
 from uvit.errors import UserError
-from uvit.model import Block, UViTT2IModel
+from uvit.model import UViTT2IModel, blocks_in_order
 from uvit.train.alignment import Projector, empty_targets
 from uvit.train.device_defaults import with_device_defaults
 from uvit.train.memory import trace_muon, trace_step
@@ -304,15 +304,11 @@ def gather_units(
     """Parameters that sharded processes gather together: of the projector, of each block, of the rest of the U-ViT, of
     the encoder.
     """
-    blocks = [list(block.parameters()) for block in blocks_of(unet)]
+    blocks = [list(block.parameters()) for block in blocks_in_order(unet)]
     in_blocks = {parameter for block in blocks for parameter in block}
     rest = [parameter for parameter in unet.parameters() if parameter not in in_blocks]
     first, last = ([list(other.parameters())] if other is not None else [] for other in (projector, text_encoder))
     return [*first, *blocks, rest, *last]
-
-
-def blocks_of(unet: UViTT2IModel) -> list[Block]:
-    return [*unet.in_blocks, unet.mid_block, *unet.out_blocks]
 
 
 def num_local_elements(parameters: Iterable[Tensor], shard: int = 1) -> int:
@@ -379,7 +375,7 @@ def summed_bytes(config: TrainConfig, unet: UViTT2IModel, size: tuple[int, int])
     forward_width, backward_width = min(compute.itemsize, autocast.itemsize), compute.itemsize
     patches = size[0] * size[1] // unet.patch_size**2
     tokens = unet.num_extra_tokens + patches
-    blocks = blocks_of(unet)
+    blocks = blocks_in_order(unet)
     num_outputs = [tokens] * (len(blocks) - 1) + [patches]  # the last block computes the patches only
     # A block is recomputed as far as its backward needs, which is not the output of its MLP.
     forward = sum((3 if config.recompute else 2) * outputs for outputs in num_outputs)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from uvit.config.evaluate import EvaluateConfig, Metric
-from uvit.distributed.ops import all_gather, broadcast, on_main
+from uvit.distributed.ops import all_gather, on_main
 from uvit.errors import UserError
 from uvit.evaluate.evaluate import open_reference
 from uvit.evaluate.features import FeatureSet, PerImage, features_in_memory
@@ -25,15 +25,10 @@ from uvit.evaluate.statistics_file import SavedStatistics
 from uvit.images import to_uint8
 from uvit.progress import Progress, write
 from uvit.sources.shapes import scenes
-from uvit.train.setup import Run, load_features_tokenizer, load_frozen_text_encoder
-from uvit.train.validate import (
-    Decoder,
-    load_decoder,
-    local_batches,
-    sample_images,
-    text_embeddings,
-    with_empty_caption,
-)
+from uvit.train.sampling import Decoder, load_decoder, sample_images, text_embeddings, with_empty_caption
+from uvit.train.setup import Run
+from uvit.train.text import load_features_tokenizer, load_frozen_text_encoder
+from uvit.train.validate import local_batches
 from uvit.weights.encoders import downsampling_of, encode_tokens, tokenize
 
 GUIDANCE_SCALE = 2.0  # the default of `uvit evaluate`
@@ -70,7 +65,7 @@ class Evaluation:
         """{eval_NAME: value} of each score, for metrics.jsonl. They are None if a score or a pixel is not finite."""
         started = time.perf_counter()
         pixels = self._generate()
-        values = broadcast(self._values(pixels) if self.run.world.is_main else {}, self.run.world)
+        values = on_main(lambda: self._values(pixels), self.run.world)
         return {**values, "evaluation_seconds": round(time.perf_counter() - started, 3)}
 
     def _open(self) -> dict[str, dict[str, str]]:

@@ -23,9 +23,8 @@ from uvit.store.reader import FeatureStore
 from uvit.store.types import Features
 from uvit.train.epochs import EpochRange, locate_samples
 from uvit.train.memory_features import FeaturesInMemory, Picks, fields_of
-from uvit.train.noise import draw_noise
+from uvit.train.noise import Stream, draw_noise
 
-ORDER, DRAWS, FLIPS, LEVELS = 1, 2, 3, 6  # independent streams of random numbers; validate.py has 4 and 5, noise.py 7
 NUM_ROUNDS = 8
 ITEMS_AHEAD = 4  # per thread
 
@@ -71,7 +70,7 @@ def permute(positions: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarr
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
-    keys = np.random.Philox(key=[seed, ORDER], counter=[0, 0, 0, epoch]).random_raw(NUM_ROUNDS)
+    keys = np.random.Philox(key=[seed, Stream.ORDER], counter=[0, 0, 0, epoch]).random_raw(NUM_ROUNDS)
     out = positions.astype(np.uint64)
     outside = np.ones(len(out), dtype=bool)
     while outside.any():
@@ -114,7 +113,7 @@ def random_draws(
     uniform = np.empty((num_samples, 3))
     noise = np.empty((num_samples, *latent_shape), dtype=np.float32) if noises else None
     posterior_noise = np.empty((num_samples, *latent_shape), dtype=np.float32) if noises and posterior else None
-    for i, generator in enumerate(_generators(counters, seed, DRAWS)):
+    for i, generator in enumerate(_generators(counters, seed, Stream.DRAWS)):
         generator.random(out=uniform[i])
         if posterior_noise is not None:
             generator.standard_normal(dtype=np.float32, out=posterior_noise[i])
@@ -133,13 +132,13 @@ def random_draws(
 
 def flip_draws(counters: np.ndarray, seed: int) -> np.ndarray:
     """(B,) in [0, 1): chooses the image or its mirror image. A separate stream keeps `random_draws` as it is."""
-    return np.array([generator.random() for generator in _generators(counters, seed, FLIPS)])
+    return np.array([generator.random() for generator in _generators(counters, seed, Stream.FLIPS)])
 
 
 def timestep_draws(counters: np.ndarray, seed: int, config: ObjectiveConfig) -> np.ndarray:
     """Fractional timesteps, (B,) float32 in (0, 1000], and at least 1 on a vp path. Also a separate stream."""
     uniform, normal = np.empty((len(counters), 2)), np.empty(len(counters))
-    for i, generator in enumerate(_generators(counters, seed, LEVELS)):
+    for i, generator in enumerate(_generators(counters, seed, Stream.LEVELS)):
         generator.random(out=uniform[i])
         normal[i] = generator.standard_normal()
     level = 1 - uniform[:, 0]  # the noise level n / 1000

@@ -8,6 +8,7 @@ device, compiler or order of operations can change a bit. NumPy draws them on th
 The numbers are discrete, multiples of 2^-20 up to 6.1. Their variance is 1 to 1e-6.
 """
 
+import enum
 import functools
 import math
 
@@ -15,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NOISE_STREAM = 7  # the stream, beside those of loader.py and validate.py
 WORD = 2**64
 MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)  # of Philox4x64
 WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
@@ -24,6 +24,18 @@ LOW = 0xFFFFFFFF  # the low half of a word
 GRID = 2.0**-20
 BLOCK = 16  # normal numbers of four words
 CACHED_NUMBERS = 32768  # numbers at a time: few calls, and what they need stays in a core's cache
+
+
+class Stream(enum.IntEnum):
+    """Independent streams of a run's random numbers, beside its seed in a generator's key."""
+
+    ORDER = 1  # of the samples in an epoch
+    DRAWS = 2  # of a sample: caption, caption dropout, timestep, and noise with --noise_device host
+    FLIPS = 3
+    PREVIEW = 4
+    VALIDATION = 5
+    LEVELS = 6  # of noise
+    NOISE = 7
 
 
 @functools.cache
@@ -52,9 +64,9 @@ def draw_noise(
     size, num_noises = math.prod(latent_shape), 1 + posterior
     num = num_noises * size + (latent_shape[0] if noise_offset else 0)
     if isinstance(first, Tensor):
-        normal = normal_on_device(first, count, seed, NOISE_STREAM, num)
+        normal = normal_on_device(first, count, seed, Stream.NOISE, num)
     else:
-        normal = torch.from_numpy(normal_on_host(first, count, seed, NOISE_STREAM, num))
+        normal = torch.from_numpy(normal_on_host(first, count, seed, Stream.NOISE, num))
     *posterior_noise, noise = normal[:, : num_noises * size].view(count, num_noises, *latent_shape).unbind(1)
     if noise_offset:
         noise = noise + noise_offset * normal[:, num_noises * size :, None, None]

@@ -1,4 +1,4 @@
-"""What concerns a training process as a whole: its folder, hangs, signals that stop it, deterministic kernels."""
+"""What concerns a training process as a whole: hangs, signals that stop it, deterministic kernels."""
 
 import contextlib
 import faulthandler
@@ -7,43 +7,16 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
 import torch
 
 from uvit.distributed.mesh import World
-from uvit.io import back_up
-from uvit.lock import LOCK, WriterLock
 
 T = TypeVar("T")
 
 STACK_INTERVAL = 0.1  # seconds between the stacks of two processes, so that their lines do not mix
-
-
-# The folder: one process, or one job of several, writes into it
-
-
-TO_OVERWRITE = ".overwrite"  # in a run's folder: torchrun is to start from scratch, and has not done so yet
-
-
-def lock_output_dir(output_dir: Path, overwrite: bool, held: contextlib.ExitStack) -> WriterLock:
-    """Hold the lock of a run's folder until `held` ends. `overwrite` first gives the old folder another name.
-
-    Raises UserError if another process holds it, OSError if the folder cannot be written.
-    """
-    what = f"--output_dir {output_dir}"
-    there = {path.name for path in output_dir.iterdir()} if overwrite and output_dir.exists() else set()
-    if there - {LOCK, TO_OVERWRITE}:
-        with WriterLock(output_dir / LOCK, what):
-            aside = back_up(output_dir)
-            (aside / LOCK).unlink()
-            (aside / TO_OVERWRITE).unlink(missing_ok=True)
-            print(f"--overwrite_output_dir: what was in {output_dir} is now in {aside}")
-    lock = held.enter_context(WriterLock(output_dir / LOCK, what))
-    (output_dir / TO_OVERWRITE).unlink(missing_ok=True)
-    return lock
 
 
 # Hangs: each process prints its stack if no step ends for too long

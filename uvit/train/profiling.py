@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from uvit.device import measured_peak
-from uvit.model import UViTT2IModel
+from uvit.model import UViTT2IModel, blocks_in_order
 from uvit.train.setup import Run
 from uvit.weights.unet import model_config, new_unet
 
@@ -107,7 +107,7 @@ def meta_unet(model_config: dict[str, Any], tp: int = 1) -> UViTT2IModel:
     """A U-ViT that has shapes and no content. `tp`: as one of so many tensor parallel processes holds it."""
     with torch.device("meta"):
         unet = new_unet(model_config).train()
-        for block in [*unet.in_blocks, unet.mid_block, *unet.out_blocks] if tp > 1 else []:
+        for block in blocks_in_order(unet) if tp > 1 else []:
             attention, mlp = block.attn, block.mlp
             dim, (wide, hidden) = mlp.fc1.in_features, (mlp.fc1.out_features, mlp.fc2.in_features)
             attention.qkv = nn.Linear(dim, 3 * dim // tp, bias=attention.qkv.bias is not None)

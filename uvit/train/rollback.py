@@ -12,7 +12,7 @@ import numpy as np
 
 from uvit.checkpoint.averages import delete_snapshots_after
 from uvit.checkpoint.folder import delete_after
-from uvit.distributed.ops import broadcast
+from uvit.distributed.ops import broadcast, on_main
 from uvit.errors import UserError
 from uvit.io import write_bytes
 from uvit.store.reader import FeatureStore
@@ -45,20 +45,23 @@ def roll_back(run: Run) -> None:
     guards.failed_at, guards.num_rollbacks = failed_at, num_rollbacks
     guards.skipped_in_a_row = 0
     plan_steps(run)
-    if run.world.is_main:
+
+    def delete_and_list() -> list[dict[str, Any]]:
         delete_after(run.output_dir, run.step)
         delete_snapshots_after(run.output_dir, run.step)
         samples = describe_samples(run, sample_range, skipped_before)
-        path = skipped_samples_file(run)
-        with path.open("a", encoding="utf-8") as file:
+        with skipped_samples_file(run).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-        named = ", ".join(sample_name(sample) for sample in samples[:MAX_NAMED_SAMPLES])
-        print(
-            f"the loss or gradient was too large or not finite for {num_steps} steps in a row, up to step {failed_at}: "
-            f"rolled back to {folder}. Their {len(samples)} samples are skipped from now on: {named}"
-            f"{', ...' if len(samples) > MAX_NAMED_SAMPLES else ''} (all are listed in {path})",
-            flush=True,
-        )
+        return samples
+
+    samples = on_main(delete_and_list, run.world)
+    named = ", ".join(sample_name(sample) for sample in samples[:MAX_NAMED_SAMPLES])
+    print(
+        f"the loss or gradient was too large or not finite for {num_steps} steps in a row, up to step {failed_at}: "
+        f"rolled back to {folder}. Their {len(samples)} samples are skipped from now on: {named}"
+        f"{', ...' if len(samples) > MAX_NAMED_SAMPLES else ''} (all are listed in {skipped_samples_file(run)})",
+        flush=True,
+    )
 
 
 def good_checkpoint(last: Path, good: str | None) -> Path:

@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel
 
 import uvit
 from uvit.config.model import resolve_model_config
 from uvit.config.train import TrainConfig
 from uvit.conventions import Conventions, recorded_conventions
-from uvit.device import keep_freed_memory
+from uvit.device import init_device, keep_freed_memory
 from uvit.distributed.mesh import World, single_process_world
-from uvit.distributed.ops import GradientAverage, GradientNorm
+from uvit.distributed.ops import GradientAverage, GradientNorm, on_main
 from uvit.distributed.parallelize import check_divisibility, parallelize, shard
 from uvit.errors import UserError
 from uvit.lock import WriterLock
@@ -26,14 +25,12 @@ from uvit.model import INIT_STD, UViTT2IModel
 from uvit.store.reader import open_features
 from uvit.store.types import Features
 from uvit.train.adamw import FusedAdamW
-from uvit.train.alignment import build_projector, teacher_sha256
+from uvit.train.alignment import build_projector
 from uvit.train.checks import (
     check_features,
     check_named_encoders,
     check_pretrained,
-    check_sizes,
     check_validation,
-    fingerprints,
 )
 from uvit.train.clock import Clock
 from uvit.train.ema import EMA, ema_decay
@@ -43,10 +40,10 @@ from uvit.train.loader import BatchDataset
 from uvit.train.muon import Muon
 from uvit.train.optimizer import build_optimizer
 from uvit.train.precision import Precision
-from uvit.weights.components import as_trained, load_text_encoder, load_vae, read_network
+from uvit.train.text import build_text_encoder, load_frozen_text_encoder
+from uvit.weights.components import as_trained, load_vae, read_network
 from uvit.weights.detect import first_that_has, is_third_party
-from uvit.weights.encoders import assume_latent_space, check_fingerprint, is_local_path, load_tokenizer
-from uvit.weights.text_encoder import prepare_to_train
+from uvit.weights.encoders import assume_latent_space, is_local_path
 from uvit.weights.unet import model_config, new_unet, unet_class
 
 BATCH_FLAGS = (
@@ -113,8 +110,8 @@ class Run:
             **self.encoders,
             "vae_sha256": features.vae_sha256,
             "text_encoder_sha256": self.text_encoder_sha256,
-            "tokenizer_sha256": fingerprints(features, config.train_text_encoder)["tokenizer"],
-            "teacher_sha256": teacher_sha256(features) if config.needs_teacher() else None,
+            "tokenizer_sha256": features.tokenizer_sha256,
+            "teacher_sha256": features.teacher_sha256 if config.needs_teacher() else None,
             "loss_scale": self.precision.scale.state_dict(),
             "guards": self.guards.state_dict(),
             "degrees": str(self.world.degrees),
@@ -151,7 +148,8 @@ def build_run(config: TrainConfig, output_dir: Path, world: World | None = None)
     torch.manual_seed(config.seed)
     unet = build_unet(config, device)
     encoders = encoder_sources(config, features)
-    conventions = training_conventions(config, features, unet, encoders["vae"])
+    # By one process for all: a VAE of the Hub may be in the cache of one machine and not of another.
+    conventions = on_main(lambda: training_conventions(config, features, unet, encoders["vae"]), world)
     unet.register_to_config(**asdict(conventions))
     use_tokens = config.train_text_encoder or features.context_shape is None
     check_features(config, features, unet, use_tokens, "feature_path", config.feature_path)
@@ -255,7 +253,8 @@ def training_conventions(
         space = trained if config.latent_scale is None else replace(trained, latent_scale=config.latent_scale)
     else:
         try:
-            vae = load_vae(vae_name) if vae_name else None
+            with torch.random.fork_rng([]):  # this process alone loads it, but all have the same initial weights
+                vae = load_vae(vae_name) if vae_name else None
         except UserError:
             if is_local_path(str(vae_name)) or Path(str(vae_name)).exists():
                 raise
@@ -327,11 +326,6 @@ def build_unet(config: TrainConfig, device: torch.device) -> UViTT2IModel:
         raise UserError(f"--pretrained_model_name_or_path {name}: has no U-ViT in unet/ ({reason})") from None
 
 
-def init_device(device: torch.device) -> torch.device:
-    """Where new weights are initialised: on the CPU, so that all devices get the same ones; in a dry run nowhere."""
-    return device if device.type == "meta" else torch.device("cpu")
-
-
 @torch.no_grad()
 def rescale_initialisation(unet: UViTT2IModel, weight_std: float, position_std: float) -> None:
     """Rescale initial linear weights and position embeddings from INIT_STD to these standard deviations."""
@@ -339,61 +333,3 @@ def rescale_initialisation(unet: UViTT2IModel, weight_std: float, position_std: 
         if isinstance(module, nn.Linear):
             module.weight.mul_(weight_std / INIT_STD)
     unet.pos_embed.mul_(position_std / INIT_STD)
-
-
-# The text encoder of a run on token ids: trained along with the U-ViT, or frozen
-
-
-def build_text_encoder(
-    config: TrainConfig, features: Features, unet: UViTT2IModel, device: torch.device
-) -> tuple[PreTrainedModel, int]:
-    """-> (the text encoder to train, the padding token's id): a pretrained one, or a new small CLIP text encoder."""
-    tokenizer = load_features_tokenizer(config, features)
-    pad_token_id = tokenizer.pad_token_id or 0
-    name = first_that_has("text_encoder", config.pretrained_model_name_or_path, config.text_encoder_name_or_path)
-    if name is not None:
-        encoder = prepare_to_train(load_text_encoder(name), name)
-        check_sizes(unet, "text_encoder_name_or_path", name, text_encoder=encoder, tokenizer=tokenizer)
-        return encoder, pad_token_id
-    width = unet.config.clip_dim
-    text_config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=config.text_encoder_layers,
-        num_attention_heads=next(n for n in range(max(1, width // 64), 0, -1) if width % n == 0),
-        max_position_embeddings=unet.config.num_text_tokens,
-        projection_dim=width,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=pad_token_id,
-    )
-    with init_device(device):
-        return CLIPTextModel(text_config), pad_token_id
-
-
-def load_frozen_text_encoder(
-    config: TrainConfig, features: Features, unet: UViTT2IModel
-) -> tuple[PreTrainedModel, int, str]:
-    """-> (the text encoder, the padding token's id, its fingerprint), for features without text embeddings."""
-    flag = config.text_encoder_name_or_path
-    name = first_that_has("text_encoder", config.pretrained_model_name_or_path, flag, features.text_encoder_name)
-    if name is None:
-        raise UserError(
-            f"--feature_path {config.feature_path}: has token ids, no text embeddings, and does not name its text "
-            "encoder; name it with --text_encoder_name_or_path, train one with --train_text_encoder, or extract with "
-            "--text contexts"
-        )
-    tokenizer = load_features_tokenizer(config, features)
-    encoder = load_text_encoder(name)
-    check_sizes(unet, "text_encoder_name_or_path", name, text_encoder=encoder, tokenizer=tokenizer)
-    sha256 = check_fingerprint(encoder, features.text_encoder_sha256, "text_encoder_name_or_path", name)
-    return encoder, tokenizer.pad_token_id or 0, sha256
-
-
-def load_features_tokenizer(config: TrainConfig, features: Features) -> Any:
-    pretrained = config.pretrained_model_name_or_path
-    name = first_that_has("tokenizer", pretrained, config.tokenizer_name, features.tokenizer_name)
-    if name is None:
-        raise UserError("--tokenizer_name: the features do not name the tokenizer that made their token ids; pass it")
-    return load_tokenizer(name)

@@ -31,6 +31,10 @@ class StepResult:
     aligned: bool
     numbers: Tensor  # (5,) float32: loss, alignment loss, gradient norm, and flags: finite, skipped
 
+    def wait(self) -> None:
+        """Wait until the step is done."""
+        _ = self._read
+
     @functools.cached_property
     def _read(self) -> list[float]:
         return self.numbers.tolist()

@@ -1,12 +1,10 @@
 """`uvit train`: start or resume a run, train, log and save, and export the pipeline at the end."""
 
 import contextlib
-import dataclasses
-import errno
-import os
 import shlex
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +19,8 @@ from uvit.distributed.mesh import destroy_distributed as shutdown
 from uvit.distributed.ops import LateFlag, any_of, barrier, on_main
 from uvit.errors import UserError
 from uvit.export.convert import USUAL_ENCODERS, convert_command, export_checkpoint, missing_encoders
-from uvit.io import write_yaml
-from uvit.lock import LOCK, WriterLock
 from uvit.store.npy_layout import NpyFeatures
 from uvit.train.best import Tracked, new_best, settle_best, tracked_score
-from uvit.train.branch import set_aside_logs
 from uvit.train.checkpointing import Checkpointer, resume
 from uvit.train.checks import check_latents
 from uvit.train.clock import peak_memory_bytes
@@ -37,26 +32,31 @@ from uvit.train.guards import step_ranges
 from uvit.train.loader import Batch, prefetch
 from uvit.train.metrics import Metrics, NullMetrics, check_trackers, logs_folder
 from uvit.train.placement import place_features
+from uvit.train.preview import load_preview_decoder, preview_sheet
 from uvit.train.process import (
-    TO_OVERWRITE,
     StopSignal,
     deterministic_mode,
     hang_watchdog,
-    lock_output_dir,
     report_stop,
     reset_hang_timer,
     run_in_named_frame,
     stop_signals,
 )
 from uvit.train.profiling import MfuReference, mfu_reference
-from uvit.train.rollback import roll_back, truncate_skipped_samples
+from uvit.train.rollback import roll_back
+from uvit.train.run_folder import (
+    DISK_ERRORS,
+    cannot_write,
+    disk_errors,
+    lock_run,
+    mark_for_overwriting,
+    prepare_folder,
+)
+from uvit.train.sampling import Decoder
 from uvit.train.schedule import describe_samples_done, run_warnings
 from uvit.train.setup import Run, build_run
 from uvit.train.step import StepResult, train_step
-from uvit.train.validate import Decoder, is_due, load_preview_decoder, preview_sheet, validate
-
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # errors of writing only
-FOLDER_ERRORS = DISK_ERRORS | {errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM}
+from uvit.train.validate import validate, validation_is_due
 
 
 def train(config: TrainConfig) -> int:
@@ -91,9 +91,7 @@ def run_training(config: TrainConfig, world: World) -> int:
     status = 0
     with contextlib.ExitStack() as held:
         with hang_watchdog(config.hang_timeout, world):
-            if world.is_main:
-                with disk_errors(config, FOLDER_ERRORS):
-                    mark_for_overwriting(config)
+            on_main(lambda: mark_for_overwriting(config), world)
             run = build_run(config, Path(config.output_dir), world)
             on_main(lambda: check_latents(run.features, run.conventions, config.feature_path), world)
             on_main(lambda: lock_run(run, held), world)
@@ -107,17 +105,12 @@ def run_training(config: TrainConfig, world: World) -> int:
                 for sentence in run_warnings(run):
                     print(f"warning: {sentence}")
                 with stop_signals() as stop:
-                    decoder = load_preview_decoder(run)
-                    evaluation = open_evaluation(run, decoder)
-                    tracked = tracked_score(run, evaluation)
+                    reports = open_reports(run)
                     if config.cuda_graphs:
                         run.replay = GraphedPass(run)
                     if said := place_features(run):
                         print(said)
-                    mfu = mfu_reference(run) if world.is_main else None
-                    if mfu:
-                        print(mfu.sentence)
-                    while not training_loop(run, stop, decoder, evaluation, tracked, mfu):
+                    while not training_loop(run, stop, reports):
                         roll_back(run)
                 if run.step < run.max_steps:
                     status = report_stop(stop, run.step, run.max_steps)
@@ -128,21 +121,33 @@ def run_training(config: TrainConfig, world: World) -> int:
     return status
 
 
-def training_loop(
-    run: Run,
-    stop: StopSignal,
-    preview_decoder: Decoder | None,
-    evaluation: Evaluation | None,
-    tracked: Tracked | None,
-    mfu: MfuReference | None,
-) -> bool:
+@dataclass(frozen=True)
+class Reports:
+    """What a run measures and shows beside its steps. None: is not wanted, or not of this process."""
+
+    preview_decoder: Decoder | None
+    evaluation: Evaluation | None
+    tracked: Tracked | None  # the score of --keep_best
+    mfu: MfuReference | None  # of the main process
+
+
+def open_reports(run: Run) -> Reports:
+    decoder = load_preview_decoder(run)
+    evaluation = open_evaluation(run, decoder)
+    mfu = mfu_reference(run) if run.world.is_main else None
+    if mfu:
+        print(mfu.sentence)
+    return Reports(decoder, evaluation, tracked_score(run, evaluation), mfu)
+
+
+def training_loop(run: Run, stop: StopSignal, reports: Reports) -> bool:
     """Train to the last step, or until a signal, and save. Returns False if too many steps in a row were skipped."""
     config, first_step = run.config, run.step
     metrics: Metrics | NullMetrics = NullMetrics()
-    if mfu:
-        npy_features = isinstance(run.features, NpyFeatures)
-        metrics = Metrics(config, run.output_dir, run.step, run.max_steps, run.samples_per_step, mfu, npy_features)
-    settle_best(run, tracked)
+    if reports.mfu:
+        npy = isinstance(run.features, NpyFeatures)
+        metrics = Metrics(config, run.output_dir, run.step, run.max_steps, run.samples_per_step, reports.mfu, npy)
+    settle_best(run, reports.tracked)
     batches = load_batches(run)
     try:
         with profiler(config, run) as profile, Checkpointer(run) as checkpointer:
@@ -159,33 +164,14 @@ def training_loop(
                     set_step_timeout(run.world, config.hang_timeout)
                 profile(run.step - first_step)
                 stopping = late_stop(bool(stop.signal))
-                if not (stopping or is_reading(run)):
-                    continue
-
-                *earlier, record = read_steps(run, unread, seconds)
-                unread, seconds = [], 0.0
-                for each in earlier:
-                    metrics.step(each)
-                if is_due(run):
-                    record |= validate(run) if run.validation is not None else {}
-                    record |= evaluation.measure() if evaluation else {}
-                best = new_best(run, tracked, record)
-                metrics.step(record)
+                if stopping or is_reading(run):
+                    report_steps(run, reports, metrics, checkpointer, read_steps(run, unread, seconds))
+                    unread, seconds = [], 0.0
                 if run.guards.skipped_in_a_row >= config.max_nonfinite_steps:
                     return False
-                if preview_decoder and run.step % config.image_logging_steps == 0:
-                    metrics.image("preview", preview_sheet(run, preview_decoder), run.step)
-                if run.ema and run.ema.lengths and snapshot_is_due(run):
-                    run.ema.write_snapshots(run.output_dir, run.step, run.world)
-                if best or run.step % config.save_steps == 0:
-                    metrics.flush()
-                    with run.clock.wait("save"):
-                        checkpointer.save_best(best) if best else checkpointer.save()
-                if folder := checkpointer.saved():
-                    metrics.write(f"saved {folder}")
             metrics.flush()
-            seconds = checkpointer.save_and_wait()
-            metrics.write(f"saved {run.checkpoint} ({seconds:.1f} s)")
+            save_seconds = checkpointer.save_and_wait()
+            metrics.write(f"saved {run.checkpoint} ({save_seconds:.1f} s)")
         if config.benchmark:
             metrics.write(f"steady state: {metrics.throughput()}")
     finally:
@@ -217,7 +203,9 @@ def is_reading(run: Run) -> bool:
     """Whether the host waits for the steps so far. On a GPU it does so only where their numbers are needed."""
     config = run.config
     due = any(run.step % steps == 0 for steps in (config.logging_steps, config.save_steps))
-    return run.device.type == "cpu" or due or run.step == run.max_steps or is_due(run) or snapshot_is_due(run)
+    return (
+        run.device.type == "cpu" or due or run.step == run.max_steps or validation_is_due(run) or snapshot_is_due(run)
+    )
 
 
 def read_steps(run: Run, results: list[StepResult], seconds: float) -> list[dict[str, Any]]:
@@ -227,8 +215,7 @@ def read_steps(run: Run, results: list[StepResult], seconds: float) -> list[dict
     does, and so does the run: a rollback undoes whatever came after it.
     """
     started = time.perf_counter()
-    for result in reversed(results):  # the first wait is for all of them
-        _ = result.loss
+    results[-1].wait()  # for all before it too
     mean = (seconds + time.perf_counter() - started) / len(results)
     phases = {name: round(value / len(results), 6) for name, value in run.clock.read().items()}
     times = {"seconds": round(mean, 6), **phases, "peak_memory_bytes": peak_memory_bytes(run.device)}
@@ -240,6 +227,36 @@ def read_steps(run: Run, results: list[StepResult], seconds: float) -> list[dict
             run.step, run.samples = result.step, result.first_sample + run.samples_per_step
             break
     return records
+
+
+def report_steps(
+    run: Run,
+    reports: Reports,
+    metrics: Metrics | NullMetrics,
+    checkpointer: Checkpointer,
+    records: list[dict[str, Any]],
+) -> None:
+    """Log the steps, and do what is due after the last one: validation, a preview, a snapshot, a checkpoint."""
+    config, (*earlier, record) = run.config, records
+    for each in earlier:
+        metrics.step(each)
+    if validation_is_due(run):
+        record |= validate(run) if run.validation is not None else {}
+        record |= reports.evaluation.measure() if reports.evaluation else {}
+    best = new_best(run, reports.tracked, record)
+    metrics.step(record)
+    if run.guards.skipped_in_a_row >= config.max_nonfinite_steps:
+        return  # a rollback undoes what would follow
+    if reports.preview_decoder and run.step % config.image_logging_steps == 0:
+        metrics.image("preview", preview_sheet(run, reports.preview_decoder), run.step)
+    if run.ema and run.ema.lengths and snapshot_is_due(run):
+        run.ema.write_snapshots(run.output_dir, run.step, run.world)
+    if best or run.step % config.save_steps == 0:
+        metrics.flush()
+        with run.clock.wait("save"):
+            checkpointer.save_best(best) if best else checkpointer.save()
+    if folder := checkpointer.saved():
+        metrics.write(f"saved {folder}")
 
 
 def step_metrics(run: Run, result: StepResult, times: dict[str, Any]) -> dict[str, Any]:
@@ -257,46 +274,7 @@ def step_metrics(run: Run, result: StepResult, times: dict[str, Any]) -> dict[st
     }
 
 
-# The run folder
-
-
-def lock_run(run: Run, held: contextlib.ExitStack) -> None:
-    """Keep other processes from writing into OUTPUT_DIR until `held` ends."""
-    with disk_errors(run.config, FOLDER_ERRORS):
-        run.lock = lock_output_dir(run.output_dir, is_to_overwrite(run.config), held)
-        logs = logs_folder(run.config, run.output_dir)
-        if not logs.resolve().is_relative_to(run.output_dir.resolve()):
-            held.enter_context(WriterLock(logs / LOCK, f"--logging_dir {logs}"))
-
-
-def mark_for_overwriting(config: TrainConfig) -> None:
-    """Under torchrun, which may restart this command: a file in the old folder says that it is still to be overwritten.
-
-    Once that is done, the new folder has no such file, and a restart goes on there.
-    """
-    folder = Path(config.output_dir)
-    if config.overwrite_output_dir and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and folder.is_dir():
-        (folder / TO_OVERWRITE).touch()
-
-
-def is_to_overwrite(config: TrainConfig) -> bool:
-    """Whether --overwrite_output_dir is still to be done."""
-    is_first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    return config.overwrite_output_dir and (is_first or (Path(config.output_dir) / TO_OVERWRITE).exists())
-
-
-def prepare_folder(run: Run) -> None:
-    """After the start or a resume: what is there besides the checkpoints."""
-    if run.checkpoint is None:
-        set_aside_logs(run)
-    write_config(run)
-    truncate_skipped_samples(run)
-
-
-def write_config(run: Run) -> None:
-    """OUTPUT_DIR/config.yaml, which runs the same training again."""
-    with disk_errors(run.config, FOLDER_ERRORS):
-        write_yaml(dataclasses.replace(run.config, overwrite_output_dir=False), run.output_dir / "config.yaml")
+# The end
 
 
 def export_pipeline(run: Run) -> None:
@@ -325,24 +303,6 @@ def export_pipeline(run: Run) -> None:
         print(f"trained, but no pipeline was written: {error}. Then run:\n{convert_command(checkpoint, folder)}")
     except SafetensorError as error:
         raise cannot_write(run.config, error) from None
-
-
-@contextlib.contextmanager
-def disk_errors(config: TrainConfig, numbers: set[int]) -> Iterator[None]:
-    """Turn these system errors into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in numbers:
-            raise
-        raise cannot_write(config, error) from None
-
-
-def cannot_write(config: TrainConfig, error: Exception) -> UserError:
-    where = f"--output_dir {config.output_dir}" + (
-        f", --logging_dir {config.logging_dir}" if config.logging_dir else ""
-    )
-    return UserError(f"{where}: cannot be written to ({error}); fix this and run the same command again to resume")
 
 
 # The profiler

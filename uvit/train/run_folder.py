@@ -1,0 +1,97 @@
+"""The folder of a run: who may write into it, starting it from scratch, and errors of the disk."""
+
+import contextlib
+import dataclasses
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from uvit.config.train import TrainConfig
+from uvit.errors import UserError
+from uvit.io import back_up, write_yaml
+from uvit.lock import LOCK, WriterLock
+from uvit.train.branch import set_aside_logs
+from uvit.train.metrics import logs_folder
+from uvit.train.rollback import truncate_skipped_samples
+from uvit.train.setup import Run
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # errors of writing only
+FOLDER_ERRORS = DISK_ERRORS | {errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM}
+TO_OVERWRITE = ".overwrite"  # in a run's folder: torchrun is to start from scratch, and has not done so yet
+
+
+def lock_output_dir(output_dir: Path, overwrite: bool, held: contextlib.ExitStack) -> WriterLock:
+    """Hold the lock of a run's folder until `held` ends. `overwrite` first gives the old folder another name.
+
+    Raises UserError if another process holds it, OSError if the folder cannot be written.
+    """
+    what = f"--output_dir {output_dir}"
+    there = {path.name for path in output_dir.iterdir()} if overwrite and output_dir.exists() else set()
+    if there - {LOCK, TO_OVERWRITE}:
+        with WriterLock(output_dir / LOCK, what):
+            aside = back_up(output_dir)
+            (aside / LOCK).unlink()
+            (aside / TO_OVERWRITE).unlink(missing_ok=True)
+            print(f"--overwrite_output_dir: what was in {output_dir} is now in {aside}")
+    lock = held.enter_context(WriterLock(output_dir / LOCK, what))
+    (output_dir / TO_OVERWRITE).unlink(missing_ok=True)
+    return lock
+
+
+def lock_run(run: Run, held: contextlib.ExitStack) -> None:
+    """Keep other processes from writing into OUTPUT_DIR until `held` ends."""
+    with disk_errors(run.config, FOLDER_ERRORS):
+        run.lock = lock_output_dir(run.output_dir, is_to_overwrite(run.config), held)
+        logs = logs_folder(run.config, run.output_dir)
+        if not logs.resolve().is_relative_to(run.output_dir.resolve()):
+            held.enter_context(WriterLock(logs / LOCK, f"--logging_dir {logs}"))
+
+
+def mark_for_overwriting(config: TrainConfig) -> None:
+    """Under torchrun, which may restart this command: a file in the old folder says that it is still to be overwritten.
+
+    Once that is done, the new folder has no such file, and a restart goes on there.
+    """
+    folder = Path(config.output_dir)
+    if config.overwrite_output_dir and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and folder.is_dir():
+        with disk_errors(config, FOLDER_ERRORS):
+            (folder / TO_OVERWRITE).touch()
+
+
+def is_to_overwrite(config: TrainConfig) -> bool:
+    """Whether --overwrite_output_dir is still to be done."""
+    is_first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    return config.overwrite_output_dir and (is_first or (Path(config.output_dir) / TO_OVERWRITE).exists())
+
+
+def prepare_folder(run: Run) -> None:
+    """After the start or a resume: what is there besides the checkpoints."""
+    if run.checkpoint is None:
+        set_aside_logs(run)
+    write_config(run)
+    truncate_skipped_samples(run)
+
+
+def write_config(run: Run) -> None:
+    """OUTPUT_DIR/config.yaml, which runs the same training again."""
+    with disk_errors(run.config, FOLDER_ERRORS):
+        write_yaml(dataclasses.replace(run.config, overwrite_output_dir=False), run.output_dir / "config.yaml")
+
+
+@contextlib.contextmanager
+def disk_errors(config: TrainConfig, numbers: set[int]) -> Iterator[None]:
+    """Turn these system errors into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in numbers:
+            raise
+        raise cannot_write(config, error) from None
+
+
+def cannot_write(config: TrainConfig, error: Exception) -> UserError:
+    where = f"--output_dir {config.output_dir}" + (
+        f", --logging_dir {config.logging_dir}" if config.logging_dir else ""
+    )
+    return UserError(f"{where}: cannot be written to ({error}); fix this and run the same command again to resume")
