@@ -2,10 +2,18 @@
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.utils import counters
 
 from uvit.compiling import compile_blocks
+from uvit.errors import UserError
 from uvit.model import UViTT2IModel
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match=r"^--compile: needs the C\+\+ compiler .* on a CPU; install it, or leave"):
+        compile_blocks([nn.Linear(1, 1)])
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at it

@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import uvit.io
 from tests.checkpoint.test_saver import files_at_most
@@ -43,6 +45,19 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path: Path, sync: bool) -> Non
     assert path.read_bytes() == b"old"
     write_bytes(path, b"new", sync)
     assert path.read_bytes() == b"new" and [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_who_may_read_a_file_is_as_the_umask_says(tmp_path: Path) -> None:
+    """safetensors, by itself, lets nobody else read it."""
+    with write_atomically(tmp_path / "a.safetensors") as aside:
+        save_file({"a": torch.zeros(1)}, aside)
+    with write_folder_atomically(tmp_path / "folder") as aside:
+        (aside / "inner").mkdir()
+        save_file({"a": torch.zeros(1)}, aside / "inner" / "b.safetensors")
+    (tmp_path / "usual").touch()
+    usual = (tmp_path / "usual").stat().st_mode
+    found = [tmp_path / "a.safetensors", tmp_path / "folder" / "inner" / "b.safetensors"]
+    assert [path.stat().st_mode for path in found] == [usual, usual]
 
 
 def test_what_a_kill_left_is_written_over(tmp_path: Path) -> None:

@@ -1,9 +1,13 @@
 """torch.compile for the blocks of a U-ViT, each kind of block once."""
 
+import importlib
+import shutil
 from collections.abc import Iterable
 
 import torch
 from torch import nn
+
+from uvit.errors import UserError
 
 RECOMPILES = 64  # kinds of block x with and without gradients x batches and sizes of latents
 
@@ -14,6 +18,11 @@ def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> No
     The backward of one graph of the whole network would hand out its gradients when it is done, too late to send them
     meanwhile. Only `forward` is compiled: what gathers sharded parameters, around it, would break the graph.
     """
+    blocks = list(blocks)
+    on_cpu = next(blocks[0].parameters()).device.type == "cpu"
+    compiler = importlib.import_module("torch._inductor.config").cpp.cxx[1]  # g++, or what $CXX names
+    if backend == "inductor" and on_cpu and shutil.which(compiler) is None:
+        raise UserError(f"--compile: needs the C++ compiler {compiler} on a CPU; install it, or leave the flag out")
     torch._dynamo.config.recompile_limit = max(RECOMPILES, torch._dynamo.config.recompile_limit)
     for block in blocks:
         block.forward = torch.compile(block.forward, backend=backend, fullgraph=True, dynamic=False)

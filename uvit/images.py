@@ -219,7 +219,7 @@ def contact_sheet(
 
     `headings` are the titles of the columns.
     """
-    columns = columns or max(1, math.ceil(math.sqrt(len(images))))
+    columns = min(columns or max(1, math.ceil(math.sqrt(len(images)))), len(images))
     rows = math.ceil(len(images) / columns)
     font = ImageFont.load_default(max(10, cell // 11))
     wrapped = [_wrap(label, font, cell) for label in labels] if labels else []

@@ -22,10 +22,21 @@ from uvit.lock import WriterLock
 # Atomic writes
 
 
+def _read_umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+# Read once, at the start: to read it is to set it for a moment, for all threads.
+FILE_MODE = 0o666 & ~_read_umask()  # of a new file
+
+
 @contextlib.contextmanager
 def write_atomically(path: Path, sync: bool = True) -> Iterator[Path]:
     """Yields a path to write the new content to. It is renamed to `path` when the block ends without an error.
 
+    Others may read the file if the umask lets them: safetensors, by itself, lets no others.
     Only one process at a time may write a path. Without `sync`, a kill loses nothing, but a power cut may; use this for
     many files that are cheap to make again. Raises OSError if the disk refuses the content.
     """
@@ -35,6 +46,7 @@ def write_atomically(path: Path, sync: bool = True) -> Iterator[Path]:
     aside = path.with_name(f".{path.name}.writing")
     try:
         yield aside
+        aside.chmod(FILE_MODE)
         if sync:
             sync_path(aside)
         aside.replace(path)
@@ -66,6 +78,8 @@ def write_folder_atomically(folder: Path) -> Iterator[Path]:
         try:
             yield aside
             for path in [*aside.rglob("*"), aside]:
+                if path.is_file():
+                    path.chmod(FILE_MODE)
                 sync_path(path)
             aside.rename(folder)
             sync_path(folder.parent)

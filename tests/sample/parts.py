@@ -26,13 +26,14 @@ def tiny_pipeline_folder(
     latent_scale: float = 0.7,
     num_tokens: int = 16,
     diffusion_path: DiffusionPath = "vp",
+    num_layers: int = 2,
 ) -> Path:
     """A U-ViT, a VAE and a text encoder of random weights: 32 pixels, latents (4, 8, 8), context (num_tokens, 32)."""
     text_folder = str(tiny_text_encoder_folder(path / "text", num_tokens))
     torch.manual_seed(0)
     unet = UViTT2IModel(
         sample_size=8,
-        num_layers=2,
+        num_layers=num_layers,
         num_attention_heads=2,
         attention_head_dim=16,
         clip_dim=32,

@@ -1,11 +1,13 @@
 import hashlib
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tests.sample.parts import tiny_pipeline_folder
 from uvit.cli.main import main
@@ -83,6 +85,7 @@ def test_writes_pictures_with_what_made_them(folder: Path, tmp_path: Path, capsy
     image = opened(tmp_path / "00002-two-cats.png")
     assert image.size == (32, 32)
     assert image.text.pop("software").startswith("uvit ")
+    assert len(image.text.pop("pipeline_sha256")) == 64
     assert image.text == {
         "prompt": "two cats",
         "seed": "9",
@@ -132,7 +135,12 @@ def test_columns(folder: Path, tmp_path: Path) -> None:
     assert main(arguments(folder, tmp_path, "a", "b", "--columns=1")) == 0
     narrow = opened(tmp_path / "contact_sheet.png").size
     assert main(arguments(folder, tmp_path, "a", "b", "--columns=2")) == 0
-    assert opened(tmp_path / "contact_sheet.png").width > narrow[0]
+    wide = opened(tmp_path / "contact_sheet.png").size
+    assert wide[0] > narrow[0]
+    assert main(arguments(folder, tmp_path, "a", "b", "--columns=1000")) == 0
+    assert opened(tmp_path / "contact_sheet.png").size == wide
+    assert main(arguments(folder, tmp_path, "a", "--num_images_per_prompt=25")) == 0
+    assert opened(tmp_path / "contact_sheet.png").width < 6 * wide[0] / 2, "a square: no row of 25"
 
 
 def test_dtype_and_progress(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -331,6 +339,35 @@ def test_other_pictures_are_never_taken_for_one_s_own_nor_overwritten(
     assert contents(tmp_path) == before
 
 
+def test_nothing_is_written_before_all_is_compared(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Not in the batches before the first image that was made otherwise, nor in the variants before its own."""
+    for more in ([], ["--guidance_scale", "1", "2"]):
+        output_dir = tmp_path / str(len(more))
+        given = arguments(folder, output_dir, "a", "b", "--batch_size=1", *more)
+        assert main(given) == 0
+        for path in sorted(output_dir.rglob("00000-a.png"))[:1]:
+            path.unlink()
+        before = {path: path.read_bytes() for path in output_dir.rglob("*.png")}
+        assert main([*given, "--skip_existing", "--num_inference_steps=3"]) == 2
+        assert "num_inference_steps: was" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in output_dir.rglob("*.png")} == before
+
+
+@pytest.mark.parametrize("part", ["vqvae", "text_encoder"])
+def test_images_of_another_vae_or_text_encoder_are_not_taken(
+    part: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    other = shutil.copytree(folder, tmp_path / "other")
+    (path,) = (other / part).glob("*.safetensors")
+    save_file({name: value * 1.5 for name, value in load_file(path).items()}, path, {"format": "pt"})
+    assert main(arguments(folder, tmp_path / "out", "a")) == 0
+    before = contents(tmp_path / "out")
+    assert main(arguments(folder, tmp_path / "out", "a", "--skip_existing")) == 0
+    assert main(arguments(other, tmp_path / "out", "a", "--skip_existing")) == 2
+    assert "pipeline_sha256: was" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == before
+
+
 # Speaking with people
 
 
@@ -354,8 +391,8 @@ def test_on_a_terminal_it_asks(
 def test_what_several_processes_share_is_no_terminal(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    for more in (["--shard=0/2"], ["--skip_existing"]):
-        monkeypatch.setattr("sys.stdin", Terminal("a\n"))
+    for more in (["--shard=0/2"], ["--skip_existing"], ["--num_inference_steps=2"]):
+        monkeypatch.setattr("sys.stdin", None if "--num_inference_steps=2" in more else Terminal("a\n"))
         assert main(arguments(folder, tmp_path, *more)) == 2
         assert "--prompts: there are none" in capsys.readouterr().err
     monkeypatch.setattr("sys.stdin", io.StringIO("a\n"))
@@ -401,6 +438,8 @@ def test_fit_schedule_makes_the_speeds(tmp_path: Path, capsys: pytest.CaptureFix
     ]  # fmt: skip
     assert all(float(line.split("error ")[1].split("%")[0]) < 5 for line in said)
     assert not output_dir.exists()
+    assert main([*fast, "--fit_schedule"]) == 2
+    assert f"--output_dir {output_dir}: --fit_schedule generates no images" in capsys.readouterr().err
 
     assert main([*fast, "--guidance_scale=2"]) == 0
     (tmp_path / "close").mkdir()

@@ -30,7 +30,7 @@ def variant(folder: Path, name: str = "") -> Variant:
 
 
 def test_every_flag_that_matters_to_a_picture_is_recorded(tmp_path: Path) -> None:
-    text = metadata(SampleConfig("p", negative_prompt="blue"), variant(tmp_path), "abc")
+    text = metadata(SampleConfig("p", negative_prompt="blue"), variant(tmp_path), {"unet_sha256": "abc"})
     assert text.pop("software").startswith("uvit ")
     flags = {field.name for field in dataclasses.fields(SampleConfig)}
     assert flags > UNRECORDED_FLAGS

@@ -69,12 +69,13 @@ def draw(
 def test_perfect_predictor_samples_x_0_back(path: DiffusionPath, name: str, kind: PredictionType) -> None:
     """From pure noise, in one step too: nothing is infinite or NaN there.
 
-    Zero SNR is 0 in DDIM and DDPM and 2^-24 elsewhere, so their first x_0 differs by 2^-12 of the noise.
+    Zero SNR is 0 in DDIM and DDPM and 2^-24 elsewhere, so their first x_0 differs by 2^-12 of the noise. Euler's
+    latents there are 2^12 times the noise, and are rounded to 2^-11.
     """
     for steps in (1, 2, 20):
         predictor = gaussian_predictor(MEAN, 0, kind, path)
         x_0 = draw(build_scheduler(name, path=path), predictor, kind, steps, path)
-        assert (x_0 - MEAN).abs().max() < (1e-3 if name in ("ddim", "ddpm") else 1e-4)
+        assert (x_0 - MEAN).abs().max() < (1e-3 if name in ("ddim", "ddpm", "euler") else 1e-4)
 
 
 @pytest.mark.parametrize(("path", "name"), CASES)

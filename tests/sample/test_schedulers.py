@@ -10,7 +10,7 @@ from tests.sample.parts import MIXTURE, NAMES, mixture_flow, mixture_predictor
 from uvit.config.sample import SampleConfig
 from uvit.diffusion import alphas_cumprod, log_snr, scheduler_config, timestep_of_log_snr
 from uvit.sample.denoise import denoise
-from uvit.sample.schedulers import OfficialScheduler, build_scheduler, check_scheduler
+from uvit.sample.schedulers import OfficialScheduler, build_scheduler, check_scheduler, set_timesteps
 
 NOISE = torch.linspace(-2.5, 2.5, 32).view(1, 1, 4, 8)
 CONTEXT = torch.zeros(1, 1, 1)
@@ -24,9 +24,10 @@ def test_has_our_noise_schedule(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_starts_from_pure_noise(name: str) -> None:
+@pytest.mark.parametrize("num_steps", [1, 2, 20])
+def test_starts_from_pure_noise(name: str, num_steps: int) -> None:
     scheduler = build_scheduler(name)
-    scheduler.set_timesteps(20)
+    set_timesteps(scheduler, num_steps)
     assert scheduler.timesteps[0] == 999
 
 

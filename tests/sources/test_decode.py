@@ -2,6 +2,7 @@
 
 import io
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,6 +57,20 @@ def test_broken_images(data: bytes) -> None:
             decode_image(data, "a", "the file")
         assert kind_of(error) == "broken image"
         assert " 0x" not in str(error.value), "differs from run to run"
+
+
+def test_no_other_program_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow has Ghostscript run the program in an EPS file."""
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n", encoding="utf-8")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.format == "EPS"
+    with pytest.raises(PairError, match="not an image format"):
+        decode_image(data, "a", "the file")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_damage_of_any_kind_is_one_kind_of_error_and_no_warning() -> None:

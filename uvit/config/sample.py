@@ -12,7 +12,8 @@ SPEEDS = {"fast": 8, "balanced": 12, "quality": 24}  # steps of solvers that are
 
 NO_FIT = (  # flags of images, which --fit_schedule does not generate
     "compare_with", "init_image", "mask", "strength", "scheduler", "num_inference_steps", "speed", "shard",
-    "save_latents", "skip_existing",
+    "save_latents", "skip_existing", "output_dir", "grid", "columns",
+    "batch_size",
 )  # fmt: skip
 
 Guidance = Annotated[float, Bounds(least=0, hint="1 turns guidance off")]

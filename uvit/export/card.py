@@ -148,7 +148,8 @@ def without_folders(lines: list[str]) -> list[str]:
 
 def run_folder(source: Path) -> Path | None:
     """The run folder of a checkpoint or a pipeline, if it lies in one."""
-    return source.parent if (source.parent / "config.yaml").is_file() else None
+    parent = source.absolute().parent  # of `.` too
+    return parent if (parent / "config.yaml").is_file() else None
 
 
 def push(folder: Path, repository: str, private: bool, is_space: bool = False) -> str:

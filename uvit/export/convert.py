@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -45,6 +46,7 @@ from uvit.weights.components import (
 )
 from uvit.weights.detect import CONFIG, FLAGS, INDEX, is_third_party, missing_components
 from uvit.weights.encoders import check_fingerprint, check_finite, fingerprint, load_tokenizer, quiet
+from uvit.weights.pipeline_networks import check_unet_weights, load_pipeline_encoders
 from uvit.weights.unet import new_unet
 
 PIPELINE_FORMATS = ("pipeline", "diffusers", "space")
@@ -175,8 +177,9 @@ def open_own_pipeline(folder: Path) -> UViTPipeline:
         raise UserError(f"{folder}: is not complete, it has no {', '.join(missing)}")
     try:
         with quiet():
-            pipeline = UViTPipeline.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+            pipeline = UViTPipeline.from_pretrained(folder, **load_pipeline_encoders(folder, torch.float32))
+            check_unet_weights(pipeline.unet, folder)
+    except Exception as error:  # a wrong value in a config raises errors of any type
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{folder}: is not complete, or its components do not fit together ({reason})") from None
     for name in ("unet", "vqvae", "text_encoder"):
@@ -250,7 +253,7 @@ def encoders_of_run(source: Path) -> dict[str, Any]:
     They are there where those that the checkpoint records are not: on another machine, or if the features named none.
     A text encoder that was trained is the checkpoint's own.
     """
-    pipeline = source.parent / "pipeline"
+    pipeline = source.absolute().parent / "pipeline"
     if not (pipeline / INDEX).is_file():
         return {}
     trains_text = read_checkpoint(source).record.get("text_encoder_config")

@@ -7,10 +7,12 @@ files, also for `uvit evaluate`. The jobs and their batches come from `jobs`, th
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,7 +30,7 @@ from uvit.errors import UserError
 from uvit.images import center_crop, to_rgb
 from uvit.lock import WriterLock
 from uvit.model import blocks_in_order
-from uvit.progress import Progress, write
+from uvit.progress import Progress, is_terminal, write
 from uvit.sample.files import check_writable, is_generated, metadata, next_number, numbered, save_image, save_sheet
 from uvit.sample.fit import NUM_REFERENCE_STEPS, fit_plan, read_plans, relative_error, solve, store_plan
 from uvit.sample.interactive import interactive
@@ -45,10 +47,10 @@ MIN_FIT_IMAGES = 8
 
 @dataclass(frozen=True)
 class LoadedPipeline:
-    """A pipeline on its device, and the SHA-256 of the weights of its U-ViT."""
+    """A pipeline on its device, and what the metadata of its images say of its weights."""
 
     pipeline: UViTPipeline
-    unet_sha256: str
+    weights: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def fit_schedule(config: SampleConfig) -> None:
 
 def is_interactive(config: SampleConfig) -> bool:
     no_prompts = not config.prompts and config.prompts_file is None
-    return no_prompts and not config.skip_existing and resolve_shard(config.shard)[1] == 1 and sys.stdin.isatty()
+    return no_prompts and not config.skip_existing and resolve_shard(config.shard)[1] == 1 and is_terminal(sys.stdin)
 
 
 def sample_and_print(config: SampleConfig, prompt: str, load: Callable[[Path], LoadedPipeline]) -> None:
@@ -203,18 +205,19 @@ def generate_part(
     jobs = image_jobs(config, prompts, first)
     batches = job_batches(jobs, config.batch_size, part, num_parts)
     paths, num_existing, shared = [], 0, None
+    for variant in variants if from_zero and len(variants) > 1 else ():  # before any image is written
+        existing_images(config, variant, batches, metadata(config, variant, {}))
     total, silent = len(variants) * sum(map(len, batches)), int(os.environ.get("RANK", "0")) > 0
     with Progress("sample", total, "image", bar=not (config.disable_tqdm or silent), lines=not silent) as progress:
         for variant in variants:
             loaded = load(variant.pipeline)
             options = pipeline_options(config, variant, loaded.pipeline)
-            settings = metadata(config, variant, loaded.unet_sha256)
+            settings = metadata(config, variant, loaded.weights)
             shared = settings if shared is None else {k: v for k, v in shared.items() if settings.get(k) == v}
-            existing = numbered(variant.folder) if from_zero else {}
+            existing = existing_images(config, variant, batches, settings) if from_zero else set()
             for batch in batches:
-                texts = [{**settings, "prompt": job.prompt, "seed": str(job.seed)} for job in batch]
                 targets = [variant.folder / job.file_name for job in batch]
-                done = [_is_done(config, existing, job, text) for job, text in zip(batch, texts, strict=True)]
+                done = [job.number in existing for job in batch]
                 if all(done):
                     progress.skip(len(batch))
                 else:  # generate the whole batch, so that each image is the same to the bit
@@ -222,20 +225,35 @@ def generate_part(
                         loaded.pipeline, [job.prompt for job in batch], [job.seed for job in batch], progress, **options
                     )
                     for i in (i for i in range(len(batch)) if not done[i]):
-                        save_image(targets[i], images[i], latents[i], texts[i], config.save_latents)
+                        text = text_of(batch[i], settings)
+                        save_image(targets[i], images[i], latents[i], text, config.save_latents)
                 paths += targets
                 num_existing += sum(done)
     sheet = save_sheet(config, variants, jobs, shared or {}) if config.grid else None
     return SampleResult(paths, num_existing, sheet)
 
 
-def _is_done(config: SampleConfig, existing: dict[int, Path], job: ImageJob, text: dict[str, str]) -> bool:
-    path = existing.get(job.number)
-    if path is None:
-        return False
-    if not config.skip_existing:
-        raise UserError(f"{path}: exists already; add --skip_existing to resume, or choose another --output_dir")
-    return is_generated(path, text, config.save_latents)
+def existing_images(
+    config: SampleConfig, variant: Variant, batches: Sequence[Sequence[ImageJob]], settings: Mapping[str, str]
+) -> set[int]:
+    """The numbers of the images that exist already.
+
+    Raises UserError if there are any and --skip_existing is not given, or if one was made with other settings.
+    """
+    there = numbered(variant.folder)
+    found = set()
+    for job in (job for batch in batches for job in batch if job.number in there):
+        path = there[job.number]
+        if not config.skip_existing:
+            raise UserError(f"{path}: exists already; add --skip_existing to resume, or choose another --output_dir")
+        if is_generated(path, text_of(job, settings), config.save_latents):
+            found.add(job.number)
+    return found
+
+
+def text_of(job: ImageJob, settings: Mapping[str, str]) -> dict[str, str]:
+    """The metadata of an image."""
+    return {**settings, "prompt": job.prompt, "seed": str(job.seed)}
 
 
 def check_fitted(config: SampleConfig, variant: Variant) -> None:
@@ -288,7 +306,17 @@ def load_pipeline(config: SampleConfig, path: Path) -> LoadedPipeline:
         pipeline.enable_vae_slicing()
     if config.enable_vae_tiling:
         pipeline.enable_vae_tiling()
-    return LoadedPipeline(pipeline, fingerprint(pipeline.unet))
+    return LoadedPipeline(pipeline, fingerprints_of(pipeline))
+
+
+def fingerprints_of(pipeline: UViTPipeline) -> dict[str, str]:
+    """SHA-256 of the U-ViT, and of all else that makes images: VAE, text encoder, conventions, and a fitted solver."""
+    others = [fingerprint(each) for each in (pipeline.vqvae, pipeline.text_encoder) if each is not None]
+    others.append(json.dumps(dataclasses.asdict(pipeline.conventions)))
+    if isinstance(pipeline.scheduler, MultistepScheduler):
+        others.append(json.dumps([dataclasses.asdict(plan) for plan in pipeline.scheduler.plans]))
+    whole = hashlib.sha256("\n".join(others).encode()).hexdigest()
+    return {"unet_sha256": fingerprint(pipeline.unet), "pipeline_sha256": whole}
 
 
 @contextlib.contextmanager
@@ -310,7 +338,7 @@ def print_warnings() -> Iterator[None]:
 def read_prompts(config: SampleConfig) -> list[str]:
     """The prompts of the command line, then those of the file. `-`, or a pipe without any prompt, is standard input."""
     arguments = config.prompts
-    if not arguments and config.prompts_file is None and not sys.stdin.isatty():
+    if not arguments and config.prompts_file is None and sys.stdin and not is_terminal(sys.stdin):
         arguments = ("-",)
     if "-" in arguments and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--prompts -: several processes cannot share standard input; give a --prompts_file")

@@ -22,6 +22,7 @@ from uvit.sample.jobs import ImageJob, Variant
 
 SHEET = "contact_sheet.png"
 MAX_SHEET_IMAGES = 400
+MAX_SHEET_COLUMNS = 20  # unless --columns says otherwise
 # Flags that do not change an image, or that the metadata holds under a name of its own.
 UNRECORDED_FLAGS = {
     "pipeline", "guidance_scale", "compare_with", "prompts", "prompts_file", "seed", "num_images_per_prompt",
@@ -32,20 +33,23 @@ UNRECORDED_FLAGS = {
 
 # A path can be written in many ways, so paths are not compared; the SHA-256 of each file is.
 UNCOMPARED_FIELDS = {"software", "pipeline", "init_image", "mask"}
+WEIGHTS = {"unet_sha256", "pipeline_sha256"}
 
 
 def metadata(
-    config: SampleConfig, variant: Variant, unet_sha256: str, uploads: Mapping[str, bytes] | None = None
+    config: SampleConfig, variant: Variant, weights: Mapping[str, str], uploads: Mapping[str, bytes] | None = None
 ) -> dict[str, str]:
     """The settings of an image, by flag name. The caller adds prompt and seed.
 
-    uploads: the content of --init_image and --mask where these are no files.
+    Args:
+        weights: unet_sha256, and pipeline_sha256 of what else in the pipeline makes the image.
+        uploads: the content of --init_image and --mask where these are no files.
     """
     flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in UNRECORDED_FLAGS}
     values = {
         "software": f"uvit {__version__}",
         "pipeline": variant.pipeline,
-        "unet_sha256": unet_sha256,
+        **weights,
         "guidance_scale": variant.guidance_scale,
         **flags,
         "guidance_interval": "{:g} {:g}".format(*config.guidance_interval),
@@ -78,15 +82,20 @@ def next_number(folder: Path) -> int:
 
 
 def is_generated(path: Path, text: Mapping[str, str], latents: str | None) -> bool:
-    """Whether the image and its latents exist. Raises UserError if the image was made with other settings."""
+    """Whether the image and its latents exist. Raises UserError if the image was made with other settings.
+
+    Of the fields in WEIGHTS, those that both sides know are compared: `text` may be from before the model is loaded.
+    """
     try:
         with Image.open(path) as image:
             image.load()
             found = {str(name): value for name, value in image.info.items() if isinstance(value, str)}
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error}); delete it and run the same command again") from None
+    unknown = {name for name in WEIGHTS if name not in found or name not in text}
     before, now = (
-        {name: value for name, value in each.items() if name not in UNCOMPARED_FIELDS} for each in (found, text)
+        {name: value for name, value in each.items() if name not in UNCOMPARED_FIELDS | unknown}
+        for each in (found, text)
     )
     if changed := differences(before, now):
         raise UserError(
@@ -131,11 +140,13 @@ def save_sheet(
     if not all(path.is_file() for path in paths):
         return None
     sheet_path = Path(config.output_dir) / SHEET
-    columns = config.columns or (config.num_images_per_prompt if config.num_images_per_prompt > 1 else None)
+    columns = config.columns
+    if columns is None and 1 < config.num_images_per_prompt <= MAX_SHEET_COLUMNS:
+        columns = config.num_images_per_prompt
     labels = [job.prompt for job in shown]
     headings = None
     if len(variants) > 1:  # one or more jobs per row, each with all its variants
-        across = max(1, (config.columns or 1) // len(variants))
+        across = min(max(1, (config.columns or 1) // len(variants)), len(shown))
         columns, headings = across * len(variants), [variant.name for variant in variants] * across
         labels = [label if first else "" for label in labels for first in [True, *[False] * (len(variants) - 1)]]
     sheet = contact_sheet(list(map(read_image, paths)), labels, columns, headings=headings)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from uvit.checkpoint.folder import RECORD, checkpoint_folders, newer_checkpoint, step_of
 from uvit.device import pick_device, slow_precision
@@ -15,9 +14,9 @@ from uvit.progress import write
 from uvit.sample.fit import read_plans
 from uvit.sample.pipeline import UViTPipeline
 from uvit.sample.schedulers import DEFAULT_SCHEDULER, MultistepScheduler, build_scheduler, steps_shift
-from uvit.weights.clip_text import read_clip_text
-from uvit.weights.detect import INDEX
+from uvit.weights.detect import INDEX, is_third_party
 from uvit.weights.encoders import quiet
+from uvit.weights.pipeline_networks import check_unet_weights, load_pipeline_encoders
 
 
 def find_pipeline(path: str, flag: str = "pipeline") -> Path:
@@ -72,10 +71,14 @@ def open_pipeline(
         write(f"warning: {sentence}", file=sys.stderr)
     with quiet():
         try:
-            encoder = read_clip_text(folder / "text_encoder", getattr(torch, dtype))
-            given = {} if encoder is None else {"text_encoder": encoder}
-            pipeline = UViTPipeline.from_pretrained(folder, dtype=getattr(torch, dtype), **given)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+            is_ours = not is_third_party(folder)
+            encoders = load_pipeline_encoders(folder, getattr(torch, dtype)) if is_ours else {}
+            pipeline = UViTPipeline.from_pretrained(folder, dtype=getattr(torch, dtype), **encoders)
+            if is_ours:
+                check_unet_weights(pipeline.unet, folder)
+        except UserError:
+            raise
+        except Exception as error:  # a wrong value in a config raises errors of any type
             reason = " ".join(str(error).split())[:300]
             raise UserError(
                 f"--pipeline {folder}: is incomplete, or its components do not fit together ({reason})"

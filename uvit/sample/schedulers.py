@@ -162,6 +162,9 @@ def set_timesteps(scheduler: Any, num_inference_steps: int, device: Any = None) 
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):  # as its pipelines do; its own grid wastes a step
         even = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
         scheduler.set_timesteps(sigmas=even.tolist(), device=device)
+    elif num_inference_steps == 1 and isinstance(scheduler, (EulerDiscreteScheduler, HeunDiscreteScheduler)):
+        # A grid from 0 to 999 with one point has the wrong end.
+        scheduler.set_timesteps(timesteps=[NUM_TIMESTEPS - 1], device=device)
     else:
         scheduler.set_timesteps(num_inference_steps, device=device)
     if scheduler.timesteps.min() < 0:  # rounding in diffusers' "trailing" grid: 61 steps, 103, ...

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from uvit.images import DEEP_GREY, to_channels
+from uvit.sources.names import image_formats
 from uvit.sources.types import PairError, Problem
 
 CAPTION_COLUMNS = ("text", "caption", "captions", "sentences", "sentence", "txt", "prompt")
@@ -58,9 +59,10 @@ def decode_image(data: bytes, id: str, where: object, max_pixels: int | None = N
 
     Of several frames, the first. `where` names the file in messages. An image of more than `max_pixels` is not decoded.
     """
+    formats = tuple(image_formats())
     try:
         # Pillow warns of odd metadata and of large sizes, which is noise for a data set.
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=formats) as image:
             if max_pixels is not None and image.width * image.height > max_pixels:
                 raise ValueError(f"it has {image.width} x {image.height} pixels; at most {max_pixels:,} are read")
             return to_channels(_upright(image))

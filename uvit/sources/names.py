@@ -12,18 +12,24 @@ from PIL import Image
 
 from uvit.sources.types import Problem
 
-# Pillow opens them, but they are drawings, videos and measurements, or need another program.
+# Pillow opens them, but they are drawings, videos and measurements, or programs: for EPS it runs another program.
 NOT_IMAGES = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"}
 CLUTTER = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini"}  # left by operating systems; names in lower case
 NUM_NAMED = 5  # in a line that says which files are not read
 
 
 @lru_cache
+def image_formats() -> frozenset[str]:
+    """All image formats that Pillow opens, and those of its plugins that are loaded."""
+    Image.init()  # loads Pillow's own plugins
+    return frozenset({*Image.OPEN} - NOT_IMAGES)
+
+
+@lru_cache
 def image_suffixes() -> frozenset[str]:
-    """Suffixes of all image formats that Pillow opens, and those of its plugins that are loaded; without a dot."""
-    suffixes = Image.registered_extensions()  # loads Pillow's own plugins
-    kinds = {*Image.OPEN, "MPO"} - NOT_IMAGES  # Pillow opens MPO as JPEG
-    return frozenset(suffix[1:].lower() for suffix, kind in suffixes.items() if kind in kinds)
+    """Their suffixes, without a dot."""
+    formats = image_formats() | {"MPO"}  # Pillow opens MPO as JPEG
+    return frozenset(suffix[1:].lower() for suffix, kind in Image.registered_extensions().items() if kind in formats)
 
 
 def stem_of(name: str) -> str:
