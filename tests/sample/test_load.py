@@ -52,7 +52,7 @@ def test_what_to_do_where_there_is_none(tmp_path: Path) -> None:
         save_checkpoint(tmp_path / "run", step, {"weights": {"w": torch.zeros(1)}}, {})
     run = tmp_path / "run"
     with pytest.raises(
-        UserError, match=f"an unfinished training run; .*: uvit convert {run}/checkpoint-10 {run}/pipeline$"
+        UserError, match=f"a training run without a pipeline; .*: uvit convert {run}/checkpoint-10 {run}/pipeline$"
     ):
         find_pipeline(str(run))
     with pytest.raises(UserError, match=f"is a training checkpoint; .*: uvit convert {run}/checkpoint-9 {run}/pipe"):

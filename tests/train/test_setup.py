@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.port import PORT_FOLDER
 from uvit.config.extract import ExtractConfig
@@ -102,3 +103,14 @@ def test_a_validation_split_that_was_asked_for_must_be_there(
 ) -> None:
     with pytest.raises(UserError, match=message):
         build_run(tiny_config(**flags), tmp_path)
+
+
+def test_a_model_to_start_from_without_all_of_its_weights(tiny_config: Any, tmp_path: Path) -> None:
+    unet = build_run(tiny_config(), tmp_path).ema_model["unet"]
+    unet.save_pretrained(tmp_path / "model" / "unet")
+    path = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = {name: value.clone() for name, value in load_file(path).items()}
+    del weights["pos_embed"]
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(UserError, match=r"has no U-ViT in unet/ \(unet lacks: pos_embed\)"):
+        build_run(tiny_config(pretrained_model_name_or_path=str(tmp_path / "model")), tmp_path)

@@ -199,8 +199,38 @@ def test_a_checkpoint_of_another_model_is_refused(tiny_config: Any, tmp_path: Pa
     (tmp_path / "other.json").write_text(json.dumps(other))
     with pytest.raises(UserError, match=r"--overwrite_output_dir .*\n  unet_config\.num_layers: was 2, now 4"):
         train(tiny_config(uvit_config_file=str(tmp_path / "other.json")))
-    with pytest.raises(UserError, match="latest: there is no complete checkpoint"):
-        train(tiny_config(output_dir=str(tmp_path / "new"), resume_from_checkpoint="latest"))
+
+
+def test_the_latest_checkpoint_of_a_new_folder(
+    tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A job's script names `latest` from its first start on."""
+    for _ in range(2):
+        train(tiny_config(resume_from_checkpoint="latest"))
+    out = capsys.readouterr().out
+    assert out.count(f"latest: {tmp_path / 'run'} has no checkpoint yet; starts at step 0") == 1
+
+
+@pytest.mark.parametrize("file", ["nnet_ema.pth", "model_state.pdparams"])
+def test_a_checkpoint_of_other_code_says_how_to_train_on(file: str, tiny_config: Any, tmp_path: Path) -> None:
+    theirs = tmp_path / "run" / "checkpoint-5"
+    theirs.mkdir(parents=True)
+    (theirs / file).touch()
+    for flags in ({}, {"resume_from_checkpoint": str(theirs)}):
+        with pytest.raises(UserError, match=rf"PaddleMIX \({file}\); .*--pretrained_model_name_or_path {theirs}"):
+            train(tiny_config(**flags))
+
+
+def test_slurm_requeues_do_not_overwrite_once_more(
+    tiny_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tiny_config())
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    train(tiny_config(overwrite_output_dir=True))
+    assert (tmp_path / "run.old1").exists()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    train(tiny_config(overwrite_output_dir=True))
+    assert not (tmp_path / "run.old2").exists()
 
 
 @pytest.mark.parametrize(

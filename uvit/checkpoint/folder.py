@@ -189,6 +189,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     path = folder / RECORD
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such checkpoint")
+    if not path.exists() and (theirs := [*folder.glob("nnet*.pth"), *folder.glob("*.pdparams")]):
+        raise UserError(
+            f"{folder}: is a checkpoint of the official U-ViT code or of PaddleMIX ({theirs[0].name}); to train on "
+            f"from its weights, pass --pretrained_model_name_or_path {folder} and a new --output_dir"
+        )
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

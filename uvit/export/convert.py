@@ -120,6 +120,9 @@ def convert(config: ConvertConfig) -> None:
         raise UserError(f"{dest}: cannot be written ({reason}); fix that, or choose another folder") from None
     print(components.report)
     hint = f'; try: uvit sample --pipeline {shlex.quote(str(dest))} "..."' if (dest / INDEX).is_file() else ""
+    if config.to in PIPELINE_FORMATS and not is_pipeline:
+        flags = f"; pass {', '.join(f'--{flag}' for flag in missing)}" if missing else ""
+        hint = f", which is not yet a pipeline: that also needs {', '.join(components.missing())}{flags}"
     if config.to == "space":
         hint = f"; try: pip install gradio, and python {shlex.quote(str(dest / 'app.py'))}"
     print(f"wrote {dest}{hint}")
@@ -223,6 +226,11 @@ def open_checkpoint(
         components.raw_unet = {name.removeprefix("unet."): v for name, v in raw.items() if name.startswith("unet.")}
     components.report.read.append(f"{source}: step {found.step}, {'EMA weights' if has_ema else 'raw weights'}")
     components.facts = {key: record[key] for key in ("step", "samples", "config", "versions")} | {"ema": has_ema}
+    given = {"vqvae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
+    missing = [name for name in missing_encoders(source) if name in wanted and given[name] is None]
+    if missing and not (optional and missing == ["vqvae"]):
+        flags = " ".join(f"--{FLAGS[name]} {USUAL_ENCODERS[name]}" for name in missing)
+        raise UserError(f"{source}: does not record which encoders made its features; pass them, for example {flags}")
     if "text_encoder" in wanted:
         if record["text_encoder_config"] and text_encoder is None:
             components.text_encoder = CLIPTextModel(CLIPTextConfig(**record["text_encoder_config"]))
@@ -345,8 +353,6 @@ def write_pipeline(components: Components, folder: Path) -> None:
             for name, module in modules.items():
                 if module is not None:
                     module.save_pretrained(folder / name)
-            flags = ", ".join(f"--{FLAGS[name]}" for name in missing if name in FLAGS)
-            components.report.dropped.append(f"{INDEX}: a pipeline also needs {', '.join(missing)}; pass {flags}")
         else:
             build_pipeline(components).save_pretrained(folder)
     for path in folder.glob("*/config.json"):

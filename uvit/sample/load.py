@@ -28,13 +28,18 @@ def find_pipeline(path: str, flag: str = "pipeline") -> Path:
     def command(source: str | Path, dest: str | Path = "pipeline") -> str:
         return shlex.join(["uvit", "convert", str(source), str(dest)])
 
+    def with_encoders(source: str | Path) -> str:
+        return f"{command(source)} --vae_name_or_path VAE --text_encoder_name_or_path CLIP --tokenizer_name CLIP"
+
     folder = Path(path)
     for candidate in (folder, folder / "pipeline"):
         if (candidate / INDEX).is_file():
             return candidate
     where = f"--{flag} {path}:"
     if folder.is_file():
-        raise UserError(f"{where} is a file; to make a pipeline from weights, run: {command(path)}")
+        raise UserError(
+            f"{where} is a file; to make a pipeline of these weights and their encoders, run: {with_encoders(path)}"
+        )
     if not folder.is_dir():
         raise UserError(f"{where} there is no such folder; give OUTPUT_DIR/pipeline of a finished training run")
     if (folder / RECORD).is_file():
@@ -42,12 +47,12 @@ def find_pipeline(path: str, flag: str = "pipeline") -> Path:
         raise UserError(f"{where} is a training checkpoint; to make a pipeline from it, run: {command(folder, target)}")
     if found := checkpoint_folders(folder):
         raise UserError(
-            f"{where} is an unfinished training run; to make a pipeline from a checkpoint, run: "
+            f"{where} is a training run without a pipeline; to make one of a checkpoint, run: "
             + command(found[-1], folder / "pipeline")
         )
     raise UserError(
         f"{where} has no {INDEX}, so it is not a pipeline folder; give OUTPUT_DIR/pipeline of a finished training "
-        f"run, or make a pipeline from weights: {command(path)}"
+        f"run, or make a pipeline of weights and their encoders: {with_encoders(path)}"
     )
 
 

@@ -143,7 +143,7 @@ def train_autoencoder(config: AutoencoderConfig) -> int:
             with stop_signals() as stop, Saver(output_dir, NUM_CHECKPOINTS) as saver:
                 train_vae(run, world, stop, saver)
             if run.step < config.max_steps:
-                return report_stop(stop, run.step, config.max_steps)
+                return report_stop(stop, run.step, config.max_steps, overwrite)
         write_result(run)
     return 0
 

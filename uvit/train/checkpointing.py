@@ -156,7 +156,7 @@ def resume(run: Run) -> None:
         )
         if checkpoint is None:
             if name == "latest":
-                raise UserError(f"--resume_from_checkpoint latest: there is no complete checkpoint in {run.output_dir}")
+                print(f"--resume_from_checkpoint latest: {run.output_dir} has no checkpoint yet; starts at step 0")
             return
         run.resumed_from = checkpoint.record.get("resumed_from")
     else:

@@ -85,9 +85,10 @@ def stop_signals() -> Iterator[StopSignal]:
             signal.signal(number, handler)
 
 
-def report_stop(stop: StopSignal, step: int, max_steps: int) -> int:
-    """Say how to resume; returns the exit status."""
-    print(f"stopped at step {step} of {max_steps}, saved; run the same command again to resume")
+def report_stop(stop: StopSignal, step: int, max_steps: int, overwrite: bool) -> int:
+    """Say how to resume; returns the exit status. `overwrite`: the flag --overwrite_output_dir."""
+    how = "without --overwrite_output_dir" if overwrite else "again"
+    print(f"stopped at step {step} of {max_steps}, saved; run the same command {how} to resume")
     return 128 + (stop.signal or signal.SIGTERM)  # the signal may have reached another process alone
 
 

@@ -49,20 +49,28 @@ def lock_run(run: Run, held: contextlib.ExitStack) -> None:
 
 
 def mark_for_overwriting(config: TrainConfig) -> None:
-    """Under torchrun, which may restart this command: a file in the old folder says that it is still to be overwritten.
+    """Under torchrun and Slurm, which restart this command: a file in the old folder says that it is to be overwritten.
 
-    Once that is done, the new folder has no such file, and a restart goes on there.
+    Once that is done, the new folder has no such file, and a restart resumes there.
     """
     folder = Path(config.output_dir)
-    if config.overwrite_output_dir and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and folder.is_dir():
+    if config.overwrite_output_dir and num_restarts() == 0 and folder.is_dir():
         with disk_errors(config, FOLDER_ERRORS):
             (folder / TO_OVERWRITE).touch()
 
 
 def is_to_overwrite(config: TrainConfig) -> bool:
     """Whether --overwrite_output_dir is still to be done."""
-    is_first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    return config.overwrite_output_dir and (is_first or (Path(config.output_dir) / TO_OVERWRITE).exists())
+    return config.overwrite_output_dir and (not num_restarts() or (Path(config.output_dir) / TO_OVERWRITE).exists())
+
+
+def num_restarts() -> int | None:
+    """How often torchrun or Slurm has started this command again, without its user; None: neither starts it."""
+    counts = [os.environ.get("TORCHELASTIC_RESTART_COUNT")]
+    if "SLURM_JOB_ID" in os.environ:
+        counts.append(os.environ.get("SLURM_RESTART_COUNT", "0"))  # set from the first requeue on
+    known = [int(count) for count in counts if count is not None]
+    return sum(known) if known else None
 
 
 def prepare_folder(run: Run) -> None:

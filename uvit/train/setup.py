@@ -41,9 +41,10 @@ from uvit.train.muon import Muon
 from uvit.train.optimizer import build_optimizer
 from uvit.train.precision import Precision
 from uvit.train.text import build_text_encoder, load_frozen_text_encoder
-from uvit.weights.components import as_trained, load_vae, read_network
-from uvit.weights.detect import first_that_has, is_third_party
+from uvit.weights.components import as_trained, load_vae, read_components
+from uvit.weights.detect import FLAGS, first_that_has, is_third_party
 from uvit.weights.encoders import assume_latent_space, is_local_path
+from uvit.weights.pipeline_networks import check_unet_weights
 from uvit.weights.unet import model_config, new_unet, unet_class
 
 BATCH_FLAGS = (
@@ -315,12 +316,20 @@ def build_unet(config: TrainConfig, device: torch.device) -> UViTT2IModel:
         return unet
     name = config.pretrained_model_name_or_path
     if is_third_party(name):
-        return read_network(Path(name), "unet").requires_grad_(True)
+        components = read_components(Path(name), overridden=set(FLAGS))
+        if components.unet is None:
+            raise UserError(f"--pretrained_model_name_or_path {name}: has no U-ViT, but {components.report}")
+        print(f"starts from {'; '.join(components.report.read)}")
+        return components.unet.requires_grad_(True)
     if is_local_path(name) and not Path(name).exists():
         raise UserError(f"--pretrained_model_name_or_path {name}: there is no such file or folder")
     try:
         saved: dict[str, Any] = UViTT2IModel.load_config(name, subfolder="unet")
-        return unet_class(saved).from_pretrained(name, subfolder="unet", use_safetensors=True)
+        unet = unet_class(saved).from_pretrained(name, subfolder="unet", use_safetensors=True)
+        if Path(name).is_dir():
+            check_unet_weights(unet, Path(name))
+        print(f"starts from the U-ViT of {name}")
+        return unet
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # there is none, or it is damaged
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"--pretrained_model_name_or_path {name}: has no U-ViT in unet/ ({reason})") from None

@@ -113,7 +113,7 @@ def run_training(config: TrainConfig, world: World) -> int:
                     while not training_loop(run, stop, reports):
                         roll_back(run)
                 if run.step < run.max_steps:
-                    status = report_stop(stop, run.step, run.max_steps)
+                    status = report_stop(stop, run.step, run.max_steps, config.overwrite_output_dir)
         set_timeout(world, START_TIMEOUT)  # the others wait while the main process exports
         if status == 0 and world.is_main:
             export_pipeline(run)
