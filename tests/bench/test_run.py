@@ -7,6 +7,7 @@ import torch
 
 from uvit.bench.run import bench, build_bench_run, format_table, time_rounds, with_sizes
 from uvit.config.bench import BenchConfig
+from uvit.errors import UserError
 
 TINY = {
     "sample_size": 4,
@@ -72,3 +73,8 @@ def test_the_ratio_is_taken_within_each_round() -> None:
         {"step": [(1.0, 0.1), (2.0, 0.2)]}, {"step": 8_000_000_000}, matmul_flops=1_000_000_000, batch_size=4
     )
     assert text.splitlines()[-1].split() == ["step", "1500.0", "2.67", "8.0", "5.3", "80.0%"]
+
+
+def test_pixels_need_a_model_on_pixels() -> None:
+    with pytest.raises(UserError, match=r"^--latents none: .* that of --uvit_config_file uvit_shapes has 4$"):
+        bench(BenchConfig(uvit_config_file="uvit_shapes", latents="none"))

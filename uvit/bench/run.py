@@ -20,6 +20,7 @@ from uvit.config.bench import BenchConfig
 from uvit.config.model import resolve_model_config
 from uvit.config.train import TrainConfig
 from uvit.device import keep_freed_memory, pick_device
+from uvit.errors import UserError
 from uvit.progress import Progress
 from uvit.train.loader import BatchDataset
 from uvit.train.profiling import count_flops, mfu_reference
@@ -65,10 +66,16 @@ def build_bench_run(config: BenchConfig, folder: Path) -> Run:
     """A training run on random features."""
     with torch.device("meta"):
         unet = new_unet(resolve_model_config(config.uvit_config_file))
+    pixels = config.latents == "none"
+    if pixels and unet.config["in_channels"] != 3:
+        raise UserError(
+            f"--latents none: times a model on pixels, which have 3 channels; that of --uvit_config_file "
+            f"{config.uvit_config_file} has {unet.config['in_channels']}"
+        )
     num_pairs = LOADER_PAIRS if config.loader else config.batch_size
     return build_run(
         TrainConfig(
-            feature_path=str(write_random_store(folder / "features", unet, num_pairs, pixels=config.latents == "none")),
+            feature_path=str(write_random_store(folder / "features", unet, num_pairs, pixels=pixels)),
             output_dir=str(folder / "run"),
             uvit_config_file=config.uvit_config_file,
             per_device_train_batch_size=config.batch_size,

@@ -331,12 +331,12 @@ def build_pipeline(components: Components) -> UViTPipeline:
 # Writing
 
 
-def export_checkpoint(source: Path, dest: Path, use_ema: bool = True, replace: bool = False) -> None:
+def export_checkpoint(source: Path, dest: Path, replace: bool = False) -> None:
     """Write the pipeline folder of a checkpoint. `replace` keeps the old folder under another name.
 
     Raises UserError as `open_checkpoint` does.
     """
-    components = open_checkpoint(source, use_ema)
+    components = open_checkpoint(source)
     check_fit(components, source)
     components.report.read.clear()  # the pipeline of a run has no conversion to report
     write_folder(dest, replace, lambda folder: write_pipeline(components, folder))

@@ -103,7 +103,8 @@ def sample(config: SampleConfig) -> None:
             return
         result = run(config, read_prompts(config), lru_cache(maxsize=1)(lambda path: load_pipeline(config, path)))
     part, num_parts = resolve_shard(config.shard)
-    summary = [f"{len(result.paths)} images in {config.output_dir}"]
+    count = len(result.paths)
+    summary = [f"{count} image{'s'[: count != 1]} in {config.output_dir}"]
     summary += [f"{result.num_existing} of them existed already"] if result.num_existing else []
     summary += [f"part {part} of {num_parts}"] if num_parts > 1 else []
     summary += [f"contact sheet: {result.sheet}"] if result.sheet else []

@@ -210,21 +210,23 @@ def truncate_log(path: Path, last_step: int, logging_steps: int) -> list[float]:
     """
     if not path.exists():
         return []
-    kept: list[dict[str, Any]] = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+    content = path.read_bytes()
+    end, logged, losses = 0, last_step - last_step % logging_steps, list[float]()
+    for number, line in enumerate(content.splitlines(keepends=True), 1):
         if not line.endswith(b"\n"):
             break
         try:
             record = json.loads(line)
-            step, _ = record["step"], record["loss"]
+            step, loss = record["step"], record["loss"]
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path}, line {number}: is no line of metrics; move the file away to resume") from None
         if step > last_step:
             break
-        kept.append(record)
-    write_bytes(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
-    logged = last_step - last_step % logging_steps
-    return [record["loss"] for record in kept if record["loss"] is not None and record["step"] > logged]
+        end += len(line)
+        losses += [loss] if loss is not None and step > logged else []
+    if end < len(content):
+        write_bytes(path, content[:end])
+    return losses
 
 
 def _rounded(share: float | None) -> float | None:
