@@ -25,6 +25,8 @@ from uvit.errors import UserError
         ({"guidance_interval": (1.0,)}, "--guidance_interval 1: must be pairs"),
         ({"guidance_interval": (1.0, 10.0, 20.0, 10.0)}, "--guidance_interval 1 10 20 10: must be pairs"),
         ({"guidance_interval": (1, 9, 5, 9, 1, 9)}, "--guidance_interval 1 9 5 9 1 9: names an interval twice"),
+        ({"guidance_interval": (1, 9.0000001, 1, 9)}, "--guidance_interval 1 9 1 9: names an interval twice"),
+        ({"ema_lengths": (0.05, 0.0500000001)}, "--ema_lengths 0.05 0.0500000001: names a value twice"),
         ({"metrics": ("fd",)}, "--metrics fd: needs a --feature_extractor"),
         ({"shard": "2/2"}, "--shard 2/2"),
     ],

@@ -92,7 +92,17 @@ def test_how_sure_a_difference_is() -> None:
     assert "do not overlap" in next(verdicts(score(1.0, interval=[0.9, 1.1]), score(1.3, interval=[1.2, 1.4])))
     assert "--repeats 3" in next(verdicts(score(1.0), score(2.0)))
     assert "better in the first" in next(verdicts(score(1.0), score(2.0)))
-    assert "the same" in next(verdicts(score(1.0), score(1.0)))
+
+
+@pytest.mark.parametrize("more", [{}, {"interval": [0.9, 1.1]}, {"deviation": 0.1, "values": [0.9, 1.1]}])
+def test_of_equal_scores_nothing_more_is_said(more: dict[str, Any]) -> None:
+    assert list(verdicts(score(1.0, **more), score(1.0, **more))) == ["kid: 1 and 1, the same"]
+
+
+def test_the_interval_of_one_repeat_is_not_compared() -> None:
+    """Reports of earlier versions have it beside the mean of several."""
+    repeats = {"deviation": 0.1, "values": [1.0, 1.2], "interval": [0.9, 1.1]}
+    assert "--repeats 3" in next(verdicts(score(1.1, **repeats), score(1.5, interval=[1.4, 1.6])))
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """The whole command, on tiny real networks: the same report however the work is cut, stopped and shared."""
 
 import json
+import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,13 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from tests.evaluate.networks import tiny_clip_folder
 from tests.sample.parts import tiny_pipeline_folder
 from tests.tiny import tiny_vit_folder
 from uvit.cli.main import main
-from uvit.config.evaluate import EvaluateConfig, EvaluateStatisticsConfig
+from uvit.config.evaluate import EvaluateCompareConfig, EvaluateConfig, EvaluateStatisticsConfig
 from uvit.errors import UserError
+from uvit.evaluate.compare import compare_reports
 from uvit.evaluate.evaluate import evaluate
 from uvit.evaluate.reference import store_statistics
 from uvit.sources.shapes import ShapesSource
@@ -156,6 +161,76 @@ def test_other_settings_do_not_mix_with_those_of_a_folder(tmp_path: Path, pipeli
         run(tmp_path, pipeline, **SAMPLING, metrics=("attributes",), guidance_scale=(3.0,))
 
 
+def test_features_of_other_prompts_are_not_used(tmp_path: Path, photos: Path) -> None:
+    """The same images. An earlier version did not say which prompts its features are of."""
+    clip, texts = str(tiny_clip_folder(tmp_path / "my-clip")), tmp_path / "prompts.txt"
+    flags: dict[str, Any] = {"prompts": str(texts), "clip_name_or_path": clip, "metrics": ("clip_score",)}
+    texts.write_text("\n".join(f"a cat {i}" for i in range(100)))
+    before = run(tmp_path / "out", photos, **flags)
+    assert run(tmp_path / "out", photos, **flags)["results"] == before["results"]
+    texts.write_text("\n".join(f"a dog {i}" for i in range(100)))
+    with pytest.raises(UserError, match=r"other settings \(prompts_sha256: .*, or delete .*out/features$"):
+        run(tmp_path / "out", photos, **flags)
+    after = run(tmp_path / "new", photos, **flags)
+    assert values(after) != values(before)
+    for path in (tmp_path / "new" / "features" / "my-clip-with-texts").iterdir():
+        as_earlier(path)
+    with pytest.raises(UserError, match=r"prompts_sha256: nothing there"):
+        run(tmp_path / "new", photos, **flags)
+
+
+def as_earlier(path: Path) -> None:
+    """The header of a chunk without what earlier versions did not write."""
+    with safe_open(path, "np") as file:
+        header, arrays = json.loads(file.metadata()["uvit"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del header["inputs"]
+    save_file(arrays, path, {"uvit": json.dumps(header)})
+
+
+@pytest.mark.parametrize("captioned", [False, True])
+def test_features_of_replaced_images_are_not_used(
+    tmp_path: Path, vit: str, photos: Path, captioned: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files of the same names and sizes, in a folder and in a source."""
+    real, file = tmp_path / "real", tmp_path / "a.npz"
+    real.mkdir()
+    for i in range(4):
+        Image.new("RGB", (8, 8), (60 * i, 99, 0)).save(real / f"{i}.bmp")
+        if captioned:
+            (real / f"{i}.txt").write_text("words")
+    flags: dict[str, Any] = {"reference": str(real), "metrics": ("fd",), "feature_extractor": vit, "resolution": 8}
+    statistics = EvaluateStatisticsConfig(
+        str(real), str(file), "fd", resolution=8, feature_extractor=vit, device="cpu", disable_tqdm=True
+    )
+    run(tmp_path / "old", photos, **flags)
+    store_statistics(statistics)
+    Image.new("RGB", (8, 8), (5, 5, 200)).save(real / "2.bmp")
+    os.utime(real / "2.bmp", ns=(1, 1))
+    with pytest.raises(UserError, match=r"other settings \(sizes_and_times_sha256: .*, or delete .*old/reference$"):
+        run(tmp_path / "old", photos, **flags)
+    with pytest.raises(UserError, match=r"other settings \(sizes_and_times_sha256: .*, or delete .*a.npz.features$"):
+        store_statistics(statistics)
+    first = run(tmp_path / "new", photos, **flags)
+    os.utime(real / "2.bmp", ns=(2, 2))
+    second = run(tmp_path / "again", photos, **flags)  # other times, the same images: the reports do not differ
+    assert first["reference"] == second["reference"]
+    capsys.readouterr()
+    assert compare_reports(EvaluateCompareConfig((str(tmp_path / "new"), str(tmp_path / "again")))) == 0
+    assert capsys.readouterr().out == f"fd-tiny-vit: {values(first)['fd-tiny-vit']:.6g} and " + (
+        f"{values(second)['fd-tiny-vit']:.6g}, the same\n"
+    )
+    assert compare_reports(EvaluateCompareConfig((str(tmp_path / "old"), str(tmp_path / "again")))) == 1
+
+
+def test_a_flag_without_an_effect_is_refused(tmp_path: Path, vit: str, photos: Path) -> None:
+    with pytest.raises(UserError, match=r"^--guidance_scale 3.0: has no effect, because .* is no model"):
+        run(
+            tmp_path / "out", photos, reference=str(photos), feature_extractor=vit, metrics=("kid",),
+            guidance_scale=(3.0,),
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
 def test_repeats_have_other_seeds_and_give_a_spread(tmp_path: Path, pipeline: str, vit: str) -> None:
     flags = {**SAMPLING, "reference": "shapes", "split": "heldout", "feature_extractor": vit, "metrics": ("fd",)}
     report = run(tmp_path, pipeline, repeats=3, **flags)
@@ -231,8 +306,24 @@ def test_two_files_of_statistics_are_compared_without_a_network(tmp_path: Path, 
     with_files = run(tmp_path / "b", files["shapes"], reference=str(files[str(photos)]), metrics=("fid",))
     assert values(with_files) == pytest.approx(values(with_images), rel=LAPACK)
     assert with_files["reference"]["pixels_sha256"] == with_images["reference"]["pixels_sha256"]
-    same = run(tmp_path / "c", files["shapes"], reference=str(files["shapes"]), metrics=("fid",))
-    assert values(same) == {"fd-tiny-vit": 0.0}
+    for name in ("extractors", "reference", "images"):
+        assert {**with_files[name], **with_images[name]} == with_files[name]
+    assert with_files["settings"].keys() == with_images["settings"].keys()
+    assert compare_reports(EvaluateCompareConfig((str(tmp_path / "a"), str(tmp_path / "b")))) == 0
+    words = shlex.split(with_files["command"])
+    assert "--guidance_scale" not in words and words[2] == str(files["shapes"])
+    capitals = str(shutil.copy(files["shapes"], tmp_path / "CAPITALS.NPZ"))
+    for number, (one, other) in enumerate([(capitals, str(files["shapes"])), (str(files["shapes"]), capitals)]):
+        same = run(tmp_path / f"c{number}", one, reference=other, metrics=("fid",))
+        assert values(same) == {"fd-tiny-vit": 0.0}
+    with np.load(files["shapes"]) as arrays:
+        np.savez(tmp_path / "foreign.npz", mu=arrays["mu"], sigma=arrays["sigma"])
+    foreign = str(tmp_path / "foreign.npz")
+    unknown = run(tmp_path / "unknown", foreign, reference=foreign, metrics=("fid",))
+    assert unknown["extractors"] == {}
+    del unknown["extractors"], unknown["settings"]  # as earlier versions wrote reports
+    (tmp_path / "unknown" / "report.json").write_text(json.dumps(unknown))
+    assert compare_reports(EvaluateCompareConfig((str(tmp_path / "unknown"),) * 2)) == 0
     with pytest.raises(UserError, match="give the images as the model"):
         run(tmp_path / "d", files["shapes"], reference=str(photos), metrics=("fid",))
     with pytest.raises(UserError, match="holds statistics; give one of --metrics"):
@@ -321,7 +412,7 @@ def test_a_clip_score_beside_distances_that_need_real_images(tmp_path: Path, pip
     clip = str(tiny_clip_folder(tmp_path / "my-clip"))
     flags = {**SAMPLING, "reference": str(photos), "feature_extractor": clip, "clip_name_or_path": clip}
     both = run(tmp_path / "both", pipeline, **flags, metrics=("clip_score", "fd"))
-    del flags["reference"]
+    del flags["reference"], flags["feature_extractor"]
     alone = run(tmp_path / "alone", pipeline, **flags, metrics=("clip_score",))
     assert list(values(both)) == ["clip_score-my-clip", "fd-my-clip"]
     assert values(both)["clip_score-my-clip"] == values(alone)["clip_score-my-clip"]

@@ -61,7 +61,9 @@ def vit(pooler: bool = True) -> Any:
 # What images become
 
 
-@pytest.mark.parametrize("shape", [(224, 224), (181, 256), (256, 171), (30, 31), (31, 30), (700, 333), (225, 224)])
+@pytest.mark.parametrize(
+    "shape", [(224, 224), (181, 256), (256, 171), (30, 31), (31, 30), (700, 333), (225, 224), (320, 350), (214, 321)]
+)
 def test_clip_pixels_are_those_of_its_processor(shape: tuple[int, int], tmp_path: Path) -> None:
     write_json(
         tmp_path / "preprocessor_config.json",

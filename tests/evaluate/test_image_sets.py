@@ -1,11 +1,14 @@
 """Folders, sources and stores as sets of images in a fixed order."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.sources.pictures import PICTURES, ROWS, coco_of_pictures, png, write_images, write_table, write_tar
 from uvit.cli.main import main
 from uvit.config.evaluate import EvaluateConfig
 from uvit.errors import UserError
@@ -108,6 +111,45 @@ def test_files_of_other_sizes_are_other_images(tmp_path: Path) -> None:
     save(tmp_path / "a.png", size=(9, 99))
     after = opened(tmp_path).description
     assert {key for key in before if before[key] != after[key]} == {"names_and_sizes_sha256"}
+
+
+@pytest.mark.parametrize("kind", ["images", "captioned", "list", "coco", "tars", "two tars", "table", "store"])
+def test_replaced_files_are_other_images_but_not_in_reports(kind: str, tmp_path: Path) -> None:
+    """Files of the same names and sizes, at another time."""
+    place = tmp_path / "data"
+    changed = write_images(place) / "a.png"
+    flags: dict[str, Any] = {"resolution": 4}
+    if kind == "captioned":
+        for name in PICTURES:
+            (place / name).with_suffix(".txt").write_text("words")
+    elif kind == "list":
+        place, flags = write_table(tmp_path / "list.csv", ROWS), {**flags, "image_folder": (str(place),)}
+    elif kind == "coco":
+        place, flags = coco_of_pictures(tmp_path / "list.json"), {**flags, "image_folder": (str(place),)}
+    elif kind in ("tars", "two tars"):
+        place = tmp_path / "tars"
+        place.mkdir()
+        for name in ("a.tar", "b.tar")[: 2 if kind == "two tars" else 1]:
+            changed = write_tar(place / name, [(f"{name}.png", png("red")), (f"{name}.txt", b"words")])
+    elif kind == "table":
+        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        changed = tmp_path / "tables" / "train.parquet"
+        changed.parent.mkdir()
+        parquet.write_table(arrow.table({"image": [{"bytes": png("red")}], "caption": ["words"]}), changed)
+        place = changed.parent
+    elif kind == "store":
+        for name in PICTURES:
+            (place / name).with_suffix(".txt").write_text("words")
+        command = f"extract --source={place} --output_dir={tmp_path / 'store'} --latents none --resolution 4 "
+        command += "--min_image_size 1 --text tokens --num_workers 0 --disable_tqdm --vocab_size 300 --val_every 2"
+        assert main(command.split()) == 0
+        place = tmp_path / "store"
+    before = opened(place, **flags)
+    assert before.files_sha256 == opened(place, **flags).files_sha256
+    os.utime(changed, ns=(1, 1))
+    after = opened(place, **flags)
+    assert after.files_sha256 != before.files_sha256
+    assert after.description == before.description
 
 
 def test_what_holds_no_images_of_its_own(tmp_path: Path) -> None:

@@ -137,6 +137,12 @@ def test_a_line_ends_at_its_end(tmp_path: Path) -> None:
         ("a.jsonl", b'{"prompt": ["a"]}', "prompt of row 1 is"),
         ("a.jsonl", b'{"prompt": "\\ud800"}', "is not UTF-8 text"),
         ("a.json", b'{"annotations": [{"image_id": 1, "id": 1, "caption": "\\ud800"}]}', "is not"),
+        (
+            "a.json",
+            b'{"annotations": [{"image_id": 1, "id": 7, "caption": null}]}',
+            "caption of id 7 is None, and",
+        ),
+        ("a.json", b'{"annotations": [{"image_id": 1, "id": 7, "caption": " "}]}', "caption of id 7 is ' ', and"),
         ("a.csv", b"prompt,note\n,x\n", "prompt of row 1 is ''"),
         ("a.csv", b'prompt\n"a\nb\n', "line 3 cannot be read"),
         ("a.csv", b'prompt\n"a" b\n', "line 2 cannot be read"),

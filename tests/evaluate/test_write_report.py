@@ -51,6 +51,10 @@ def test_repeats_are_summarised_by_mean_and_sample_deviation() -> None:
     repeats = [[Score("fid", value, "lower", details={"at_infinity": value - 1})] for value in (1.0, 2.0, 3.0)]
     [row] = summarise(repeats)
     assert (row["value"], row["deviation"], row["values"]) == (2.0, 1.0, [1.0, 2.0, 3.0])
+    assert row["details"] == {"at_infinity": 1.0}  # of the mean, as the value
+    kids = [[Score("kid", value, "lower", value - 1, value + 1, {"subsets": 7})] for value in (1.0, 2.0)]
+    [row] = summarise(kids)
+    assert "interval" not in row and str(row["details"]) == "{'subsets': 7}"
     [single] = summarise([[Score("kid", 1.0, "lower", 0.5, 1.5)]])
     assert "deviation" not in single and single["interval"] == [0.5, 1.5]
 

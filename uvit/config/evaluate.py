@@ -211,11 +211,12 @@ class EvaluateConfig:
         given = " ".join(f"{value:g}" for value in self.guidance_interval)
         if len(self.guidance_interval) % 2 or not all(1 <= low <= high <= 1000 for low, high in pairs):
             raise UserError(f"--guidance_interval {given}: must be pairs of timesteps in 1..1000, the lower one first")
-        if len(set(pairs)) < len(pairs):
+        if len({f"{low:g} {high:g}" for low, high in pairs}) < len(pairs):
             raise UserError(f"--guidance_interval {given}: names an interval twice")
         for name in ("metrics", "guidance_scale", "num_inference_steps", "scheduler", "ema", "ema_lengths"):
             values = getattr(self, name)
-            if len(set(values)) < len(values):
+            labels = {f"{value:g}" for value in values} if name == "ema_lengths" else set(values)  # as `weights` has it
+            if len(labels) < len(values):
                 raise UserError(f"--{name} {' '.join(map(str, values))}: names a value twice")
         if "fd" in self.metrics and self.feature_extractor is None:
             raise UserError("--metrics fd: needs a --feature_extractor")

@@ -38,6 +38,7 @@ class AttributeReader:
     kind: SceneKind = Scene
 
     name = "attributes"
+    uses_prompts = True
 
     @property
     def description(self) -> dict[str, Any]:

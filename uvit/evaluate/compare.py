@@ -76,7 +76,8 @@ def not_comparable(first: dict[str, Any], second: dict[str, Any]) -> Iterator[st
         if path == ("reference", "sha256") and (_at(first, PIXELS_SHA256) and _at(second, PIXELS_SHA256)):
             continue  # a file of statistics, or the images themselves: the pixels decide
         if path == ("extractors",):  # those of scores that both have
-            one, other = ({name: each[name] for name in one if name in other} for each in (one, other))
+            both = set(one or {}) & set(other or {})
+            one, other = ({name: each[name] for name in sorted(both)} for each in (one, other))
         name = ".".join(str(key) for key in path if not isinstance(key, int)).removeprefix("results.")
         yield from differences({name: one}, {name: other}, IN_BOTH).values()
 
@@ -88,11 +89,11 @@ def verdicts(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> Itera
         other = theirs.get(one["name"])
         if other is None:
             continue
-        better = "the same"
+        verdict = "the same"
         if one["value"] != other["value"]:
             first_wins = (one["value"] < other["value"]) == (one["better"] == "lower")
-            better = f"better in the {'first' if first_wins else 'second'}"
-        yield f"{one['name']}: {one['value']:.6g} and {other['value']:.6g}, {better}; {_certainty(one, other)}"
+            verdict = f"better in the {'first' if first_wins else 'second'}; {_certainty(one, other)}"
+        yield f"{one['name']}: {one['value']:.6g} and {other['value']:.6g}, {verdict}"
 
 
 def _certainty(one: dict[str, Any], other: dict[str, Any]) -> str:
@@ -102,7 +103,7 @@ def _certainty(one: dict[str, Any], other: dict[str, Any]) -> str:
         words = "more" if gap > SURE * error else "not more"
         spread = f"{SURE} standard errors are {SURE * error:.3g}"
         return f"the difference {gap:.3g} is {words} than the repeats explain ({spread})"
-    if "interval" in one and "interval" in other:
+    if all("interval" in each and "deviation" not in each for each in (one, other)):
         apart = one["interval"][0] > other["interval"][1] or other["interval"][0] > one["interval"][1]
         return f"their 95% intervals {'do not overlap' if apart else 'overlap, so it may be chance'}"
     return "whether that is chance cannot be said: evaluate both with --repeats 3"

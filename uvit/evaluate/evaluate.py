@@ -13,7 +13,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from uvit.config.evaluate import NEED_REFERENCE, PROTOCOL_OF_FEATURES, EvaluateC
 from uvit.config.sharding import resolve_shard
 from uvit.errors import UserError
 from uvit.evaluate.attributes import accuracy_table, scene_kind
+from uvit.evaluate.check_flags import check_flags
 from uvit.evaluate.features import (
     FeatureSet,
     PerImage,
@@ -44,13 +45,13 @@ from uvit.evaluate.measure import (
     compute_scores,
 )
 from uvit.evaluate.prompts import Prompt, list_prompts, prompts_lines, prompts_sha256
-from uvit.evaluate.reference import describe_statistics, score_statistics
+from uvit.evaluate.reference import describe_extractor, describe_statistics, score_statistics
 from uvit.evaluate.sheets import write_neighbours, write_sheets
-from uvit.evaluate.statistics_file import SavedStatistics, check_same_features, read_statistics
+from uvit.evaluate.statistics_file import SavedStatistics, check_same_features, is_statistics, read_statistics
 from uvit.evaluate.sweep import best_setting, list_settings, pareto_plot
 from uvit.evaluate.write_report import (
-    FLAGS_WITHOUT_EFFECT,
     command_line,
+    effective_settings,
     environment,
     notes_on,
     notes_on_protocol,
@@ -92,8 +93,9 @@ def evaluate(config: EvaluateConfig) -> None:
         config = replace(config, protocol="shapes")
     given, config = config, with_own_features(config).resolved()
     check_metrics(config)
-    if config.model.endswith(".npz"):
-        evaluate_statistics(config)
+    check_flags(given, config)
+    if is_statistics(config.model):
+        evaluate_statistics(given, config)
         return
     part, num_parts = resolve_shard(config.shard)
     folder = Path(config.output_dir)
@@ -132,7 +134,7 @@ def evaluate(config: EvaluateConfig) -> None:
             "command": command_line(given),
             "protocol": {"name": given.protocol, "changed": given.protocol_changes()} if given.protocol else {},
             **report,
-            "settings": {name: value for name, value in asdict(config).items() if name not in FLAGS_WITHOUT_EFFECT},
+            "settings": effective_settings(config),
             "environment": environment(),
         }
         write_report(folder, report)
@@ -167,16 +169,19 @@ def with_own_features(config: EvaluateConfig) -> EvaluateConfig:
     return replace(config, **dict.fromkeys(missing, features))
 
 
-def evaluate_statistics(config: EvaluateConfig) -> None:
+def evaluate_statistics(given: EvaluateConfig, config: EvaluateConfig) -> None:
     """Compare two files of statistics, and write the report."""
     check_output(config)
-    result, first, second = score_statistics(config)
+    result, one, other = score_statistics(config)
+    first, second = describe_statistics(one), describe_statistics(other)
     report = {
-        "command": command_line(config),
+        "command": command_line(given),
         "results": [{"label": "", "scores": summarise([[result]]), "images": [first]}],
         "images": first,
         "reference": second,
         "notes": [] if result.name != "fid" or "pixels_sha256" in first else ["The files do not say what made them."],
+        "extractors": describe_extractor(one) or describe_extractor(other),
+        "settings": effective_settings(config),
         "environment": environment(),
     }
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
@@ -250,7 +255,7 @@ def open_reference(
     """Real images at the resolution of the generated ones, or their statistics."""
     if config.reference is None:
         return None
-    if config.reference.lower().endswith(".npz"):
+    if is_statistics(config.reference):
         saved = read_statistics(Path(config.reference))
         for metric, extractor in extractors.items():
             if metric in FRECHET and isinstance(extractor, ImageFeatures):

@@ -273,8 +273,8 @@ def _normalise(image: Image.Image, mean: Sequence[float], std: Sequence[float]) 
 def clip_pixels(image: np.ndarray, size: int = 224) -> Tensor:
     """As CLIP's processor does: the shorter side to `size`, bicubic, then the middle square."""
     picture = Image.fromarray(image)
-    scale = size / min(picture.size)
-    width, height = (size if side == min(picture.size) else int(side * scale) for side in picture.size)
+    short = min(picture.size)
+    width, height = (int(size * side / short) for side in picture.size)
     picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return _normalise(picture.crop((left, top, left + size, top + size)), CLIP_MEAN, CLIP_STD)

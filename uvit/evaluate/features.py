@@ -22,7 +22,7 @@ from torch import Tensor
 
 from uvit.errors import UserError
 from uvit.evaluate.image_sets import ImageSet, LoadedImages
-from uvit.evaluate.prompts import Prompt
+from uvit.evaluate.prompts import Prompt, prompts_sha256
 from uvit.io import write_atomically
 from uvit.progress import Progress
 
@@ -37,6 +37,10 @@ class PerImage(Protocol):
     @property
     def description(self) -> dict[str, Any]:
         """Equal ones mean equal features."""
+
+    @property
+    def uses_prompts(self) -> bool:
+        """Whether the features depend on the prompts."""
 
     def extract(self, pixels: np.ndarray, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
         """(B, H, W, 3) uint8 and the B prompts, if there are any -> arrays of B rows."""
@@ -84,12 +88,15 @@ def extract_features(
     with ThreadPoolExecutor(1, "features") as thread:
         for chunk in _chunks(images)[part::num_parts]:
             start, stop = chunk * images.chunk, min((chunk + 1) * images.chunk, len(images))
-            missing = [each for each in extractors if not _is_done(_chunk_file(folder, each, chunk), images, each)]
+            its_prompts = prompts[start:stop]
+            missing = [
+                each for each in extractors if not _is_done(_chunk_file(folder, each, chunk), images, each, its_prompts)
+            ]
             if missing:
                 loaded = images.load(start, stop, progress)
                 if waiting is not None:
                     waiting.result()
-                waiting = thread.submit(_write_chunk, images, loaded, prompts, missing, folder, chunk)
+                waiting = thread.submit(_write_chunk, images, loaded, its_prompts, missing, folder, chunk)
             else:
                 progress.skip(stop - start)
         if waiting is not None:
@@ -190,15 +197,15 @@ def _write_chunk(
     folder: Path,
     chunk: int,
 ) -> None:
+    """`prompts`: those of the chunk, if there are any."""
     header = {
-        "images": images.description,
         "ids": loaded.ids,
         "rows": loaded.rows,
         "size": [loaded.pixels.shape[2], loaded.pixels.shape[1]],
         "pixels_sha256": hashlib.sha256(loaded.pixels.tobytes()).hexdigest(),
         "problems": [asdict(problem) for problem in loaded.problems],
     }
-    its_prompts = [prompts[row] for row in loaded.rows] if prompts else []
+    its_prompts = [prompts[row - chunk * images.chunk] for row in loaded.rows] if prompts else []
     for extractor in extractors:
         arrays = extractor.extract(loaded.pixels, its_prompts) if loaded.ids else {}
         path = _chunk_file(folder, extractor, chunk)
@@ -207,7 +214,7 @@ def _write_chunk(
             save_file(
                 {name: np.ascontiguousarray(array) for name, array in arrays.items()},
                 aside,
-                {"uvit": json.dumps({**header, "extractor": extractor.description})},
+                {"uvit": json.dumps({**header, **_made_of(images, extractor, prompts)})},
             )
 
 
@@ -219,18 +226,29 @@ def _chunk_file(folder: Path, extractor: PerImage, chunk: int) -> Path:
     return folder / extractor.name / f"{chunk:05d}.safetensors"
 
 
-def _is_done(path: Path, images: ImageSet, extractor: PerImage) -> bool:
-    """Whether a chunk is there. Raises UserError if it was made of other images, or with other settings."""
+def _made_of(images: ImageSet, extractor: PerImage, prompts: Sequence[Prompt]) -> dict[str, dict[str, Any]]:
+    """What the features of a chunk depend on. `inputs` is not in reports: the times of equal files may differ."""
+    inputs = {}
+    if images.files_sha256 is not None:
+        inputs["sizes_and_times_sha256"] = images.files_sha256
+    if extractor.uses_prompts:
+        inputs["prompts_sha256"] = prompts_sha256(prompts)
+    return {"images": images.description, "extractor": dict(extractor.description), "inputs": inputs}
+
+
+def _is_done(path: Path, images: ImageSet, extractor: PerImage, prompts: Sequence[Prompt]) -> bool:
+    """Whether a chunk is there. Raises UserError if it was made of other images or prompts, or with other settings."""
     if not path.is_file():
         return False
     header = _read_header(path)
-    for what, own in (("images", images.description), ("extractor", extractor.description)):
-        for key in sorted({*own, *header[what]}):
-            there, here = header[what].get(key, "nothing"), json.loads(json.dumps(own.get(key, "nothing")))
+    for what, own in _made_of(images, extractor, prompts).items():
+        made_of = header.get(what, {})  # earlier versions wrote no inputs
+        for key in sorted({*own, *made_of}):
+            there, here = made_of.get(key, "nothing"), json.loads(json.dumps(own.get(key, "nothing")))
             if there != here:
                 raise UserError(
                     f"{path}: was made with other settings ({key}: {there} there, {here} here); run the same command "
-                    "to resume, or choose another --output_dir"
+                    f"to resume, choose another --output_dir, or delete {path.parent.parent}"
                 )
     return True
 

@@ -120,6 +120,8 @@ class GeneratedImages:
     Batches begin at multiples of the batch size, whoever generates them, so that an image is always the same.
     """
 
+    files_sha256 = None
+
     def __init__(
         self,
         model: Model,

@@ -73,6 +73,10 @@ class ImageFeatures:
     def description(self) -> dict[str, Any]:
         return {"weights_sha256": self.network.weights_hash, **self.network.recipe}
 
+    @property
+    def uses_prompts(self) -> bool:
+        return self.with_texts
+
     def extract(self, pixels: np.ndarray, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
         inputs = torch.stack([self.network.preprocess(image) for image in pixels])
         parts = [self.network.outputs(part) for part in inputs.split(16)]
@@ -116,7 +120,7 @@ def comparing(config: EvaluateConfig) -> list[str]:
 def build_extractors(config: EvaluateConfig) -> dict[str, PerImage]:
     """{metric: what computes its features}; metrics share networks. Raises UserError for weights that are missing."""
     device = pick_device(config.device)
-    kinds = {metric: _kind(metric, config) for metric in config.metrics}
+    kinds = {metric: network_of(metric, config) for metric in config.metrics}
     built = {kind: _build(kind, config, device) for kind in dict.fromkeys(kinds.values())}
     names = [each.name for each in built.values()]
     for name in names:
@@ -133,7 +137,8 @@ def by_name(extractors: Mapping[str, PerImage], metrics: Sequence[str]) -> dict[
     return {extractors[metric].name: extractors[metric] for metric in metrics}
 
 
-def _kind(metric: str, config: EvaluateConfig) -> str:
+def network_of(metric: str, config: EvaluateConfig) -> str:
+    """inception, dinov2, cmmd, clip, attributes, or own: that of --feature_extractor."""
     if metric in ("kid", "prdc", "retrieval", "fd") and config.feature_extractor is not None:
         return "own"
     fixed = {"fd_dinov2": "dinov2", "cmmd": "cmmd", "clip_score": "clip", "attributes": "attributes"}

@@ -171,6 +171,8 @@ def _of_coco(path: Path) -> list[Prompt]:
         content = json.loads(gzip.decompress(data) if path.suffix.lower() == ".gz" else data)
         captions: dict[int, list[tuple[str, str, int]]] = {}
         for each in content["annotations"]:
+            if not isinstance(each["caption"], str) or not each["caption"].strip():
+                raise ValueError(f"the caption of id {each['id']} is {each['caption']!r}, and must be a text")
             order = hashlib.sha256(f"{ORDER_SEED} caption {each['id']}".encode()).hexdigest()
             captions.setdefault(each["image_id"], []).append((order, each["caption"], each["id"]))
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
@@ -180,7 +182,7 @@ def _of_coco(path: Path) -> list[Prompt]:
         ) from None
     images = sorted(captions, key=lambda image: hashlib.sha256(f"{ORDER_SEED} image {image}".encode()).hexdigest())
     drawn = [(image, min(captions[image])) for image in images]
-    return [Prompt(" ".join(str(text).split()), f"image {image} caption {id}") for image, (_, text, id) in drawn]
+    return [Prompt(" ".join(text.split()), f"image {image} caption {id}") for image, (_, text, id) in drawn]
 
 
 def _of_source(source: str, split: str) -> Iterator[Prompt]:

@@ -5,12 +5,19 @@ from typing import Any
 
 from uvit.config.evaluate import EvaluateConfig, EvaluateStatisticsConfig
 from uvit.errors import UserError
+from uvit.evaluate.check_flags import check_flags
 from uvit.evaluate.features import describe_images, extract_features, load_features
 from uvit.evaluate.frechet import frechet_distance, statistics_of
 from uvit.evaluate.image_sets import open_images
 from uvit.evaluate.inception import WEIGHTS_SHA256_PREFIX
 from uvit.evaluate.measure import FRECHET, ImageFeatures, Score, build_extractors
-from uvit.evaluate.statistics_file import SavedStatistics, check_same_origin, read_statistics, write_statistics
+from uvit.evaluate.statistics_file import (
+    SavedStatistics,
+    check_same_origin,
+    is_statistics,
+    read_statistics,
+    write_statistics,
+)
 from uvit.io import file_sha256
 from uvit.progress import Progress
 from uvit.sample.files import check_writable
@@ -24,6 +31,7 @@ def store_statistics(config: EvaluateStatisticsConfig) -> None:
     check_writable(output.parent, f"--output {output}")
     shared = {name: value for name, value in vars(config).items() if name not in ("images", "output", "metric")}
     settings = EvaluateConfig(model=config.images, output_dir=str(output), metrics=(config.metric,), **shared)
+    check_flags(config, settings)
     [extractor] = build_extractors(settings).values()
     assert isinstance(extractor, ImageFeatures)
     images = open_images(settings, config.images, "images", config.resolution)
@@ -39,12 +47,12 @@ def store_statistics(config: EvaluateStatisticsConfig) -> None:
     print(f"{folder} can be deleted: it holds the features of single images")
 
 
-def score_statistics(config: EvaluateConfig) -> tuple[Score, dict[str, Any], dict[str, Any]]:
-    """(the distance of two files of statistics, what is known of the first one, and of the second one).
+def score_statistics(config: EvaluateConfig) -> tuple[Score, SavedStatistics, SavedStatistics]:
+    """(the distance of two files of statistics, the first one, the second one).
 
     No network is needed. Raises UserError if they cannot be compared.
     """
-    if not str(config.reference).endswith(".npz"):
+    if not is_statistics(str(config.reference)):
         raise UserError(
             f"{config.model}: holds statistics; give --reference another .npz file, or give the images as the model "
             "and this file as --reference: the distance is the same"
@@ -55,7 +63,7 @@ def score_statistics(config: EvaluateConfig) -> tuple[Score, dict[str, Any], dic
     check_same_origin(first, second)
     name = _distance_name(first) or _distance_name(second) or config.metrics[0]
     score = Score(name, frechet_distance(first.statistics, second.statistics), "lower")
-    return score, describe_statistics(first), describe_statistics(second)
+    return score, first, second
 
 
 def describe_statistics(saved: SavedStatistics) -> dict[str, Any]:
@@ -66,6 +74,13 @@ def describe_statistics(saved: SavedStatistics) -> dict[str, Any]:
         "num_images": saved.statistics.num_images,
         **(saved.images or {}),
     }
+
+
+def describe_extractor(saved: SavedStatistics) -> dict[str, Any]:
+    """{name of the extractor: its weights and recipe}, as a report of images has it; empty if the file says nothing."""
+    if saved.extractor is None:
+        return {}
+    return {saved.extractor: {"weights_sha256": saved.weights_hash, **(saved.recipe or {})}}
 
 
 def _distance_name(saved: SavedStatistics) -> str | None:

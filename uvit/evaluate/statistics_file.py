@@ -34,6 +34,11 @@ class SavedStatistics:
     images: Mapping[str, Any] | None = None
 
 
+def is_statistics(name: str) -> bool:
+    """Whether --model or --reference names a file of statistics."""
+    return name.lower().endswith(".npz")
+
+
 def write_statistics(
     path: Path, statistics: FeatureStatistics, extractor: Extractor, images: Mapping[str, Any] | None = None
 ) -> None:

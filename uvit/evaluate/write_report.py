@@ -43,18 +43,25 @@ def command_line(config: EvaluateConfig) -> str:
     return shlex.join(words)
 
 
+def effective_settings(config: EvaluateConfig) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in FLAGS_WITHOUT_EFFECT}
+
+
 def summarise(repeats: Sequence[Sequence[Score]]) -> list[dict[str, Any]]:
-    """The scores of one setting: the mean over its repeats, their standard deviation (n - 1), and every value."""
+    """The scores of one setting: the mean over its repeats, their standard deviation (n - 1), and every value.
+
+    The details are means as well. The interval of a single repeat is none of the mean, so several have no interval.
+    """
     summary = []
     for scores in zip(*repeats, strict=True):
         first, values = scores[0], [score.value for score in scores]
         row: dict[str, Any] = {"name": first.name, "value": statistics.fmean(values), "better": first.better}
         if len(values) > 1:
             row |= {"deviation": statistics.stdev(values), "values": values}
-        if first.low is not None:
+        elif first.low is not None:
             row["interval"] = [first.low, first.high]
         if first.details:
-            row["details"] = first.details
+            row["details"] = {name: statistics.mean(score.details[name] for score in scores) for name in first.details}
         summary.append(row)
     return summary
 
