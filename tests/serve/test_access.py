@@ -1,5 +1,6 @@
 """Who is answered, and who is not."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,12 +8,13 @@ from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 
 from uvit.config.serve import ServeConfig
+from uvit.errors import UserError
 from uvit.serve.access import Access
 
 
-def client(**flags: Any) -> TestClient:
+def client(is_draining: bool = False, **flags: Any) -> TestClient:
     app = FastAPI()
-    app.add_middleware(Access, config=ServeConfig(("x",), **flags))
+    app.add_middleware(Access, config=ServeConfig(("x",), **flags), is_draining=lambda: is_draining)
 
     @app.get("/v1/models")
     @app.get("/health")
@@ -34,7 +36,8 @@ def test_the_key() -> None:
     assert refused.headers["www-authenticate"] == "Bearer"
     for value in ("Bearer wrong", "secre", "Bearer secrét"):
         assert with_key.get("/v1/models", headers={"Authorization": value.encode("latin-1")}).status_code == 401
-    assert with_key.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
+    for scheme in ("Bearer", "bearer", "BEARER"):  # RFC 7235: in any case
+        assert with_key.get("/v1/models", headers={"Authorization": f"{scheme} secret"}).status_code == 200
     assert with_key.post("/v1/images/generations").status_code == 401
     assert with_key.get("/health").status_code == 200
     assert with_key.get("/v1/images/1.png").status_code == 200  # its name is the secret
@@ -44,6 +47,29 @@ def test_the_key_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UVIT_API_KEY", "secret")
     assert client().get("/v1/models").status_code == 401
     assert client().get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
+
+
+@pytest.mark.parametrize("key", ["", " \n"])
+def test_an_empty_key_is_refused(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    """Whoever sets one wants nobody else to be answered."""
+    with pytest.raises(UserError, match=r"^--api_key: is empty, or UVIT_API_KEY is"):
+        ServeConfig(("x",), api_key=key)
+    monkeypatch.setenv("UVIT_API_KEY", key)
+    with pytest.raises(UserError, match=r"^--api_key: is empty, or UVIT_API_KEY is"):
+        ServeConfig(("x",))
+
+
+def test_the_key_of_a_file_ends_with_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UVIT_API_KEY", "secret\n")
+    assert client().get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
+    with pytest.raises(UserError, match="one line of ASCII"):
+        ServeConfig(("x",), api_key="two\nlines")
+
+
+def test_a_folder_with_an_equals_sign_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("lr=1").mkdir()
+    assert ServeConfig(("lr=1", "lr=2")).named_models() == [("lr-1", "lr=1"), ("lr", "2")]
 
 
 def test_names_of_the_server() -> None:

@@ -128,11 +128,12 @@ def test_edits(served: Served) -> None:
         ({"image": ORIGINAL, "strength": "2"}, "--strength 2.0: must be above 0 and at most 1"),
         ({"image": ORIGINAL, "strength": "0.1"}, "is less than one step"),
         ({"image": ORIGINAL, "n": "many"}, "--n"),
-        ({"image": ORIGINAL, "scheduler": "fitted"}, "starts from pure noise"),
+        ({"image": ORIGINAL, "scheduler": "fitted"}, "--image: the fitted solver starts from pure noise"),
         ({"image": png(Image.new("1", (5000, 5000)))}, "5000 x 5000 pixels; at most 16,000,000 are read"),
     ]:
         answer = edit(**fields)
         assert answer.status_code == 400 and words in answer.json()["error"]["message"], answer.text
+        assert answer.json()["error"]["param"] in {*fields, "image"}
 
 
 WRONG: list[tuple[dict[str, Any], str, str | None]] = [
@@ -157,7 +158,7 @@ WRONG: list[tuple[dict[str, Any], str, str | None]] = [
     ({"num_inference_steps": 0}, "must be in 1..1,000", "num_inference_steps"),
     ({"num_inference_steps": 251}, "must be at most 250", "num_inference_steps"),
     ({"num_inference_steps": 2.5}, "num_inference_steps", "num_inference_steps"),
-    ({"guidance_scale": -1}, "must not be negative; 1 turns guidance off", "guidance_scale"),
+    ({"guidance_scale": -1}, "must be in 0..1,000; 1 turns guidance off", "guidance_scale"),
     ({"guidance_scale": "high"}, "guidance_scale", "guidance_scale"),
     ({"guidance_interval": [5]}, "two timesteps", "guidance_interval"),
     ({"guidance_interval": [900, 100]}, "the lower one first", "guidance_interval"),
@@ -204,7 +205,7 @@ def test_the_client_of_openai_works_unchanged(served: Served) -> None:
             image=("image.png", ORIGINAL), mask=("mask.png", png(HALF)), prompt="two cats", extra_body=more
         )
         assert decoded(edited.data[0].b64_json).info["mask_sha256"]  # type: ignore[index,arg-type]
-        with pytest.raises(openai.BadRequestError, match="must not be negative"):
+        with pytest.raises(openai.BadRequestError, match="must be in 0"):
             client.images.generate(prompt="a", extra_body={"guidance_scale": -1})
         with pytest.raises(openai.NotFoundError):
             client.images.generate(prompt="a", model="dall-e-3")

@@ -1,8 +1,14 @@
 """A model in the memory of a worker."""
 
+import gc
+import io
+import os
 import shutil
+import weakref
 from dataclasses import replace
+from multiprocessing import Pipe
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,16 +20,18 @@ from tests.serve.conftest import OLD
 from uvit.config.serve import ServeConfig
 from uvit.errors import UserError
 from uvit.sample.batching import BatchPlan, SharedNetwork
-from uvit.serve.loaded import LoadedModel, repainted
+from uvit.serve.loaded import LoadedModel, free_memory, repainted
+from uvit.serve.models import make_ref
 from uvit.serve.requests import GenerationRequest, ImageTask, ModelRef, tasks_of
-from uvit.serve.worker import WorkerSettings
+from uvit.serve.worker import Worker, WorkerSettings
+from uvit.weights.encoders import fingerprint
 
 SETTINGS = WorkerSettings("cpu", "auto", 1, 4, 1, 1_000_000)
 
 
 @pytest.fixture(scope="module")
 def loaded(pipeline_folder: Path) -> LoadedModel:
-    return LoadedModel(ModelRef("tiny", str(pipeline_folder), False, 0), SETTINGS)
+    return LoadedModel(make_ref("tiny", pipeline_folder, False), SETTINGS)
 
 
 def task(loaded: LoadedModel, **fields: object) -> ImageTask:
@@ -41,7 +49,7 @@ def test_a_checkpoint_has_the_encoders_of_its_run_s_pipeline(tmp_path: Path, mon
     """Elsewhere than in the folder from which it was trained, the paths that it records lead nowhere."""
     shutil.copytree(OLD / "run", tmp_path / "run")
     monkeypatch.chdir(tmp_path)
-    ref = ModelRef("run@checkpoint-2", str(tmp_path / "run" / "checkpoint-2"), True, 0)
+    ref = ModelRef("run@checkpoint-2", str(tmp_path / "run" / "checkpoint-2"), True, ())
     found = LoadedModel(ref, SETTINGS).pipeline
     expected = load_file(tmp_path / "run" / "pipeline" / "vqvae" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(tensor, found.vqvae.state_dict()[name]) for name, tensor in expected.items())
@@ -84,6 +92,71 @@ def test_the_steps_that_are_announced_are_those_that_are_run(loaded: LoadedModel
                     asked += 1
                     inputs = steps.send(loaded.network([inputs])[0])
             assert asked == count
+
+
+def test_uploads_of_a_request_are_read_once(loaded: LoadedModel) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (50, 40), "red").save(file, "PNG")
+    for image in (file.getvalue(), b"no image"):
+        first = replace(task(loaded), image=image)
+        second = replace(first, index=1, image=bytes(bytearray(image)))  # as a worker gets it: bytes of its own
+        found = []
+        for each in (first, second):
+            try:
+                found.append(loaded.uploads(each, 10_000))
+            except UserError as error:
+                found.append(error.args[0])
+        assert found[0] is found[1]
+    other = replace(task(loaded), image=file.getvalue())
+    assert loaded.uploads(other, 10_000)[0].size == (32, 32)  # type: ignore[union-attr]
+    assert loaded.uploads(task(loaded), 10_000) == (None, None)
+
+
+def test_a_file_that_is_written_again_changes_no_model_in_memory(pipeline_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pipeline"
+    shutil.copytree(pipeline_folder, folder)
+    before = make_ref("tiny", folder, False)
+    pipeline = LoadedModel(before, SETTINGS).pipeline
+    networks = [pipeline.unet, pipeline.vqvae, pipeline.text_encoder]
+    expected = [fingerprint(network) for network in networks]
+    files = sorted(folder.rglob("*.safetensors"))
+    assert len(files) == len(networks)
+    versions = {before}
+    for file in files:
+        status = file.stat()
+        with file.open("r+b") as opened:
+            opened.seek(status.st_size // 2)
+            opened.write(bytes(status.st_size - status.st_size // 2))
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+        versions.add(make_ref("tiny", folder, False))
+    assert [fingerprint(network) for network in networks] == expected
+    assert len(versions) == 1 + len(files)  # so it is opened again
+    for file in files:
+        os.truncate(file, 10)
+    assert [fingerprint(network) for network in networks] == expected  # a mapped file would end the process
+
+
+def test_an_evicted_model_is_freed_before_the_next_one_is_loaded(pipeline_folder: Path) -> None:
+    alive: list[weakref.ref[LoadedModel]] = []
+
+    def load(ref: ModelRef, settings: WorkerSettings) -> LoadedModel:
+        assert not any(each() for each in alive)
+        made = LoadedModel(ref, settings)
+        alive.append(weakref.ref(made))
+        return made
+
+    connection, other = Pipe()
+    worker = Worker(connection, SETTINGS, SimpleNamespace(LoadedModel=load, free_memory=free_memory))
+    gc.collect()
+    gc.disable()  # it would come to it in the end
+    try:
+        for name in ("first", "second"):
+            worker.receive("describe", make_ref(name, pipeline_folder, False))
+            assert other.recv()[-1] is None
+    finally:
+        gc.enable()
+        connection.close()
+        other.close()
 
 
 def test_masks() -> None:

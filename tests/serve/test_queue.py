@@ -11,11 +11,14 @@ from typing import Any
 
 import httpx
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from tests.serve.parts import Served, serving
+from uvit.config.serve import ServeConfig
 from uvit.sample.load import named_scheduler, open_pipeline
+from uvit.serve.requests import GenerationRequest, ModelRef, RequestError, tasks_of
 
 PROMPTS = ("a red circle", "two cats sit on a table", "a small green square", "一个红色的圆")
 
@@ -62,6 +65,15 @@ def test_fifty_concurrent_requests_give_the_images_that_the_pipeline_gives(
         torch.set_num_threads(threads)
 
 
+def test_more_images_than_ever_fit_are_refused() -> None:
+    """To try again would be of no use."""
+    limits = ServeConfig(("x",), max_queue_size=1, max_batch_size=2, workers=2)
+    ref = ModelRef("x", "x", False, ())
+    assert len(tasks_of(GenerationRequest(prompt="a", n=5), ref, limits)) == 5
+    with pytest.raises(RequestError, match=r"^--n 6: must be in 1\.\.5$"):
+        tasks_of(GenerationRequest(prompt="a", n=6), ref, limits)
+
+
 def test_a_full_queue_a_killed_worker_and_a_drain(pipeline_folder: Path) -> None:
     limits = {"max_batch_size": 2, "max_queue_size": 2, "max_images": 4, "max_models": 1}
     with serving(f"a={pipeline_folder}", f"b={pipeline_folder}", **limits) as served, ThreadPoolExecutor(4) as pool:
@@ -73,6 +85,7 @@ def test_a_full_queue_a_killed_worker_and_a_drain(pipeline_folder: Path) -> None
         full = served.generate(n=2)
         assert (full.status_code, full.json()["error"]["code"]) == (429, "queue_full")
         assert int(full.headers["retry-after"]) >= 1
+        assert "2 images wait, and 2 are computed" in full.json()["error"]["message"]
 
         os.kill(served.dispatcher.workers[0].process.pid or 0, signal.SIGKILL)
         lost = running.result().json()

@@ -16,7 +16,7 @@ NO_FIT = (  # flags of images, which --fit_schedule does not generate
     "batch_size",
 )  # fmt: skip
 
-Guidance = Annotated[float, Bounds(least=0, hint="1 turns guidance off")]
+Guidance = Annotated[float, Bounds(least=0, most=1000, hint="1 turns guidance off")]
 InferenceSteps = Annotated[int, Bounds(least=1, most=1000)]
 Timestep = Annotated[float, Bounds(least=1, most=1000)]
 Scheduler = Literal["dpmsolver++", "ddim", "unipc", "euler", "heun", "ddpm", "official", "fitted"]

@@ -56,7 +56,8 @@ class ServeConfig:
 
     # Limits
     max_queue_size: PositiveInt = 256
-    """Images that wait. A request that does not fit is answered 429, with the time after which to try again."""
+    """Images that wait. A request that does not fit is answered 429, with the time after which to try again. One with
+    more images than can ever wait and be computed at once is refused."""
     max_images: PositiveInt = 10
     """Images of a request (`n`)."""
     max_steps: InferenceSteps = 250
@@ -68,9 +69,9 @@ class ServeConfig:
     max_upload_pixels: PositiveInt = 16_000_000
     """Pixels of an uploaded image."""
     request_timeout: PositiveFloat = 600.0
-    """Seconds after which a request is given up."""
+    """Seconds after which a request is given up. It has as many before that to arrive."""
     drain_timeout: Annotated[float, Bounds(least=0)] = 60.0
-    """Seconds that running and waiting requests are given to end after SIGTERM."""
+    """Seconds that running and waiting requests are given to end after SIGTERM. What is left is answered 503."""
 
     # Access from other hosts and pages
     allowed_hosts: tuple[str, ...] = ()
@@ -94,8 +95,11 @@ class ServeConfig:
         if self.num_inference_steps > self.max_steps:
             steps, most = self.num_inference_steps, self.max_steps
             raise UserError(f"--num_inference_steps {steps}: is more than --max_steps {most}; raise that")
-        if self.key() is not None and not str(self.key()).strip().isascii():
-            raise UserError("--api_key: must be ASCII text, because it is sent in a header; choose another")
+        key = self.key()
+        if key == "":
+            raise UserError(f"--api_key: is empty, or {API_KEY_VARIABLE} is; give a key, or leave out both")
+        if key is not None and not (key.isascii() and key.isprintable()):
+            raise UserError("--api_key: must be one line of ASCII text, because it is sent in a header; choose another")
         for origin in self.allowed_origins:
             if not re.fullmatch(r"https?://[^/\s]+", origin):
                 raise UserError(f"--allowed_origins {origin}: must be such as https://example.org, without a path")
@@ -105,7 +109,7 @@ class ServeConfig:
         named = []
         for model in self.models:
             name, equals, path = model.partition("=")
-            if not equals or "/" in name:
+            if not equals or "/" in name or os.path.exists(model):  # noqa: PTH110  # Path's raises for a long name
                 path = model
                 folder = Path(path).absolute()
                 name = re.sub(r"[^\w.+-]+", "-", (folder.parent if folder.name == "pipeline" else folder).name)
@@ -115,7 +119,12 @@ class ServeConfig:
 
     def key(self) -> str | None:
         """The API key, of the flag or of the environment; None: everybody is answered."""
-        return self.api_key or os.environ.get(API_KEY_VARIABLE) or None
+        given = os.environ.get(API_KEY_VARIABLE) if self.api_key is None else self.api_key
+        return None if given is None else given.strip()  # files and shells add the end of a line
+
+    def most_images(self) -> int:
+        """The images of a request: more than can wait and be computed at once would never fit."""
+        return min(self.max_images, self.max_queue_size + self.workers * self.max_batch_size)
 
     def is_loopback(self) -> bool:
         """Whether only this machine can reach the server."""

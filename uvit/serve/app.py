@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 
 from uvit import __version__
 from uvit.config.serve import ServeConfig
@@ -69,7 +70,7 @@ class ImageStore:
 
 def build_app(config: ServeConfig, models: dict[str, ServedModel], dispatcher: Dispatcher) -> FastAPI:
     app = FastAPI(title="uvit", version=__version__, docs_url=None, redoc_url=None)
-    app.add_middleware(Access, config=config)
+    app.add_middleware(Access, config=config, is_draining=lambda: dispatcher.is_draining)
     if config.allowed_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -97,7 +98,7 @@ def build_app(config: ServeConfig, models: dict[str, ServedModel], dispatcher: D
     @app.get("/v1/limits")
     async def limits() -> dict[str, int]:
         return {
-            "n": config.max_images,
+            "n": config.most_images(),
             "steps": config.max_steps,
             "prompt_characters": config.max_prompt_characters,
             "upload_bytes": config.max_upload_bytes,
@@ -114,7 +115,7 @@ def build_app(config: ServeConfig, models: dict[str, ServedModel], dispatcher: D
         known: dict[str, Any] = {"run": model.is_run, "checkpoints": model.checkpoints() if model.is_run else []}
         with suppress(UserError):  # a run without a checkpoint
             ref = model.ref()
-            entry["created"] = ref.version // 10**9
+            entry["created"] = max((modified for modified, _ in ref.version), default=0) // 10**9
             known |= await dispatcher.describe(ref)
         defaults = {
             "num_inference_steps": config.num_inference_steps,
@@ -234,11 +235,13 @@ def build_app(config: ServeConfig, models: dict[str, ServedModel], dispatcher: D
 
     app.include_router(run_routes(models))
 
+    def retry_header(status: int) -> dict[str, str]:
+        return {"Retry-After": str(dispatcher.retry_after())} if status in (429, 503) else {}
+
     @app.exception_handler(UserError)
     async def user_error(request: Request, error: UserError) -> Response:
         refused = error if isinstance(error, RequestError) else RequestError(str(error.args[0]))
-        headers = {"Retry-After": str(dispatcher.retry_after())} if refused.status in (429, 503) else {}
-        return JSONResponse({"error": error_body(refused)}, refused.status, headers)
+        return JSONResponse({"error": error_body(refused)}, refused.status, retry_header(refused.status))
 
     @app.exception_handler(RequestValidationError)
     async def wrong_field(request: Request, error: RequestValidationError) -> Response:
@@ -249,9 +252,13 @@ def build_app(config: ServeConfig, models: dict[str, ServedModel], dispatcher: D
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        return JSONResponse(
-            {"error": error_body(RequestError(str(error.detail), error.status_code))}, error.status_code
-        )
+        headers = {**(error.headers or {}), **retry_header(error.status_code)}
+        refused = RequestError(str(error.detail), error.status_code)
+        return JSONResponse({"error": error_body(refused)}, error.status_code, headers)
+
+    @app.exception_handler(ClientDisconnect)
+    async def client_gone(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=499)  # in the middle of a body; nobody reads this
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> Response:
@@ -286,8 +293,8 @@ async def read_form(request: Request) -> tuple[EditRequest, bytes, bytes | None]
 
 
 def failure(event: dict[str, Any]) -> RequestError:
-    if "message" not in event:
-        return RequestError("the request was cancelled", 499, code="cancelled")
+    if "error" in event:  # cancelled
+        return event["error"]
     if event["is_user_error"]:
         return RequestError(event["message"])
     return RequestError(event["message"], 500, code="server_error")

@@ -1,6 +1,7 @@
 """A model in the memory of a worker: its pipeline, and one image of it as steps."""
 
 import dataclasses
+import gc
 import io
 import warnings
 from collections.abc import Generator
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageChops
-from torch import Tensor
+from torch import Tensor, nn
 
 from uvit.config.sample import SPEEDS
 from uvit.device import has_bf16, pick_device
@@ -31,7 +32,9 @@ from uvit.serve.requests import ImageTask, ModelRef
 from uvit.serve.worker import WorkerSettings
 from uvit.sources.decode import decode_image
 from uvit.sources.types import PairError
-from uvit.weights.encoders import fingerprint
+from uvit.weights.encoders import fingerprint, quiet
+
+Crops = tuple[Image.Image | None, Image.Image | None]  # of an image and its mask
 
 
 class LoadedModel:
@@ -46,9 +49,11 @@ class LoadedModel:
         open_it = open_checkpoint_pipeline if ref.is_checkpoint else open_pipeline_folder
         self.pipeline = open_it(ref, settings)
         self.pipeline.set_progress_bar_config(disable=True)
+        copy_weights(self.pipeline)
         self.network = SharedNetwork(self.pipeline.unet, settings.max_batch_size)
         self.unet_sha256 = fingerprint(self.pipeline.unet)
         self.embed = lru_cache(maxsize=128)(self._embed)
+        self.crops: tuple[str, Crops | str] = ("", (None, None))  # of the request that was last asked for, by its id
         self.description = self._describe()
 
     def _describe(self) -> dict[str, Any]:
@@ -107,10 +112,24 @@ class LoadedModel:
             raise UserError(f"--size {width}x{height}: {error}") from None
         return height, width
 
-    def uploads(self, task: ImageTask, max_pixels: int) -> tuple[Image.Image | None, Image.Image | None]:
-        """The image and the mask of a task, in the size of the image to generate. Raises UserError."""
+    def uploads(self, task: ImageTask, max_pixels: int) -> Crops:
+        """The image and the mask of a task, in the size of the image to generate. Raises UserError.
+
+        They are read once: the images of a request follow one another.
+        """
         if task.image is None:
             return None, None
+        if self.crops[0] != task.id:
+            try:
+                self.crops = task.id, self._read_uploads(task, max_pixels)
+            except UserError as error:
+                self.crops = task.id, str(error.args[0])
+        found = self.crops[1]
+        if isinstance(found, str):
+            raise UserError(found)
+        return found
+
+    def _read_uploads(self, task: ImageTask, max_pixels: int) -> Crops:
         size = self.size(task)[::-1]
         opened = []
         for name, data in (("image", task.image), ("mask", task.mask)):
@@ -136,7 +155,9 @@ class LoadedModel:
         config = dataclasses.replace(task.config, dtype=self.dtype)
         variant = Variant(Path(task.model.id), config.guidance_scale[0], "", Path())
         uploads = {"init_image": task.image, "mask": task.mask}
-        text = metadata(config, variant, self.unet_sha256, {k: v for k, v in uploads.items() if v is not None})
+        text = metadata(
+            config, variant, {"unet_sha256": self.unet_sha256}, {k: v for k, v in uploads.items() if v is not None}
+        )
         return {**text, "prompt": config.prompts[0], "seed": str(config.seed)}
 
     def warnings(self, task: ImageTask) -> list[str]:
@@ -160,8 +181,26 @@ def open_pipeline_folder(ref: ModelRef, settings: WorkerSettings) -> UViTPipelin
 def open_checkpoint_pipeline(ref: ModelRef, settings: WorkerSettings) -> UViTPipeline:
     """A checkpoint of a run, with its EMA weights, converted in memory."""
     checkpoint = Path(ref.path)
-    pipeline = build_pipeline(open_checkpoint(checkpoint, **encoders_of_run(checkpoint)))
-    return pipeline.to(pick_device(settings.device), getattr(torch, settings.dtype))
+    with quiet():
+        pipeline = build_pipeline(open_checkpoint(checkpoint, **encoders_of_run(checkpoint)))
+        return pipeline.to(pick_device(settings.device), getattr(torch, settings.dtype))
+
+
+def copy_weights(pipeline: UViTPipeline) -> None:
+    """Copy weights on the CPU, tensor by tensor, out of the files that are mapped: who writes into one would change
+    them, or end this process.
+    """
+    for network in pipeline.components.values():
+        if isinstance(network, nn.Module):
+            for tensor in (*network.parameters(), *network.buffers()):
+                if tensor.device.type == "cpu":
+                    tensor.data = tensor.data.clone()
+
+
+def free_memory() -> None:
+    """Give back the memory of models that were dropped: their parts refer to one another."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def png_bytes(image: Image.Image, text: dict[str, str]) -> bytes:

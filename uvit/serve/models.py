@@ -4,10 +4,11 @@ This module needs no torch: the process that answers requests does not compute.
 """
 
 import contextlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from uvit.checkpoint.folder import RECORD, checkpoint_folders, latest_complete, newer_checkpoint, step_of
+from uvit.checkpoint.folder import checkpoint_folders, latest_complete, newer_checkpoint, step_of
 from uvit.config.serve import ServeConfig
 from uvit.errors import UserError
 from uvit.serve.requests import ModelRef, RequestError
@@ -88,7 +89,18 @@ def unknown_model(id: str, known: str) -> RequestError:
 
 
 def make_ref(id: str, folder: Path, is_checkpoint: bool) -> ModelRef:
-    version = 0
-    with contextlib.suppress(OSError):
-        version = (folder / (RECORD if is_checkpoint else PIPELINE_INDEX)).stat().st_mtime_ns
-    return ModelRef(id, str(folder), is_checkpoint, version)
+    version = []
+    with contextlib.suppress(OSError, ValueError, TypeError):  # the worker that opens it says what is wrong
+        for path in files_of(folder, is_checkpoint):
+            status = path.stat()
+            version.append((status.st_mtime_ns, status.st_size))
+    return ModelRef(id, str(folder), is_checkpoint, tuple(version))
+
+
+def files_of(folder: Path, is_checkpoint: bool) -> list[Path]:
+    """The files of a checkpoint; of a pipeline, its index and those of the components that it names."""
+    if is_checkpoint:
+        return sorted(folder.iterdir())
+    index = json.loads((folder / PIPELINE_INDEX).read_bytes())
+    parts = [folder / name for name in index if (folder / name).is_dir()]
+    return [folder / PIPELINE_INDEX, *(path for part in parts for path in sorted(part.iterdir()))]

@@ -203,11 +203,12 @@ class Dispatcher:
     def submit(self, tasks: Sequence[ImageTask]) -> Ticket:
         """Raises RequestError if the queue is full, or the server is about to end."""
         if self.is_draining:
-            raise RequestError("the server is about to end; try again at another one, or later", 503, code="draining")
+            raise about_to_end()
         if len(self.waiting) + len(tasks) > self.config.max_queue_size + self._free_places():
             self.counts["rejected"] += 1
             raise RequestError(
-                f"the queue is full: {len(self.waiting)} images wait; try again in {self.retry_after()} s",
+                f"the queue is full: {len(self.waiting)} images wait, and {self.num_running} are computed; try again "
+                f"in {self.retry_after()} s",
                 429,
                 code="queue_full",
             )
@@ -217,8 +218,8 @@ class Dispatcher:
         self._dispatch()
         return ticket
 
-    def cancel(self, id: str) -> bool:
-        """Drop what is left of a request. Returns whether there was anything."""
+    def cancel(self, id: str, error: RequestError | None = None) -> bool:
+        """Drop what is left of a request, which is answered with an error. Returns whether there was anything."""
         ticket = self.tickets.pop(id, None)
         if ticket is None:
             return False
@@ -228,9 +229,19 @@ class Dispatcher:
             for key in worker.tasks:
                 if key[0] == id:
                     worker.send("cancel", key)
-        ticket.events.put_nowait({"type": "cancelled"})
+        error = error or RequestError("the request was cancelled", 499, code="cancelled")
+        ticket.events.put_nowait({"type": "cancelled", "error": error})
         self._dispatch()
         return True
+
+    def end_all(self) -> None:
+        """Answer 503 to everybody who waits."""
+        for id in list(self.tickets):
+            self.cancel(id, about_to_end())
+        for future in self.described.values():
+            if not future.done():
+                future.set_exception(about_to_end())
+                future.exception()  # may be asked for by nobody
 
     def retry_after(self) -> int:
         """Seconds after which the images that wait now will probably have been computed."""
@@ -304,6 +315,10 @@ class Dispatcher:
             if not ticket.left:
                 del self.tickets[ticket.id]
         ticket.events.put_nowait({"type": kind, "index": key[1], **event})
+
+
+def about_to_end() -> RequestError:
+    return RequestError("the server is about to end; try again at another one, or later", 503, code="draining")
 
 
 def devices(config: ServeConfig) -> list[str]:

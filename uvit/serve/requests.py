@@ -60,7 +60,7 @@ class ModelRef:
     id: str  # NAME, or NAME@checkpoint-N
     path: str  # a pipeline folder or a checkpoint
     is_checkpoint: bool
-    version: int  # changes when the folder is written anew
+    version: tuple[tuple[int, int], ...]  # (when it was written, in ns, and the bytes) of each of its files
 
 
 @dataclass(frozen=True)
@@ -112,14 +112,17 @@ def tasks_of(
     seed = request.seed if request.seed is not None else secrets.randbelow(2**32)
     if not is_text(request.prompt):
         raise RequestError("--prompt: is not Unicode text; send UTF-8", param="prompt")
-    config = SampleConfig(
-        pipeline=model.id,
-        prompts=(request.prompt,),
-        seed=seed,
-        init_image=UPLOAD if image is not None else None,
-        mask=UPLOAD if mask is not None else None,
-        **given,
-    ).resolved()
+    try:
+        config = SampleConfig(
+            pipeline=model.id,
+            prompts=(request.prompt,),
+            seed=seed,
+            init_image=UPLOAD if image is not None else None,
+            mask=UPLOAD if mask is not None else None,
+            **given,
+        ).resolved()
+    except UserError as error:  # the field of the API is called `image`
+        raise RequestError(str(error.args[0]).replace(f"--init_image {UPLOAD}:", "--image:")) from None
     if config.num_inference_steps > limits.max_steps:
         raise RequestError(f"--num_inference_steps {config.num_inference_steps}: must be at most {limits.max_steps}")
     size, id = parse_size(request.size), secrets.token_hex(12)
@@ -130,8 +133,8 @@ def tasks_of(
 
 
 def check_limits(request: GenerationRequest, limits: ServeConfig) -> None:
-    if not 1 <= request.n <= limits.max_images:
-        raise RequestError(f"--n {request.n}: must be in 1..{limits.max_images}")
+    if not 1 <= request.n <= limits.most_images():
+        raise RequestError(f"--n {request.n}: must be in 1..{limits.most_images()}")
     for name in ("prompt", "negative_prompt"):
         text = getattr(request, name) or ""
         if len(text) > limits.max_prompt_characters:

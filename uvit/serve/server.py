@@ -22,12 +22,19 @@ def run_server(config: ServeConfig) -> None:
         asyncio.run(run(config, models, listening, Dispatcher(config), lambda: print_address(config, listening)))
 
 
+GRACE_SECONDS = 1.0  # after the end of the drain: for the last answers
+
+
 class Server(uvicorn.Server):
-    """uvicorn's, which ends after the dispatcher's requests have, and at once at the second signal."""
+    """uvicorn's, which ends after the dispatcher's requests have, and at once at the second signal.
+
+    At the end of the drain, what is left is answered 503. Soon after, no client is waited for.
+    """
 
     def __init__(self, config: uvicorn.Config, dispatcher: Dispatcher, drain_timeout: float):
         super().__init__(config)
         self.dispatcher, self.drain_timeout = dispatcher, drain_timeout
+        self.drain_end: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.dispatcher.is_draining:
@@ -36,10 +43,27 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         if self.dispatcher.is_draining:
-            self.drained_at = getattr(self, "drained_at", time.monotonic() + self.drain_timeout)
-            if not self.dispatcher.tickets or time.monotonic() > self.drained_at:
+            if self.drain_end is None:
+                self.drain_end = time.monotonic() + self.drain_timeout
+            if time.monotonic() >= self.drain_end:
+                self.dispatcher.end_all()
+            if not self.dispatcher.tickets:
                 self.should_exit = True
         return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wait for answers that are being sent, until the drain ends."""
+        now = time.monotonic()
+        left = 0.0 if self.force_exit else max(0.0, (self.drain_end or now) - now) + GRACE_SECONDS
+        ending = asyncio.ensure_future(super().shutdown(sockets))
+        await asyncio.wait({ending}, timeout=left)
+        self.dispatcher.end_all()
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        self.force_exit = True
+        await ending
+        if self.server_state.tasks:
+            await asyncio.wait(set(self.server_state.tasks), timeout=GRACE_SECONDS)
 
 
 async def run(
@@ -51,7 +75,7 @@ async def run(
 ) -> None:
     """Answer until the dispatcher drains. `on_open` is called when the models are loaded.
 
-    Raises UserError if one cannot be loaded.
+    Raises UserError if one cannot be loaded, or if another server has opened the port meanwhile.
     """
     try:
         await dispatcher.start([model.ref() for model in models.values() if model.has_weights])
@@ -61,7 +85,10 @@ async def run(
             dispatcher,
             config.drain_timeout,
         )
-        listening.listen()
+        try:
+            listening.listen()
+        except OSError as error:
+            raise port_error(config, error) from None
         on_open()
         await server.serve(sockets=[listening])
     finally:
@@ -77,11 +104,13 @@ def open_port(config: ServeConfig) -> socket.socket:
         listening.bind((config.host, config.port))
     except OSError as error:
         listening.close()
-        raise UserError(
-            f"--port {config.port}: cannot be opened at {config.host} ({error.strerror}); choose another"
-        ) from None
+        raise port_error(config, error) from None
     listening.set_inheritable(True)
     return listening
+
+
+def port_error(config: ServeConfig, error: OSError) -> UserError:
+    return UserError(f"--port {config.port}: cannot be opened at {config.host} ({error.strerror}); choose another")
 
 
 def print_address(config: ServeConfig, listening: socket.socket) -> None:

@@ -149,6 +149,7 @@ class Worker:
                     break
                 if id(self.loaded[other]) not in busy:
                     del self.loaded[other]
+            self.computing.free_memory()
             self.loaded[ref] = self.computing.LoadedModel(ref, self.settings)
         self.loaded.move_to_end(ref)
         return self.loaded[ref]
