@@ -5,7 +5,8 @@
 #   sbatch --nodes 4 runs/slurm.sh train --dp_degree 32 ...       # flags of sbatch come before those of uvit
 #
 # Submit from an environment in which `python -m uvit` works on the nodes, too. F and O must be on a file system that
-# all nodes share. To stop the training, use scancel. A job that fails is not restarted: read its log.
+# all nodes share. To stop the training, use scancel. A job that fails is not restarted: read its log. Leave
+# --overwrite_output_dir out: each job that you submit would start from scratch.
 #
 #SBATCH --job-name=uvit
 #SBATCH --nodes=2

@@ -82,6 +82,8 @@ def test_a_typo_in_any_command_is_one_sentence_and_status_2(name: str, capsys: p
 def test_a_wrong_command_is_one_sentence_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
     assert "there is no command 'trian'; did you mean `uvit train`?" in capsys.readouterr().err
+    assert main(["--local-rank=0", "train"]) == 2  # of torch.distributed.launch
+    assert "there is no flag --local-rank=0; start the processes with torchrun" in capsys.readouterr().err
     assert main(["banana"]) == 2
     assert f"the commands are {', '.join(COMMANDS)}" in capsys.readouterr().err
 

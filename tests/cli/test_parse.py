@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uvit.cli.help import show_help
-from uvit.cli.main import main
-from uvit.cli.parse import parse
+from uvit.cli.main import COMMANDS, _load, main
+from uvit.cli.other_names import OTHER_FLAGS
+from uvit.cli.parse import flags_of, parse
 from uvit.config.train import TrainConfig
 from uvit.errors import UserError
 from uvit.io import to_yaml
@@ -191,6 +193,50 @@ def test_a_printed_config_reads_back_to_itself(tmp_path_factory: pytest.TempPath
 )
 def test_mistakes_get_one_sentence(arguments: list[str], sentence: str) -> None:
     assert complaint(*arguments) == sentence
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--gradient-checkpointing", "True"], "there is no flag --gradient_checkpointing; use --recompute"),
+        (["--data_parallel_degree", "2"], "there is no flag --data_parallel_degree; use --dp_degree"),
+        (["--load_best_model_at_end"], "there is no flag --load_best_model_at_end; use --keep_best METRIC"),
+        (["--workdir=w"], "there is no flag --workdir; use --output_dir"),
+        (["--config.train.n_steps=100"], "there is no flag --config.train.n_steps; use --max_steps"),
+        (
+            ["--config.lr_scheduler.warmup_steps=1"],
+            "there is no flag --config.lr_scheduler.warmup_steps; use --warmup_steps",
+        ),
+        (["--report_to", "visualdl"], "--report_to visualdl: use tensorboard, or leave --report_to out"),
+        (["--device", "gpu"], "--device gpu: use cuda, or leave --device out"),
+        (["--max_steps", "-1"], "--max_steps -1: leave --max_steps out"),
+        (
+            ["--config.nnet.depth=16"],
+            "there is no flag --config.nnet.depth; the model is in the JSON file or the preset that --uvit_config_file"
+            " names",
+        ),
+        (
+            ["--config.banana=16"],
+            "there is no flag --config.banana; docs/migrating.md lists the flag for each key of the official configs",
+        ),
+        (
+            ["--config=configs/mscoco_uvit_small.py"],
+            "--config configs/mscoco_uvit_small.py: is a Python config of the official code; docs/migrating.md lists"
+            " the flag for each key",
+        ),
+    ],
+)
+def test_what_other_programs_call_otherwise_gets_the_name_here(arguments: list[str], sentence: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse(TrainConfig, ["--feature_path", "F", "--output_dir", "O", *arguments], prog="uvit train")
+    assert str(error.value) == sentence
+
+
+def test_hints_name_flags_that_exist() -> None:
+    flags = {field.name for command in COMMANDS.values() for field in dataclasses.fields(_load(command.config))}
+    named = {flag for hint in OTHER_FLAGS.values() for flag in re.findall(r"--(\w+)", hint)}
+    assert named <= flags
+    assert not {name for name in OTHER_FLAGS if name in flags_of(TrainConfig)}
 
 
 def test_what_is_required_is_named() -> None:

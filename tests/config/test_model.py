@@ -74,10 +74,12 @@ def test_a_file_goes_before_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert resolve_model_config("uvit_t2i_small")["num_layers"] == 12
 
 
-def test_the_ports_keys_at_values_that_change_nothing(tmp_path: Path) -> None:
+def test_others_keys_at_values_that_change_nothing(tmp_path: Path) -> None:
     port = {"norm_type": "layer_norm", "qk_scale": None, "out_channels": 4, "drop_rate": 0.0, "pos_drop_rate": None}
+    port |= {"mlp_time_embed": False}
     assert resolve_model_config(write(tmp_path, port | {"in_channels": 4})) == {"in_channels": 4}
     for wrong, said in (
+        ({"mlp_time_embed": True}, "mlp_time_embed is True, which this U-ViT does not have"),
         ({"norm_type": "rms"}, "norm_type is 'rms', which this U-ViT does not have"),
         ({"attn_drop_rate": 0.1}, "attn_drop_rate is 0.1, and this U-ViT has no dropout"),
         ({"out_channels": 8}, "out_channels 8 differs from in_channels"),

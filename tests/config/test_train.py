@@ -7,6 +7,7 @@ from uvit.cli.help import read_source
 from uvit.config.recipe import RecipeConfig
 from uvit.config.train import TrainConfig
 from uvit.errors import UserError
+from uvit.train.optimizer import num_warmup_steps
 
 
 def config(**flags: object) -> TrainConfig:
@@ -84,6 +85,14 @@ def test_the_flags_of_the_recipe_come_first_and_share_no_group_with_the_others()
         ({"keep_best": "kid"}, "--keep_best kid: needs --eval_metrics that measure it, or must be val_loss"),
         ({"keep_best": "val_loss", "eval_steps": -1}, "--keep_best val_loss: needs --eval_steps above 0"),
         ({"profiler_options": "5"}, "--profiler_options 5: must be two steps from 1 on, such as 10,15"),
+        (
+            {"profiler_options": "batch_range=[0,10];profile_path=a"},
+            "--profiler_options batch_range=[0,10];profile_path=a: must be two steps from 1 on, such as 10,15",
+        ),
+        (
+            {"profiler_options": "profile_path=a"},
+            "--profiler_options profile_path=a: must be two steps from 1 on, such as 10,15",
+        ),
         ({"profiler_options": "5,3"}, "--profiler_options 5,3: must be two steps from 1 on, such as 10,15"),
         ({"profiler_options": "0,1"}, "--profiler_options 0,1: must be two steps from 1 on, such as 10,15"),
     ],
@@ -120,6 +129,34 @@ def test_flags_that_other_flags_leave_without_effect_are_named(flag: str, value:
     unused = {"ema_decay": {"ema_lengths": (0.1,)}}.get(flag, {})
     [sentence] = config(**{flag: value}, **unused).ignored_flags()
     assert sentence.startswith(f"--{flag} is ignored: ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [
+        ({}, 5000),
+        ({"warmup_ratio": 0.1}, 0),  # 0: the ratio counts
+        ({"warmup_ratio": 0.1, "warmup_steps": 0}, 0),
+        ({"warmup_ratio": 0.1, "warmup_steps": 5000}, 5000),
+        ({"warmup_steps": 7}, 7),
+    ],
+)
+def test_a_warmup_ratio_counts_unless_steps_are_given(flags: dict[str, Any], steps: int) -> None:
+    found = config(**flags)
+    assert found.warmup_steps == steps
+    assert num_warmup_steps(found, 1000) == (steps or 100)
+    both = {"warmup_ratio", "warmup_steps"} == set(flags) and steps > 0
+    assert [sentence.partition(" is ")[0] for sentence in found.ignored_flags()] == ["--warmup_ratio"] * both
+
+
+def test_profiler_options_in_paddles_form() -> None:
+    found = config(profiler_options="batch_range=[10, 20];profile_path=a")
+    assert found.profiled_steps() == (10, 20)
+    [sentence] = found.ignored_flags()
+    assert (
+        sentence == "--profiler_options profile_path is ignored: only batch_range counts; the trace goes into the logs"
+    )
+    assert config(profiler_options="batch_range=[10,20]").ignored_flags() == []
 
 
 @pytest.mark.parametrize("flag", ["hang_timeout", "num_cycles"])

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from tests.store.test_reader import NUM_CAPTIONS, NUM_PAIRS, info
-from uvit.config.store import FeaturesInfoConfig
+from uvit.config.store import FeaturesImportConfig, FeaturesInfoConfig
 from uvit.store.info import info as show
+from uvit.store.npy_convert import import_npy
 from uvit.store.writer import StoreWriter
 
 
@@ -46,6 +47,16 @@ def test_npy_features(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         "pairs 2 captions 3, 1.50 per pair moments (8, 4, 4) float32 text embeddings (16, 32) float32 on disk" in text
     )
+
+
+def test_an_imported_store_has_one_layout(old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import_npy(FeaturesImportConfig(str(old), str(tmp_path / "store"), disable_tqdm=True))
+    capsys.readouterr()
+    show(FeaturesInfoConfig(str(tmp_path / "store"), split="val"))
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in lines if line.startswith("layout ")] == ["layout feature store, version 2, 1 shards"]
+    assert "imported from .npy features (U-ViT layout)" in lines
+    assert f"source {old}" in lines
 
 
 def test_what_is_not_finished_says_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.store.test_reader import NUM_CAPTIONS, NUM_PAIRS, info, write_store
+from tests.store.test_splits import add_preview_prompts
 from uvit.config.store import FeaturesExportConfig, FeaturesImportConfig
 from uvit.conventions import LatentSpace
 from uvit.errors import UserError
@@ -68,6 +69,15 @@ def test_both_are_read_alike(old: Path, tmp_path: Path) -> None:
 
 
 # Import
+
+
+def test_an_import_says_that_the_preview_prompts_are_not_read(
+    old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_preview_prompts(old)
+    store = run_import(old, tmp_path / "store")
+    assert sorted(path.name for path in store.iterdir() if path.is_dir()) == ["train", "val"]
+    assert capsys.readouterr().out.count("not read: run_vis/ (prompts of the official code's previews)\n") == 1
 
 
 def test_an_import_records_what_it_is_told(

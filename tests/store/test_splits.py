@@ -3,11 +3,16 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.store.test_reader import info, write_store
+from uvit.config.store import FeaturesInfoConfig, FeaturesVerifyConfig
 from uvit.errors import UserError
+from uvit.store.info import info as show_info
+from uvit.store.reader import open_features
 from uvit.store.splits import find_splits, find_stores
+from uvit.store.verify import verify
 from uvit.store.writer import StoreWriter
 
 
@@ -22,6 +27,24 @@ def test_all_kinds_are_found_side_by_side(root: Path, old: Path) -> None:
         find_stores(str(root))
     with pytest.raises(UserError, match=r"old: contains \.npy features"):
         find_stores(str(root), "old")
+
+
+def test_the_official_codes_preview_prompts_are_no_split(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add_preview_prompts(old)
+    assert [split.name for split in find_splits(str(old))] == ["train", "val"]
+    show_info(FeaturesInfoConfig(str(old)))
+    assert verify(FeaturesVerifyConfig(str(old))) == 0
+    assert "run_vis" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="has no split test, only train, val;"):
+        open_features(old, "test")
+
+
+def add_preview_prompts(features: Path) -> None:
+    """As the official U-ViT code pickles them: a prompt and its text embedding in each file."""
+    (features / "run_vis").mkdir()
+    pair = np.empty(2, dtype=object)
+    pair[:] = ["a green train", np.zeros((16, 32), np.float32)]
+    np.save(features / "run_vis" / "0.npy", pair, allow_pickle=True)
 
 
 def test_a_split_by_its_own_folder_has_the_name_it_was_made_with(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from uvit import __version__
 from uvit.cli.help import show_help
+from uvit.cli.other_names import flag_hint
 from uvit.cli.parse import parse
 from uvit.cli.quick_imports import import_less
 from uvit.errors import UserError
@@ -248,6 +249,8 @@ def _is_refused(error: OSError) -> bool:
 
 def _run(name: str, arguments: list[str]) -> int:
     if name not in COMMANDS:
+        if name.startswith("--") and (hint := flag_hint(name[2:].partition("=")[0].replace("-", "_"))):
+            raise UserError(f"there is no flag {name}; {hint}")
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean `uvit {close[0]}`?" if close else f"the commands are {', '.join(COMMANDS)}"
         raise UserError(f"there is no command {name!r}; {hint}")

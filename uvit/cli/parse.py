@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from uvit.cli.other_names import config_hint, flag_hint, value_hint
 from uvit.config.paths import expand_path
 from uvit.config.presets import find_config
 from uvit.errors import UserError
@@ -33,6 +34,8 @@ class Flag:
         """The strings of a command line or a file -> the field's value. Raises UserError if they do not fit."""
         if self.optional and list(items) == ["None"]:
             return None
+        if hint := value_hint(self.name, items):
+            raise UserError(f"--{self.name} {' '.join(items)}: {hint}")
         try:
             if self.count not in (None, len(items)):
                 raise ValueError
@@ -120,6 +123,8 @@ def collect(
             continue
         flag = _find(known, name)
         items = [value] if equals else _take(flag, words)
+        if name == "config" and (hint := config_hint(items[0])):
+            raise UserError(f"--config {items[0]}: {hint}")
         if name == "config":
             values |= collect_file(flags, find_config(command, expand_path(items[0], "--config")))
         else:
@@ -174,8 +179,8 @@ def _load(path: Path, where: str) -> Any:
 def _find(flags: Mapping[str, Flag], name: str, where: str = "") -> Flag:
     if name not in flags:
         close = difflib.get_close_matches(name, flags, n=1)
-        hint = f"did you mean --{close[0]}?" if close else "--help lists all flags"
-        raise UserError(f"{where}there is no flag --{name}; {hint}")
+        likely = f"did you mean --{close[0]}?" if close else "--help lists all flags"
+        raise UserError(f"{where}there is no flag --{name}; {flag_hint(name) or likely}")
     return flags[name]
 
 

@@ -37,8 +37,8 @@ KEY_CHOICES = {"skip": ("concat", "add", "none")}
 SAMPLING_KEYS = (
     "latent_scale", "latent_shift", "latent_std", "timestep_labels", "prediction_type", "path", "latents",
 )  # fmt: skip
-# What PaddleMIX's configs have besides, and the values at which it changes nothing.
-NEUTRAL: dict[str, tuple[Any, ...]] = {"norm_type": ("layer_norm",), "qk_scale": (None,)}
+# What configs of PaddleMIX and of the official U-ViT code have besides, and the values at which it changes nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {"norm_type": ("layer_norm",), "qk_scale": (None,), "mlp_time_embed": (False,)}
 DROPOUT = ("attn_drop_rate", "drop_rate", "pos_drop_rate")  # has no weights
 
 

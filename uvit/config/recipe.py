@@ -19,6 +19,8 @@ from uvit.config.ema import EmaLength
 from uvit.config.paths import PathFlag, expand_paths
 from uvit.errors import UserError
 
+DEFAULT_WARMUP_STEPS = 5000
+
 
 @dataclass(frozen=True)
 class RecipeConfig:
@@ -40,8 +42,8 @@ class RecipeConfig:
     """Optimizer steps in total, from the start of the run, whatever batch they had before a resume."""
     learning_rate: NonNegativeFloat = 2e-4
     """Peak learning rate."""
-    warmup_steps: NonNegativeInt = 5000
-    """Optimizer steps over which the learning rate rises from 0."""
+    warmup_steps: NonNegativeInt | None = None
+    """Optimizer steps over which the learning rate rises from 0. Default: 5000, or --warmup_ratio of all steps."""
     bf16: bool | None = None
     """Compute in bfloat16. Default: on a GPU that has it, unless --fp16."""
     save_steps: PositiveInt = 5000
@@ -134,7 +136,7 @@ class RecipeConfig:
     ] = "constant_with_warmup"
     """Learning rate schedule after the warm-up (`constant` has no warm-up)."""
     warmup_ratio: Fraction = 0.0
-    """Warm-up as a fraction of all steps. Only used if --warmup_steps is 0."""
+    """Warm-up as a fraction of all steps. Not used if --warmup_steps is given, and above 0."""
     num_cycles: Annotated[float, Bounds(above=0, most=1_000_000_000)] | None = None
     """Number of waves of `cosine` (default: 0.5) or of restarts of `cosine_with_restarts` (default: 1)."""
     lr_end: NonNegativeFloat = 1e-7
@@ -152,6 +154,8 @@ class RecipeConfig:
     def __post_init__(self) -> None:
         expand_paths(self)
         check_bounds(self)
+        if self.warmup_steps is None:
+            object.__setattr__(self, "warmup_steps", 0 if self.warmup_ratio else DEFAULT_WARMUP_STEPS)
         if self.pretrained_model_name_or_path and (self.weight_init_std, self.position_init_std) != (0.02, 0.02):
             raise UserError(
                 "--weight_init_std and --position_init_std are for initial weights: leave them out with "

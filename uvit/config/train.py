@@ -1,9 +1,10 @@
 """Flags of `uvit train`. Those that decide what is learned are in `recipe.py` and `objective.py`."""
 
+import re
 from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
-from uvit.config.bounds import AnyInt, Bounds, PositiveInt
+from uvit.config.bounds import AnyInt, Bounds, PositiveInt, RealNumber
 from uvit.config.evaluate import CLIP_SCORE_MODEL
 from uvit.config.objective import ObjectiveConfig
 from uvit.config.paths import PathFlag
@@ -21,6 +22,8 @@ IGNORED_FLAGS = {
     "buffer_size": "every epoch is a full permutation of the data; there is no shuffle buffer",
     "shuffle_every_n_samples": "every epoch is a full permutation of the data",
     "enable_xformers_memory_efficient_attention": "attention is always memory-efficient",
+    "scale_loss": "with --fp16, the loss scale adapts itself",
+    "amp_master_grad": "gradients are always added up in float32",
 }
 UNSUPPORTED = {
     "pipeline_parallel_degree": "the long skip connections would make pipeline stages wait for one another",
@@ -112,7 +115,8 @@ class TrainConfig(ObjectiveConfig, RecipeConfig):
     benchmark: bool = False
     """Report steady-state throughput and utilisation (MFU) at the end, without the first tenth of the steps."""
     profiler_options: str | None = None
-    """Write a torch profiler trace of steps FIRST,LAST (such as 10,15) into the logs."""
+    """Write a torch profiler trace of steps FIRST,LAST (such as 10,15) into the logs. Paddle's "batch_range=[10,15]" is
+    the same."""
 
     # Checkpoints
     resume_from_checkpoint: PathFlag | None = None
@@ -155,6 +159,10 @@ class TrainConfig(ObjectiveConfig, RecipeConfig):
     shuffle_every_n_samples: AnyInt | None = None
     """Ignored."""
     enable_xformers_memory_efficient_attention: bool = False
+    """Ignored."""
+    scale_loss: RealNumber | None = None
+    """Ignored."""
+    amp_master_grad: bool = False
     """Ignored."""
 
     def __post_init__(self) -> None:
@@ -200,8 +208,9 @@ class TrainConfig(ObjectiveConfig, RecipeConfig):
         """(first, last) step that the profiler records."""
         if self.profiler_options is None:
             return None
+        steps = self._profiler_keys().get("batch_range", "")
         try:
-            first, last = (int(part) for part in self.profiler_options.split(","))
+            first, last = (int(part) for part in re.sub(r"^\[(.*)\]$", r"\1", steps).split(","))
         except ValueError:
             first, last = 0, -1
         if not 1 <= first <= last:
@@ -212,6 +221,12 @@ class TrainConfig(ObjectiveConfig, RecipeConfig):
                 f"{self.max_steps}"
             )
         return first, last
+
+    def _profiler_keys(self) -> dict[str, str]:
+        """Paddle's `batch_range=[10,15];profile_path=x` -> {key: value}; `10,15` is the batch_range."""
+        given = self.profiler_options or ""
+        parts = [part.partition("=") for part in given.split(";") if part.strip()]
+        return {key.strip(): value.strip() for key, _, value in parts} if "=" in given else {"batch_range": given}
 
     def ignored_flags(self) -> list[str]:
         """One sentence for each flag that was set and has no effect here."""
@@ -227,6 +242,12 @@ class TrainConfig(ObjectiveConfig, RecipeConfig):
             why["ema_decay"] = "there are no EMA weights with --use_ema False, and others with --ema_lengths"
         if not self.lr_scheduler_type.startswith("cosine"):
             why["num_cycles"] = "only the schedules cosine and cosine_with_restarts have cycles"
-        return [
-            f"--{name} is ignored: {reason}" for name, reason in why.items() if getattr(self, name) != default[name]
-        ]
+        if self.warmup_steps:
+            why["warmup_ratio"] = (
+                f"the warm-up takes --warmup_steps {self.warmup_steps}; leave that out, or set it to 0"
+            )
+        ignored = {f"--{name}": reason for name, reason in why.items() if getattr(self, name) != default[name]}
+        for key in self._profiler_keys():
+            if key != "batch_range":
+                ignored[f"--profiler_options {key}"] = "only batch_range counts; the trace goes into the logs"
+        return [f"{name} is ignored: {reason}" for name, reason in ignored.items()]

@@ -104,6 +104,9 @@ def summary_rows(split: dict[str, Any]) -> list[tuple[str, str]]:
         if not space.is_pixels:
             rows.append(("latent scale", space.describe_latents().removeprefix("latent scale ")))
         source = with_image_settings(split["source"])
+        if source.get("layout") == "old":
+            source = {key: value for key, value in source.items() if key != "layout"}
+            rows.append(("imported from", ".npy features (U-ViT layout)"))
         rows += [(key.replace("_", " "), _value(value)) for key, value in source.items() if value not in (None, [])]
     rows.append(("on disk", f"{format_bytes(split['bytes'])} in {split['num_files']:,} files"))
     if split.get("problems"):

@@ -23,7 +23,7 @@ from uvit.io import file_sha256, format_bytes, read_json, write_bytes
 from uvit.lock import LOCK, WriterLock
 from uvit.progress import Progress
 from uvit.sources.types import Problem
-from uvit.store.npy_layout import EMPTY_CONTEXT, MARK, load_npy, num_captions
+from uvit.store.npy_layout import EMPTY_CONTEXT, MARK, PREVIEW_PROMPTS, load_npy, num_captions
 from uvit.store.reader import FeatureStore
 from uvit.store.shard import EncodedPairs
 from uvit.store.splits import Split, find_splits, find_stores
@@ -73,6 +73,8 @@ def import_npy(config: FeaturesImportConfig) -> None:
     if dtype not in ("float16", "float32"):
         raise UserError(f"--path {root}: its arrays are {dtype}; give --dtype float32 or --dtype float16")
     recorded = recorded_encoders(config, moments.shape, context.shape)
+    if (root / PREVIEW_PROMPTS / "0.npy").is_file():
+        print(f"not read: {PREVIEW_PROMPTS}/ (prompts of the official code's previews)")
     for split in splits:
         counts = num_captions(split.folder)
         info = StoreInfo(

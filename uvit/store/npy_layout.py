@@ -21,6 +21,7 @@ from uvit.store.types import FeatureBatch
 NPY_NAME = re.compile(r"(0|[1-9]\d*)(?:_(0|[1-9]\d*))?\.npy", re.ASCII)  # {i}.npy and {i}_{k}.npy
 MARK = ".export.json"  # records which store a folder was exported from
 EMPTY_CONTEXT = "empty_context.npy"
+PREVIEW_PROMPTS = "run_vis"  # the official U-ViT code's pickled prompts, in a folder beside those of the splits
 
 
 class NpyFeatures:

@@ -30,7 +30,7 @@ from uvit.conventions import LatentSpace
 from uvit.errors import UserError
 from uvit.store.arrays import OpenFiles, ReadRequest, ShardedArray, as_bytes, read_all, read_header
 from uvit.store.manifest import read_manifest
-from uvit.store.npy_layout import NpyFeatures
+from uvit.store.npy_layout import PREVIEW_PROMPTS, NpyFeatures
 from uvit.store.types import FeatureBatch, Features
 
 
@@ -57,8 +57,9 @@ def open_features(path: str | Path, split: str = "train", flag: str = "feature_p
             raise UserError(f"--{flag} {begun}: its extraction is not finished; run the same `uvit extract` again")
     if (folder / "0.npy").is_file():
         raise UserError(f"--{flag} {folder}: is one split of .npy features; give {folder.absolute().parent}")
-    if splits := sorted(path.parent.name for name in ("manifest.json", "0.npy") for path in folder.glob(f"*/{name}")):
-        raise UserError(f"--{flag} {folder}: has no split {split}, only {', '.join(splits)}; `uvit extract` adds one")
+    splits = {path.parent.name for name in ("manifest.json", "0.npy") for path in folder.glob(f"*/{name}")}
+    if names := ", ".join(sorted(splits - {PREVIEW_PROMPTS})):
+        raise UserError(f"--{flag} {folder}: has no split {split}, only {names}; `uvit extract` adds one")
     raise UserError(
         f"--{flag} {folder}: contains no features (no {split}/manifest.json, manifest.json or {split}/0.npy);"
         " make some with `uvit extract`"

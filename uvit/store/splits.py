@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from uvit.errors import UserError
 from uvit.store.manifest import Manifest, read_manifest
+from uvit.store.npy_layout import PREVIEW_PROMPTS
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,6 @@ def _open_split(folder: Path, root: Path, flag: str) -> Split | None:
         if isinstance(settings, dict) and "moments_shape" in settings:
             name = settings.get("split", "train") if folder == root else folder.name
             return Split(name, folder, "unfinished", settings)
-    if folder != root and (folder / "0.npy").is_file():
+    if folder != root and folder.name != PREVIEW_PROMPTS and (folder / "0.npy").is_file():
         return Split(folder.name, folder, "npy", {})
     return None
