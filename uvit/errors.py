@@ -74,3 +74,9 @@ def _shortened(one: str, other: str) -> tuple[str, str]:
         one, other = f"...{one[start:]}", f"...{other[start:]}"
     cut = (text if len(text) <= MAX_WIDTH else f"{text[: MAX_WIDTH - 3]}..." for text in (one, other))
     return next(cut), next(cut)
+
+
+def a_type(value: object) -> str:
+    """`a list`, `an int`."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

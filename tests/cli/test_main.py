@@ -12,7 +12,7 @@ import torch
 
 import uvit
 from uvit.cli import main as cli
-from uvit.cli.main import COMMANDS, main
+from uvit.cli.main import COMMANDS, IN_PROCESSES, main
 from uvit.cli.parse import flags_of
 
 LOADS_TORCH = """
@@ -86,6 +86,16 @@ def test_a_wrong_command_is_one_sentence_and_status_2(capsys: pytest.CaptureFixt
     assert "there is no flag --local-rank=0; start the processes with torchrun" in capsys.readouterr().err
     assert main(["banana"]) == 2
     assert f"the commands are {', '.join(COMMANDS)}" in capsys.readouterr().err
+
+
+def test_what_one_process_does_is_not_done_by_several(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert main(["tokenizer", "--source", "shapes", "--output_dir", "/nowhere"]) == 2
+    assert capsys.readouterr().err == "uvit tokenizer: error: runs in one process; start it without torchrun\n"
+    assert {*IN_PROCESSES} < {*COMMANDS}
 
 
 @pytest.mark.parametrize("arguments", [["features"], ["features", "--help"]])

@@ -252,7 +252,10 @@ def test_what_is_required_is_named() -> None:
         ("a.yaml", "size: [1, 2]", "size holds a list; it takes one value"),
         ("a.yaml", "size: null", "size is empty; give it a value, or leave it out"),
         ("a.yaml", "[1, 2]", "must map flags to values, and holds list"),
-        ("a.yaml", "", "must map flags to values, and holds NoneType"),
+        ("a.yaml", "size: 1\nsize: 2", "is not valid YAML (size is there twice)"),
+        ("a.json", '{"size": 1, "size": 2}', "is not valid JSON (size is there twice)"),
+        ("a.yaml", "[" * 5000, "is not valid YAML ("),
+        ("a.json", "[" * 100_000, "is not valid JSON ("),
         ("a.yaml", "a: b: c", "is not valid YAML ("),
         ("a.json", "{", "is not valid JSON ("),
         ("a.json", None, "cannot be read (No such file or directory)"),
@@ -263,6 +266,24 @@ def test_mistakes_in_files_name_the_file(tmp_path: Path, name: str, content: str
     if content is not None:
         path.write_text(content)
     assert complaint("--config", str(path)).startswith(f"--config {path}: {reason}")
+
+
+def test_a_file_says_what_a_command_line_says(tmp_path: Path) -> None:
+    """YAML would make other values of these."""
+    path = tmp_path / "a.yaml"
+    for text in ("007", "1_000", "no", "on", "1:30", "0x10", "2026-11-28", "1e3", ".5", "1.50"):
+        path.write_text(f"# a path\noutput_dir: {text}\nfeature_path: F\n", encoding="utf-8")
+        found, _ = parse(TrainConfig, ["--config", str(path)], prog="uvit train")
+        assert found.output_dir == text
+    path.write_text("max_steps: 010\nuse_ema: no\nlearning_rate: 1e-3\nvae_name_or_path: null\n", encoding="utf-8")
+    words = ["--feature_path", "F", "--output_dir", "O", "--config", str(path)]
+    found, _ = parse(TrainConfig, words, prog="uvit train")
+    assert (found.max_steps, found.use_ema, found.learning_rate, found.vae_name_or_path) == (10, False, 1e-3, None)
+    path.write_text("# nothing yet\n", encoding="utf-8")
+    assert parse(TrainConfig, words, prog="uvit train")[0] == parse(TrainConfig, words[:4], prog="uvit train")[0]
+    path.write_text("max_steps: 1\nmax-steps: 2\n", encoding="utf-8")
+    with pytest.raises(UserError, match=rf"^--config {path}: max_steps is there twice; remove one$"):
+        parse(TrainConfig, words, prog="uvit train")
 
 
 def test_a_preset_is_read_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 import inspect
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,7 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
         ({"num_layers": 0}, "num_layers is 0; it must be a positive whole number"),
         ({"num_layers": True}, "num_layers is true; it must be a positive whole number"),
         ({"mlp_ratio": None}, "mlp_ratio is null; it must be a positive number"),
+        ({"mlp_ratio": math.inf}, "mlp_ratio is Infinity; it must be a positive number"),
         ({"sample_size": [8]}, "sample_size is [8]; it must be [height, width]"),
         ({"bottleneck_dim": 0}, "bottleneck_dim is 0; it must be a positive whole number"),
         ({"conv": 1}, "conv is 1; it must be true or false"),

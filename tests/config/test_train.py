@@ -122,11 +122,23 @@ def test_what_looks_odd_and_is_right() -> None:
         ("text_encoder_layers", 5, {"train_text_encoder": True}),
         ("ema_decay", 0.5, {}),
         ("num_cycles", 3.0, {"lr_scheduler_type": "cosine"}),
+        ("lr_end", 1e-5, {"lr_scheduler_type": "polynomial"}),
+        ("power", 2.0, {"lr_scheduler_type": "polynomial"}),
+        ("ema_update_steps", 3, {}),
+        ("uvit_config_file", "uvit_shapes", {}),
+        ("eval_prompts", 5, {"eval_metrics": ("attributes",)}),
+        ("eval_reference", "x.npz", {"eval_metrics": ("fid",)}),
+        ("num_inference_steps", 7, {"image_logging_steps": 50}),
     ],
 )
 def test_flags_that_other_flags_leave_without_effect_are_named(flag: str, value: float, uses: dict[str, Any]) -> None:
     assert config(**{flag: value}, **uses).ignored_flags() == []
-    unused = {"ema_decay": {"ema_lengths": (0.1,)}}.get(flag, {})
+    unused: dict[str, Any] = {
+        "ema_decay": {"ema_lengths": (0.1,)},
+        "ema_update_steps": {"use_ema": False},
+        "uvit_config_file": {"pretrained_model_name_or_path": "x"},
+        "num_inference_steps": {"image_logging_steps": -1},
+    }.get(flag, {})
     [sentence] = config(**{flag: value}, **unused).ignored_flags()
     assert sentence.startswith(f"--{flag} is ignored: ")
 

@@ -135,7 +135,7 @@ def test_callbacks_of_diffusers(ours: UViTPipeline) -> None:
 @pytest.mark.parametrize(
     ("returned", "said"),
     [
-        (3, "returned a int; return None, or a dict of latents"),
+        (3, "returned an int; return None, or a dict of latents"),
         ({"timesteps": 3}, r"returned the keys \['timesteps'\]"),
         ({"latents": None}, "returned latents of type NoneType"),
         ({"latents": torch.zeros(1, 4, 4, 4)}, r"returned latents of shape \(1, 4, 4, 4\); \(1, 4, 8, 8\) is needed"),

@@ -231,6 +231,9 @@ def test_slurm_requeues_do_not_overwrite_once_more(
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     train(tiny_config(overwrite_output_dir=True))
     assert not (tmp_path / "run.old2").exists()
+    monkeypatch.setenv("SLURM_JOB_ID", "8")  # it was requeued before it came to this command
+    train(tiny_config(overwrite_output_dir=True))
+    assert (tmp_path / "run.old2").exists()
 
 
 @pytest.mark.parametrize(

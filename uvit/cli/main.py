@@ -25,7 +25,7 @@ from uvit.io import takes_files, to_yaml
 # Errors of a path that the user chose, or of its disk.
 PATH_ERRORS = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
-    errno.ENOSPC, errno.EDQUOT,
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG,
 }  # fmt: skip
 
 
@@ -202,6 +202,9 @@ def usage(prefix: str = "") -> str:
     )
 
 
+IN_PROCESSES = ("train", "extract", "sample", "evaluate")  # the commands that several processes share
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     name, *arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
@@ -255,6 +258,8 @@ def _run(name: str, arguments: list[str]) -> int:
         hint = f"did you mean `uvit {close[0]}`?" if close else f"the commands are {', '.join(COMMANDS)}"
         raise UserError(f"there is no command {name!r}; {hint}")
     command = COMMANDS[name]
+    if name not in IN_PROCESSES and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("runs in one process; start it without torchrun")
     if {"-h", "--help"} & set(arguments):
         show_help(_load(command.config), f"uvit {name}", command.positional)
         raise SystemExit(0)

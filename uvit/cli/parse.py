@@ -13,7 +13,7 @@ from typing import Any
 from uvit.cli.other_names import config_hint, flag_hint, value_hint
 from uvit.config.paths import expand_path
 from uvit.config.presets import find_config
-from uvit.errors import UserError
+from uvit.errors import UserError, a_type
 
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -149,15 +149,19 @@ def collect_file(flags: Mapping[str, Flag], path: Path) -> dict[str, list[str]]:
     """A YAML or JSON mapping of flags -> {name: values}."""
     where = f"--config {path}: "
     content = _load(path, where)
+    if content is None:
+        return {}  # an empty file
     if not isinstance(content, dict):
         raise UserError(f"{where}must map flags to values, and holds {type(content).__name__}")
     values = {}
     for key, value in content.items():
         flag = _find(flags, str(key).replace("-", "_"), where)
         if isinstance(value, dict) or (isinstance(value, list) and flag.count == 1):
-            raise UserError(f"{where}{flag.name} holds a {type(value).__name__}; it takes one value")
+            raise UserError(f"{where}{flag.name} holds {a_type(value)}; it takes one value")
         if value is None and not flag.optional:
             raise UserError(f"{where}{flag.name} is empty; give it a value, or leave it out")
+        if flag.name in values:
+            raise UserError(f"{where}{flag.name} is there twice; remove one")
         values[flag.name] = [str(item) for item in value] if isinstance(value, list) else [str(value)]
     return values
 
@@ -165,15 +169,34 @@ def collect_file(flags: Mapping[str, Flag], path: Path) -> dict[str, list[str]]:
 def _load(path: Path, where: str) -> Any:
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Reads all values but null as text: as on a command line, 007, 1_000 and no are what is written."""
+
+    resolvers: Any = yaml.SafeLoader.yaml_implicit_resolvers
+    Loader.yaml_implicit_resolvers = {
+        first: [each for each in known if each[0].endswith(":null")] for first, known in resolvers.items()
+    }
+    Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: _once(loader.construct_pairs(node)))
     try:
         text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        if path.suffix == ".json":
+            return json.loads(text, object_pairs_hook=_once)
+        return yaml.load(text, Loader)  # a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{where}cannot be read ({reason})") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         kind = "JSON" if path.suffix == ".json" else "YAML"
         raise UserError(f"{where}is not valid {kind} ({' '.join(str(error).split())})") from None
+
+
+def _once(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Raises ValueError where a key is there twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)} is there twice")
+    return found
 
 
 def _find(flags: Mapping[str, Flag], name: str, where: str = "") -> Flag:

@@ -5,6 +5,7 @@ Its `_class_name`, diffusers' key, says which U-ViT it is of: MODERN, or else th
 
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ def _check(path: Path, key: str, value: Any, known: Kinds) -> None:
     elif value is None and type(None) in kinds:
         return
     else:
-        fits = type(value) in kinds and not isinstance(value, list) and value > 0
+        fits = type(value) in kinds and not isinstance(value, list) and 0 < value < math.inf
         wanted = "a positive number" if float in kinds else "a positive whole number"
     if not fits:
         raise UserError(f"{FLAG} {path}: {key} is {json.dumps(value)}; it must be {wanted}")
@@ -138,7 +139,7 @@ def model_arguments(content: dict[str, Any], path: Path) -> dict[str, Any]:
         if (
             wrong
             or type(value) not in known[key]
-            or not all(isinstance(size, (int, float)) and size >= 0 for size in sizes)
+            or not all(isinstance(size, (int, float)) and 0 <= size < math.inf for size in sizes)
         ):
             wanted = KEY_CHOICES.get(key) or [kind.__name__ for kind in known[key]]
             raise UserError(f"{path}: {key} is {value!r}, which must be {' or '.join(wanted)}")

@@ -240,6 +240,24 @@ class TrainConfig(ObjectiveConfig, RecipeConfig):
             )
         if self.ema_lengths or not self.use_ema:
             why["ema_decay"] = "there are no EMA weights with --use_ema False, and others with --ema_lengths"
+        if not self.use_ema:
+            why["ema_update_steps"] = "there are no EMA weights with --use_ema False"
+        if self.pretrained_model_name_or_path is not None:
+            for name in ("uvit_config_file", "weight_init_std", "position_init_std"):
+                why[name] = "the model and its weights are those of --pretrained_model_name_or_path"
+        if not self.eval_metrics:
+            for name in (
+                "eval_prompts",
+                "eval_reference",
+                "feature_extractor",
+                "inception_weights",
+                "clip_name_or_path",
+            ):
+                why[name] = "without --eval_metrics, no images are measured"
+            if self.image_logging_steps <= 0:
+                why["num_inference_steps"] = "there are neither previews nor --eval_metrics, so nothing is sampled"
+        if self.lr_scheduler_type != "polynomial":
+            why["lr_end"] = why["power"] = "only --lr_scheduler_type polynomial has it"
         if not self.lr_scheduler_type.startswith("cosine"):
             why["num_cycles"] = "only the schedules cosine and cosine_with_restarts have cycles"
         if self.warmup_steps:

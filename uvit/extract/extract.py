@@ -356,7 +356,8 @@ def check_disk(source: Source, writer: StoreWriter) -> None:
     lines = sum(len(json.dumps({"id": id, "captions": each}, ensure_ascii=False).encode()) + 1 for each in captions)
     num_captions = round(len(source) * sum(map(len, captions)) / max(1, len(rows)))
     total = len(source) * (per_pair + lines // max(1, len(rows))) + num_captions * per_caption
-    written = sum(path.stat().st_size for path in writer.folder.rglob("*") if path.is_file())
+    shards = (path for path in writer.folder.rglob("*-[0-9]*") if path.is_file())  # no settings, no tokenizer
+    written = sum(path.stat().st_size for path in shards)
     needed = max(0, total - written)
     about = "about " if len(rows) < len(source) else ""
     print(

@@ -10,6 +10,8 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
+from uvit.errors import a_type
+
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 
 
@@ -76,7 +78,7 @@ def callback_result(result: Any, tensors: Mapping[str, Tensor | None]) -> dict[s
     if result is None:
         return {}
     if not isinstance(result, dict) or (unknown := set(result) - set(CALLBACK_TENSORS)):
-        found = f"the keys {sorted(map(str, unknown))}" if isinstance(result, dict) else f"a {type(result).__name__}"
+        found = f"the keys {sorted(map(str, unknown))}" if isinstance(result, dict) else a_type(result)
         raise ValueError(
             f"callback_on_step_end returned {found}; return None, or a dict of {', '.join(CALLBACK_TENSORS)}"
         )

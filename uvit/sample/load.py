@@ -1,5 +1,6 @@
 """Finds the pipeline folder that `--pipeline` names, and opens it on its device."""
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -41,7 +42,8 @@ def find_pipeline(path: str, flag: str = "pipeline") -> Path:
             f"{where} is a file; to make a pipeline of these weights and their encoders, run: {with_encoders(path)}"
         )
     if not folder.is_dir():
-        raise UserError(f"{where} there is no such folder; give OUTPUT_DIR/pipeline of a finished training run")
+        hub = "; a model of the Hub has to be downloaded first" * bool(re.fullmatch(r"[\w.-]+/[\w.-]+", path))
+        raise UserError(f"{where} there is no such folder; give OUTPUT_DIR/pipeline of a finished training run{hub}")
     if (folder / RECORD).is_file():
         target = folder.with_name(f"pipeline-{folder.name.removeprefix('checkpoint-')}")
         raise UserError(f"{where} is a training checkpoint; to make a pipeline from it, run: {command(folder, target)}")

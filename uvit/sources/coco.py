@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from uvit.errors import UserError
+from uvit.errors import UserError, a_type
 from uvit.sources.files import FileSource, build_source, is_suspect
 from uvit.sources.json_entries import Entry, UnusualError, read_entries
 from uvit.sources.names import safe_name, split_of
@@ -283,7 +283,7 @@ def _read(file: Path) -> tuple[list[Any], list[Any]]:
     if not isinstance(content, dict) or not all(
         isinstance(content.get(key), list) for key in ("images", "annotations")
     ):
-        found = ", ".join(map(repr, content)) if isinstance(content, dict) else f"a {type(content).__name__}"
+        found = ", ".join(map(repr, content)) if isinstance(content, dict) else a_type(content)
         raise UserError(
             f"--source {file}: must contain COCO's lists `images` and `annotations`, but contains {found or 'nothing'}"
         )

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
+from uvit.errors import a_type
 from uvit.images import DEEP_GREY, to_channels
 from uvit.sources.names import image_formats
 from uvit.sources.types import PairError, Problem
@@ -129,9 +130,7 @@ def decode_object(text: str, id: str, where: object) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise PairError(Problem(id, "broken JSON", f"{where}: is not valid JSON ({error})")) from None
     if not isinstance(content, dict):
-        raise PairError(
-            Problem(id, "broken JSON", f"{where}: must be a JSON object, but is a {type(content).__name__}")
-        )
+        raise PairError(Problem(id, "broken JSON", f"{where}: must be a JSON object, but is {a_type(content)}"))
     return content
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from uvit.config.train import TrainConfig
 from uvit.errors import UserError
-from uvit.io import back_up, write_yaml
+from uvit.io import back_up, write_bytes, write_yaml
 from uvit.lock import LOCK, WriterLock
 from uvit.train.branch import set_aside_logs
 from uvit.train.metrics import logs_folder
@@ -18,7 +18,9 @@ from uvit.train.setup import Run
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # errors of writing only
 FOLDER_ERRORS = DISK_ERRORS | {errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM}
-TO_OVERWRITE = ".overwrite"  # in a run's folder: torchrun is to start from scratch, and has not done so yet
+# Files in a run's folder
+TO_OVERWRITE = ".overwrite"  # torchrun is to start from scratch, and has not done so yet
+OVERWRITTEN_BY = ".overwritten_by"  # the Slurm job that started from scratch: if it is requeued, it resumes
 
 
 def lock_output_dir(output_dir: Path, overwrite: bool, held: contextlib.ExitStack) -> WriterLock:
@@ -28,13 +30,15 @@ def lock_output_dir(output_dir: Path, overwrite: bool, held: contextlib.ExitStac
     """
     what = f"--output_dir {output_dir}"
     there = {path.name for path in output_dir.iterdir()} if overwrite and output_dir.exists() else set()
-    if there - {LOCK, TO_OVERWRITE}:
+    if there - {LOCK, TO_OVERWRITE, OVERWRITTEN_BY}:
         with WriterLock(output_dir / LOCK, what):
             aside = back_up(output_dir)
-            (aside / LOCK).unlink()
-            (aside / TO_OVERWRITE).unlink(missing_ok=True)
+            for name in (LOCK, TO_OVERWRITE, OVERWRITTEN_BY):
+                (aside / name).unlink(missing_ok=True)
             print(f"--overwrite_output_dir: what was in {output_dir} is now in {aside}")
     lock = held.enter_context(WriterLock(output_dir / LOCK, what))
+    if overwrite and (job := os.environ.get("SLURM_JOB_ID")):
+        write_bytes(output_dir / OVERWRITTEN_BY, job.encode())
     (output_dir / TO_OVERWRITE).unlink(missing_ok=True)
     return lock
 
@@ -49,28 +53,27 @@ def lock_run(run: Run, held: contextlib.ExitStack) -> None:
 
 
 def mark_for_overwriting(config: TrainConfig) -> None:
-    """Under torchrun and Slurm, which restart this command: a file in the old folder says that it is to be overwritten.
+    """Under torchrun, which may restart this command: a file in the old folder says that it is still to be overwritten.
 
     Once that is done, the new folder has no such file, and a restart resumes there.
     """
     folder = Path(config.output_dir)
-    if config.overwrite_output_dir and num_restarts() == 0 and folder.is_dir():
+    if config.overwrite_output_dir and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and folder.is_dir():
         with disk_errors(config, FOLDER_ERRORS):
             (folder / TO_OVERWRITE).touch()
 
 
 def is_to_overwrite(config: TrainConfig) -> bool:
-    """Whether --overwrite_output_dir is still to be done."""
-    return config.overwrite_output_dir and (not num_restarts() or (Path(config.output_dir) / TO_OVERWRITE).exists())
+    """Whether --overwrite_output_dir is still to be done: torchrun and Slurm start the same command again."""
+    folder = Path(config.output_dir)
+    is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and not (folder / TO_OVERWRITE).exists()
+    return config.overwrite_output_dir and not is_restart and not is_requeued(folder)
 
 
-def num_restarts() -> int | None:
-    """How often torchrun or Slurm has started this command again, without its user; None: neither starts it."""
-    counts = [os.environ.get("TORCHELASTIC_RESTART_COUNT")]
-    if "SLURM_JOB_ID" in os.environ:
-        counts.append(os.environ.get("SLURM_RESTART_COUNT", "0"))  # set from the first requeue on
-    known = [int(count) for count in counts if count is not None]
-    return sum(known) if known else None
+def is_requeued(folder: Path) -> bool:
+    """Whether Slurm has requeued this job after it started the folder's run from scratch."""
+    job, mark = os.environ.get("SLURM_JOB_ID"), folder / OVERWRITTEN_BY
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and mark.is_file() and mark.read_text() == job
 
 
 def prepare_folder(run: Run) -> None:

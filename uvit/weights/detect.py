@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from uvit.config.model import model_arguments, resolve_model_config
-from uvit.errors import UserError
+from uvit.errors import UserError, a_type
 from uvit.weights.encoders import WEIGHT_SUFFIXES
 from uvit.weights.files import SHARD, container_of, is_paddle_file, read_weights
 from uvit.weights.report import shorten
@@ -284,7 +284,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: must map names to values, and holds a {type(content).__name__}")
+        raise UserError(f"{path}: must map names to values, and holds {a_type(content)}")
     return content
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from uvit.errors import UserError
+from uvit.errors import UserError, a_type
 from uvit.weights.pdparams import read_pdparams
 from uvit.weights.pickles import read_pth
 
@@ -103,7 +103,7 @@ def _read_file(path: Path) -> Weights:
     else:
         content, paddle = read_pth(path), False
     if not isinstance(content, (dict, Tensor)):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not a dict of arrays")
+        raise UserError(f"{path}: holds {a_type(content)}, not a dict of arrays")
     entries = dict(_flat(content)) if isinstance(content, dict) else {}
     tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
     if not tensors:

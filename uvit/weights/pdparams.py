@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uvit.errors import UserError
+from uvit.errors import UserError, a_type
 from uvit.weights.pickles import read_pickle
 
 NAME_TABLE = "StructuredToParameterName@@"  # Paddle's internal names of the parameters, which nothing needs
@@ -26,7 +26,7 @@ def read_pdparams(path: Path) -> dict[str, Any]:
     """
     content = read_pickle(path)
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not a dict of arrays")
+        raise UserError(f"{path}: holds {a_type(content)}, not a dict of arrays")
     return {name: value for name, value in content.items() if name != NAME_TABLE}
 
 
