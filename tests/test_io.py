@@ -58,6 +58,10 @@ def test_who_may_read_a_file_is_as_the_umask_says(tmp_path: Path) -> None:
     usual = (tmp_path / "usual").stat().st_mode
     found = [tmp_path / "a.safetensors", tmp_path / "folder" / "inner" / "b.safetensors"]
     assert [path.stat().st_mode for path in found] == [usual, usual]
+    with write_folder_atomically(tmp_path / "scripts") as aside:
+        (aside / "run.sh").touch(0o755)
+        (aside / "link").symlink_to(tmp_path / "usual")
+    assert (tmp_path / "scripts" / "run.sh").stat().st_mode & 0o777 == 0o755, "only files that no others can read"
 
 
 def test_what_a_kill_left_is_written_over(tmp_path: Path) -> None:

@@ -19,10 +19,10 @@ def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> No
     meanwhile. Only `forward` is compiled: what gathers sharded parameters, around it, would break the graph.
     """
     blocks = list(blocks)
-    on_cpu = next(blocks[0].parameters()).device.type == "cpu"
-    compiler = importlib.import_module("torch._inductor.config").cpp.cxx[1]  # g++, or what $CXX names
-    if backend == "inductor" and on_cpu and shutil.which(compiler) is None:
-        raise UserError(f"--compile: needs the C++ compiler {compiler} on a CPU; install it, or leave the flag out")
+    if backend == "inductor" and next(blocks[0].parameters()).device.type == "cpu" and not torch.cuda.is_available():
+        compiler = importlib.import_module("torch._inductor.config").cpp.cxx[1]  # g++, or what $CXX names
+        if shutil.which(compiler) is None:
+            raise UserError(f"--compile: needs the C++ compiler {compiler} on a CPU; install it, or leave the flag out")
     torch._dynamo.config.recompile_limit = max(RECOMPILES, torch._dynamo.config.recompile_limit)
     for block in blocks:
         block.forward = torch.compile(block.forward, backend=backend, fullgraph=True, dynamic=False)

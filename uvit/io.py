@@ -36,7 +36,6 @@ FILE_MODE = 0o666 & ~_read_umask()  # of a new file
 def write_atomically(path: Path, sync: bool = True) -> Iterator[Path]:
     """Yields a path to write the new content to. It is renamed to `path` when the block ends without an error.
 
-    Others may read the file if the umask lets them: safetensors, by itself, lets no others.
     Only one process at a time may write a path. Without `sync`, a kill loses nothing, but a power cut may; use this for
     many files that are cheap to make again. Raises OSError if the disk refuses the content.
     """
@@ -46,12 +45,18 @@ def write_atomically(path: Path, sync: bool = True) -> Iterator[Path]:
     aside = path.with_name(f".{path.name}.writing")
     try:
         yield aside
-        aside.chmod(FILE_MODE)
+        let_others_read(aside)
         if sync:
             sync_path(aside)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def let_others_read(path: Path) -> None:
+    """Give a new file the mode that the umask says: safetensors lets no others read what it writes."""
+    if path.is_file() and not path.is_symlink() and path.stat().st_mode & 0o777 == 0o600 != FILE_MODE:
+        path.chmod(FILE_MODE)
 
 
 def takes_files(folder: Path) -> bool:
@@ -78,8 +83,7 @@ def write_folder_atomically(folder: Path) -> Iterator[Path]:
         try:
             yield aside
             for path in [*aside.rglob("*"), aside]:
-                if path.is_file():
-                    path.chmod(FILE_MODE)
+                let_others_read(path)
                 sync_path(path)
             aside.rename(folder)
             sync_path(folder.parent)

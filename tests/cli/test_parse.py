@@ -255,6 +255,8 @@ def test_what_is_required_is_named() -> None:
         ("a.yaml", "size: 1\nsize: 2", "is not valid YAML (size is there twice)"),
         ("a.json", '{"size": 1, "size": 2}', "is not valid JSON (size is there twice)"),
         ("a.yaml", "[" * 5000, "is not valid YAML ("),
+        ("a.yaml", "size: {{ size }}", "is not valid YAML ("),
+        ("a.yaml", "{{size}}: 1", "is not valid YAML ("),
         ("a.json", "[" * 100_000, "is not valid JSON ("),
         ("a.yaml", "a: b: c", "is not valid YAML ("),
         ("a.json", "{", "is not valid JSON ("),
@@ -279,6 +281,9 @@ def test_a_file_says_what_a_command_line_says(tmp_path: Path) -> None:
     words = ["--feature_path", "F", "--output_dir", "O", "--config", str(path)]
     found, _ = parse(TrainConfig, words, prog="uvit train")
     assert (found.max_steps, found.use_ema, found.learning_rate, found.vae_name_or_path) == (10, False, 1e-3, None)
+    path.write_text("<<: {seed: 3}\nmax_steps: 5\n", encoding="utf-8")
+    found, _ = parse(TrainConfig, words, prog="uvit train")
+    assert (found.max_steps, found.seed) == (5, 3)
     path.write_text("# nothing yet\n", encoding="utf-8")
     assert parse(TrainConfig, words, prog="uvit train")[0] == parse(TrainConfig, words[:4], prog="uvit train")[0]
     path.write_text("max_steps: 1\nmax-steps: 2\n", encoding="utf-8")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.sample.parts import tiny_pipeline_folder
 from uvit.config.evaluate import EvaluateConfig, EvaluateStatisticsConfig
@@ -37,7 +38,7 @@ KID: dict[str, Any] = {"metrics": ("kid",), "reference": "real", "feature_extrac
 def test_flags_of_sampling_need_a_model(flags: dict[str, Any], pipeline: str) -> None:
     [(name, value)] = flags.items()
     value = " ".join(map(str, value)) if isinstance(value, tuple) else value
-    with pytest.raises(UserError, match=f"^--{name} {value}: has no effect, because images is no model: nothing is"):
+    with pytest.raises(UserError, match=f"^--{name} {value}: has no effect, because images is no pipeline"):
         check("images", **KID, **flags)
     check(pipeline, **KID, prompts="shapes", **flags)
 
@@ -90,6 +91,7 @@ def test_settings_of_a_protocol_are_not_given() -> None:
 
 def test_statistics_refuse_them_too(tmp_path: Path) -> None:
     output = str(tmp_path / "a.npz")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     for metric, flags in (
         ("fid", {"dinov2_name_or_path": "x"}),
         ("fd_dinov2", {"inception_input": "clean-fid"}),
@@ -98,4 +100,4 @@ def test_statistics_refuse_them_too(tmp_path: Path) -> None:
     ):
         [(name, value)] = flags.items()
         with pytest.raises(UserError, match=rf"^--{name} {re.escape(value)}: has no effect"):
-            store_statistics(EvaluateStatisticsConfig("images", output, metric, **flags))  # type: ignore[arg-type]
+            store_statistics(EvaluateStatisticsConfig(str(tmp_path), output, metric, **flags))  # type: ignore[arg-type]

@@ -175,7 +175,10 @@ def test_features_of_other_prompts_are_not_used(tmp_path: Path, photos: Path) ->
     assert values(after) != values(before)
     for path in (tmp_path / "new" / "features" / "my-clip-with-texts").iterdir():
         as_earlier(path)
-    with pytest.raises(UserError, match=r"prompts_sha256: nothing there"):
+    with pytest.raises(
+        UserError,
+        match=r"was written by an earlier version, .* delete .*features and run",
+    ):
         run(tmp_path / "new", photos, **flags)
 
 
@@ -223,7 +226,7 @@ def test_features_of_replaced_images_are_not_used(
 
 
 def test_a_flag_without_an_effect_is_refused(tmp_path: Path, vit: str, photos: Path) -> None:
-    with pytest.raises(UserError, match=r"^--guidance_scale 3.0: has no effect, because .* is no model"):
+    with pytest.raises(UserError, match=r"^--guidance_scale 3.0: has no effect, because .* is no pipeline"):
         run(
             tmp_path / "out", photos, reference=str(photos), feature_extractor=vit, metrics=("kid",),
             guidance_scale=(3.0,),

@@ -1,11 +1,13 @@
 """Who is answered, and who is not."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
+from starlette.exceptions import HTTPException
 
 from uvit.config.serve import ServeConfig
 from uvit.errors import UserError
@@ -100,3 +102,22 @@ def test_a_body_that_is_too_large() -> None:
     assert small.post("/v1/images/generations", content=b"x" * 1001).status_code == 413
     chunked = small.post("/v1/images/generations", content=(b"x" * 400 for _ in range(3)))
     assert chunked.status_code == 413
+
+
+@pytest.mark.parametrize("is_draining", [False, True])
+def test_a_body_that_keeps_arriving_is_given_up_too(is_draining: bool) -> None:
+    """One byte after the other holds no request for longer than one that stalls."""
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(0.01)
+        return {"type": "http.request", "body": b"a", "more_body": True}
+
+    async def read() -> None:
+        access = Access(None, ServeConfig(models=("m",), request_timeout=0.2), lambda: is_draining)  # type: ignore[arg-type]
+        limited = access.limited(receive)  # type: ignore[arg-type]
+        while True:
+            await limited()
+
+    with pytest.raises(HTTPException) as raised:
+        asyncio.run(asyncio.wait_for(read(), 20))
+    assert raised.value.status_code == (503 if is_draining else 408)

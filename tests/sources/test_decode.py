@@ -11,6 +11,7 @@ from PIL import Image
 from tests.sources.pictures import png
 from uvit.images import to_rgb
 from uvit.sources.decode import caption_values, clean_captions, decode_image, decode_object, decode_text
+from uvit.sources.names import image_formats
 from uvit.sources.types import PairError
 
 
@@ -71,6 +72,14 @@ def test_no_other_program_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(PairError, match="not an image format"):
         decode_image(data, "a", "the file")
     assert not (tmp_path / "ran").exists()
+
+
+def test_formats_are_tried_in_the_same_order_in_every_process() -> None:
+    """Some have no signature, and would claim others' files: a TGA begins as an ICO does."""
+    assert image_formats() == tuple(name for name in Image.ID if name in image_formats())
+    assert not {"EPS", "WMF"} & {*image_formats()}
+    icon = encoded(Image.new("RGB", (160, 160), "red"), "ICO", sizes=[(160, 160)])
+    assert to_rgb(decode_image(icon, "a", "the file")).getpixel((80, 80)) == (255, 0, 0)
 
 
 def test_damage_of_any_kind_is_one_kind_of_error_and_no_warning() -> None:

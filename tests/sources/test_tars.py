@@ -300,7 +300,7 @@ def captions_or_none(source: TarSource, index: int) -> tuple[str, ...]:
 def test_a_stream_decodes_only_what_is_wanted(tmp_path: Path, memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = []
     real = Image.open
-    monkeypatch.setattr(Image, "open", lambda file: decoded.append(1) or real(file))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(Image, "open", lambda file, **how: decoded.append(1) or real(file, **how))  # type: ignore[func-returns-value]
     stream = open_tars([put(memory, "memory://place/a.tar", write_tar(tmp_path / "a.tar", GOOD))])
     assert isinstance(stream, TarStream)
     assert sum(got is not None for _, got in stream.read(0, lambda position: position == 1)) == 1

@@ -56,6 +56,18 @@ def test_a_config_with_fewer_blocks(copy: Path) -> None:
         open_pipeline(str(copy), "cpu")
 
 
+def test_only_the_file_that_is_opened_counts(copy: Path) -> None:
+    path = copy / "unet" / FILES["unet"]
+    weights = {name: value.clone() for name, value in load_file(path).items()}
+    save_file(weights, path.with_name("diffusion_pytorch_model.fp16.safetensors"), {"format": "pt"})
+    save_file({"lora.a": torch.zeros(1)}, path.with_name("lora.safetensors"), {"format": "pt"})
+    open_pipeline(str(copy), "cpu")
+    del weights["pos_embed"]
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(UserError, match="unet lacks: pos_embed"):
+        open_pipeline(str(copy), "cpu")
+
+
 def test_all_networks_of_a_whole_pipeline(folder: Path) -> None:
     networks = {"unet": open_pipeline(str(folder), "cpu", "bfloat16").unet} | load_pipeline_encoders(
         folder, torch.bfloat16

@@ -20,6 +20,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -103,8 +104,7 @@ def delete_after(output_dir: Path, step: int) -> None:
 
 def delete(folder: Path) -> None:
     """A kill must not leave half a checkpoint by its name."""
-    aside = folder.with_name(f".{folder.name.removeprefix('.')}.deleting")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = folder.with_name(f".{folder.name.removeprefix('.')}.{secrets.token_hex(4)}.deleting")
     folder.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)  # another process may still read it; the next save deletes the rest
 

@@ -26,7 +26,7 @@ from uvit.checkpoint.folder import CHECKPOINT_FORMAT, clean_up, commit_folder, k
 from uvit.checkpoint.tensors import Groups, SliceKey, assign_writers, slices_by_key, write_slices
 from uvit.distributed.mesh import START_TIMEOUT, World
 from uvit.errors import UserError
-from uvit.io import FILE_MODE, sync_path
+from uvit.io import let_others_read, sync_path
 
 # Takes this process's object and returns those of all processes, in the order of their ranks.
 AllGather = Callable[[Any], list[Any]]
@@ -182,7 +182,7 @@ class Saver:
             written = {}
             for name, keys in files.items():
                 sha256 = write_slices(aside / name, {key: self._buffers[key] for key in keys})
-                (aside / name).chmod(FILE_MODE)  # safetensors lets nobody else read it
+                let_others_read(aside / name)
                 sync_path(aside / name)
                 written[name] = (aside / name).stat().st_size, sha256
             return written

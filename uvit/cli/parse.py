@@ -172,11 +172,16 @@ def _load(path: Path, where: str) -> Any:
     class Loader(yaml.SafeLoader):
         """Reads all values but null as text: as on a command line, 007, 1_000 and no are what is written."""
 
-    resolvers: Any = yaml.SafeLoader.yaml_implicit_resolvers
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value]
+            if twice := next((key for key in keys if keys.count(key) > 1), None):
+                raise ValueError(f"{twice} is there twice")
+            return super().construct_mapping(node, deep)
+
     Loader.yaml_implicit_resolvers = {
-        first: [each for each in known if each[0].endswith(":null")] for first, known in resolvers.items()
+        first: [each for each in known if each[0].endswith((":null", ":merge"))]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
-    Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: _once(loader.construct_pairs(node)))
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":

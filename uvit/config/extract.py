@@ -19,7 +19,7 @@ from uvit.config.bounds import (
 )
 from uvit.config.paths import PathFlag, expand_paths
 from uvit.config.sharding import parse_shard
-from uvit.config.source import Crop, Icc, Resize, check_split
+from uvit.config.source import Crop, Icc, Resize, check_split, check_val_every
 from uvit.errors import UserError
 
 
@@ -96,7 +96,7 @@ class AutoencoderConfig:
     def __post_init__(self) -> None:
         expand_paths(self)
         check_bounds(self)
-        check_split(self.split, self.val_every)
+        check_val_every(self.split, self.val_every)
         if self.resolution % self.factor:
             raise UserError(f"--resolution {self.resolution}: must be a multiple of --factor {self.factor}")
         if self.channels % 8:
@@ -132,7 +132,7 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         expand_paths(self)
         check_bounds(self)
-        check_split(self.split, self.val_every)
+        check_val_every(self.split, self.val_every)
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,8 @@ class ExtractConfig:
     def __post_init__(self) -> None:
         expand_paths(self)
         check_bounds(self)
-        check_split(self.split, self.val_every)
+        check_split(self.split)
+        check_val_every(self.split, self.val_every)
         parse_shard(self.shard)
         if self.latents == "vae" and self.vae_name_or_path is None:
             raise UserError("--vae_name_or_path: is required, unless --latents none stores pixels")

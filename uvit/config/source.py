@@ -27,9 +27,12 @@ class SourceFlags(Protocol):
     def caption_column(self) -> str | None: ...
 
 
-def check_split(split: str | None, val_every: int | None = None) -> None:
-    """A split is the name of a folder; None stands for all of them."""
+def check_split(split: str | None) -> None:
+    """A split is the name of a folder in a feature store; None stands for all of them."""
     if split is not None and not re.fullmatch(r"\w[\w.-]*", split):
         raise UserError(f"--split {split}: must be a plain name, such as train or val")
+
+
+def check_val_every(split: str, val_every: int | None) -> None:
     if val_every is not None and split not in ("train", "val"):
         raise UserError(f"--split {split}: --val_every {val_every} makes the splits train and val")

@@ -243,8 +243,7 @@ class TrainConfig(ObjectiveConfig, RecipeConfig):
         if not self.use_ema:
             why["ema_update_steps"] = "there are no EMA weights with --use_ema False"
         if self.pretrained_model_name_or_path is not None:
-            for name in ("uvit_config_file", "weight_init_std", "position_init_std"):
-                why[name] = "the model and its weights are those of --pretrained_model_name_or_path"
+            why["uvit_config_file"] = "the model is that of --pretrained_model_name_or_path"
         if not self.eval_metrics:
             for name in (
                 "eval_prompts",

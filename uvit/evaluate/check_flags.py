@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import fields
 
-from uvit.config.evaluate import EvaluateConfig, EvaluateStatisticsConfig
+from uvit.config.evaluate import DEFAULTS, EvaluateConfig, EvaluateStatisticsConfig
 from uvit.errors import UserError
 from uvit.evaluate.generate import is_model
 from uvit.evaluate.measure import network_of
@@ -35,7 +35,7 @@ def check_flags(given: EvaluateConfig | EvaluateStatisticsConfig, config: Evalua
     """
     default = {field.name: field.default for field in fields(given)}
     for name, reason in _without_effect(config):
-        if name in default and (value := getattr(given, name)) != default[name]:
+        if name in default and (value := getattr(given, name)) not in (default[name], DEFAULTS.get(name)):
             text = " ".join(map(str, value)) if isinstance(value, tuple) else value
             raise UserError(f"--{name} {text}: has no effect, because {reason}; leave it out")
 
@@ -49,7 +49,7 @@ def _without_effect(config: EvaluateConfig) -> Iterator[tuple[str, str]]:
         return
     generates = is_model(config.model)
     if not generates:
-        yield from ((name, f"{config.model} is no model: nothing is sampled") for name in OF_SAMPLING)
+        yield from ((name, f"{config.model} is no pipeline, run or checkpoint to sample from") for name in OF_SAMPLING)
     if config.prompts is None:
         yield from ((name, "there are no --prompts") for name in ("max_prompts", "prompt_order"))
     compares_images = config.reference is not None and not is_statistics(config.reference)
@@ -62,9 +62,9 @@ def _without_effect(config: EvaluateConfig) -> Iterator[tuple[str, str]]:
     metrics = " ".join(config.metrics)
     for name, network in OF_NETWORKS.items():
         if network not in networks:
-            yield name, f"--metrics {metrics} uses another network"
+            yield name, f"{metrics} uses another network"
     for name, metric in OF_METRICS.items():
         if metric not in config.metrics:
-            yield name, f"it is for --metrics {metric}, not {metrics}"
+            yield name, f"it is for {metric}, not {metrics}"
     if "retrieval" not in config.metrics and not compares_images:  # neighbours.png has it too
         yield "retrieval_cosine", f"it is for --metrics retrieval, not {metrics}"

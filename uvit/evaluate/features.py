@@ -241,8 +241,13 @@ def _is_done(path: Path, images: ImageSet, extractor: PerImage, prompts: Sequenc
     if not path.is_file():
         return False
     header = _read_header(path)
+    if "inputs" not in header and _made_of(images, extractor, prompts)["inputs"]:
+        raise UserError(
+            f"{path}: was written by an earlier version, which did not record prompts and files; delete "
+            f"{path.parent.parent} and run the same command again"
+        )
     for what, own in _made_of(images, extractor, prompts).items():
-        made_of = header.get(what, {})  # earlier versions wrote no inputs
+        made_of = header.get(what, {})
         for key in sorted({*own, *made_of}):
             there, here = made_of.get(key, "nothing"), json.loads(json.dumps(own.get(key, "nothing")))
             if there != here:

@@ -31,10 +31,10 @@ def store_statistics(config: EvaluateStatisticsConfig) -> None:
     check_writable(output.parent, f"--output {output}")
     shared = {name: value for name, value in vars(config).items() if name not in ("images", "output", "metric")}
     settings = EvaluateConfig(model=config.images, output_dir=str(output), metrics=(config.metric,), **shared)
+    images = open_images(settings, config.images, "images", config.resolution)
     check_flags(config, settings)
     [extractor] = build_extractors(settings).values()
     assert isinstance(extractor, ImageFeatures)
-    images = open_images(settings, config.images, "images", config.resolution)
     folder = output.with_name(f"{output.name}.features")
     with Progress("statistics", len(images), "image", bar=not config.disable_tqdm) as progress:
         extract_features(images, [], [extractor], folder, 0, 1, progress)

@@ -182,9 +182,13 @@ def open_own_pipeline(folder: Path) -> UViTPipeline:
         with quiet():
             pipeline = UViTPipeline.from_pretrained(folder, **load_pipeline_encoders(folder, torch.float32))
             check_unet_weights(pipeline.unet, folder)
+    except (UserError, MemoryError):
+        raise
     except Exception as error:  # a wrong value in a config raises errors of any type
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder}: is not complete, or its components do not fit together ({reason})") from None
+        raise UserError(
+            f"{folder}: is not complete, or its components do not fit together ({type(error).__name__}: {reason})"
+        ) from None
     for name in ("unet", "vqvae", "text_encoder"):
         if (network := getattr(pipeline, name)) is not None:
             check_finite(network.state_dict(), folder / name)
@@ -213,6 +217,11 @@ def open_checkpoint(
     found = read_checkpoint(source)
     check_command(found, "uvit train")
     record = found.record
+    given = {"vqvae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
+    needed = [name for name in wanted if given[name] is None and not (name == "vqvae" and optional)]
+    if missing := [name for name in missing_encoders(source) if name in needed]:
+        flags = " ".join(f"--{FLAGS[name]} {USUAL_ENCODERS[name]}" for name in missing)
+        raise UserError(f"{source}: does not record which encoders made its features; pass them, for example {flags}")
     has_ema = use_ema and bool(found.files("ema"))
     weights = found.load("ema" if has_ema else "weights")
     check_finite(weights, source)
@@ -226,11 +235,6 @@ def open_checkpoint(
         components.raw_unet = {name.removeprefix("unet."): v for name, v in raw.items() if name.startswith("unet.")}
     components.report.read.append(f"{source}: step {found.step}, {'EMA weights' if has_ema else 'raw weights'}")
     components.facts = {key: record[key] for key in ("step", "samples", "config", "versions")} | {"ema": has_ema}
-    given = {"vqvae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
-    missing = [name for name in missing_encoders(source) if name in wanted and given[name] is None]
-    if missing and not (optional and missing == ["vqvae"]):
-        flags = " ".join(f"--{FLAGS[name]} {USUAL_ENCODERS[name]}" for name in missing)
-        raise UserError(f"{source}: does not record which encoders made its features; pass them, for example {flags}")
     if "text_encoder" in wanted:
         if record["text_encoder_config"] and text_encoder is None:
             components.text_encoder = CLIPTextModel(CLIPTextConfig(**record["text_encoder_config"]))

@@ -307,15 +307,16 @@ def load_pipeline(config: SampleConfig, path: Path) -> LoadedPipeline:
         pipeline.enable_vae_slicing()
     if config.enable_vae_tiling:
         pipeline.enable_vae_tiling()
-    return LoadedPipeline(pipeline, fingerprints_of(pipeline))
+    return LoadedPipeline(pipeline, fingerprints_of(pipeline, config.num_inference_steps))
 
 
-def fingerprints_of(pipeline: UViTPipeline) -> dict[str, str]:
+def fingerprints_of(pipeline: UViTPipeline, num_inference_steps: int) -> dict[str, str]:
     """SHA-256 of the U-ViT, and of all else that makes images: VAE, text encoder, conventions, and a fitted solver."""
     others = [fingerprint(each) for each in (pipeline.vqvae, pipeline.text_encoder) if each is not None]
     others.append(json.dumps(dataclasses.asdict(pipeline.conventions)))
     if isinstance(pipeline.scheduler, MultistepScheduler):
-        others.append(json.dumps([dataclasses.asdict(plan) for plan in pipeline.scheduler.plans]))
+        plans = [plan for plan in pipeline.scheduler.plans if len(plan.log_snrs) == num_inference_steps]
+        others.append(json.dumps([dataclasses.asdict(plan) for plan in plans]))
     whole = hashlib.sha256("\n".join(others).encode()).hexdigest()
     return {"unet_sha256": fingerprint(pipeline.unet), "pipeline_sha256": whole}
 

@@ -83,10 +83,10 @@ def open_pipeline(
             pipeline = UViTPipeline.from_pretrained(folder, dtype=getattr(torch, dtype), **encoders)
             if is_ours:
                 check_unet_weights(pipeline.unet, folder)
-        except UserError:
+        except (UserError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # a wrong value in a config raises errors of any type
-            reason = " ".join(str(error).split())[:300]
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise UserError(
                 f"--pipeline {folder}: is incomplete, or its components do not fit together ({reason})"
             ) from None

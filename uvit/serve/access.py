@@ -95,13 +95,15 @@ class Access:
         """The next part of a body. Raises HTTPException when its time is over, or the server is about to end."""
         arriving = asyncio.ensure_future(receive())
         try:
-            while not (await asyncio.wait({arriving}, timeout=CHECK_SECONDS))[0]:
+            while True:
+                has_arrived = bool((await asyncio.wait({arriving}, timeout=CHECK_SECONDS))[0])
                 if self.is_draining():
                     raise HTTPException(503, "the server is about to end; try again later", {"Connection": "close"})
                 if time.monotonic() > end:
                     seconds = f"{self.config.request_timeout:g} s"
                     raise HTTPException(408, f"the request did not arrive within {seconds}", {"Connection": "close"})
-            return arriving.result()
+                if has_arrived:
+                    return arriving.result()
         finally:
             arriving.cancel()
 

@@ -60,10 +60,9 @@ def decode_image(data: bytes, id: str, where: object, max_pixels: int | None = N
 
     Of several frames, the first. `where` names the file in messages. An image of more than `max_pixels` is not decoded.
     """
-    formats = tuple(image_formats())
     try:
         # Pillow warns of odd metadata and of large sizes, which is noise for a data set.
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=formats) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=image_formats()) as image:
             if max_pixels is not None and image.width * image.height > max_pixels:
                 raise ValueError(f"it has {image.width} x {image.height} pixels; at most {max_pixels:,} are read")
             return to_channels(_upright(image))

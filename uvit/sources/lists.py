@@ -1,6 +1,6 @@
 """Lists that name image files and their captions: `.jsonl`, `.csv`, `.tsv`, `.parquet`.
 
-Of a row, only its place is kept. The rows of a table with the same image become one pair.
+Of a row, only its place is kept. The rows of a list with the same image become one pair.
 """
 
 from array import array
@@ -116,12 +116,13 @@ def is_of_another_split(row: ListRow | Problem, split: str | None) -> bool:
 
 def names_images(path: Path, image_column: str | None, caption_column: str | None) -> bool:
     """Whether this is a list, and one of the first images that it names exists."""
-    captions, names = _CaptionEncoding(path), dict[str, int]()
+    captions, names = _CaptionEncoding(path), set[str]()
     try:
         first = list(islice(_rows(path, image_column, caption_column).rows(), NUM_CHECKED))
         for at, row in enumerate(first):
-            if isinstance(row, Problem) or names.setdefault(row.name, at) == at or suffix_of(path.name) != "jsonl":
-                captions.add(at, row)
+            captions.add(at, row)
+            if not isinstance(row, Problem):
+                names.add(row.name)
         if len(first) < NUM_CHECKED:
             captions.check((), str)
     except (UserError, OSError, UnicodeDecodeError):

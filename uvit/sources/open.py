@@ -14,7 +14,7 @@ from os.path import normpath
 from pathlib import Path
 from typing import cast
 
-from uvit.config.source import SourceFlags, check_split
+from uvit.config.source import SourceFlags, check_val_every
 from uvit.errors import UserError
 from uvit.sources import huggingface, tars
 from uvit.sources.coco import open_coco
@@ -52,8 +52,7 @@ def open_source(
     Raises UserError, which names the file and its content, if there is nothing to read.
     """
     names = [name for each in ([source] if isinstance(source, str) else source) for name in tars.expand(each)]
-    if val_every is not None:
-        check_split(split, val_every)
+    check_val_every(split, val_every)
     if not names:
         raise UserError(f"--source: names no source; give {SOURCE_KINDS}")
     for place, times in Counter(str(Path(name).resolve()) if Path(name).exists() else name for name in names).items():

@@ -50,7 +50,7 @@ from uvit.train.process import (
     reset_hang_timer,
     stop_signals,
 )
-from uvit.train.run_folder import lock_output_dir
+from uvit.train.run_folder import is_requeued, lock_output_dir
 from uvit.train.schedule import rate_warnings, slow_ema, small_data, too_late
 from uvit.train.vae_model import (
     VaeBatches,
@@ -123,7 +123,8 @@ class VaeStepResult:
 
 def train_autoencoder(config: AutoencoderConfig) -> int:
     """Train to the last step, or until Ctrl-C or SIGTERM; then measure, and write the VAE. Returns the exit status."""
-    output_dir, overwrite = Path(config.output_dir), config.overwrite_output_dir
+    output_dir = Path(config.output_dir)
+    overwrite = config.overwrite_output_dir and not is_requeued(output_dir)
     has_checkpoint = any(map(is_complete, checkpoint_folders(output_dir)))
     if (output_dir / "config.json").exists() and not has_checkpoint and not overwrite:
         check_finished(config, output_dir)
@@ -143,7 +144,7 @@ def train_autoencoder(config: AutoencoderConfig) -> int:
             with stop_signals() as stop, Saver(output_dir, NUM_CHECKPOINTS) as saver:
                 train_vae(run, world, stop, saver)
             if run.step < config.max_steps:
-                return report_stop(stop, run.step, config.max_steps, overwrite)
+                return report_stop(stop, run.step, config.max_steps, config.overwrite_output_dir)
         write_result(run)
     return 0
 

@@ -35,6 +35,8 @@ def load_preview_decoder(run: Run) -> Decoder | None:
             raise
         print(f"no previews: {error}")
     if any_of(decoder is None, run.world):  # the processes sample together, and one may not find the VAE's folder
+        if decoder is not None:
+            print("no previews: another process cannot load the VAE")
         return None
     return decoder
 

@@ -165,10 +165,9 @@ def training_loop(run: Run, stop: StopSignal, reports: Reports) -> bool:
                 profile(run.step - first_step)
                 stopping = late_stop(bool(stop.signal))
                 if stopping or is_reading(run):
-                    report_steps(run, reports, metrics, checkpointer, read_steps(run, unread, seconds))
+                    if not report_steps(run, reports, metrics, checkpointer, read_steps(run, unread, seconds)):
+                        return False
                     unread, seconds = [], 0.0
-                if run.guards.skipped_in_a_row >= config.max_nonfinite_steps:
-                    return False
             metrics.flush()
             save_seconds = checkpointer.save_and_wait()
             metrics.write(f"saved {run.checkpoint} ({save_seconds:.1f} s)")
@@ -235,8 +234,11 @@ def report_steps(
     metrics: Metrics | NullMetrics,
     checkpointer: Checkpointer,
     records: list[dict[str, Any]],
-) -> None:
-    """Log the steps, and do what is due after the last one: validation, a preview, a snapshot, a checkpoint."""
+) -> bool:
+    """Log the steps, and do what is due after the last one: validation, a preview, a snapshot, a checkpoint.
+
+    Returns False if too many steps in a row were skipped: a rollback undoes what would follow.
+    """
     config, (*earlier, record) = run.config, records
     for each in earlier:
         metrics.step(each)
@@ -246,7 +248,7 @@ def report_steps(
     best = new_best(run, reports.tracked, record)
     metrics.step(record)
     if run.guards.skipped_in_a_row >= config.max_nonfinite_steps:
-        return  # a rollback undoes what would follow
+        return False
     if reports.preview_decoder and run.step % config.image_logging_steps == 0:
         metrics.image("preview", preview_sheet(run, reports.preview_decoder), run.step)
     if run.ema and run.ema.lengths and snapshot_is_due(run):
@@ -257,6 +259,7 @@ def report_steps(
             checkpointer.save_best(best) if best else checkpointer.save()
     if folder := checkpointer.saved():
         metrics.write(f"saved {folder}")
+    return True
 
 
 def step_metrics(run: Run, result: StepResult, times: dict[str, Any]) -> dict[str, Any]:

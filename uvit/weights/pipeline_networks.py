@@ -4,6 +4,7 @@ Where a file lacks some, diffusers and transformers fill them with random number
 When they load a pipeline, they say so in a log message at most.
 """
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,13 @@ def check_unet_weights(unet: nn.Module, folder: Path) -> None:
 
     Unlike other networks, it has had the same names in all versions.
     """
-    stored = set[str]()
-    for path in (folder / "unet").glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            stored |= {*file.keys()}
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    index = weights.with_name(f"{weights.name}.index.json")
+    if index.is_file():
+        stored = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"]}
+    else:
+        with safe_open(weights, "pt") as file:
+            stored = {*file.keys()}
     expected = {*unet.state_dict()}
     _check("unet", expected - stored, stored - expected)
 
