@@ -408,8 +408,8 @@ FAULTS: list[tuple[str, str, str, Callable[[Path, Path, Path], None]]] = [
     ("uvit.train.setup:build_run", "frozen.to(device, ", "frozen.to(", check_frozen),
     ("uvit.train.preview:preview_sheet", "dtype=np.float32)).to(run.device)", "dtype=np.float32))", check_preview),
     ("uvit.sample.edit:read_original", 'batch, "masks").to(device)', 'batch, "masks")', check_sampling),
-    ("uvit.extract.encode:Encoders._contexts", "self._to_device(part)", "part", check_extraction),
-    ("uvit.extract.encode:Encoders._images", "torch.cat(parts).cpu()", "torch.cat(parts)", check_extraction),
+    ("uvit.extract.encode:Encoders._contexts", "self._to_device(token_ids)", "token_ids", check_extraction),
+    ("uvit.extract.encode:Encoders._moments", "(pixels))).cpu()", "(pixels)))", check_extraction),
     ("uvit.device:pick_device", "torch.cuda.set_device(device)", "pass", check_device),
 ]
 
