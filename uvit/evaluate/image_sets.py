@@ -6,7 +6,7 @@ number, and in a fixed order, whoever reads them.
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,15 +21,11 @@ from uvit.images import to_pixels, to_rgb
 from uvit.progress import Progress
 from uvit.sample.files import SHEET
 from uvit.sources.coco import has_captions
-from uvit.sources.combine import ConcatSource, SplitSource
+from uvit.sources.combine import SplitSource
 from uvit.sources.decode import decode_image
-from uvit.sources.files import FileSource
-from uvit.sources.folders import FolderSource
 from uvit.sources.kinds import METADATA
 from uvit.sources.names import SPLITS, is_image, list_files, say_not_read, suffix_of
 from uvit.sources.open import open_source, require_random_access
-from uvit.sources.tables import TableSource
-from uvit.sources.tars import TarSource
 from uvit.sources.types import PairError, Problem, RandomAccessSource, digest_of
 from uvit.store.reader import FeatureStore, open_features
 from uvit.store.writer import INDEX_SHA256
@@ -113,7 +109,6 @@ def open_images(config: EvaluateConfig, name: str, flag: str, resolution: int | 
         require_random_access(source, f"--{flag} {name}"),
         {"source": name, "split": config.split or "train"},
         preparation,
-        (name, *config.image_folder),
     )
 
 
@@ -172,31 +167,13 @@ def _of_store(name: str, split: str, flag: str, resolution: int | None) -> "Sour
         source,
         {"feature_store": name, "source": record["source"], "split": record["split"]},
         Preparation(record["resolution"], record["crop"], record["resize"], record.get("icc", "ignore")),
-        (*record["source"], *record["image_folder"]),
     )
-
-
-def _files_of(source: RandomAccessSource, places: Sequence[str]) -> Iterator[Path]:
-    """The files that hold the images of a source. `places`: the files and folders that were named, for tables."""
-    if isinstance(source, SplitSource):
-        yield from _files_of(source.source, places)
-    elif isinstance(source, ConcatSource):
-        for each in source.sources:
-            yield from _files_of(each, places)
-    elif isinstance(source, FileSource | FolderSource):
-        names = source.names if isinstance(source, FolderSource) else source.image_names()
-        yield from (Path(source.folder) / name for name in names if name)
-    elif isinstance(source, TarSource):
-        yield from source.paths
-    elif isinstance(source, TableSource):
-        for place in map(Path, places):
-            yield from (place / name for name in list_files(place).files) if place.is_dir() else [place]
 
 
 def _size_and_time(file: Path) -> bytes:
     try:
         found = file.stat()
-    except OSError:  # also where a table is on the Hub
+    except OSError:
         return f"{file}".encode(errors="surrogateescape")
     return f"{file}\0{found.st_size}\0{found.st_mtime_ns}".encode(errors="surrogateescape")
 
@@ -259,15 +236,14 @@ class SourceImages:
         source: RandomAccessSource,
         description: dict[str, Any],
         preparation: Preparation,
-        places: Sequence[str],
     ):
-        self.source, self.preparation, self.places = source, preparation, places
+        self.source, self.preparation = source, preparation
         self.description = {**description, "num_images": len(source), "preparation": str(preparation)}
 
     @functools.cached_property
     def files_sha256(self) -> str:
         index = (self.source.index_sha256() or "").encode()
-        return digest_of([index, *map(_size_and_time, _files_of(self.source, self.places))])
+        return digest_of([index, *map(_size_and_time, self.source.image_files())])
 
     def __len__(self) -> int:
         return len(self.source)

@@ -4,6 +4,7 @@ import bisect
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from uvit.sources.types import Pair, PairError, Problem, RandomAccessSource, Source, digest_of
 
@@ -28,6 +29,9 @@ class ConcatSource(RandomAccessSource):
 
     def problems(self) -> list[Problem]:
         return [problem for source in self.sources for problem in source.problems()]
+
+    def image_files(self) -> Iterator[Path]:
+        return itertools.chain.from_iterable(source.image_files() for source in self.sources)
 
     def index_sha256(self) -> str | None:
         found = [source.index_sha256() for source in self.sources]
@@ -91,6 +95,9 @@ class SplitSource(RandomAccessSource):
             except PairError as error:
                 problems.append(error.problem)
         return problems
+
+    def image_files(self) -> Iterator[Path]:
+        return self.source.image_files()
 
     def index_sha256(self) -> str | None:
         return self.source.index_sha256()

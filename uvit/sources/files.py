@@ -63,6 +63,9 @@ class FileSource(RandomAccessSource):
     def index_sha256(self) -> str | None:
         return digest_of(bytes.fromhex(file_sha256(Path(path))) for path in self.lists)
 
+    def image_files(self) -> Iterator[Path]:
+        return (Path(self.folder, name) for name in self.image_names() if name)
+
     def image_names(self) -> Iterator[str]:
         """The paths of all images, relative to the folder."""
         return (self.entry(row)[1] for row in range(len(self)))

@@ -38,6 +38,9 @@ class FolderSource(RandomAccessSource):
     def __len__(self) -> int:
         return len(self.names)
 
+    def image_files(self) -> Iterator[Path]:
+        return (Path(self.folder, name) for name in self.names if name)
+
     def captions(self, index: int) -> tuple[str, ...]:
         return self._captions(index)[0]
 

@@ -18,6 +18,7 @@ from uvit.sources.decode import (
     usual_name,
 )
 from uvit.sources.img2dataset import REASONS, hint_of_urls, reason
+from uvit.sources.names import list_files
 from uvit.sources.places import PlaceList, first_of_each, number_equal
 from uvit.sources.types import Pair, PairError, Problem, RandomAccessSource, Source
 
@@ -186,6 +187,12 @@ class TableSource(RandomAccessSource):
 
     def problems(self) -> list[Problem]:
         return list(self._problems.values())
+
+    def image_files(self) -> Iterator[Path]:
+        place = Path(self._rows.place)
+        if place.is_dir():
+            return (place / name for name in list_files(place).files)
+        return iter([place] if place.is_file() else [])
 
     def index_sha256(self) -> str | None:
         return self._table.index_sha256()

@@ -259,6 +259,9 @@ class TarSource(RandomAccessSource):
     def problems(self) -> list[Problem]:
         return list(self._problems.values())
 
+    def image_files(self) -> Iterator[Path]:
+        return iter(self.paths)
+
     def index_sha256(self) -> str | None:
         return digest_of((bytes(self._keys), self._key_ends.tobytes(), self._spans.tobytes()))
 

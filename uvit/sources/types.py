@@ -4,6 +4,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image
 
@@ -70,6 +71,10 @@ class RandomAccessSource(Source):
 
     @abstractmethod
     def __len__(self) -> int: ...
+
+    def image_files(self) -> Iterator[Path]:
+        """The files on this disk that hold the images. None of images that are made, or on the Hub."""
+        return iter(())
 
     @abstractmethod
     def __getitem__(self, index: int) -> Pair:
