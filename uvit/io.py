@@ -55,7 +55,7 @@ def write_atomically(path: Path, sync: bool = True) -> Iterator[Path]:
 
 def let_others_read(path: Path) -> None:
     """Give a new file the mode that the umask says: safetensors lets no others read what it writes."""
-    if path.is_file() and not path.is_symlink() and path.stat().st_mode & 0o777 == 0o600 != FILE_MODE:
+    if path.is_file() and not path.is_symlink() and path.stat().st_mode & 0o777 == 0o600:
         path.chmod(FILE_MODE)
 
 

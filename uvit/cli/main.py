@@ -27,6 +27,7 @@ PATH_ERRORS = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG,
 }  # fmt: skip
+IN_PROCESSES = ("train", "extract", "sample", "evaluate")  # the commands that several processes share
 
 
 @dataclass(frozen=True)
@@ -200,9 +201,6 @@ def usage(prefix: str = "") -> str:
         + "\n\n".join("\n".join([f"{group}:", *rows]) for group, rows in groups.items())
         + f"\n\n`uvit {prefix}COMMAND --help` shows an example and all flags of a command."
     )
-
-
-IN_PROCESSES = ("train", "extract", "sample", "evaluate")  # the commands that several processes share
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -204,7 +204,7 @@ def encoding_threads(device: torch.device) -> Iterator[tuple[ThreadPoolExecutor,
 def encode_in_order(
     encoders: Encoders, decoded: Iterator[Decoded], pool: ThreadPoolExecutor, num_threads: int
 ) -> Iterator[tuple[Decoded, EncodedPairs]]:
-    """Encode batches in the pool. At most `num_threads` + 1 of them are in progress, as many batches have one part."""
+    """Encode batches in the pool. `num_threads` + 1 are in progress: even batches of one part keep all threads busy."""
     in_progress = deque[BatchInProgress]()
     for batch in decoded:
         in_progress.append(encoders.start(batch, pool))

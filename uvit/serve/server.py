@@ -14,15 +14,14 @@ from uvit.serve.app import build_app
 from uvit.serve.models import ServedModel, list_models
 from uvit.serve.queue import Dispatcher
 
+GRACE_SECONDS = 1.0  # after the end of the drain: for the last answers
+
 
 def run_server(config: ServeConfig) -> None:
     """Run the command, until SIGTERM or Ctrl-C."""
     models = list_models(config)
     with open_port(config) as listening:
         asyncio.run(run(config, models, listening, Dispatcher(config), lambda: print_address(config, listening)))
-
-
-GRACE_SECONDS = 1.0  # after the end of the drain: for the last answers
 
 
 class Server(uvicorn.Server):

@@ -57,10 +57,7 @@ def load_transformers_encoder(name_or_path: str) -> Any:
     def load(place: str, **options: Any) -> Any:
         if (encoder := read_clip_text(Path(place, options.get("subfolder", "")), torch.float32)) is not None:
             return _complete(encoder, [])
-        config = AutoConfig.from_pretrained(place, **options)
-        # From a CLIP with both towers, only the text tower is loaded.
-        cls: Any = CLIPTextModel if config.model_type in ("clip", "clip_text_model") else AutoModelForTextEncoding
-        model, info = cls.from_pretrained(
+        model, info = text_encoder_class(place, **options).from_pretrained(
             place, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
         )
         return _complete(model, [key for key in info["missing_keys"] if "pooler" not in key])  # the pooler is not used
@@ -72,6 +69,12 @@ def load_transformers_encoder(name_or_path: str) -> Any:
         "text_encoder_name_or_path",
         "a text encoder with safetensors weights",
     )
+
+
+def text_encoder_class(place: str | Path, **options: Any) -> Any:
+    """Of the model in a folder or on the Hub. From a CLIP with both towers, only the text tower is loaded."""
+    kind = AutoConfig.from_pretrained(place, **options).model_type
+    return CLIPTextModel if kind in ("clip", "clip_text_model") else AutoModelForTextEncoding
 
 
 def load_tokenizer(name_or_path: str) -> Any:

@@ -13,10 +13,10 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForTextEncoding, CLIPTextModel
 
 from uvit.weights.clip_text import read_clip_text
 from uvit.weights.detect import CONFIG
+from uvit.weights.encoders import text_encoder_class
 
 UNUSED = ("pooler", "position_ids")  # in names of text encoders: weights that have no effect
 
@@ -54,11 +54,6 @@ def check_unet_weights(unet: nn.Module, folder: Path) -> None:
             stored = {*file.keys()}
     expected = {*unet.state_dict()}
     _check("unet", expected - stored, stored - expected)
-
-
-def text_encoder_class(place: Path) -> Any:
-    kind = AutoConfig.from_pretrained(place).model_type
-    return CLIPTextModel if kind in ("clip", "clip_text_model") else AutoModelForTextEncoding
 
 
 def _check(name: str, missing: Iterable[str], left_over: Iterable[str]) -> None:
